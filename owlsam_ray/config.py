@@ -1,0 +1,372 @@
+"""The one typed tree that describes a run.
+
+Order of precedence: defaults < YAML files from left to right < `--set a.b=value`. No environment variable is read.
+Sections named in `NON_LABEL_FIELDS` say where and how fast a run goes; everything else can change labels and is part of
+the label fingerprint (law 3).
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from owlsam_ray.errors import ConfigError
+
+NON_LABEL_FIELDS = frozenset({"run", "resources", "reduce", "report", "logging"})
+"""Top-level fields that cannot change what the shards hold."""
+
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Auto = Literal["auto"]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Frozen, and refuses keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """Which images."""
+
+    source: Literal["coco", "folder"]
+    """`coco`: a COCO JSON file lists them; `folder`: every image file under `images`."""
+    images: Name
+    """Root of the image files: a directory or any fsspec URL."""
+    annotations: Name | None = None
+    """The COCO JSON file (its annotations, if any, are not read)."""
+    suffixes: tuple[Name, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+    """File name endings that `folder` takes, in any case."""
+
+    @model_validator(mode="after")
+    def _annotations_belong_to_coco(self) -> Self:
+        if self.source == "coco" and self.annotations is None:
+            raise ValueError("source: coco needs data.annotations, the COCO JSON file")
+        if self.source == "folder" and self.annotations is not None:
+            raise ValueError("source: folder takes no data.annotations; did you mean source: coco?")
+        return self
+
+
+class Category(Section):
+    """One thing to look for."""
+
+    id: Annotated[int, Field(ge=0)]
+    """`category_id` in the output."""
+    name: Name
+    """Name in the output, and what the template is filled with."""
+    supercategory: str = ""
+    """Carried into the output."""
+
+
+class VocabularyConfig(Section):
+    """What to look for."""
+
+    categories: Literal["coco", "dataset"] | tuple[Category | Name, ...] = "dataset"
+    """`coco`: the 80 built-in ones; `dataset`: the source's own list; or a list of names (ids from 1) or of
+    {id, name}."""
+    template: Name = "a photo of a {}"
+    """Prompt of a category: `{}` becomes its name."""
+
+    @field_validator("template")
+    @classmethod
+    def _template_has_one_hole(cls, value: str) -> str:
+        if value.count("{}") != 1 or value.replace("{}", "").strip("{}") != value.replace("{}", ""):
+            raise ValueError(f"template {value!r} must contain {{}} exactly once and no other brace")
+        return value
+
+
+class DecodeConfig(Section):
+    """Bytes to pixels."""
+
+    max_pixels: PositiveInt = 200_000_000
+    """Larger images fail with the reason `too_large` before their pixels are read."""
+
+
+class DetectorConfig(Section):
+    """Prompts to boxes."""
+
+    model: Literal["owlvit"] = "owlvit"
+    """Architecture."""
+    weights: Name
+    """A directory in Hugging Face layout (safetensors), or a hub name."""
+    score_floor: Fraction = 0.05
+    """Boxes are kept when their score is greater. Low on purpose: `reduce` decides."""
+    labels: Literal["multi", "best"] = "multi"
+    """`multi`: every label above the floor makes a detection; `best`: only the best label of a box."""
+    max_candidates: PositiveInt = 1000
+    """Best detections of an image that enter suppression."""
+    max_detections: PositiveInt = 100
+    """Best detections of an image that are kept after suppression."""
+    clip_boxes: bool = True
+    """Cut boxes at the image border; what has no area left is dropped."""
+
+
+class SuppressConfig(Section):
+    """Overlapping boxes of one label."""
+
+    strategy: Literal["nms", "none"] = "nms"
+    """`nms`: the best box stays, those that overlap it more than the threshold go."""
+    iou_threshold: Fraction = 0.7
+    """A box goes when its IoU with a better one is greater."""
+
+
+class SegmentConfig(Section):
+    """Boxes to masks."""
+
+    model: Literal["mobile_sam"] = "mobile_sam"
+    """Architecture."""
+    weights: Name
+    """`mobile_sam.pt`, a `.safetensors` file of the same layout, or a directory with `config.json` and
+    `model.safetensors`."""
+    score_floor: Fraction = 0.0
+    """Boxes get a mask when their score is at least this."""
+    masks: Literal["single", "best_of_three"] = "single"
+    """SAM's single mask, or the one of three with the highest predicted IoU."""
+
+
+class ResourcesConfig(Section):
+    """Where and how fast. `device`, `dtype` and the batch sizes are also part of the numerics id."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where there is one."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the image towers."""
+    actors: PositiveInt | Auto = "auto"
+    """Processes that hold both models; `auto`: one per GPU, or one on a CPU machine."""
+    cpus_per_actor: Annotated[float, Field(gt=0)] | Auto = "auto"
+    """CPUs that Ray reserves for one actor; `auto`: what fetch and write leave, at most 8 beside a GPU."""
+    gpus_per_actor: Annotated[float, Field(ge=0)] | Auto = "auto"
+    """GPUs that Ray reserves for one actor; 0 on a CPU."""
+    detector_batch: PositiveInt | Auto = "auto"
+    """Images in one detector call; `auto`: 4 on a CPU, 32 on a GPU."""
+    segmenter_batch: PositiveInt | Auto = "auto"
+    """Images in one encoder call; `auto`: 2 on a CPU, 16 on a GPU."""
+    decoder_batch: PositiveInt | Auto = "auto"
+    """Boxes in one mask decoder call; `auto`: 16 on a CPU, 128 on a GPU."""
+    decode_threads: PositiveInt | Auto = "auto"
+    """Threads in an actor that decode images and encode masks; `auto`: its CPUs, at least 2."""
+    torch_threads: PositiveInt | Auto = "auto"
+    """Threads of one model call on a CPU; `auto`: the machine's CPUs shared among its actors."""
+    shards_in_flight: PositiveInt = 2
+    """Shards that one actor works on at once, so that the model never waits at a shard's end."""
+    shard_size: PositiveInt | Auto = "auto"
+    """Images in a shard, frozen at plan; `auto`: images / 64, clamped to 8…1024 and to `shard_max_mb`."""
+    shard_max_mb: PositiveInt = 256
+    """Encoded bytes that an `auto` shard may hold."""
+    wave_shards: PositiveInt = 1000
+    """Shards that are handed to Ray at a time."""
+    fetch_threads: PositiveInt = 16
+    """Files that one fetch task reads at once."""
+    fetch_cpus: Annotated[float, Field(gt=0)] = 0.5
+    """CPUs of a fetch task. Must differ from the actor's, or Ray would fuse the two."""
+    write_cpus: Annotated[float, Field(gt=0)] = 0.25
+    """CPUs of a write task."""
+    num_cpus: PositiveInt | None = None
+    """CPUs of the Ray instance that is started here; default: the machine's."""
+    object_store_mb: PositiveInt | None = None
+    """Object store of the Ray instance that is started here; default: Ray's own."""
+    ray_address: Name | None = None
+    """An existing cluster (`auto`, `ip:port`, `ray://…`); default: start one on this machine."""
+    auth_mode: Literal["disabled", "token"] = "disabled"
+    """Ray's RAY_AUTH_MODE; `token` needs the same token on every node."""
+    grace_s: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds that shards in hand get to finish after SIGINT or SIGTERM."""
+
+
+class ReduceConfig(Section):
+    """What is decided without a GPU."""
+
+    score_threshold: Fraction | None = None
+    """Annotations are kept when their score is greater; not below `detector.score_floor`."""
+    max_failed: Annotated[int, Field(ge=0)] | Fraction = 0.01
+    """Failed images that are put up with: a count (integer) or a share (with a decimal point)."""
+
+
+class LoggingConfig(Section):
+    """What is told to people."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Level of the log on stderr."""
+    progress_s: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds between two looks at the progress."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    run: Name | None = None
+    """The run directory: a path or an fsspec URL. `--run` replaces it."""
+    data: DataConfig
+    vocabulary: VocabularyConfig = VocabularyConfig()
+    decode: DecodeConfig = DecodeConfig()
+    detector: DetectorConfig
+    suppress: SuppressConfig = SuppressConfig()
+    segment: SegmentConfig
+    resources: ResourcesConfig = ResourcesConfig()
+    reduce: ReduceConfig = ReduceConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _threshold_is_kept(self) -> Self:
+        threshold = self.reduce.score_threshold
+        if threshold is not None and threshold < self.detector.score_floor:
+            raise ValueError(
+                f"reduce.score_threshold {threshold} is below detector.score_floor {self.detector.score_floor}: "
+                "inference did not keep those boxes"
+            )
+        return self
+
+    def label_fields(self) -> dict[str, Any]:
+        """The part that can change labels, as plain JSON values."""
+        return self.model_dump(mode="json", exclude=set(NON_LABEL_FIELDS))
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice (PyYAML keeps the last one silently)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def load_config(files: Sequence[str | Path], *, overrides: Iterable[str] = (), run: str | None = None) -> RunConfig:
+    """Read YAML files, merge them left to right, apply overrides, validate.
+
+    Args:
+        files: at least one; a later file's keys win, sections merge key by key, lists are replaced.
+        overrides: `a.b=value`, value in YAML.
+        run: the run directory, over the files' `run`.
+
+    Local paths are made absolute, so that the stored config means the same from any directory.
+
+    Raises:
+        ConfigError: a file cannot be read or parsed, or the result does not validate; names the file or the key.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = _merge(merged, _read_yaml(Path(file)))
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override))
+    if run is not None:
+        merged["run"] = run
+    try:
+        config = RunConfig.model_validate(merged)
+    except ValidationError as error:
+        names = ", ".join(str(file) for file in files)
+        lines = [
+            f"  {'.'.join(str(part) for part in item['loc']) or '(run file)'}: {item['msg']}"
+            + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
+            for item in error.errors(include_url=False)
+        ]
+        raise ConfigError("\n".join([f"{names}: {len(lines)} error(s) in the run config", *lines])) from None
+    return _absolute_paths(config)
+
+
+def config_from_stored(fields: Mapping[str, Any]) -> RunConfig:
+    """The config that a run directory stores.
+
+    Raises:
+        ConfigError: it was written by a version with other fields.
+    """
+    try:
+        return RunConfig.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(f"the stored run config does not load in this version: {error}") from None
+
+
+def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line `a.b: theirs -> ours` for every leaf in which two trees of plain values differ."""
+    lines: list[str] = []
+    for key in sorted({*ours, *theirs}):
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            lines += differing_fields(mine, other, f"{prefix}{key}.")
+        elif mine != other:
+            lines.append(f"{prefix}{key}: {_short(other)} -> {_short(mine)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:100] + f"… ({len(text)} characters)"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            tree = yaml.load(file, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read run file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"run file {path} is not valid YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"run file {path} must hold sections, not a {type(tree).__name__}")
+    return tree
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, separator, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"--set {text!r} is not of the form section.field=value")
+    try:
+        tree: Any = yaml.load(value, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML: {error}") from None
+    for part in reversed(parts):
+        tree = {part: tree}
+    return dict(tree)
+
+
+def _merge(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(left)
+    for key, value in right.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _absolute_paths(config: RunConfig) -> RunConfig:
+    data = config.data.model_copy(
+        update={
+            "images": absolute(config.data.images),
+            "annotations": absolute(config.data.annotations) if config.data.annotations else None,
+        }
+    )
+    # A hub name ("org/model") looks like a relative path: it is one when it exists, or when it starts like one.
+    weights = config.detector.weights
+    is_path = weights.startswith(("/", ".", "~")) or os.path.exists(weights)
+    return config.model_copy(
+        update={
+            "run": absolute(config.run) if config.run else None,
+            "data": data,
+            "detector": config.detector.model_copy(update={"weights": absolute(weights) if is_path else weights}),
+            "segment": config.segment.model_copy(update={"weights": absolute(config.segment.weights)}),
+        }
+    )
+
+
+def absolute(path_or_url: str) -> str:
+    """An fsspec URL as it is; a local path with `~` expanded and made absolute."""
+    return path_or_url if "://" in path_or_url else os.path.abspath(os.path.expanduser(path_or_url))

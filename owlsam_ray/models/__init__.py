@@ -1,0 +1,1 @@
+"""Models behind two protocols, and the weights they load."""

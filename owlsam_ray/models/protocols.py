@@ -1,0 +1,71 @@
+"""What the stages expect of a model.
+
+Letters: B images of one call, P boxes that a detector proposes per image, Q prompts, M box prompts of one decoder call,
+C embedding channels, h w the embedding grid, K masks per box, m low-resolution mask side.
+Every call has a fixed shape: the caller pads (law 7), so that a row's result does not depend on its batch mates.
+"""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Detector(Protocol):
+    """Images and embedded prompts to boxes."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+
+    def preprocess(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """(H, W, 3) RGB uint8 to one model input (3, S, S), on the CPU. Called from many threads at once."""
+
+    def detect(self, batch: Tensor, query_embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the image tower and the heads.
+
+        Args:
+            batch: (B, 3, S, S) as `preprocess` gives it, on any device.
+            query_embeddings: (Q, D) float32.
+        Returns:
+            boxes_cxcywh: (B, P, 4) float32 on the CPU, in units of the detector's square input, so around 0…1.
+            scores: (B, P, Q) float32 on the CPU, in [0, 1].
+        """
+
+    def unscale(self, boxes_cxcywh: Tensor, size_hw: tuple[int, int]) -> Tensor:
+        """(N, 4) boxes of `detect` to (N, 4) xyxy float32 in original pixels, not clipped."""
+
+
+class Segmenter(Protocol):
+    """Images and boxes to low-resolution mask logits."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+
+    @property
+    def image_size(self) -> int:
+        """Long side of the sam frame in pixels."""
+
+    def preprocess(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """(H, W, 3) RGB uint8 to one model input (3, S, S), on the CPU. Called from many threads at once."""
+
+    def encode(self, batch: Tensor) -> Tensor:
+        """(B, 3, S, S) as `preprocess` gives it to image embeddings (B, C, h, w), on the model's device."""
+
+    def decode(
+        self, embeddings: Tensor, image_index: Tensor, boxes_xyxy: Tensor, *, best_of_three: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Decode one mask per box, of many images at once.
+
+        Args:
+            embeddings: (B, C, h, w) of `encode`.
+            image_index: (M,) int64, the row of `embeddings` that a box belongs to.
+            boxes_xyxy: (M, 4) float32 in the sam frame.
+            best_of_three: take the one of SAM's three masks with the highest predicted IoU instead of its single mask.
+        Returns:
+            logits: (M, m, m) float32 on the model's device.
+            predicted_iou: (M,) float32 on the model's device.
+        """
