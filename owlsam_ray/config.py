@@ -92,6 +92,8 @@ class DecodeConfig(Section):
 
     max_pixels: PositiveInt = 200_000_000
     """Larger images fail with the reason `too_large` before their pixels are read."""
+    max_file_mb: PositiveInt = 512
+    """Larger files fail with the reason `too_large` and are not read to their end."""
 
 
 class DetectorConfig(Section):

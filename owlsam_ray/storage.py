@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -138,16 +139,21 @@ def _sync_directory(directory: str) -> None:
         os.close(descriptor)
 
 
-def remove_stale_temporaries(url: str) -> int:
-    """Delete temporary files that a killed writer left in a local directory; returns how many."""
+def remove_stale_temporaries(url: str, *, older_than_s: float = 3600.0) -> int:
+    """Delete temporary files that a killed writer left in a local directory; returns how many.
+
+    Young ones are left alone: another attempt may be writing them.
+    """
     filesystem, path = open_filesystem(url)
     if not is_local(filesystem) or not os.path.isdir(path):
         return 0
-    stale = [entry for entry in os.scandir(path) if entry.name.startswith(TEMPORARY_PREFIX)]
-    for entry in stale:
+    removed = 0
+    for entry in os.scandir(path):
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(entry.path)
-    return len(stale)
+            if entry.name.startswith(TEMPORARY_PREFIX) and time.time() - entry.stat().st_mtime > older_than_s:
+                os.unlink(entry.path)
+                removed += 1
+    return removed
 
 
 def free_bytes(url: str) -> int | None:

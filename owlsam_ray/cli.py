@@ -1,0 +1,192 @@
+"""The `owlsam` command. Logs and progress go to stderr, one line of JSON at the end to stdout."""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from owlsam_ray import __version__
+from owlsam_ray.config import RunConfig, load_config
+from owlsam_ray.errors import ExitCode, FailedImagesError, OwlsamError
+
+_EXIT_CODES = """exit codes:
+  0   complete
+  1   more failed images than reduce.max_failed
+  2   usage or bad input
+  3   the run directory belongs to other settings, another layout or other numerics
+  4   another attempt is live
+  5   incomplete: shards missing or damaged, storage full, or the proof does not add up
+  75  interrupted: call the same command again"""
+
+_EXAMPLES = {
+    "plan": """examples:
+  owlsam plan jobs/coco.yaml --run runs/coco
+  owlsam plan jobs/coco.yaml site.yaml --run s3://bucket/runs/coco --set resources.shard_size=512""",
+    "annotate": """examples:
+  owlsam annotate jobs/coco.yaml --run runs/coco
+  owlsam annotate jobs/coco.yaml --run runs/coco --set resources.actors=2 --set resources.detector_batch=16
+
+Call the same command again after any interruption: finished shards are kept, nothing is labelled twice.
+Plans first when that was not done.""",
+    "reduce": """examples:
+  owlsam reduce jobs/coco.yaml --run runs/coco
+  owlsam reduce jobs/coco.yaml --run runs/coco --set reduce.score_threshold=0.3""",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code.
+
+    Args:
+        arguments: without the program's name; default: the process's.
+    """
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=True)
+    _start_log(console, "info")
+    start = time.monotonic()
+    summary: dict[str, Any] = {"command": options.command}
+    try:
+        config = load_config(options.run_files, overrides=options.overrides, run=options.run)
+        _start_log(console, config.logging.level)
+        summary["run"] = config.run
+        summary |= _COMMANDS[options.command](config, options, console)
+        code = ExitCode.COMPLETE
+    except FailedImagesError as error:
+        summary |= error.args[1] if len(error.args) > 1 else {}
+        code = _tell(error, summary)
+    except OwlsamError as error:
+        code = _tell(error, summary)
+    except KeyboardInterrupt:
+        summary["error"] = "interrupted"
+        code = ExitCode.INTERRUPTED
+    summary |= {"wall_s": round(time.monotonic() - start, 1), "exit_code": int(code)}
+    print(json.dumps(summary, ensure_ascii=False), flush=True)
+    return int(code)
+
+
+def _tell(error: OwlsamError, summary: dict[str, Any]) -> ExitCode:
+    message = str(error.args[0]) if error.args else type(error).__name__
+    logging.getLogger("owlsam_ray").error("%s", message)
+    summary["error"] = message
+    return error.exit_code
+
+
+def _plan(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.guard import check_writable, plan_run, run_directory
+
+    check_writable(run_directory(config))
+    record, manifest, created = plan_run(config)
+    if not created:
+        logging.getLogger(__name__).info("already planned: kept as it is")
+    return {
+        "planned": created,
+        "images": manifest.num_images,
+        "shards": manifest.num_shards,
+        "shard_size": manifest.parts[-1].shard_size,
+        "categories": len(record.categories),
+        "layout_hash": record.layout_hash[:16],
+    }
+
+
+def _annotate(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.annotate import annotate_run
+    from owlsam_ray.guard import load_record, run_directory
+    from owlsam_ray.progress import LazyDisplay
+
+    with LazyDisplay(console) as display:
+        counts = annotate_run(config, allow_numerics_change=options.allow_numerics_change, show=display.show)
+    record = load_record(run_directory(config))
+    counts["fingerprint"] = record.fingerprint[:16] if record is not None and record.fingerprint else None
+    _check_failures(config, counts)
+    return counts
+
+
+def _reduce(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.reduce.run import reduce_run
+
+    counts = reduce_run(config)
+    _check_failures(config, counts)
+    return counts
+
+
+def _check_failures(config: RunConfig, counts: dict[str, Any]) -> None:
+    """Raise when more images failed than the config puts up with; everything was written all the same."""
+    from owlsam_ray.reduce.proof import allowed_failures
+
+    allowed = allowed_failures(config.reduce.max_failed, counts["images"])
+    if counts["failed"] > allowed:
+        raise FailedImagesError(
+            f"{counts['failed']} of {counts['images']} images failed, and reduce.max_failed "
+            f"({config.reduce.max_failed}) puts up with {allowed}. Nothing else is wrong: the labels of all other "
+            "images are written. Reasons stand in the rows, and after reduce in coco/failures.jsonl.",
+            counts,
+        )
+
+
+_COMMANDS = {"plan": _plan, "annotate": _annotate, "reduce": _reduce}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="owlsam",
+        description="Label images at dataset scale: name what you look for, get boxes and masks.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"owlsam {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    helps = {
+        "plan": "list the images once, and freeze ids and shards",
+        "annotate": "label every shard that is not labelled yet",
+        "reduce": "merge the shards into COCO annotations, and prove that nothing is missing",
+    }
+    for name, text in helps.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"{_EXAMPLES[name]}\n\n{_EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument(
+            "run_files", nargs="+", metavar="RUNFILE", help="YAML run files, merged from left to right"
+        )
+        command.add_argument("--run", metavar="DIR", help="run directory or fsspec URL (over `run:` of the run files)")
+        command.add_argument(
+            "--set",
+            dest="overrides",
+            action="append",
+            default=[],
+            metavar="A.B=VALUE",
+            help="override one setting; may be repeated",
+        )
+        if name == "annotate":
+            command.add_argument(
+                "--allow-numerics-change",
+                action="store_true",
+                help="go on with another device, dtype, model batch or library version than earlier attempts",
+            )
+    return parser
+
+
+def _start_log(console: Console, level: str) -> None:
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    ours = logging.getLogger("owlsam_ray")
+    ours.handlers = [handler]
+    ours.setLevel(level.upper())
+    ours.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,387 @@
+"""Images in, rows out: the whole path inside one process, without Ray.
+
+A caller hands over the images of one shard and waits for their rows; several callers at once are several shards in
+flight. Threads decode ahead of the model across shard borders, one model thread forms batches of a fixed, padded shape
+from whatever is decoded, and the same pool of threads turns logits into RLE:
+
+    annotate() ─ permits ─▶ decode pool ─▶ [ready] ─▶ model thread: detect → suppress → segment ─▶ encode pool ─▶ rows
+
+The number of images between decode and encode is bounded by permits, so memory is bounded whatever the size of a shard.
+A batch is flushed before it is full only when no image of any shard is left to decode.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from owlsam_ray.config import DecodeConfig, DetectorConfig, RunConfig, SegmentConfig, SuppressConfig
+from owlsam_ray.errors import FailureClass, ImageError
+from owlsam_ray.models.mobile_sam import MobileSam, boxes_to_sam_frame
+from owlsam_ray.models.owlvit import OwlVit
+from owlsam_ray.models.protocols import Detector, Segmenter
+from owlsam_ray.records import Detections, EncodedImage, Prediction
+from owlsam_ray.resources import Allocation
+from owlsam_ray.stages.decode import decode_image
+from owlsam_ray.stages.detect import cap_detections, select_detections
+from owlsam_ray.stages.encode import encode_prediction
+from owlsam_ray.stages.segment import decode_boxes, pad_batch
+from owlsam_ray.stages.suppress import suppress
+
+STAGES = ("decode", "detect", "suppress", "segment", "encode")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What an engine does, and in which batches."""
+
+    decode: DecodeConfig
+    detector: DetectorConfig
+    suppress: SuppressConfig
+    segment: SegmentConfig
+    detector_batch: int
+    """Images of one detector call."""
+    segmenter_batch: int
+    """Images of one encoder call."""
+    decoder_batch: int
+    """Boxes of one mask decoder call."""
+    threads: int
+    """Threads that decode images and encode masks."""
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """The images of one `annotate` call."""
+
+    images: Sequence[EncodedImage]
+    results: list[Prediction | None]
+    left: int
+    done: threading.Event = field(default_factory=threading.Event)
+    stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """One image on its way; model inputs are dropped as soon as they were used."""
+
+    job: _Job
+    position: int
+    size_hw: tuple[int, int] = (0, 0)
+    note: str | None = None
+    detector_input: Tensor | None = None
+    segmenter_input: Tensor | None = None
+    detections: Detections = field(default_factory=Detections.empty)
+    masked: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def image(self) -> EncodedImage:
+        return self.job.images[self.position]
+
+
+class Engine:
+    """A detector, a segmenter, and the threads that keep them busy. `annotate` may be called from several threads."""
+
+    def __init__(
+        self,
+        detector: Detector,
+        segmenter: Segmenter,
+        *,
+        query_embeddings: Tensor,
+        prompt_labels: Sequence[int],
+        settings: EngineSettings,
+    ) -> None:
+        """Start the threads.
+
+        Args:
+            detector: the model that finds boxes.
+            segmenter: the model that turns boxes into masks.
+            query_embeddings: (Q, D) float32, the prompts embedded once per run.
+            prompt_labels: category index of each prompt.
+            settings: thresholds and batch sizes.
+        """
+        if len(prompt_labels) != len(query_embeddings):
+            raise ValueError(f"{len(prompt_labels)} prompt labels for {len(query_embeddings)} query embeddings")
+        self._detector, self._segmenter, self._settings = detector, segmenter, settings
+        self._queries = query_embeddings.to(detector.device)
+        self._prompt_labels = np.asarray(prompt_labels, np.int64)
+        # Enough for one full batch of each model to form while every thread decodes: fewer could stand still.
+        self._permits = threading.Semaphore(2 * (settings.detector_batch + settings.segmenter_batch) + settings.threads)
+        self._state = threading.Condition()
+        self._ready: deque[_Item] = deque()
+        self._undecoded = 0  # images of all jobs that have not reached `_ready` or failed
+        self._closed = False
+        self._error: BaseException | None = None
+        self._jobs: set[_Job] = set()
+        self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="owlsam-image")
+        self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="owlsam-model")
+        self._model_thread.submit(self._model_loop).add_done_callback(self._check)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the threads after what was handed over."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+        self._model_thread.shutdown()
+        self._pool.shutdown()
+
+    def annotate(self, images: Sequence[EncodedImage]) -> tuple[list[Prediction], dict[str, float]]:
+        """Label images.
+
+        Args:
+            images: of one shard, in any number.
+
+        Returns:
+            One prediction per image in the same order, and the busy seconds of each stage on these images.
+
+        Raises:
+            RuntimeError: a model call or a thread failed (not: an image failed); the engine is of no more use.
+        """
+        job = _Job(images, [None] * len(images), len(images))
+        with self._state:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            self._jobs.add(job)
+            self._undecoded += len(images)
+        for position in range(len(images)):
+            while not self._permits.acquire(timeout=1.0):
+                self._raise_if_broken()
+            self._raise_if_broken()
+            self._pool.submit(self._decode, _Item(job, position)).add_done_callback(self._check)
+        if images:
+            job.done.wait()
+        self._raise_if_broken()
+        with self._state:
+            self._jobs.discard(job)
+        return [result for result in job.results if result is not None], job.stage_s
+
+    def _raise_if_broken(self) -> None:
+        if self._error is not None:
+            raise RuntimeError(f"the engine broke: {self._error}") from self._error
+
+    def _check(self, future: "Future[None]") -> None:
+        """An exception that is no image's own breaks the engine: every caller hears of it."""
+        error = future.exception()
+        if error is None:
+            return
+        with self._state:
+            self._error = self._error or error
+            self._closed = True
+            for job in self._jobs:
+                job.done.set()
+            self._state.notify_all()
+
+    # What the pool's threads do
+
+    def _decode(self, item: _Item) -> None:
+        image = item.image
+        try:
+            if image.failure is not None:
+                raise ImageError(*image.failure)
+            with self._timed("decode", [item]):
+                decoded = decode_image(
+                    image.data if image.data is not None else b"",
+                    stated_hw=image.stated_hw,
+                    max_pixels=self._settings.decode.max_pixels,
+                )
+                height, width = decoded.pixels.shape[:2]
+                item.size_hw, item.note = (height, width), decoded.note
+                item.detector_input = self._detector.preprocess(decoded.pixels)
+                item.segmenter_input = self._segmenter.preprocess(decoded.pixels)
+        except ImageError as error:
+            self._finish_failed(item, error)
+            item = None  # type: ignore[assignment]
+        with self._state:
+            self._undecoded -= 1
+            if item is not None:
+                self._ready.append(item)
+            self._state.notify_all()
+
+    def _encode(self, item: _Item, logits: Tensor, predicted_iou: Tensor) -> None:
+        try:
+            with self._timed("encode", [item]):
+                prediction = encode_prediction(
+                    item.image.image_id,
+                    item.size_hw,
+                    item.detections,
+                    masked=item.masked,
+                    logits=logits,
+                    predicted_iou=predicted_iou,
+                    image_size=self._segmenter.image_size,
+                    note=item.note,
+                )
+        except ImageError as error:
+            self._finish_failed(item, error)
+        else:
+            self._finish(item, prediction)
+
+    def _finish_failed(self, item: _Item, error: ImageError) -> None:
+        failure: tuple[str, FailureClass] = (error.reason, error.failure_class)
+        self._finish(item, Prediction(image_id=item.image.image_id, failure=failure))
+
+    def _finish(self, item: _Item, prediction: Prediction) -> None:
+        job = item.job
+        with self._state:
+            job.results[item.position] = prediction
+            job.left -= 1
+            finished = job.left == 0
+        self._permits.release()
+        if finished:
+            job.done.set()
+
+    # What the model thread does
+
+    def _model_loop(self) -> None:
+        to_detect: list[_Item] = []
+        to_segment: list[_Item] = []
+        while self._await_batch(to_detect, to_segment):
+            # A full encoder batch goes first: it holds the most memory.
+            if len(to_segment) >= self._settings.segmenter_batch or not to_detect:
+                batch = to_segment[: self._settings.segmenter_batch]
+                del to_segment[: len(batch)]
+                self._segment(batch)
+            else:
+                batch = to_detect[: self._settings.detector_batch]
+                del to_detect[: len(batch)]
+                to_segment += self._detect(batch)
+
+    def _await_batch(self, to_detect: list[_Item], to_segment: list[_Item]) -> bool:
+        """Wait until there is a batch to run; False when the engine is closed and nothing is left."""
+        with self._state:
+            while True:
+                while self._ready and len(to_detect) < self._settings.detector_batch:
+                    to_detect.append(self._ready.popleft())
+                if (
+                    len(to_detect) >= self._settings.detector_batch
+                    or len(to_segment) >= self._settings.segmenter_batch
+                    or (self._undecoded == 0 and (to_detect or to_segment))
+                ):
+                    return self._error is None
+                if self._closed and (self._undecoded == 0 or self._error is not None):
+                    return False
+                self._state.wait()
+
+    def _detect(self, batch: list[_Item]) -> list[_Item]:
+        """Find the boxes of a batch; returns the images that have boxes to segment."""
+        settings = self._settings.detector
+        inputs = [item.detector_input for item in batch if item.detector_input is not None]
+        with self._timed("detect", batch):
+            boxes, scores = self._detector.detect(pad_batch(inputs, self._settings.detector_batch), self._queries)
+        to_segment = []
+        for item, item_boxes, item_scores in zip(batch, boxes, scores, strict=False):  # the padding is left out
+            item.detector_input = None
+            try:
+                with self._timed("suppress", [item]):
+                    found = select_detections(
+                        self._detector.unscale(item_boxes, item.size_hw).numpy(),
+                        item_scores.numpy(),
+                        size_hw=item.size_hw,
+                        prompt_labels=self._prompt_labels,
+                        settings=settings,
+                    )
+                    item.detections = cap_detections(suppress(found, self._settings.suppress), settings.max_detections)
+            except ImageError as error:
+                self._finish_failed(item, error)
+                continue
+            item.masked = np.flatnonzero(item.detections.scores >= self._settings.segment.score_floor)
+            if len(item.masked):
+                to_segment.append(item)
+            else:
+                item.segmenter_input = None
+                self._submit_encode(item, torch.zeros(0, 1, 1), torch.zeros(0))
+        return to_segment
+
+    def _segment(self, batch: list[_Item]) -> None:
+        inputs = [item.segmenter_input for item in batch if item.segmenter_input is not None]
+        with self._timed("segment", batch):
+            embeddings = self._segmenter.encode(pad_batch(inputs, self._settings.segmenter_batch))
+            decoded = decode_boxes(
+                self._segmenter,
+                embeddings,
+                [
+                    boxes_to_sam_frame(
+                        item.detections.boxes_xyxy[item.masked],
+                        size_hw=item.size_hw,
+                        image_size=self._segmenter.image_size,
+                    )
+                    for item in batch
+                ],
+                batch_size=self._settings.decoder_batch,
+                best_of_three=self._settings.segment.masks == "best_of_three",
+            )
+        for item, (logits, predicted_iou) in zip(batch, decoded, strict=True):
+            item.segmenter_input = None
+            self._submit_encode(item, logits, predicted_iou)
+
+    def _submit_encode(self, item: _Item, logits: Tensor, predicted_iou: Tensor) -> None:
+        self._pool.submit(self._encode, item, logits, predicted_iou).add_done_callback(self._check)
+
+    @contextmanager
+    def _timed(self, stage: str, items: Sequence[_Item]) -> Iterator[None]:
+        """Charge the block's wall time to the jobs of its images, in equal parts."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            share = (time.perf_counter() - start) / len(items)
+            with self._state:
+                for item in items:
+                    item.job.stage_s[stage] += share
+
+
+def load_engine(
+    config: RunConfig,
+    allocation: Allocation,
+    *,
+    detector_weights: Path,
+    query_embeddings: Tensor,
+    prompt_labels: Sequence[int],
+) -> Engine:
+    """Load both models onto one device and start an engine.
+
+    Args:
+        config: of the run.
+        allocation: what this process may use.
+        detector_weights: local directory that `detector.weights` resolved to.
+        query_embeddings: (Q, D) float32.
+        prompt_labels: category index of each prompt.
+
+    Raises:
+        WeightsError: weights do not fit.
+    """
+    device = torch.device(allocation.device)
+    dtype = torch.bfloat16 if config.resources.dtype == "bf16" else torch.float32
+    return Engine(
+        OwlVit.load(detector_weights, device=device, dtype=dtype),
+        MobileSam.load(config.segment.weights, device=device, dtype=dtype),
+        query_embeddings=query_embeddings,
+        prompt_labels=prompt_labels,
+        settings=EngineSettings(
+            decode=config.decode,
+            detector=config.detector,
+            suppress=config.suppress,
+            segment=config.segment,
+            detector_batch=allocation.detector_batch,
+            segmenter_batch=allocation.segmenter_batch,
+            decoder_batch=allocation.decoder_batch,
+            threads=allocation.threads,
+        ),
+    )

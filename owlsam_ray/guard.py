@@ -1,0 +1,312 @@
+"""`run.json`: what a run directory was made with, and what may work on it (law 3).
+
+Three hashes guard a run. The label fingerprint covers everything that can change labels; the layout hash covers which
+images stand in which shard; the numerics id covers what may change a result in its last bits.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from owlsam_ray import __version__, storage
+from owlsam_ray.config import Category, RunConfig, config_from_stored, differing_fields
+from owlsam_ray.datasets import list_images
+from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError
+from owlsam_ray.manifest import Manifest, load_manifest, write_part
+from owlsam_ray.models.weights import sha256_of
+from owlsam_ray.resources import Allocation
+from owlsam_ray.schema import SCHEMA_VERSION
+from owlsam_ray.vocabulary import resolve_vocabulary
+
+RUN_FILE = "run.json"
+QUERY_FILE = "query_embeddings.safetensors"
+
+
+class RunRecord(BaseModel):
+    """The content of `run.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    owlsam_version: str
+    """Version that planned the run."""
+    config: dict[str, Any]
+    """The resolved config."""
+    categories: tuple[Category, ...]
+    """What is looked for, with the ids of the output."""
+    prompts: tuple[str, ...]
+    """Text queries, in the order of the query embeddings."""
+    prompt_labels: tuple[int, ...]
+    """Index of the category that each prompt belongs to."""
+    ids_per_image: int
+    """K: an annotation's id is image ordinal × K + det_index."""
+    layout_hash: str
+    """Of the manifest, at plan."""
+    fingerprint: str | None = None
+    """The label fingerprint, set by the first attempt."""
+    fingerprint_parts: dict[str, Any] | None = None
+    """What the fingerprint is the hash of."""
+    numerics: tuple[dict[str, Any], ...] = ()
+    """Every numerics that worked on this run, the last one last."""
+    libraries: dict[str, str] = {}
+    """Versions at the first attempt, for information."""
+
+    @property
+    def numerics_id(self) -> str:
+        """Short hash of the numerics in use.
+
+        Raises:
+            IndexError: no attempt has started yet.
+        """
+        return canonical_hash(self.numerics[-1])[:16]
+
+    def stored_config(self) -> RunConfig:
+        """The config as an object.
+
+        Raises:
+            ConfigError: it was written by a version with other fields.
+        """
+        return config_from_stored(self.config)
+
+
+def canonical_hash(value: Any) -> str:
+    """SHA-256 of a tree of plain values, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_directory(config: RunConfig) -> str:
+    """The run directory of a config.
+
+    Raises:
+        ConfigError: neither the run file nor `--run` names one.
+    """
+    if config.run is None:
+        raise ConfigError("no run directory: set `run:` in the run file, or give --run DIR")
+    return config.run
+
+
+def load_record(run_url: str) -> RunRecord | None:
+    """`run.json` of a run directory; None when there is none.
+
+    Raises:
+        GuardError: the file is damaged, or of an incompatible version.
+    """
+    try:
+        data = storage.read_bytes(storage.join(run_url, RUN_FILE))
+    except FileNotFoundError:
+        return None
+    try:
+        return RunRecord.model_validate_json(data)
+    except ValidationError as error:
+        raise GuardError(
+            f"{run_url}/{RUN_FILE} is damaged or was written by another version: {error.errors(include_url=False)[:3]}"
+        ) from None
+
+
+def save_record(run_url: str, record: RunRecord) -> None:
+    """Replace `run.json`, whole or not at all."""
+    data = json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False).encode()
+    storage.write_atomic(storage.join(run_url, RUN_FILE), data)
+
+
+def plan_run(config: RunConfig) -> tuple[RunRecord, Manifest, bool]:
+    """List the images once and freeze the layout; an existing plan is checked and kept.
+
+    Returns:
+        The record, the manifest, and whether they were made now.
+
+    Raises:
+        InputError: the dataset or the vocabulary is wrong, or the directory holds something else.
+        GuardError: the directory was planned with other settings.
+    """
+    run_url = run_directory(config)
+    record = load_record(run_url)
+    if record is not None:
+        check_config(config, record)
+        return record, load_run_manifest(run_url, record), False
+    if storage.list_names(storage.join(run_url, "predictions")):
+        raise GuardError(
+            f"{run_url} holds predictions but no {RUN_FILE}: restore that file, or choose another directory"
+        )
+    source = list_images(config.data)
+    vocabulary = resolve_vocabulary(config.vocabulary, source.categories)
+    # A plan that was killed between the manifest and run.json is simply done again: nothing was labelled with it.
+    for name in storage.list_names(storage.join(run_url, "manifest")):
+        storage.remove(storage.join(run_url, "manifest", name))
+    manifest = write_part(
+        run_url,
+        source,
+        config.data,
+        shard_size_setting=config.resources.shard_size,
+        shard_max_mb=config.resources.shard_max_mb,
+    )
+    record = RunRecord(
+        owlsam_version=__version__,
+        config=config.model_dump(mode="json", exclude={"run"}),
+        categories=vocabulary.categories,
+        prompts=vocabulary.prompts,
+        prompt_labels=vocabulary.prompt_labels,
+        ids_per_image=config.detector.max_detections,
+        layout_hash=manifest.layout_hash,
+    )
+    save_record(run_url, record)
+    return record, manifest, True
+
+
+def load_run_manifest(run_url: str, record: RunRecord) -> Manifest:
+    """The manifest of a planned run, with its hashes verified.
+
+    Raises:
+        GuardError: it is missing, or not the one that the run was planned with.
+    """
+    manifest = load_manifest(run_url, verify=True)
+    if manifest is None:
+        raise GuardError(f"{run_url}/manifest is missing: restore it, or plan again in another directory")
+    if manifest.layout_hash != record.layout_hash:
+        raise GuardError(
+            f"the manifest of {run_url} has the layout hash {manifest.layout_hash[:16]}, but the run was planned with "
+            f"{record.layout_hash[:16]}: restore {run_url}/manifest, or use another directory"
+        )
+    return manifest
+
+
+def check_config(config: RunConfig, record: RunRecord) -> None:
+    """Refuse another config on a planned run, naming every label field that differs.
+
+    Raises:
+        GuardError: with one line per field.
+    """
+    lines = differing_fields(config.label_fields(), record.stored_config().label_fields())
+    if lines:
+        raise GuardError(
+            "\n  ".join(
+                [
+                    f"the run directory {config.run} was planned with other settings (there -> here):",
+                    *lines,
+                    "Use another --run directory for these settings, or go back to the old ones. "
+                    "Sections that may change freely: resources, reduce, logging.",
+                ]
+            )
+        )
+
+
+def fingerprint_parts(
+    config: RunConfig, record: RunRecord, *, weights: Mapping[str, Path], run_url: str
+) -> dict[str, Any]:
+    """Everything that the label fingerprint covers.
+
+    Args:
+        config: of this attempt.
+        record: of the run.
+        weights: local paths of the weights by role.
+        run_url: whose query embeddings are hashed.
+
+    Raises:
+        IncompleteError: the query embeddings are gone.
+    """
+    query_url = storage.join(run_url, QUERY_FILE)
+    try:
+        queries = storage.read_bytes(query_url)
+    except FileNotFoundError:
+        raise IncompleteError(f"{query_url} is missing: restore it, or start again in another directory") from None
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "config": config.label_fields(),
+        "categories": [category.model_dump(mode="json") for category in record.categories],
+        "prompts": list(record.prompts),
+        "prompt_labels": list(record.prompt_labels),
+        "weights": {role: sha256_of(path) for role, path in sorted(weights.items())},
+        "query_embeddings": hashlib.sha256(queries).hexdigest(),
+    }
+
+
+def guard_labels(record: RunRecord, parts: dict[str, Any], run_url: str) -> RunRecord:
+    """Set the fingerprint in the first attempt; refuse another one later.
+
+    Raises:
+        GuardError: with one line per part that differs.
+    """
+    if record.fingerprint is None:
+        updated = record.model_copy(
+            update={
+                "fingerprint": canonical_hash(parts),
+                "fingerprint_parts": parts,
+                "libraries": {name: version(name) for name in ("torch", "torchvision", "transformers", "timm", "ray")}
+                | {"python": platform.python_version(), "owlsam-ray": __version__},
+            }
+        )
+        save_record(run_url, updated)
+        return updated
+    if canonical_hash(parts) != record.fingerprint:
+        lines = differing_fields(parts, record.fingerprint_parts or {})
+        raise GuardError(
+            "\n  ".join(
+                [
+                    f"the labels in {run_url} were made with something else (there -> here):",
+                    *lines,
+                    "Use another --run directory, or bring back the old weights and settings.",
+                ]
+            )
+        )
+    return record
+
+
+def numerics_of(allocation: Allocation, dtype: str) -> dict[str, Any]:
+    """What may change results in their last bits."""
+    return {
+        "device": allocation.device,
+        "dtype": dtype,
+        "detector_batch": allocation.detector_batch,
+        "segmenter_batch": allocation.segmenter_batch,
+        "decoder_batch": allocation.decoder_batch,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+
+
+def guard_numerics(record: RunRecord, numerics: dict[str, Any], run_url: str, *, allow_change: bool) -> RunRecord:
+    """Record the numerics of this attempt; refuse a change that nobody asked for.
+
+    Raises:
+        GuardError: with one line per part that differs.
+    """
+    if record.numerics and record.numerics[-1] == numerics:
+        return record
+    if record.numerics and not allow_change:
+        raise GuardError(
+            "\n  ".join(
+                [
+                    f"shards in {run_url} were computed with other numerics (there -> here):",
+                    *differing_fields(numerics, record.numerics[-1]),
+                    "Results would agree within the tolerance of the README, but not byte for byte. Set these back "
+                    "under `resources`, or allow it with --allow-numerics-change.",
+                ]
+            )
+        )
+    updated = record.model_copy(update={"numerics": (*record.numerics, numerics)})
+    save_record(run_url, updated)
+    return updated
+
+
+def check_writable(run_url: str) -> None:
+    """Write and delete a file in the run directory.
+
+    Raises:
+        InputError: that does not work; names the directory and the reason.
+    """
+    probe = storage.join(run_url, f"{storage.TEMPORARY_PREFIX}probe")
+    try:
+        storage.make_directory(run_url)
+        storage.write_atomic(probe, b"owlsam")
+        storage.remove(probe)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the run directory {run_url}: {error.strerror or error}. Free space or fix its "
+            "permissions, or choose another one with --run."
+        ) from None

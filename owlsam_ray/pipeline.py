@@ -1,0 +1,223 @@
+"""The Ray Data graph: shard number → encoded bytes → actor → one Parquet file per shard.
+
+One block is one shard is one file, from fetch to sink: a block carries the shard's number first, then its encoded
+bytes, then its rows. Ray may neither split nor merge blocks, and the sink refuses a partial shard. Shards are handed to
+Ray in waves, so that starting up stays flat however many there are.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+from ray.data.block import BlockAccessor
+from ray.data.datasource import Datasink
+from safetensors.torch import load as load_safetensors
+
+from owlsam_ray import storage
+from owlsam_ray.config import ResourcesConfig, RunConfig
+from owlsam_ray.engine import load_engine
+from owlsam_ray.fetch import FETCHED_SCHEMA, fetch_shard, to_images
+from owlsam_ray.guard import QUERY_FILE, RunRecord
+from owlsam_ray.ledger import write_shard
+from owlsam_ray.manifest import Manifest
+from owlsam_ray.resources import Allocation
+from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
+
+_log = logging.getLogger(__name__)
+
+ROWS_SCHEMA = pa.schema(
+    [
+        *PREDICTION_SCHEMA,
+        pa.field("shard", pa.int64()),
+        pa.field("shard_rows", pa.int64()),
+        pa.field("stage_s", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every process of an attempt knows."""
+
+    run_url: str
+    config: RunConfig
+    record: RunRecord
+    manifest: Manifest
+    allocation: Allocation
+    detector_weights: str
+    """Local directory that `detector.weights` resolved to; the same path on every node."""
+    stop_url: str
+    """Once this file exists no shard is begun any more."""
+
+    def stopping(self) -> bool:
+        """Whether the attempt was asked to stop."""
+        return storage.exists(self.stop_url)
+
+
+class FetchShard:
+    """Ray task: a block with a shard's number to a block with its encoded images."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """One row of `shard` to `FETCHED_SCHEMA`; no rows once the attempt was asked to stop."""
+        if self._job.stopping():
+            return FETCHED_SCHEMA.empty_table()
+        config = self._job.config
+        return fetch_shard(
+            self._job.manifest,
+            block["shard"][0].as_py(),
+            threads=config.resources.fetch_threads,
+            max_file_mb=config.decode.max_file_mb,
+        )
+
+
+class Annotator:
+    """Ray actor: holds both models; called by as many threads at once as there are shards in flight."""
+
+    def __init__(self, job: Job) -> None:
+        """Load the models; the prompts come embedded from the run directory."""
+        self._job = job
+        torch.set_num_threads(job.allocation.torch_threads)
+        self._engine = load_engine(
+            job.config,
+            job.allocation,
+            detector_weights=Path(job.detector_weights),
+            query_embeddings=load_safetensors(storage.read_bytes(storage.join(job.run_url, QUERY_FILE)))["queries"],
+            prompt_labels=job.record.prompt_labels,
+        )
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """`FETCHED_SCHEMA` of one shard to its `ROWS_SCHEMA`; no rows once the attempt was asked to stop."""
+        if block.num_rows == 0 or self._job.stopping():
+            return ROWS_SCHEMA.empty_table()
+        predictions, stage_s = self._engine.annotate(to_images(block))
+        rows = predictions_to_table(predictions)
+        for name in ("shard", "shard_rows"):
+            rows = rows.append_column(name, block[name])
+        seconds = pa.array([json.dumps(stage_s)] * rows.num_rows, pa.string())
+        return rows.append_column("stage_s", seconds).cast(ROWS_SCHEMA)
+
+
+class ShardSink(Datasink[list[int]]):
+    """Writes every block as the file of its shard, and refuses a block that is not exactly one shard."""
+
+    def __init__(self, job: Job) -> None:
+        self._run_url = job.run_url
+        self._fingerprint = job.record.fingerprint or ""
+        self._numerics = job.record.numerics_id
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> list[int]:
+        """Write the shards of these blocks; returns their numbers.
+
+        Raises:
+            ValueError: a block holds a part of a shard, or more than one.
+            OSError: storage refused.
+        """
+        written = []
+        for block in blocks:
+            rows = BlockAccessor.for_block(block).to_arrow()
+            if rows.num_rows == 0:
+                continue
+            shards, sizes = rows["shard"].unique().to_pylist(), rows["shard_rows"].unique().to_pylist()
+            if len(shards) != 1 or sizes != [rows.num_rows]:
+                raise ValueError(f"a block of {rows.num_rows} rows is not one whole shard: shards {shards} of {sizes}")
+            write_shard(
+                self._run_url,
+                shards[0],
+                rows.select(PREDICTION_SCHEMA.names),
+                fingerprint=self._fingerprint,
+                numerics=self._numerics,
+                stage_s=json.loads(rows["stage_s"][0].as_py()),
+            )
+            written.append(shards[0])
+        return written
+
+
+def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
+    """The graph from shard numbers to rows, one block per shard; nothing runs yet."""
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None  # a block is a shard, whatever its size
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_operator_progress_bars = False
+    allocation, resources = job.allocation, job.config.resources
+    return (
+        ray.data.from_arrow([pa.table({"shard": pa.array([shard], pa.int64())}) for shard in shards])
+        # Another CPU request than the actor's, or Ray would fuse the two stages into one process.
+        .map_batches(FetchShard(job).__call__, batch_size=None, batch_format="pyarrow", num_cpus=resources.fetch_cpus)
+        .map_batches(
+            Annotator,
+            fn_constructor_args=(job,),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                size=allocation.actors,
+                max_tasks_in_flight_per_actor=resources.shards_in_flight + 1,
+                max_concurrent_calls_per_actor=resources.shards_in_flight,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=allocation.cpus_per_actor,
+            num_gpus=allocation.gpus_per_actor,
+            max_task_retries=2,  # the default, for ever, would hang on an image that kills its process
+        )
+    )
+
+
+def run_wave(job: Job, shards: Sequence[int]) -> None:
+    """Label these shards and write their files.
+
+    Raises:
+        ray.exceptions.RayError: an actor could not start, a process died too often, storage refused a file.
+    """
+    build_graph(job, shards).write_datasink(
+        ShardSink(job), ray_remote_args={"num_cpus": job.config.resources.write_cpus}
+    )
+
+
+def start_ray(resources: ResourcesConfig, *, level: str) -> bool:
+    """Connect to a cluster, or start Ray on this machine; False when this process already had one.
+
+    Raises:
+        ConnectionError: no cluster answers at `ray_address`.
+    """
+    if ray.is_initialized():
+        return False
+    # Left unset, a token file of some earlier local run decides, and a cluster refuses with a misleading message.
+    os.environ["RAY_AUTH_MODE"] = resources.auth_mode
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = logging.INFO if level == "debug" else logging.ERROR
+    local: dict[str, Any] = {}
+    if resources.ray_address is None:
+        local = {"num_cpus": resources.num_cpus, "include_dashboard": False}
+        if resources.object_store_mb is not None:
+            local["object_store_memory"] = resources.object_store_mb * 2**20
+    ray.init(
+        # "local" never joins a cluster that happens to run on this machine.
+        address=resources.ray_address or "local",
+        logging_level=quiet,
+        log_to_driver=level == "debug",
+        **local,
+    )
+    for name in ("ray.data", "ray"):
+        logging.getLogger(name).setLevel(quiet)
+    return True
+
+
+def cluster_totals() -> dict[str, float]:
+    """CPUs, GPUs and object store bytes of the cluster."""
+    totals = ray.cluster_resources()
+    return {
+        "num_cpus": totals.get("CPU", 0.0),
+        "num_gpus": totals.get("GPU", 0.0),
+        "store_bytes": totals.get("object_store_memory", 0.0),
+    }

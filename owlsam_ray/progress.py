@@ -1,0 +1,151 @@
+"""How far a run is: for a terminal, for a log file, and as `progress.json` for dashboards."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from owlsam_ray import storage
+from owlsam_ray.errors import OwlsamError
+from owlsam_ray.ledger import Tally
+
+PROGRESS_FILE = "progress.json"
+_log = logging.getLogger(__name__)
+
+
+class ProgressWatcher:
+    """Looks at the ledger now and then, and tells what it sees."""
+
+    def __init__(self, tally: Tally, *, interval_s: float, show: Callable[[dict[str, Any]], None]) -> None:
+        """Prepare to watch.
+
+        Args:
+            tally: counts of the run; already refreshed once, so that the rate is of this attempt alone.
+            interval_s: seconds between two looks.
+            show: called with the state after each look.
+        """
+        self._tally, self._interval_s, self._show = tally, interval_s, show
+        self._images_before = tally.images_done
+        self._start = time.monotonic()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="owlsam-progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def look(self) -> Tally:
+        """Refresh the tally, write `progress.json`, show the state.
+
+        Raises:
+            IncompleteError: a shard file is damaged.
+            OSError: storage refused.
+        """
+        with self._lock:
+            state = progress_state(
+                self._tally.refresh(),
+                seconds=time.monotonic() - self._start,
+                images_before=self._images_before,
+            )
+            storage.write_atomic(storage.join(self._tally.run_url, PROGRESS_FILE), json.dumps(state, indent=1).encode())
+            self._show(state)
+        return self._tally
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            try:
+                self.look()
+            except (OSError, OwlsamError) as error:
+                # Telling is not worth stopping for; the main thread meets the same error where it matters.
+                _log.warning("cannot tell the progress: %s", error)
+
+
+def progress_state(tally: Tally, *, seconds: float, images_before: int) -> dict[str, Any]:
+    """Counts, rate and time left.
+
+    Args:
+        tally: counts of the run.
+        seconds: since this attempt began.
+        images_before: images that were done when it began.
+    """
+    fresh = tally.images_done - images_before
+    rate = fresh / seconds if seconds > 0 else 0.0
+    left = tally.num_images - tally.images_done
+    return tally.summary() | {
+        "images_per_s": round(rate, 3),
+        "eta_s": round(left / rate) if rate > 0 else None,
+        "seconds": round(seconds, 1),
+        "stage_s": {stage: round(value, 1) for stage, value in tally.stage_s.items()},
+    }
+
+
+def describe(state: dict[str, Any]) -> str:
+    """One line for people."""
+    return (
+        f"{state['done']}/{state['images']} images · {state['failed']} failed · {state['left']} left · "
+        f"{state['images_per_s']:.2f} images/s · ETA {duration(state['eta_s'])}"
+    )
+
+
+def duration(seconds: float | None) -> str:
+    """`1:02:03`, or `?` when nobody knows."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+class LazyDisplay:
+    """A live bar on a terminal, plain log lines elsewhere; drawn from the first state on."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._last: tuple[int, int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def show(self, state: dict[str, Any]) -> None:
+        """Draw a state; as a plain line only when something was done since the last one."""
+        line = describe(state)
+        if self._console.is_terminal:
+            self._draw(state, line.split(" · ", 1)[1])
+        elif self._last != (state["done"], state["failed"]):
+            self._last = (state["done"], state["failed"])
+            _log.info("%s", line)
+
+    def _draw(self, state: dict[str, Any], line: str) -> None:
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("annotate"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[line]}"),
+                TimeElapsedColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("annotate", total=state["images"], line=line)
+            self._progress.start()
+        self._progress.update(self._task, completed=state["done"], line=line)

@@ -1,0 +1,145 @@
+"""What a run gets of the machine, and whether it can start at all (law 10). Plain arithmetic, no Ray."""
+
+import math
+from dataclasses import dataclass
+
+from owlsam_ray.config import ResourcesConfig
+from owlsam_ray.errors import PreflightError
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """`resources` with every `auto` decided."""
+
+    device: str
+    """`cpu` or `cuda`."""
+    actors: int
+    cpus_per_actor: float
+    gpus_per_actor: float
+    detector_batch: int
+    segmenter_batch: int
+    decoder_batch: int
+    threads: int
+    """Decode and encode threads of an actor."""
+    torch_threads: int
+    """Threads of one model call on a CPU."""
+
+
+def allocate(resources: ResourcesConfig, *, num_cpus: float, num_gpus: float) -> Allocation:
+    """Decide every `auto` for a cluster, and check that the result fits it.
+
+    Args:
+        resources: the settings.
+        num_cpus: CPUs that Ray sees.
+        num_gpus: GPUs that Ray sees.
+
+    Raises:
+        PreflightError: actors, fetch and write do not fit together: Ray would wait for ever, without a word.
+    """
+    device = _device(resources, num_gpus)
+    gpus = resources.gpus_per_actor if resources.gpus_per_actor != "auto" else (1.0 if device == "cuda" else 0.0)
+    actors = resources.actors
+    if actors == "auto":
+        actors = max(1, math.floor(num_gpus / gpus) if device == "cuda" else math.floor(num_cpus / 8))
+    cpus = resources.cpus_per_actor
+    if cpus == "auto":
+        cpus = _share_of_cpus(resources, num_cpus=num_cpus, actors=actors, most=8.0 if device == "cuda" else num_cpus)
+    on_gpu = device == "cuda"
+    allocation = Allocation(
+        device=device,
+        actors=actors,
+        cpus_per_actor=cpus,
+        gpus_per_actor=gpus,
+        detector_batch=_or(resources.detector_batch, 32 if on_gpu else 4),
+        segmenter_batch=_or(resources.segmenter_batch, 16 if on_gpu else 2),
+        decoder_batch=_or(resources.decoder_batch, 128 if on_gpu else 16),
+        threads=_or(resources.decode_threads, max(2, math.floor(cpus))),
+        torch_threads=_or(resources.torch_threads, max(1, math.floor(num_cpus / actors))),
+    )
+    _check_fits(allocation, resources, num_cpus=num_cpus, num_gpus=num_gpus)
+    return allocation
+
+
+def check_object_store(
+    allocation: Allocation, resources: ResourcesConfig, *, shard_bytes: int, store_bytes: float
+) -> None:
+    """Refuse a run whose shards in flight overflow the object store.
+
+    Args:
+        allocation: of `allocate`.
+        resources: the settings.
+        shard_bytes: encoded bytes of the largest shard.
+        store_bytes: Ray's object store memory over the cluster.
+
+    Raises:
+        PreflightError: with the sizes, and the settings that change them.
+    """
+    blocks = allocation.actors * resources.shards_in_flight + 2  # and what fetch has ready
+    needed = blocks * shard_bytes
+    if needed > store_bytes:
+        raise PreflightError(
+            f"{blocks} shards in flight of up to {shard_bytes / MEBIBYTE:.0f} MiB need {needed / MEBIBYTE:.0f} MiB, "
+            f"but Ray's object store has {store_bytes / MEBIBYTE:.0f} MiB. Raise resources.object_store_mb, lower "
+            "resources.shards_in_flight or resources.actors, or plan again with a smaller resources.shard_size."
+        )
+
+
+def _device(resources: ResourcesConfig, num_gpus: float) -> str:
+    wants_gpu = resources.gpus_per_actor != 0
+    if resources.device == "cuda":
+        if not wants_gpu:
+            raise PreflightError(
+                "resources.device is cuda, but resources.gpus_per_actor is 0: Ray hides the GPUs from such an actor. "
+                "Set gpus_per_actor to 1 (or a fraction), or device to cpu."
+            )
+        if num_gpus <= 0:
+            raise PreflightError("resources.device is cuda, but Ray sees no GPU. Use device: cpu, or another cluster.")
+        return "cuda"
+    if resources.device == "cpu":
+        return "cpu"
+    return "cuda" if num_gpus > 0 and wants_gpu else "cpu"
+
+
+def _share_of_cpus(resources: ResourcesConfig, *, num_cpus: float, actors: int, most: float) -> float:
+    """CPUs of one actor when nothing is asked for: what fetch and write leave, in whole CPUs or quarters."""
+    left = min(most, (num_cpus - resources.fetch_cpus - resources.write_cpus) / actors)
+    # Ray takes fractions below one CPU only.
+    share = float(math.floor(left)) if left >= 1 else max(0.05, math.floor(left * 4) / 4)
+    # Equal requests would be fused into one process.
+    return share - 0.1 if share == resources.fetch_cpus and share > 0.15 else share
+
+
+def _check_fits(allocation: Allocation, resources: ResourcesConfig, *, num_cpus: float, num_gpus: float) -> None:
+    cpus = allocation.cpus_per_actor
+    for name, value in (
+        ("cpus_per_actor", cpus),
+        ("gpus_per_actor", allocation.gpus_per_actor),
+        ("fetch_cpus", resources.fetch_cpus),
+        ("write_cpus", resources.write_cpus),
+    ):
+        if value > 1 and value != int(value):
+            raise PreflightError(f"resources.{name} is {value:g}: above 1, Ray takes whole numbers only.")
+    if cpus == resources.fetch_cpus:
+        raise PreflightError(
+            f"resources.cpus_per_actor and resources.fetch_cpus are both {cpus:g}: Ray would fuse fetching into the "
+            "actor, one after the other. Make them differ (0.5 and 0.45 will do)."
+        )
+    needed = allocation.actors * cpus + resources.fetch_cpus + resources.write_cpus
+    if needed > num_cpus + 1e-6:
+        raise PreflightError(
+            f"{allocation.actors} actor(s) × {cpus:g} CPU + fetch {resources.fetch_cpus:g} + write "
+            f"{resources.write_cpus:g} = {needed:g} CPUs, but Ray has {num_cpus:g}: the run would stand still. "
+            "Lower resources.actors or resources.cpus_per_actor, or give Ray more CPUs."
+        )
+    wanted_gpus = allocation.actors * allocation.gpus_per_actor
+    if wanted_gpus > num_gpus + 1e-6:
+        raise PreflightError(
+            f"{allocation.actors} actor(s) × {allocation.gpus_per_actor:g} GPU = {wanted_gpus:g} GPUs, but Ray has "
+            f"{num_gpus:g}. Lower resources.actors or resources.gpus_per_actor."
+        )
+
+
+def _or(value: int | str, default: int) -> int:
+    return default if isinstance(value, str) else value

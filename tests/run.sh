@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Everything that must hold: lint, types, tests. Makes its own environment.
+#   tests/run.sh                      the default run (no GPU, no network beyond the installation)
+#   tests/run.sh -k resume -x         arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cluster/setup.sh dev
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest "$@"

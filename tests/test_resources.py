@@ -1,0 +1,67 @@
+"""What a run gets of a machine, and the preflight of law 10."""
+
+from typing import Any
+
+import pytest
+
+from owlsam_ray.config import ResourcesConfig
+from owlsam_ray.errors import PreflightError
+from owlsam_ray.resources import allocate, check_object_store
+
+
+def settings(**values: Any) -> ResourcesConfig:
+    return ResourcesConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "actors", "cpus"),
+    [
+        (1, 1, 0.25),  # what fetch and write leave of one CPU
+        (2, 1, 1.0),
+        (4, 1, 3.0),
+        (16, 2, 7.0),
+    ],
+)
+def test_defaults_fit_a_cpu_machine(num_cpus: int, actors: int, cpus: float) -> None:
+    allocation = allocate(settings(), num_cpus=num_cpus, num_gpus=0)
+    assert (allocation.device, allocation.actors, allocation.cpus_per_actor) == ("cpu", actors, cpus)
+    assert allocation.gpus_per_actor == 0
+
+
+def test_defaults_take_every_gpu() -> None:
+    allocation = allocate(settings(), num_cpus=64, num_gpus=8)
+    assert (allocation.device, allocation.actors, allocation.gpus_per_actor) == ("cuda", 8, 1)
+    assert allocation.cpus_per_actor == 7
+    assert (allocation.detector_batch, allocation.segmenter_batch) == (32, 16)
+
+
+def test_two_actors_share_two_cpus_without_equalling_fetch() -> None:
+    allocation = allocate(settings(actors=2), num_cpus=2, num_gpus=0)
+    assert allocation.cpus_per_actor == pytest.approx(0.4)
+    assert 2 * allocation.cpus_per_actor + 0.75 <= 2
+
+
+@pytest.mark.parametrize(
+    ("values", "num_cpus", "num_gpus", "words"),
+    [
+        ({"actors": 2, "cpus_per_actor": 1}, 2, 0, "2 actor(s) × 1 CPU"),  # stands still in Ray without a word
+        ({"cpus_per_actor": 0.5}, 2, 0, "fuse"),
+        ({"cpus_per_actor": 1.5}, 4, 0, "whole numbers"),
+        ({"device": "cuda"}, 4, 0, "no GPU"),
+        ({"device": "cuda", "gpus_per_actor": 0}, 4, 1, "hides the GPUs"),
+        ({"actors": 3, "gpus_per_actor": 1, "device": "cuda"}, 64, 2, "3 GPUs"),
+        ({"actors": 8}, 1, 0, "would stand still"),
+    ],
+)
+def test_what_cannot_start_is_refused(values: dict[str, Any], num_cpus: float, num_gpus: float, words: str) -> None:
+    with pytest.raises(PreflightError) as caught:
+        allocate(settings(**values), num_cpus=num_cpus, num_gpus=num_gpus)
+    assert words in str(caught.value)
+    assert "resources." in str(caught.value)
+
+
+def test_object_store_must_hold_the_shards_in_flight() -> None:
+    allocation = allocate(settings(), num_cpus=2, num_gpus=0)
+    check_object_store(allocation, settings(), shard_bytes=10 * 2**20, store_bytes=40 * 2**20)
+    with pytest.raises(PreflightError, match="4 shards in flight of up to 10 MiB need 40 MiB"):
+        check_object_store(allocation, settings(), shard_bytes=10 * 2**20, store_bytes=39 * 2**20)
