@@ -1,0 +1,60 @@
+"""Every image file under a folder → listing."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from owlsam_ray import storage
+from owlsam_ray.config import DataConfig
+from owlsam_ray.datasets.source import ImageRecord, Source, file_name_error, raise_offences
+from owlsam_ray.errors import InputError
+
+
+def list_folder(config: DataConfig) -> Source:
+    """List image files recursively, ordered by their full relative path; ids count from 1 in that order.
+
+    Files and folders whose name begins with a dot are left out. Linked folders are not entered, so a loop of links does
+    no harm; linked files are taken.
+
+    Raises:
+        InputError: the folder does not exist, or holds no image file; a name is not valid Unicode.
+    """
+    root = config.images
+    filesystem, path = storage.open_filesystem(root)
+    if not filesystem.exists(path):
+        raise InputError(f"data.images {root} does not exist")
+    if not filesystem.isdir(path):
+        raise InputError(f"data.images {root} is not a folder; for a single file, name the folder that holds it")
+    suffixes = tuple(suffix.lower() for suffix in config.suffixes)
+    found: list[tuple[str, int | None]] = []
+    others = 0
+    for name, num_bytes in _walk(filesystem, path):
+        if name.lower().endswith(suffixes):
+            found.append((name, num_bytes))
+        else:
+            others += 1
+    if not found:
+        raise InputError(
+            f"data.images {root} holds no image file: {others} files, none ending in {', '.join(suffixes)} "
+            "(data.suffixes)"
+        )
+    found.sort()
+    offences = [f"{name!r}: {reason}" for name, _ in found if (reason := file_name_error(name)) is not None]
+    raise_offences(root, offences, "Rename these files.")
+    return Source(
+        records=[
+            ImageRecord(image_id=number, file_name=name, num_bytes=num_bytes)
+            for number, (name, num_bytes) in enumerate(found, start=1)
+        ]
+    )
+
+
+def _walk(filesystem: Any, root: str) -> Iterator[tuple[str, int | None]]:
+    """Relative path and size of every visible file."""
+    prefix = root.rstrip("/") + "/"
+    for folder, folders, files in filesystem.walk(root, detail=True):
+        for name in [name for name, entry in folders.items() if name.startswith(".") or entry.get("islink")]:
+            del folders[name]
+        below = f"{folder.rstrip('/')}/"[len(prefix) :]
+        for name, entry in files.items():
+            if not name.startswith("."):
+                yield below + name, entry.get("size")

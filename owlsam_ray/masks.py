@@ -1,0 +1,138 @@
+"""Low-resolution mask logits → RLE; bool mask ↔ RLE, area, tight box.
+
+Letters: N masks, m side of the low-resolution logits, H W original pixels, S side of the sam frame, h' w' what the
+picture fills of it. RLE is COCO's, column-major, compressed as pycocotools does. Boxes are half-open.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from owlsam_ray.records import Segment
+
+
+def upsample_logits(low_res: Tensor, *, size_hw: tuple[int, int], input_hw: tuple[int, int], image_size: int) -> Tensor:
+    """Logits at the original size, as SAM's `postprocess_masks` makes them: two bilinear steps with a crop between.
+
+    Args:
+        low_res: (N, m, m) float32.
+        size_hw: (H, W) of the original picture.
+        input_hw: (h', w') that the picture fills in the sam frame; the rest is padding.
+        image_size: S.
+
+    Returns:
+        (N, H, W) float32 on the same device; the mask is where it is > 0.
+
+    Source: facebookresearch/segment-anything, `Sam.postprocess_masks`.
+    """
+    frame = interpolate(low_res[:, None], (image_size, image_size), mode="bilinear", align_corners=False)
+    frame = frame[..., : input_hw[0], : input_hw[1]]
+    return interpolate(frame, size_hw, mode="bilinear", align_corners=False)[:, 0]
+
+
+def logits_to_masks(
+    low_res: Tensor, *, size_hw: tuple[int, int], input_hw: tuple[int, int], image_size: int
+) -> Iterator[NDArray[np.bool_]]:
+    """Masks at the original size, one after another, so that only one is in memory.
+
+    Args:
+        low_res: (N, m, m) float32.
+        size_hw: (H, W) of the original picture.
+        input_hw: (h', w') that the picture fills in the sam frame; the rest is padding.
+        image_size: S.
+
+    Yields:
+        N times (H, W) bool: logits above 0.
+    """
+    for index in range(len(low_res)):
+        logits = upsample_logits(low_res[index : index + 1], size_hw=size_hw, input_hw=input_hw, image_size=image_size)
+        yield (logits[0] > 0).cpu().numpy()
+
+
+def mask_area(mask: NDArray[np.bool_]) -> int:
+    """Pixels of an (H, W) mask."""
+    return int(np.count_nonzero(mask))
+
+
+def encode_rle(mask: NDArray[np.bool_]) -> bytes:
+    """(H, W) bool to the counts of its compressed RLE."""
+    return bytes(coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))["counts"])
+
+
+def decode_rle(counts: bytes, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
+    """Counts of a compressed RLE to its (H, W) bool mask."""
+    decoded: NDArray[np.bool_] = coco_mask.decode({"size": list(size_hw), "counts": counts}).view(np.bool_)
+    return decoded
+
+
+def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """(x0, y0, x1, y1) of the smallest half-open box around an (H, W) mask; zeros when it is empty."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    if len(rows) == 0:
+        return (0, 0, 0, 0)
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    columns = np.flatnonzero(mask[top:bottom].any(axis=0))
+    return (int(columns[0]), top, int(columns[-1]) + 1, bottom)
+
+
+def stability_score(low_res: Tensor, *, input_hw: tuple[int, int], image_size: int, offset: float = 1.0) -> Tensor:
+    """IoU of each mask at a higher and at a lower threshold.
+
+    Args:
+        low_res: (N, m, m) float32 logits.
+        input_hw: (h', w') that the picture fills in the sam frame; only that part counts.
+        image_size: S.
+        offset: thresholds are +offset and -offset.
+
+    Returns:
+        (N,) float32 in [0, 1]; 0 where not even the lower threshold leaves a pixel.
+
+    Source: segment-anything's `calculate_stability_score`; here on the low-resolution logits, which costs nothing.
+    """
+    side = low_res.shape[-1]
+    height, width = (math.ceil(length * side / image_size) for length in input_hw)
+    valid = low_res[:, :height, :width]
+    strict = (valid > offset).sum(dim=(1, 2)).float()
+    loose = (valid > -offset).sum(dim=(1, 2)).float()
+    return strict / loose.clamp(min=1)
+
+
+def segments_from_logits(
+    low_res: Tensor,
+    predicted_iou: Tensor,
+    *,
+    size_hw: tuple[int, int],
+    input_hw: tuple[int, int],
+    image_size: int,
+) -> list[Segment]:
+    """Masks of one image, encoded.
+
+    One mask at a time: a picture of 108 megapixels needs 0.5 GB for each, and a result must not depend on its mates.
+
+    Args:
+        low_res: (N, m, m) float32 logits.
+        predicted_iou: (N,) float32.
+        size_hw: (H, W) of the original picture.
+        input_hw: (h', w') that the picture fills in the sam frame.
+        image_size: S.
+
+    Returns:
+        N segments in the order of `low_res`; none for N = 0.
+    """
+    stability = stability_score(low_res, input_hw=input_hw, image_size=image_size)
+    masks = logits_to_masks(low_res, size_hw=size_hw, input_hw=input_hw, image_size=image_size)
+    return [
+        Segment(
+            rle_counts=encode_rle(mask),
+            area=mask_area(mask),
+            box_xyxy=tight_box(mask),
+            predicted_iou=quality,
+            stability=stable,
+        )
+        for mask, quality, stable in zip(masks, predicted_iou.tolist(), stability.tolist(), strict=True)
+    ]

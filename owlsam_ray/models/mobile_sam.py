@@ -1,0 +1,289 @@
+"""MobileSAM: timm's TinyViT with SAM's neck, and transformers' SAM prompt encoder and mask decoder.
+
+Loads the official `mobile_sam.pt` layout strictly, from a pickle without code or from safetensors. Letters as in
+`protocols`; the sam frame has its origin at the picture's top left corner, the padding is right and below.
+
+Source: ChaoningZhang/MobileSAM (Apache-2.0); tests compare with outputs of that code.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from owlsam_ray.errors import WeightsError
+from owlsam_ray.models.mobile_sam_layout import (
+    UNUSED,
+    MobileSamConfig,
+    MobileSamModules,
+    module_name,
+    official_name,
+    official_shapes,
+)
+from owlsam_ray.models.weights import check_layout, read_safetensors_shapes
+from owlsam_ray.storage import write_atomic
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+_MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
+_STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
+_HINT = (
+    "Wanted: the official mobile_sam.pt (vit_t), a .safetensors file with the same tensor names, or a directory with "
+    f"{CONFIG_FILE} and {WEIGHTS_FILE}."
+)
+
+
+class MobileSam:
+    """The segmenter of `protocols.Segmenter`."""
+
+    def __init__(
+        self, modules: MobileSamModules, config: MobileSamConfig, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Take over loaded modules; see `load`."""
+        self._config, self._device, self._dtype = config, device, dtype
+        self._modules = modules.to(device).requires_grad_(False)
+        for part in (modules.encoder, modules.neck):
+            part.to(dtype)
+        modules.eval()
+        grid = config.image_size // 16
+        self._positions = self._image_positions(grid)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._device
+
+    @property
+    def image_size(self) -> int:
+        """Long side of the sam frame in pixels."""
+        return self._config.image_size
+
+    @staticmethod
+    def load(weights: str, *, device: torch.device, dtype: torch.dtype) -> "MobileSam":
+        """Load weights strictly.
+
+        Args:
+            weights: a file in the official layout (`.pt`, `.pth`, `.safetensors`), or a directory that
+                `save_mobile_sam` wrote.
+            device: where to run.
+            dtype: of the image encoder; prompt encoder and mask decoder stay in float32.
+
+        Raises:
+            WeightsError: the file is missing, damaged, holds code, or its tensors do not fit (names the first).
+        """
+        config, state = _read(Path(weights))
+        modules = MobileSamModules(config)
+        modules.load_state_dict({module_name(name): tensor for name, tensor in state.items()})
+        return MobileSam(modules, config, device=device, dtype=dtype)
+
+    def preprocess(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """(H, W, 3) RGB uint8 to (3, S, S) float32: long side to S, normalised, zeros right and below.
+
+        Source: segment-anything, `ResizeLongestSide.apply_image` (bilinear on uint8) and `Sam.preprocess`.
+        """
+        height, width = input_size_hw(pixels.shape[:2], self.image_size)
+        resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+        tensor = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
+        frame = torch.zeros(3, self.image_size, self.image_size)
+        frame[:, :height, :width] = (tensor - _MEAN) / _STD
+        return frame
+
+    @torch.inference_mode()
+    def encode(self, batch: Tensor) -> Tensor:
+        """(B, 3, S, S) as `preprocess` gives it to image embeddings (B, C, h, w) float32, h = w = S / 16.
+
+        Runs in the model's dtype and gives float32 on the model's device.
+        """
+        features = self._modules.encoder.forward_features(batch.to(self._device, self._dtype))
+        embeddings: Tensor = self._modules.neck(features).float()
+        return embeddings
+
+    @torch.inference_mode()
+    def decode(
+        self, embeddings: Tensor, image_index: Tensor, boxes_xyxy: Tensor, *, best_of_three: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Decode one mask per box, of many images at once.
+
+        Args:
+            embeddings: (B, C, h, w) float32 of `encode`.
+            image_index: (M,) int64, the row of `embeddings` that a box belongs to.
+            boxes_xyxy: (M, 4) float32 in the sam frame.
+            best_of_three: take the one of SAM's three masks with the highest predicted IoU (the first of equals).
+
+        Returns:
+            logits: (M, m, m) float32, m = S / 4, on the model's device; predicted_iou: (M,) float32.
+        """
+        masks, quality = self.decode_all(embeddings, image_index, boxes_xyxy, multimask=best_of_three)
+        best = quality.argmax(dim=1)
+        rows = torch.arange(len(best), device=self._device)
+        return masks[rows, best], quality[rows, best]
+
+    @torch.inference_mode()
+    def decode_all(
+        self, embeddings: Tensor, image_index: Tensor, boxes_xyxy: Tensor, *, multimask: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Decode SAM's single mask (K = 1), or its three, per box.
+
+        Args:
+            embeddings: (B, C, h, w) float32 of `encode`.
+            image_index: (M,) int64, the row of `embeddings` that a box belongs to.
+            boxes_xyxy: (M, 4) float32 in the sam frame.
+            multimask: the three masks instead of the single one.
+
+        Returns:
+            logits: (M, K, m, m) float32 on the model's device; predicted_iou: (M, K) float32, in SAM's own order.
+        """
+        count, side = 3 if multimask else 1, self.image_size // 4
+        if len(boxes_xyxy) == 0:  # nothing to reshape by
+            return torch.zeros(0, count, side, side, device=self._device), torch.zeros(0, count, device=self._device)
+        image_index, boxes_xyxy = image_index.to(self._device), boxes_xyxy.to(self._device)
+        sparse, dense = self._modules.prompt_encoder(None, None, boxes_xyxy[:, None], None)
+        masks, quality = self._modules.mask_decoder(
+            image_embeddings=embeddings[image_index],
+            image_positional_embeddings=self._positions.expand(len(boxes_xyxy), -1, -1, -1),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask,
+        )
+        return masks[:, 0], quality[:, 0]  # one prompt per "image" of this call
+
+    def export(self, directory: Path) -> None:
+        """Write a directory that `load` takes; of a bf16 model the encoder has lost the digits that bf16 drops."""
+        state = {official_name(name): tensor for name, tensor in self._modules.state_dict().items()}
+        save_mobile_sam(state, self._config, directory)
+
+    @torch.inference_mode()
+    def _image_positions(self, grid: int) -> Tensor:
+        """(1, C, h, w): SAM's random Fourier features of the cell centres."""
+        centres = (torch.arange(grid, device=self._device, dtype=torch.float32) + 0.5) / grid
+        rows, columns = torch.meshgrid(centres, centres, indexing="ij")
+        features: Tensor = self._modules.prompt_encoder.shared_embedding(torch.stack([columns, rows], dim=-1))
+        return features.permute(2, 0, 1)[None]
+
+
+def check_weights(weights: str) -> None:
+    """Refuse what `load` would refuse.
+
+    Raises:
+        WeightsError: see `load`.
+    """
+    _read(Path(weights))
+
+
+def save_mobile_sam(state: Mapping[str, Tensor], config: MobileSamConfig, directory: Path) -> None:
+    """Write a directory that `load` takes.
+
+    Args:
+        state: tensors under their official names, on any device; floating ones are written as float32.
+        config: the sizes.
+        directory: made when it does not exist.
+
+    Raises:
+        WeightsError: the tensors do not fit the sizes; nothing is written.
+    """
+    _check_state(state, config, source="the state to be saved")
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in state.items()
+    }
+    # The config last: without it a loader refuses the directory, so a half-written one is never taken for whole.
+    write_atomic(str(directory / WEIGHTS_FILE), save(tensors))
+    write_atomic(str(directory / CONFIG_FILE), (config.model_dump_json(indent=1) + "\n").encode())
+
+
+def _read(path: Path) -> tuple[MobileSamConfig, dict[str, Tensor]]:
+    """Sizes and tensors under their official names, checked against each other."""
+    config = MobileSamConfig()
+    if path.is_dir():
+        config, file = _read_config(path / CONFIG_FILE), path / WEIGHTS_FILE
+    else:
+        file = path
+    if not file.is_file():
+        raise WeightsError(f"there are no segmenter weights at {file}. {_HINT}")
+    state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    counters = _check_state(state, config, source=str(file))
+    used = {name: tensor for name, tensor in state.items() if name not in UNUSED}
+    return config, dict.fromkeys(counters, torch.zeros((), dtype=torch.int64)) | used
+
+
+def _check_state(state: Mapping[str, Tensor], config: MobileSamConfig, *, source: str) -> list[str]:
+    """Check names and shapes; returns the batch counters of the model, which inference does not read."""
+    shapes = official_shapes(config)
+    counters = [name for name in shapes if name.endswith(".num_batches_tracked")]
+    check_layout(
+        {name: shape for name, shape in shapes.items() if name not in counters},
+        {name: tuple(tensor.shape) for name, tensor in state.items() if name not in counters},
+        source=source,
+        hint=_HINT,
+        ignored=UNUSED,
+    )
+    return counters
+
+
+def _read_config(path: Path) -> MobileSamConfig:
+    try:
+        return MobileSamConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}. {_HINT}") from None
+    except (ValidationError, ValueError) as error:
+        raise WeightsError(f"{path} does not describe a MobileSAM: {error}") from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    read_safetensors_shapes(path)  # refuses the usual damage in clearer words
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a safetensors file ({error}): export the weights again") from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `.pt` file; code in it is refused, never run."""
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(
+            f"{path} was refused: it is damaged, or it holds more than tensors, and code in a weight file is never "
+            f"run ({reason}). {_HINT}"
+        ) from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path} is not a weight file: {type(error).__name__}: {error}. {_HINT}") from None
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(state[key], Tensor) for key in state):
+        raise WeightsError(f"{path} holds no plain table of tensors. {_HINT}")
+    return state
+
+
+def input_size_hw(size_hw: tuple[int, ...], image_size: int) -> tuple[int, int]:
+    """(h', w') that a picture of (H, W) fills in the sam frame: the long side becomes `image_size`.
+
+    At least 1 each, so that a hairline picture still has a row or column.
+    Source: segment-anything, `ResizeLongestSide.get_preprocess_shape`.
+    """
+    scale = image_size / max(size_hw)
+    height, width = (max(1, int(length * scale + 0.5)) for length in size_hw)
+    return height, width
+
+
+def boxes_to_sam_frame(
+    boxes_xyxy: NDArray[np.float32], *, size_hw: tuple[int, int], image_size: int
+) -> NDArray[np.float32]:
+    """(N, 4) float32 boxes in original pixels to float32 in the sam frame of a picture of (H, W); N may be 0.
+
+    Source: segment-anything, `ResizeLongestSide.apply_boxes`: each axis by its own rounded factor.
+    """
+    (height, width), (new_height, new_width) = size_hw, input_size_hw(size_hw, image_size)
+    factors = np.array([new_width / width, new_height / height] * 2)
+    scaled: NDArray[np.float32] = (boxes_xyxy * factors).astype(np.float32)
+    return scaled

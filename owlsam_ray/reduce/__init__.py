@@ -1,0 +1,1 @@
+"""Shards → label files, and the proof that nothing is missing."""

@@ -1,0 +1,132 @@
+"""Runs that are killed end with the same bytes as runs that are not, and nothing that was written is computed again."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from owlsam_ray.ledger import PREDICTIONS, done_shards
+from tests.runs import ROOT, TinyRun, environment, make_tiny_run
+
+NUM_IMAGES = 160
+NUM_SHARDS = 20
+TWO_ACTORS = {"resources.actors": 2, "resources.shard_size": 8}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return make_tiny_run(tmp_path_factory.mktemp("kill"), num_images=NUM_IMAGES)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: TinyRun) -> bytes:
+    run = tiny.root / "uninterrupted"
+    assert tiny.call("annotate", run, **TWO_ACTORS)["done"] == NUM_IMAGES
+    return coco_bytes(tiny, run)
+
+
+def coco_bytes(tiny: TinyRun, run: Path) -> bytes:
+    tiny.call("reduce", run)
+    return (run / "coco" / "annotations.json").read_bytes()
+
+
+def start(tiny: TinyRun, run: Path) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        tiny.command("annotate", run, **TWO_ACTORS),
+        stdout=subprocess.DEVNULL,
+        stderr=(run.parent / f"{run.name}.log").open("ab"),
+        env=environment(),
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], driver: "subprocess.Popen[bytes]", *, seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert driver.poll() is None, f"the driver ended with {driver.returncode} before the moment of the kill"
+        assert time.monotonic() < deadline, "the moment of the kill never came"
+        time.sleep(0.01)
+
+
+def settled_shards(run: Path) -> dict[str, tuple[int, int]]:
+    """Name → (inode, mtime) of shard files, once the killed run's orphans are gone and nothing changes any more."""
+    before: dict[str, tuple[int, int]] | None = None
+    while True:
+        files = {
+            entry.name: (entry.stat().st_ino, entry.stat().st_mtime_ns)
+            for entry in os.scandir(run / PREDICTIONS)
+            if entry.name.startswith("shard-")
+        }
+        if files == before:
+            return files
+        before = files
+        time.sleep(6)  # Ray's processes outlive a killed driver by about four seconds
+
+
+def test_sigkill_of_the_driver_at_three_moments(tiny: TinyRun, uninterrupted: bytes) -> None:
+    run = tiny.root / "killed"
+    for moment in (1, 6, 12):
+        driver = start(tiny, run)
+        wait_for(lambda moment=moment: len(done_shards(str(run))) >= moment, driver)  # type: ignore[misc]
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        written = settled_shards(run)
+        assert moment <= len(written) < NUM_SHARDS, f"{len(written)} shards were written at the kill"
+
+    summary = tiny.call("annotate", run, **TWO_ACTORS)
+    assert summary["done"] == NUM_IMAGES
+    assert summary["new"] == NUM_IMAGES - 8 * len(written)
+    after = settled_shards(run)
+    assert {name: after[name] for name in written} == written, "a shard was written again"
+    assert coco_bytes(tiny, run) == uninterrupted
+
+
+def test_sigkill_of_an_actor(tiny: TinyRun, uninterrupted: bytes) -> None:
+    run = tiny.root / "actor-killed"
+    driver = start(tiny, run)
+    wait_for(lambda: len(done_shards(str(run))) >= 2, driver)
+    actors = actor_pids(driver.pid)
+    assert len(actors) == 2
+    os.kill(actors[0], signal.SIGKILL)
+    assert driver.wait(timeout=300) == 0
+    assert coco_bytes(tiny, run) == uninterrupted
+
+
+def actor_pids(driver_pid: int) -> list[int]:
+    """Annotator actors that descend from a driver."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                status = (entry / "status").read_text()
+                names[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            parents[int(entry.name)] = int(status.split("PPid:")[1].split()[0])
+
+    def descends(pid: int) -> bool:
+        while pid > 1:
+            pid = parents.get(pid, 0)
+            if pid == driver_pid:
+                return True
+        return False
+
+    return [pid for pid, name in names.items() if name.startswith("ray::") and "Annotator" in name and descends(pid)]
+
+
+def test_sigterm_finishes_the_shards_in_hand(tiny: TinyRun, uninterrupted: bytes) -> None:
+    run = tiny.root / "terminated"
+    driver = start(tiny, run)
+    wait_for(lambda: len(done_shards(str(run))) >= 1, driver)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(timeout=60) == 75
+    assert 1 <= len(done_shards(str(run))) < NUM_SHARDS
+    assert not list((run / "attempts").glob("*.stop"))
+    assert not list((run / PREDICTIONS).glob(".tmp-*"))
+    tiny.call("annotate", run, **TWO_ACTORS)
+    assert coco_bytes(tiny, run) == uninterrupted
