@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 def clip_boxes(boxes_xyxy: NDArray[np.float32], size_hw: tuple[int, int]) -> NDArray[np.float32]:
     """(N, 4) boxes cut at the border of a picture of (H, W); those outside become empty."""
     height, width = size_hw
-    return np.clip(boxes_xyxy, 0, np.float32([width, height, width, height]))
+    return np.clip(boxes_xyxy, 0, np.array([width, height, width, height], np.float32))
 
 
 def has_area(boxes_xyxy: NDArray[np.float32]) -> NDArray[np.bool_]:

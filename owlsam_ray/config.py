@@ -156,11 +156,12 @@ class ResourcesConfig(Section):
     segmenter_batch: PositiveInt | Auto = "auto"
     """Images in one encoder call; `auto`: 2 on a CPU, 16 on a GPU."""
     decoder_batch: PositiveInt | Auto = "auto"
-    """Boxes in one mask decoder call; `auto`: 16 on a CPU, 128 on a GPU."""
+    """Boxes in one mask decoder call, rounded up to a multiple of 8; `auto`: 16 on a CPU, 128 on a GPU."""
     decode_threads: PositiveInt | Auto = "auto"
     """Threads in an actor that decode images and encode masks; `auto`: its CPUs, at least 2."""
     torch_threads: PositiveInt | Auto = "auto"
-    """Threads of one model call on a CPU; `auto`: the machine's CPUs shared among its actors."""
+    """Threads of one model call on a CPU; part of the numerics id there. `auto`: a power of two, at most 8 and at most
+    the CPUs. Powers of two only keep results free of a row's place in its batch."""
     shards_in_flight: PositiveInt = 2
     """Shards that one actor works on at once, so that the model never waits at a shard's end."""
     shard_size: PositiveInt | Auto = "auto"

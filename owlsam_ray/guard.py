@@ -259,7 +259,8 @@ def guard_labels(record: RunRecord, parts: dict[str, Any], run_url: str) -> RunR
 
 def numerics_of(allocation: Allocation, dtype: str) -> dict[str, Any]:
     """What may change results in their last bits."""
-    return {
+    threads = {"torch_threads": allocation.torch_threads} if allocation.device == "cpu" else {}
+    return threads | {
         "device": allocation.device,
         "dtype": dtype,
         "detector_batch": allocation.detector_batch,

@@ -141,7 +141,7 @@ class Tally:
     fingerprint: str | None
     done: set[int] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
-    stage_s: Counter[str] = field(default_factory=Counter)
+    stage_s: dict[str, float] = field(default_factory=dict)
     transient_shards: set[int] = field(default_factory=set)
 
     def refresh(self) -> "Tally":
@@ -168,7 +168,8 @@ class Tally:
             self.done.add(footer.shard)
             self.counts.update(footer.counts)
             self.counts.update(detections=footer.num_detections, masks=footer.num_masks)
-            self.stage_s.update(footer.stage_s)  # type: ignore[arg-type]
+            for stage, seconds in footer.stage_s.items():
+                self.stage_s[stage] = self.stage_s.get(stage, 0.0) + seconds
             if footer.transient:
                 self.transient_shards.add(footer.shard)
 

@@ -15,6 +15,9 @@ from torch.nn.functional import interpolate
 
 from owlsam_ray.records import Segment
 
+_BAND = 64
+"""Rows of a mask that are transposed together."""
+
 
 def upsample_logits(low_res: Tensor, *, size_hw: tuple[int, int], input_hw: tuple[int, int], image_size: int) -> Tensor:
     """Logits at the original size, as SAM's `postprocess_masks` makes them: two bilinear steps with a crop between.
@@ -50,8 +53,14 @@ def logits_to_masks(
         N times (H, W) bool: logits above 0.
     """
     for index in range(len(low_res)):
-        logits = upsample_logits(low_res[index : index + 1], size_hw=size_hw, input_hw=input_hw, image_size=image_size)
-        yield (logits[0] > 0).cpu().numpy()
+        one = low_res[index : index + 1]
+        # No name for the full-size logits: it would keep them alive while the next ones are made.
+        yield _above_zero(upsample_logits(one, size_hw=size_hw, input_hw=input_hw, image_size=image_size))
+
+
+def _above_zero(logits: Tensor) -> NDArray[np.bool_]:
+    mask: NDArray[np.bool_] = (logits[0] > 0).cpu().numpy()
+    return mask
 
 
 def mask_area(mask: NDArray[np.bool_]) -> int:
@@ -60,14 +69,59 @@ def mask_area(mask: NDArray[np.bool_]) -> int:
 
 
 def encode_rle(mask: NDArray[np.bool_]) -> bytes:
-    """(H, W) bool to the counts of its compressed RLE."""
-    return bytes(coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))["counts"])
+    """(H, W) bool to the counts of its compressed RLE; safe in many threads at once."""
+    return bytes(coco_mask.encode(_column_major(mask))["counts"])
+
+
+def _column_major(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """(H, W) uint8 in Fortran order, copied in bands of rows that fit the cache: a quarter of the plain copy's time."""
+    columns = np.empty(mask.shape, np.uint8, order="F")
+    for top in range(0, len(mask), _BAND):
+        columns[top : top + _BAND] = mask[top : top + _BAND]
+    return columns
 
 
 def decode_rle(counts: bytes, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
-    """Counts of a compressed RLE to its (H, W) bool mask."""
-    decoded: NDArray[np.bool_] = coco_mask.decode({"size": list(size_hw), "counts": counts}).view(np.bool_)
-    return decoded
+    """Counts of a compressed RLE to its (H, W) bool mask, in Fortran order.
+
+    Not by pycocotools: its `decode` trusts the counts, and warns with numpy 2.
+
+    Raises:
+        ValueError: the counts are damaged, or belong to a mask of another size.
+    """
+    runs = rle_runs(counts)
+    height, width = size_hw
+    if (runs < 0).any() or int(runs.sum()) != height * width:
+        raise ValueError(f"RLE of {len(counts)} bytes does not describe a mask of {height} × {width}")
+    values = np.arange(len(runs)) % 2 == 1
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def rle_runs(counts: bytes) -> NDArray[np.int64]:
+    """Lengths of the runs of a compressed RLE, zeros first, without drawing the mask.
+
+    Raises:
+        ValueError: the text is no compressed RLE.
+
+    A number is stored in groups of five bits, the lowest first: byte = 48 + bits + 32 if more follow, two's complement.
+    From the fourth number on it is the difference to the one two places before.
+    """
+    groups = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    if len(groups) == 0:
+        return np.zeros(0, np.int64)
+    last = (groups & 0x20) == 0
+    if (groups < 0).any() or (groups > 0x3F).any() or not last[-1]:
+        raise ValueError(f"{counts[:20]!r}… is no compressed RLE")
+    starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
+    lengths = np.diff(np.append(starts, len(groups)))
+    if lengths.max() > 8:
+        raise ValueError(f"{counts[:20]!r}… is no compressed RLE: a run of more than 40 bits")
+    places = np.arange(len(groups)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((groups & 0x1F) << (5 * places), starts)
+    runs -= np.where(groups[last] & 0x10, 1 << (5 * lengths), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
 
 
 def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:

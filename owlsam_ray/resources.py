@@ -21,10 +21,11 @@ class Allocation:
     detector_batch: int
     segmenter_batch: int
     decoder_batch: int
+    """A multiple of 8: in other calls a CPU's result depends on where in the batch a box stands."""
     threads: int
     """Decode and encode threads of an actor."""
     torch_threads: int
-    """Threads of one model call on a CPU."""
+    """Threads of one model call on a CPU. The same for any number of actors: with others, last bits differ."""
 
 
 def allocate(resources: ResourcesConfig, *, num_cpus: float, num_gpus: float) -> Allocation:
@@ -40,13 +41,11 @@ def allocate(resources: ResourcesConfig, *, num_cpus: float, num_gpus: float) ->
     """
     device = _device(resources, num_gpus)
     gpus = resources.gpus_per_actor if resources.gpus_per_actor != "auto" else (1.0 if device == "cuda" else 0.0)
-    actors = resources.actors
-    if actors == "auto":
-        actors = max(1, math.floor(num_gpus / gpus) if device == "cuda" else math.floor(num_cpus / 8))
+    on_gpu = device == "cuda"
+    actors = _or(resources.actors, max(1, math.floor(num_gpus / gpus) if on_gpu else math.floor(num_cpus / 8)))
     cpus = resources.cpus_per_actor
     if cpus == "auto":
-        cpus = _share_of_cpus(resources, num_cpus=num_cpus, actors=actors, most=8.0 if device == "cuda" else num_cpus)
-    on_gpu = device == "cuda"
+        cpus = _share_of_cpus(resources, num_cpus=num_cpus, actors=actors, most=8.0 if on_gpu else num_cpus)
     allocation = Allocation(
         device=device,
         actors=actors,
@@ -54,9 +53,9 @@ def allocate(resources: ResourcesConfig, *, num_cpus: float, num_gpus: float) ->
         gpus_per_actor=gpus,
         detector_batch=_or(resources.detector_batch, 32 if on_gpu else 4),
         segmenter_batch=_or(resources.segmenter_batch, 16 if on_gpu else 2),
-        decoder_batch=_or(resources.decoder_batch, 128 if on_gpu else 16),
+        decoder_batch=math.ceil(_or(resources.decoder_batch, 128 if on_gpu else 16) / 8) * 8,
         threads=_or(resources.decode_threads, max(2, math.floor(cpus))),
-        torch_threads=_or(resources.torch_threads, max(1, math.floor(num_cpus / actors))),
+        torch_threads=_or(resources.torch_threads, _power_of_two(min(8, num_cpus))),
     )
     _check_fits(allocation, resources, num_cpus=num_cpus, num_gpus=num_gpus)
     return allocation
@@ -139,6 +138,11 @@ def _check_fits(allocation: Allocation, resources: ResourcesConfig, *, num_cpus:
             f"{allocation.actors} actor(s) × {allocation.gpus_per_actor:g} GPU = {wanted_gpus:g} GPUs, but Ray has "
             f"{num_gpus:g}. Lower resources.actors or resources.gpus_per_actor."
         )
+
+
+def _power_of_two(most: float) -> int:
+    """The largest one that is not greater, at least 1."""
+    return 1 << max(0, math.floor(math.log2(most)))
 
 
 def _or(value: int | str, default: int) -> int:

@@ -18,11 +18,11 @@ TINY = MobileSamConfig(
     depths=(1, 1, 1, 1),
     num_heads=(1, 2, 2, 2),
     window_sizes=(7, 7, 7, 7),
-    prompt_dim=32,
+    prompt_dim=64,
     decoder_layers=1,
     decoder_heads=2,
-    decoder_mlp_dim=32,
-    iou_head_dim=32,
+    decoder_mlp_dim=64,
+    iou_head_dim=64,
 )
 
 

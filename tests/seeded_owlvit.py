@@ -44,7 +44,7 @@ def write_full(directory: Path, shared: Path) -> None:
     published = json.dumps(shapes)
     assert all(name in published for name in wanted), "the installed transformers names tensors otherwise"
     state = load_recipe(shared).seeded_state_dict(wanted)
-    _write(directory, config, {name: torch.from_numpy(value) for name, value in state.items()}, side=768)
+    _write(directory, config, {name: torch.from_numpy(np.asarray(value)) for name, value in state.items()}, side=768)
     full_tokenizer(shared).save_pretrained(directory)
 
 
@@ -58,6 +58,7 @@ def write_tiny(directory: Path, seed: int = 0) -> None:
             "vocab_size": len(tokenizer),
             "max_position_embeddings": TINY_POSITIONS,
             "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
         },
         vision_config=sizes | {"image_size": TINY_SIDE, "patch_size": TINY_PATCH},
         projection_dim=32,
@@ -98,15 +99,15 @@ def _tiny_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any
     random = np.random.default_rng([zlib.crc32(name.encode()), seed])
     values = random.standard_normal(shape)
     if name == "class_head.logit_scale.bias":
-        values = np.full(shape, 6.0)
+        values = np.full(shape, 3.0)
     elif name == "class_head.logit_shift.bias":
-        values = np.full(shape, -0.2)
+        values = np.full(shape, -0.4)
     elif name.startswith("class_head.logit"):
         values = 0.1 * values
     elif len(shape) <= 1:
         values = 0.1 * values + (1.0 if name.endswith("weight") else 0.0)
     elif "embedding" not in name or "patch_embedding" in name:
-        values = (3.0 if name.startswith("box_head") else 1.0) * values / np.sqrt(np.prod(shape[1:]))
+        values = (1.3 if name.startswith("box_head") else 1.0) * values / np.sqrt(np.prod(shape[1:]))
     return np.asarray(values, np.float32)
 
 

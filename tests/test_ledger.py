@@ -19,7 +19,7 @@ SEGMENT = Segment(rle_counts=b"04", area=4, box_xyxy=(0, 0, 2, 2), predicted_iou
 
 def prediction(image_id: int, num_detections: int) -> Prediction:
     found = Detections(
-        boxes_xyxy=np.tile(np.float32([0, 0, 2, 2]), (num_detections, 1)),
+        boxes_xyxy=np.tile(np.array([0, 0, 2, 2], np.float32), (num_detections, 1)),
         scores=np.full(num_detections, 0.5, np.float32),
         raw_scores=np.full(num_detections, 0.5, np.float32),
         labels=np.zeros(num_detections, np.int64),

@@ -70,8 +70,8 @@ def _records(images: list[Any], offences: list[str]) -> Iterator[ImageRecord]:
         image_id, name = image.get("id"), image.get("file_name")
         if not isinstance(image_id, int) or isinstance(image_id, bool) or not 0 <= image_id < MAX_IMAGE_ID:
             offences.append(f"{where}: id {image_id!r} is not an integer from 0 to 2^53")
-        elif (reason := file_name_error(name)) is not None:
-            offences.append(f"{where} (id {image_id}): {reason}: {name!r}")
+        elif not isinstance(name, str) or file_name_error(name) is not None:
+            offences.append(f"{where} (id {image_id}): {file_name_error(name)}: {name!r}")
         elif image_id in name_of:
             offences.append(f"{where}: id {image_id} is given to both {name_of[image_id]!r} and {name!r}")
         elif name in id_of:

@@ -258,7 +258,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} was refused: it is damaged, or it holds more than tensors, and code in a weight file is never "
             f"run ({reason}). {_HINT}"
         ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError) as error:
         raise WeightsError(f"{path} is not a weight file: {type(error).__name__}: {error}. {_HINT}") from None
     if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(state[key], Tensor) for key in state):
         raise WeightsError(f"{path} holds no plain table of tensors. {_HINT}")

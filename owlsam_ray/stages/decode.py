@@ -20,8 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from owlsam_ray.errors import ImageError
 
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-"""Raster formats only: nothing that runs an interpreter, as EPS does."""
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+"""Raster formats only: nothing that runs an interpreter, as EPS does. Multi-picture JPEGs come under JPEG."""
 
 # Our own limit is checked from the header before any pixel is read; Pillow's would only warn.
 Image.MAX_IMAGE_PIXELS = None

@@ -1,0 +1,90 @@
+"""Slow plain twins of the fast paths (law 8): loops and whole tensors, no care for memory or time."""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def rle_runs(mask: NDArray[np.bool_]) -> list[int]:
+    """COCO's uncompressed RLE: lengths of runs down the columns, beginning with a run of zeros (maybe of length 0)."""
+    runs, current, length = [], False, 0
+    height, width = mask.shape
+    for x in range(width):
+        for y in range(height):
+            if bool(mask[y, x]) == current:
+                length += 1
+            else:
+                runs.append(length)
+                current, length = not current, 1
+    return [*runs, length]
+
+
+def compress_runs(runs: list[int]) -> bytes:
+    """COCO's compressed RLE: from the fourth run on the difference to the run two before, 5 bits and a flag a byte."""
+    data = bytearray()
+    for index, run in enumerate(runs):
+        value, more = (run - runs[index - 2] if index > 2 else run), True
+        while more:
+            low = value & 0x1F
+            value >>= 5
+            more = value != (-1 if low & 0x10 else 0)
+            data.append(48 + (low | 0x20 if more else low))
+    return bytes(data)
+
+
+def tight_box_loop(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """Half-open box around the set pixels."""
+    pixels = [(x, y) for y in range(mask.shape[0]) for x in range(mask.shape[1]) if mask[y, x]]
+    if not pixels:
+        return (0, 0, 0, 0)
+    xs, ys = [x for x, _ in pixels], [y for _, y in pixels]
+    return (min(xs), min(ys), max(xs) + 1, max(ys) + 1)
+
+
+def stability_loop(low_res: Tensor, *, input_hw: tuple[int, int], image_size: int) -> list[float]:
+    """Share of the pixels above -1 that are also above +1, inside the picture."""
+    height, width = (math.ceil(length * low_res.shape[-1] / image_size) for length in input_hw)
+    result = []
+    for logits in low_res.tolist():
+        values = [value for row in logits[:height] for value in row[:width]]
+        loose = sum(value > -1 for value in values)
+        result.append(sum(value > 1 for value in values) / loose if loose else 0.0)
+    return result
+
+
+def resize_bilinear(image: NDArray[np.float64], size_hw: tuple[int, int]) -> NDArray[np.float64]:
+    """Bilinear resize of (H, W) with pixel centres at halves and the border repeated."""
+
+    def positions(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        centre = np.maximum((np.arange(target) + 0.5) * source / target - 0.5, 0)
+        low = np.minimum(np.floor(centre).astype(np.int64), source - 1)
+        return low, np.minimum(low + 1, source - 1), centre - low
+
+    top, bottom, down = positions(image.shape[0], size_hw[0])
+    left, right, across = positions(image.shape[1], size_hw[1])
+    rows = image[top] * (1 - down)[:, None] + image[bottom] * down[:, None]
+    return rows[:, left] * (1 - across) + rows[:, right] * across
+
+
+def upsample_reference(
+    low_res: Tensor, *, size_hw: tuple[int, int], input_hw: tuple[int, int], image_size: int
+) -> NDArray[np.float64]:
+    """(N, H, W) logits in float64 for (N, m, m): to the sam frame, cut the padding off, to the picture."""
+    result = np.zeros((len(low_res), *size_hw))
+    for index, logits in enumerate(low_res.double().numpy()):
+        frame = resize_bilinear(logits, (image_size, image_size))
+        result[index] = resize_bilinear(frame[: input_hw[0], : input_hw[1]], size_hw)
+    return result
+
+
+def masks_whole_tensor(
+    low_res: Tensor, *, size_hw: tuple[int, int], input_hw: tuple[int, int], image_size: int
+) -> NDArray[np.bool_]:
+    """(N, H, W) masks by one torch call over all of them."""
+    frame = torch.nn.functional.interpolate(low_res[:, None], (image_size, image_size), mode="bilinear")
+    cut = frame[:, :, : input_hw[0], : input_hw[1]]
+    whole: NDArray[np.bool_] = (torch.nn.functional.interpolate(cut, size_hw, mode="bilinear")[:, 0] > 0).numpy()
+    return whole
