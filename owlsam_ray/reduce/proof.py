@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -11,9 +10,13 @@ from owlsam_ray import storage
 from owlsam_ray.errors import IncompleteError
 from owlsam_ray.ledger import corrupt_shard, done_shards, read_footer, shard_url
 from owlsam_ray.manifest import Manifest
+from owlsam_ray.masks import rle_runs
 from owlsam_ray.schema import PREDICTION_SCHEMA
 
 _STATUSES = {"ok", "empty", "failed"}
+_LISTS = tuple(field.name for field in PREDICTION_SCHEMA if pa.types.is_list(field.type))
+_OF_A_MASK = ("predicted_iou", "stability", "rle_counts", *(name for name in _LISTS if name.startswith("mask_")))
+_ALWAYS = tuple(name for name in _LISTS if name not in _OF_A_MASK)
 
 
 def allowed_failures(max_failed: int | float, num_images: int) -> int:
@@ -87,42 +90,44 @@ def _offence(row: dict[str, Any], *, ids_per_image: int, num_labels: int) -> str
     indices = row["det_index"]
     if indices is None or (len(indices) == 0) != (row["status"] == "empty"):
         return f"status {row['status']} with {len(indices or [])} detections"
-    if any(row[name] is None or len(row[name]) != len(indices) for name in ("label", "x0", "score", "rle_counts")):
-        return "its lists differ in length"
+    lists = {name: row[name] for name in _LISTS}
+    ragged = [name for name, values in lists.items() if values is None or len(values) != len(indices)]
+    if ragged:
+        return f"its lists differ in length: {', '.join(ragged)}"
+    odd = [name for name in _ALWAYS if not all(_is_finite(value) for value in lists[name])]
+    if odd or row["height"] is None or row["width"] is None:
+        return f"null or not finite: {', '.join(odd) or 'height or width'}"
     if any(not 0 <= index < ids_per_image for index in indices) or indices != sorted(set(indices)):
         return f"det_index {indices} does not rise within 0…{ids_per_image - 1}"
     if any(not 0 <= label < num_labels for label in row["label"]):
         return f"a label outside the {num_labels} categories"
-    for counts, area in zip(row["rle_counts"], row["mask_area"], strict=True):
-        if counts is None:
-            continue
-        pixels, covered = rle_lengths(counts)
-        if pixels != row["height"] * row["width"] or covered != area:
-            return (
-                f"a mask of {covered} among {pixels} pixels, but the picture has {row['height']}x{row['width']} "
-                f"and the stated area is {area}"
-            )
+    for position in range(len(indices)):
+        offence = _mask_offence({name: lists[name][position] for name in _OF_A_MASK}, row["height"], row["width"])
+        if offence is not None:
+            return offence
     return None
 
 
-def rle_lengths(counts: bytes) -> tuple[int, int]:
-    """(pixels, covered pixels) of a compressed RLE, without drawing the mask. (-1, -1) for text that is none.
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
-    The code: runs are written as differences to the run two before, in groups of five bits with a continuation bit,
-    offset by 48, lowest group first, sign in the last group's highest bit. Source: cocoapi's `rleToString`.
-    """
-    codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        return (-1, -1)
-    last = (codes & 32) == 0
-    group = np.concatenate([[0], np.cumsum(last)[:-1]])  # which number a code belongs to
-    start = np.flatnonzero(np.concatenate([[True], last[:-1]]))
-    shift = 5 * (np.arange(len(codes)) - start[group])
-    numbers = np.bincount(group, weights=((codes & 31) << shift).astype(np.float64)).astype(np.int64)
-    negative = (codes[last] & 16) != 0
-    numbers[negative] -= 1 << (shift[last][negative] + 5)
-    # Undo the differences: from the fourth run on, each stands relative to the run two before.
-    runs = numbers.copy()
-    for parity in (1, 2):
-        runs[parity::2] = np.cumsum(numbers[parity::2])
-    return (int(runs.sum()), int(runs[1::2].sum())) if runs.min() >= 0 else (-1, -1)
+
+def _mask_offence(mask: dict[str, Any], height: int, width: int) -> str | None:
+    """What is wrong with the mask of one detection; having none is fine."""
+    counts = mask.pop("rle_counts")
+    if counts is None:
+        return None
+    odd = [name for name, value in mask.items() if not _is_finite(value)]
+    if odd:
+        return f"a mask with null or not finite {', '.join(odd)}"
+    try:
+        runs = rle_runs(counts)
+    except ValueError as error:
+        return str(error)
+    pixels, covered = int(runs.sum()), int(runs[1::2].sum())
+    if (runs < 0).any() or pixels != height * width or covered != mask["mask_area"]:
+        return (
+            f"a mask of {covered} among {pixels} pixels, but the picture has {height}x{width} and the stated area is "
+            f"{mask['mask_area']}"
+        )
+    return None

@@ -1,0 +1,70 @@
+"""Folder listings: order, ids, what is left out."""
+
+import os
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from owlsam_ray.config import DataConfig
+from owlsam_ray.datasets import Source, list_images
+from owlsam_ray.errors import InputError
+
+
+def listing(root: str | Path, **fields: object) -> Source:
+    return list_images(DataConfig.model_validate({"source": "folder", "images": str(root)} | fields))
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"12345")
+
+
+def test_full_relative_paths_in_stable_order(tmp_path: Path) -> None:
+    touch(
+        tmp_path, "b/1.jpg", "a/1.jpg", "a/1.PNG", "10.jpg", "9.jpg", "ü/ß.jpeg", "notes.txt", ".hidden.jpg", ".x/1.jpg"
+    )
+    source = listing(tmp_path)
+    names = [record.file_name for record in source.records]
+    assert names == ["10.jpg", "9.jpg", "a/1.PNG", "a/1.jpg", "b/1.jpg", "ü/ß.jpeg"]
+    assert [record.image_id for record in source.records] == [1, 2, 3, 4, 5, 6]
+    assert {record.num_bytes for record in source.records} == {5}
+
+
+def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "a" / "2.jpg").symlink_to(tmp_path / "a" / "1.jpg")
+    assert [record.file_name for record in listing(tmp_path).records] == ["a/1.jpg", "a/2.jpg"]
+
+
+def test_suffixes_are_a_setting(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg", "2.ppm")
+    assert [record.file_name for record in listing(tmp_path, suffixes=[".ppm"]).records] == ["2.ppm"]
+
+
+def test_fsspec_url() -> None:
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    for name in ("b/2.jpg", "a/1.jpg", "readme.md"):
+        memory.pipe_file(f"/pictures/{name}", b"123")
+    assert [record.file_name for record in listing("memory://pictures").records] == ["a/1.jpg", "b/2.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("gone", "does not exist"), ("file.jpg", "is not a folder"), ("empty", "holds no image file: 1 files")],
+)
+def test_what_cannot_be_listed(tmp_path: Path, name: str, words: str) -> None:
+    touch(tmp_path, "file.jpg", "empty/readme.txt")
+    with pytest.raises(InputError, match=words) as caught:
+        listing(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_names_that_are_not_unicode_are_refused(tmp_path: Path) -> None:
+    with open(os.path.join(os.fsencode(tmp_path), b"\xff.jpg"), "wb"):
+        pass
+    with pytest.raises(InputError, match="not valid Unicode"):
+        listing(tmp_path)

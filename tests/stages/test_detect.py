@@ -1,0 +1,153 @@
+"""Scores → detections → suppression, against plain loops."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from owlsam_ray.boxes import clip_boxes, has_area
+from owlsam_ray.config import DetectorConfig, SuppressConfig
+from owlsam_ray.errors import ImageError
+from owlsam_ray.records import Detections
+from owlsam_ray.stages.detect import cap_detections, select_detections
+from owlsam_ray.stages.suppress import suppress
+
+LABELS = np.array([0, 0, 1, 2], np.int64)
+SIZE = (40, 60)
+
+
+def settings(**fields: object) -> DetectorConfig:
+    return DetectorConfig.model_validate({"weights": "unused", "score_floor": 0.3} | fields)
+
+
+def drawn(seed: int, count: int = 40) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Boxes partly outside of the picture, and scores on a coarse grid, so that many are equal."""
+    rng = np.random.default_rng(seed)
+    corners = rng.uniform(-20, 70, (count, 2, 2)).astype(np.float32)
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+    scores = (rng.integers(0, 11, (count, len(LABELS))) / 10).astype(np.float32)
+    return boxes, scores
+
+
+def select_loop(
+    boxes: NDArray[np.float32], scores: NDArray[np.float32], config: DetectorConfig
+) -> list[tuple[Any, ...]]:
+    """(score, box, prompt, label) of everything above the floor, one by one."""
+    height, width = SIZE
+    found = []
+    for box, row in enumerate(scores.tolist()):
+        x0, y0, x1, y1 = boxes[box].tolist()
+        if config.clip_boxes:
+            x0, x1 = (min(max(x, 0.0), width) for x in (x0, x1))
+            y0, y1 = (min(max(y, 0.0), height) for y in (y0, y1))
+            if x1 <= x0 or y1 <= y0:
+                continue
+        prompts = [row.index(max(row))] if config.labels == "best" else range(len(row))
+        found += [
+            (-row[p], box, p, int(LABELS[p]), x0, y0, x1, y1)
+            for p in prompts
+            if row[p] > np.float32(config.score_floor)
+        ]
+    return sorted(found)[: config.max_candidates]
+
+
+@pytest.mark.parametrize("labels", ["multi", "best"])
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("limit", [1000, 7])
+def test_selection_equals_a_loop(labels: str, clip: bool, limit: int) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    for offset in range(20):
+        boxes, scores = drawn(seed + offset)
+        config = settings(labels=labels, clip_boxes=clip, max_candidates=limit)
+        found = select_detections(boxes, scores, size_hw=SIZE, prompt_labels=LABELS, settings=config)
+        expected = select_loop(boxes, scores, config)
+        assert found.scores.tolist() == [-row[0] for row in expected]
+        assert found.prompt_ids.tolist() == [row[2] for row in expected]
+        assert found.labels.tolist() == [row[3] for row in expected]
+        assert found.boxes_xyxy.tolist() == [list(row[4:]) for row in expected]
+        assert found.raw_scores.tolist() == found.scores.tolist()
+        assert set(found.num_merged.tolist()) <= {1}
+
+
+def test_the_floor_itself_is_not_above_it() -> None:
+    boxes = np.array([[0, 0, 5, 5]] * 2, np.float32)
+    scores = np.array([[0.5, 0, 0, 0], [np.nextafter(np.float32(0.5), np.float32(1)), 0, 0, 0]], np.float32)
+    found = select_detections(boxes, scores, size_hw=SIZE, prompt_labels=LABELS, settings=settings(score_floor=0.5))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("where", ["boxes", "scores"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_values_fail_the_image(where: str, value: float) -> None:
+    boxes, scores = drawn(0)
+    (boxes if where == "boxes" else scores)[3, 1] = value
+    with pytest.raises(ImageError, match="non_finite: the detector"):
+        select_detections(boxes, scores, size_hw=SIZE, prompt_labels=LABELS, settings=settings())
+
+
+def test_no_box_no_detection() -> None:
+    none = np.zeros((0, 4), np.float32)
+    for labels in ("multi", "best"):
+        config = settings(labels=labels)
+        found = select_detections(none, none, size_hw=SIZE, prompt_labels=LABELS, settings=config)
+        assert len(found) == 0
+        assert len(suppress(found, SuppressConfig())) == 0
+
+
+def test_cap_keeps_the_best() -> None:
+    found = select_detections(*drawn(1), size_hw=SIZE, prompt_labels=LABELS, settings=settings())
+    assert len(found) > 5
+    assert cap_detections(found, 5).scores.tolist() == found.scores[:5].tolist()
+    assert len(cap_detections(found, 10_000)) == len(found)
+
+
+def iou(a: NDArray[np.float32], b: NDArray[np.float32]) -> np.float32:
+    """In float32, as torchvision computes it."""
+    width = max(np.float32(0), min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(np.float32(0), min(a[3], b[3]) - max(a[1], b[1]))
+    area = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return width * height / (area[0] + area[1] - width * height)
+
+
+def nms_loop(found: Detections, threshold: float) -> list[int]:
+    kept: list[int] = []
+    for index in range(len(found)):
+        rivals = [k for k in kept if found.labels[k] == found.labels[index]]
+        if all(iou(found.boxes_xyxy[k], found.boxes_xyxy[index]) <= threshold for k in rivals):
+            kept.append(index)
+    return kept
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
+def test_nms_equals_a_loop(threshold: float) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    dropped = 0
+    for offset in range(20):
+        found = select_detections(*drawn(seed + offset), size_hw=SIZE, prompt_labels=LABELS, settings=settings())
+        kept = nms_loop(found, threshold)
+        result = suppress(found, SuppressConfig(iou_threshold=threshold))
+        assert result.boxes_xyxy.tolist() == found.boxes_xyxy[kept].tolist()
+        assert result.labels.tolist() == found.labels[kept].tolist()
+        assert result.scores.tolist() == found.scores[kept].tolist()
+        dropped += len(found) - len(result)
+    assert dropped > 0 or threshold == 1.0
+
+
+def test_labels_do_not_interact_and_equal_scores_keep_the_first() -> None:
+    box = np.array([[1e6, 1e6, 1e6 + 8, 1e6 + 8]] * 3, np.float32)
+    scores, ones = np.full(3, 0.5, np.float32), np.ones(3, np.int64)
+    found = Detections(box, scores, scores, np.array([1, 2, 1]), np.array([4, 5, 6]), ones)
+    assert suppress(found, SuppressConfig(iou_threshold=0.5)).prompt_ids.tolist() == [4, 5]
+    assert suppress(found, SuppressConfig(strategy="none")).prompt_ids.tolist() == [4, 5, 6]
+
+
+def test_clipping() -> None:
+    boxes = np.array([[-5, -5, 100, 100], [70, 10, 80, 20], [1, 2, 3, 4], [5, 5, 5, 9]], np.float32)
+    clipped = clip_boxes(boxes, SIZE)
+    assert clipped.tolist() == [[0, 0, 60, 40], [60, 10, 60, 20], [1, 2, 3, 4], [5, 5, 5, 9]]
+    assert clipped.dtype == np.float32
+    assert has_area(clipped).tolist() == [True, False, True, False]
