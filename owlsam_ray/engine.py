@@ -124,8 +124,9 @@ class Engine:
         self._error: BaseException | None = None
         self._jobs: set[_Job] = set()
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="owlsam-image")
-        self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="owlsam-model")
-        self._model_thread.submit(self._model_loop).add_done_callback(self._check)
+        # A daemon: a process that ends without closing the engine, as Ray's actors do, must not wait for it for ever.
+        self._model_thread = threading.Thread(target=self._run_models, name="owlsam-model", daemon=True)
+        self._model_thread.start()
 
     def __enter__(self) -> Self:
         return self
@@ -140,7 +141,7 @@ class Engine:
         with self._state:
             self._closed = True
             self._state.notify_all()
-        self._model_thread.shutdown()
+        self._model_thread.join()
         self._pool.shutdown()
 
     def annotate(self, images: Sequence[EncodedImage]) -> tuple[list[Prediction], dict[str, float]]:
@@ -178,10 +179,12 @@ class Engine:
             raise RuntimeError(f"the engine broke: {self._error}") from self._error
 
     def _check(self, future: "Future[None]") -> None:
-        """An exception that is no image's own breaks the engine: every caller hears of it."""
         error = future.exception()
-        if error is None:
-            return
+        if error is not None:
+            self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        """An exception that is no image's own breaks the engine: every caller hears of it."""
         with self._state:
             self._error = self._error or error
             self._closed = True
@@ -248,6 +251,12 @@ class Engine:
             job.done.set()
 
     # What the model thread does
+
+    def _run_models(self) -> None:
+        try:
+            self._model_loop()
+        except BaseException as error:  # noqa: BLE001 (raised again in every caller)
+            self._break(error)
 
     def _model_loop(self) -> None:
         to_detect: list[_Item] = []

@@ -15,14 +15,11 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-import torch
 from ray.data.block import BlockAccessor
 from ray.data.datasource import Datasink
-from safetensors.torch import load as load_safetensors
 
 from owlsam_ray import storage
 from owlsam_ray.config import ResourcesConfig, RunConfig
-from owlsam_ray.engine import load_engine
 from owlsam_ray.fetch import FETCHED_SCHEMA, fetch_shard, to_images
 from owlsam_ray.guard import QUERY_FILE, RunRecord
 from owlsam_ray.ledger import write_shard
@@ -85,6 +82,13 @@ class Annotator:
 
     def __init__(self, job: Job) -> None:
         """Load the models; the prompts come embedded from the run directory."""
+        # Imported here: fetch and write tasks import this module too, and torch would cost each of their processes
+        # eight seconds and half a gigabyte.
+        import torch
+        from safetensors.torch import load as load_safetensors
+
+        from owlsam_ray.engine import load_engine
+
         self._job = job
         torch.set_num_threads(job.allocation.torch_threads)
         self._engine = load_engine(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import TWO_ACTORS, TinyRun, coco_bytes, make_tiny_run
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -13,3 +15,17 @@ def shared() -> Path:
     if not (root / "golden").is_dir():
         pytest.skip(f"no reference data at {root}: set OWLSAM_SHARED")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """480 drawn images with tiny models; tests make run directories of it."""
+    return make_tiny_run(tmp_path_factory.mktemp("tiny"), num_images=480)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny: TinyRun) -> bytes:
+    """The COCO file of a run with two actors and shards of 8 that nothing disturbed."""
+    run = tiny.root / "uninterrupted"
+    assert tiny.call("annotate", run, **TWO_ACTORS)["done"] == tiny.num_images
+    return coco_bytes(tiny, run)

@@ -16,6 +16,7 @@ from tests.seeded_owlvit import write_tiny as write_tiny_owlvit
 
 ROOT = Path(__file__).parents[1]
 CATEGORIES = ["cat", "traffic light", "remote", "red ball"]
+TWO_ACTORS = {"resources.actors": 2, "resources.shard_size": 8}
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,9 @@ def make_tiny_run(root: Path, *, num_images: int, **sections: Any) -> TinyRun:
         config[name] = config.get(name, {}) | values
     (root / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     return TinyRun(root, num_images)
+
+
+def coco_bytes(tiny: TinyRun, run: Path) -> bytes:
+    """Reduce a run; returns its COCO file."""
+    tiny.call("reduce", run)
+    return (run / "coco" / "annotations.json").read_bytes()

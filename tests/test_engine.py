@@ -1,6 +1,8 @@
 """The engine with plain stand-in models: batching, order, failures, several callers. No weights, no Ray."""
 
 import io
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -197,3 +199,11 @@ def test_prompt_labels_must_match_queries() -> None:
             prompt_labels=[0, 1],
             settings=make_engine(ColourDetector(), BoxSegmenter())._settings,
         )
+
+
+def test_a_process_ends_without_closing_the_engine() -> None:
+    """As Ray's actors do: a thread that is waited for would keep the process, and its memory, for ever."""
+    code = "from tests.test_engine import *; engine = make_engine(ColourDetector(), BoxSegmenter()); "
+    code += "print(len(engine.annotate([encoded(1, 99)])[0]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "1\n"

@@ -7,31 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from owlsam_ray.ledger import PREDICTIONS, done_shards
-from tests.runs import ROOT, TinyRun, environment, make_tiny_run
+from tests.runs import ROOT, TWO_ACTORS, TinyRun, coco_bytes, environment
 
-NUM_IMAGES = 160
-NUM_SHARDS = 20
-TWO_ACTORS = {"resources.actors": 2, "resources.shard_size": 8}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return make_tiny_run(tmp_path_factory.mktemp("kill"), num_images=NUM_IMAGES)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tiny: TinyRun) -> bytes:
-    run = tiny.root / "uninterrupted"
-    assert tiny.call("annotate", run, **TWO_ACTORS)["done"] == NUM_IMAGES
-    return coco_bytes(tiny, run)
-
-
-def coco_bytes(tiny: TinyRun, run: Path) -> bytes:
-    tiny.call("reduce", run)
-    return (run / "coco" / "annotations.json").read_bytes()
+NUM_IMAGES, NUM_SHARDS = 480, 60
 
 
 def start(tiny: TinyRun, run: Path) -> "subprocess.Popen[bytes]":
@@ -70,7 +49,7 @@ def settled_shards(run: Path) -> dict[str, tuple[int, int]]:
 
 def test_sigkill_of_the_driver_at_three_moments(tiny: TinyRun, uninterrupted: bytes) -> None:
     run = tiny.root / "killed"
-    for moment in (1, 6, 12):
+    for moment in (1, 15, 30):
         driver = start(tiny, run)
         wait_for(lambda moment=moment: len(done_shards(str(run))) >= moment, driver)  # type: ignore[misc]
         driver.send_signal(signal.SIGKILL)

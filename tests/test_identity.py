@@ -1,0 +1,179 @@
+"""The same labels however the work is cut: actors, shards, batches, batch mates."""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from owlsam_ray.config import RunConfig, load_config
+from owlsam_ray.engine import load_engine
+from owlsam_ray.masks import decode_rle, segments_from_logits
+from owlsam_ray.models.mobile_sam import MobileSam, boxes_to_sam_frame, input_size_hw
+from owlsam_ray.models.owlvit import OwlVit, embed_prompts
+from owlsam_ray.records import EncodedImage, Prediction
+from owlsam_ray.resources import allocate
+from owlsam_ray.schema import predictions_to_table
+from owlsam_ray.stages.decode import decode_image
+from owlsam_ray.stages.detect import cap_detections, select_detections
+from owlsam_ray.stages.segment import decode_boxes, pad_batch
+from owlsam_ray.stages.suppress import suppress
+from tests.runs import TinyRun, coco_bytes
+
+
+@pytest.mark.parametrize("settings", [{"shard_size": 8}, {"shard_size": 64}], ids=lambda values: f"{values}")
+def test_one_actor_gives_the_bytes_of_two(tiny: TinyRun, uninterrupted: bytes, settings: dict[str, int]) -> None:
+    run = tiny.root / f"one-actor-{settings['shard_size']}"
+    summary = tiny.call("annotate", run, **{f"resources.{name}": value for name, value in settings.items()})
+    assert summary["shards"] == -(-480 // settings["shard_size"])
+    assert coco_bytes(tiny, run) == uninterrupted
+
+
+def test_the_labels_are_worth_comparing(uninterrupted: bytes) -> None:
+    tree = json.loads(uninterrupted)
+    assert len(tree["images"]) > 400
+    assert len(tree["annotations"]) > 2000
+    assert len({annotation["category_id"] for annotation in tree["annotations"]}) == 4
+    assert len({annotation["area"] for annotation in tree["annotations"]}) > 200
+
+
+@pytest.fixture(scope="module")
+def images(tiny: TinyRun) -> list[EncodedImage]:
+    folder = tiny.root / "data" / "images"
+    tree = json.loads((tiny.root / "data" / "instances.json").read_text())
+    return [EncodedImage(image["id"], (folder / image["file_name"]).read_bytes()) for image in tree["images"][:42]]
+
+
+@pytest.fixture(scope="module")
+def queries(tiny: TinyRun) -> torch.Tensor:
+    return embed_prompts(tiny.root / "owlvit", [f"a {name}" for name in ("cat", "traffic light", "remote", "red ball")])
+
+
+def annotate(
+    tiny: TinyRun, queries: torch.Tensor, shards: Sequence[Sequence[EncodedImage]], **batches: int
+) -> list[Prediction]:
+    """Label several shards at once with one engine."""
+    config: RunConfig = load_config([tiny.run_file], overrides=[f"resources.{k}={v}" for k, v in batches.items()])
+    with (
+        load_engine(
+            config,
+            allocate(config.resources, num_cpus=2, num_gpus=0),
+            detector_weights=tiny.root / "owlvit",
+            query_embeddings=queries,
+            prompt_labels=range(4),
+        ) as engine,
+        ThreadPoolExecutor(len(shards)) as pool,
+    ):
+        results = list(pool.map(lambda shard: engine.annotate(shard)[0], shards))
+    return [row for rows in results for row in rows]
+
+
+def test_rows_do_not_depend_on_batch_mates(tiny: TinyRun, images: list[EncodedImage], queries: torch.Tensor) -> None:
+    """Whatever stands beside an image in a batch, and at whichever place: the same bits."""
+    whole = annotate(tiny, queries, [images])
+    rng = np.random.default_rng(5)
+    for _ in range(3):
+        order = rng.permutation(len(images))
+        cuts = np.sort(rng.choice(np.arange(1, len(images)), 3, replace=False))
+        parts = [[images[index] for index in part] for part in np.split(order, cuts)]
+        mixed = {row.image_id: row for row in annotate(tiny, queries, parts)}
+        again = predictions_to_table([mixed[row.image_id] for row in whole])
+        assert again.equals(predictions_to_table(whole))
+
+
+def assert_close(row: Prediction, other: Prediction) -> int:
+    """Matched boxes agree; a detection may be missing when its score is within 1e-5 of what ends the list."""
+    assert row.size_hw == other.size_hw
+    assert row.size_hw is not None
+    matched = 0
+    for mine, yours in ((row, other), (other, row)):
+        edge = min((float(p.detections.scores.min()) for p in (mine, yours) if len(p.detections)), default=0.0)
+        for index, score in enumerate(mine.detections.scores):
+            same = (
+                (yours.detections.labels == mine.detections.labels[index])
+                & (np.abs(yours.detections.scores - score) <= 1e-5)
+                & (np.abs(yours.detections.boxes_xyxy - mine.detections.boxes_xyxy[index]).max(axis=1) <= 1e-3)
+            )
+            if not same.any():
+                assert abs(score - 0.3) <= 1e-5 or abs(score - edge) <= 1e-5, f"image {mine.image_id}, box {index}"
+                continue
+            one, two = mine.segments[index], yours.segments[int(np.flatnonzero(same)[0])]
+            assert one is not None
+            assert two is not None
+            a, b = (decode_rle(segment.rle_counts, row.size_hw) for segment in (one, two))
+            union = (a | b).sum()
+            assert union == 0 or (a & b).sum() / union >= 0.999
+            assert abs(one.predicted_iou - two.predicted_iou) <= 1e-4
+            matched += 1
+    return matched
+
+
+def test_batches_of_1_4_and_7_agree(tiny: TinyRun, images: list[EncodedImage], queries: torch.Tensor) -> None:
+    reference = annotate(tiny, queries, [images], detector_batch=4, segmenter_batch=4, decoder_batch=16)
+    boxes = sum(len(row.detections) for row in reference)
+    assert boxes > 100
+    for batch, decoder_batch in ((1, 8), (7, 24)):
+        rows = annotate(
+            tiny, queries, [images], detector_batch=batch, segmenter_batch=batch, decoder_batch=decoder_batch
+        )
+        matched = sum(assert_close(row, other) for row, other in zip(reference, rows, strict=True))
+        assert matched >= 2 * boxes - 4
+
+
+def test_ray_adds_nothing_to_the_engine(
+    tiny: TinyRun, images: list[EncodedImage], queries: torch.Tensor, uninterrupted: bytes
+) -> None:
+    tree = json.loads(uninterrupted)
+    for row in annotate(tiny, queries, [images]):
+        annotations = [entry for entry in tree["annotations"] if entry["image_id"] == row.image_id]
+        assert [entry["score"] for entry in annotations] == pytest.approx(row.detections.scores.tolist(), abs=1e-7)
+        counts = [segment.rle_counts.decode() for segment in row.segments if segment is not None]
+        assert [entry["segmentation"]["counts"] for entry in annotations] == counts
+
+
+def test_the_engine_equals_one_image_after_another(
+    tiny: TinyRun, images: list[EncodedImage], queries: torch.Tensor
+) -> None:
+    """The slow twin of the engine: no threads, nothing shared between images."""
+    config = load_config([tiny.run_file])
+    allocation = allocate(config.resources, num_cpus=2, num_gpus=0)
+    device = torch.device("cpu")
+    detector = OwlVit.load(tiny.root / "owlvit", device=device, dtype=torch.float32)
+    segmenter = MobileSam.load(str(tiny.root / "mobile_sam"), device=device, dtype=torch.float32)
+    expected = []
+    for image in images[:12]:
+        assert image.data is not None
+        pixels = decode_image(image.data, stated_hw=None, max_pixels=10**6).pixels
+        size_hw = (pixels.shape[0], pixels.shape[1])
+        boxes, scores = detector.detect(pad_batch([detector.preprocess(pixels)], allocation.detector_batch), queries)
+        found = select_detections(
+            detector.unscale(boxes[0], size_hw).numpy(),
+            scores[0].numpy(),
+            size_hw=size_hw,
+            prompt_labels=np.arange(4),
+            settings=config.detector,
+        )
+        found = cap_detections(suppress(found, config.suppress), config.detector.max_detections)
+        in_frame = boxes_to_sam_frame(found.boxes_xyxy, size_hw=size_hw, image_size=segmenter.image_size)
+        embeddings = segmenter.encode(pad_batch([segmenter.preprocess(pixels)], allocation.segmenter_batch))
+        ((logits, quality),) = decode_boxes(
+            segmenter, embeddings, [in_frame], batch_size=allocation.decoder_batch, best_of_three=False
+        )
+        segments = segments_from_logits(
+            logits,
+            quality,
+            size_hw=size_hw,
+            input_hw=input_size_hw(size_hw, segmenter.image_size),
+            image_size=segmenter.image_size,
+        )
+        expected.append(Prediction(image.image_id, size_hw, found, tuple(segments)))
+    assert predictions_to_table(annotate(tiny, queries, [images[:12]])).equals(predictions_to_table(expected))
+
+
+def test_stored_queries_are_the_text_towers(tiny: TinyRun, uninterrupted: bytes, queries: torch.Tensor) -> None:
+    stored = load_file(Path(tiny.root) / "uninterrupted" / "query_embeddings.safetensors")["queries"]
+    assert torch.equal(stored, queries)
