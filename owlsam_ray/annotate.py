@@ -11,11 +11,13 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import ray
+from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
 from safetensors.torch import save as save_safetensors
 
@@ -84,18 +86,17 @@ def annotate_run(
         _log.info("resuming: %d of %d shards are done", len(tally.done), manifest.num_shards)
 
     start = time.monotonic()
-    with _ray(config):
-        job = _prepare(config, record, manifest, str(detector_weights), allow_numerics_change=allow_numerics_change)
-        storage.remove_stale_temporaries(storage.join(run_url, PREDICTIONS))
-        with (
-            _stop_on_signals(job.stop_url, config.resources.grace_s),
-            ProgressWatcher(tally, interval_s=config.logging.progress_s, show=show) as watcher,
-        ):
-            try:
+    stop_url = storage.join(run_url, "attempts", f"{_attempt_name()}.stop")
+    try:
+        with _ray(config), _stop_on_signals(stop_url, config.resources.grace_s):
+            job = _prepare(config, record, manifest, detector_weights, stop_url)
+            numerics = numerics_of(job.allocation, config.resources.dtype)
+            job = replace(job, record=guard_numerics(record, numerics, run_url, allow_change=allow_numerics_change))
+            storage.remove_stale_temporaries(storage.join(run_url, PREDICTIONS))
+            with ProgressWatcher(tally, interval_s=config.logging.progress_s, show=show) as watcher:
                 _label(job, watcher)
-            except _GraceOverError:
-                watcher.look()
-                raise _interrupted(tally, "the grace time is over; shards in hand were dropped") from None
+    except _GraceOverError:
+        raise _interrupted(tally.refresh(), "the grace time is over; shards in hand were dropped") from None
     return tally.summary() | {
         "new": tally.images_done - done_before,
         "seconds": round(time.monotonic() - start, 1),
@@ -114,18 +115,19 @@ def embed_queries(record: RunRecord, detector_weights: Path, run_url: str) -> No
     _log.info("embedded %d prompts", len(record.prompts))
 
 
+def _attempt_name() -> str:
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{socket.gethostname()}-{os.getpid()}"
+
+
 def _prepare(
-    config: RunConfig, record: RunRecord, manifest: Manifest, detector_weights: str, *, allow_numerics_change: bool
+    config: RunConfig, record: RunRecord, manifest: Manifest, detector_weights: Path, stop_url: str
 ) -> pipeline.Job:
-    """Preflight against the cluster; the numerics are known only here."""
-    run_url = run_directory(config)
+    """Preflight against the cluster."""
     totals = pipeline.cluster_totals()
     allocation = allocate(config.resources, num_cpus=totals["num_cpus"], num_gpus=totals["num_gpus"])
     check_object_store(
         allocation, config.resources, shard_bytes=manifest.max_shard_bytes, store_bytes=totals["store_bytes"]
     )
-    numerics = numerics_of(allocation, config.resources.dtype)
-    record = guard_numerics(record, numerics, run_url, allow_change=allow_numerics_change)
     _log.info(
         "%d actor(s) on %s, %g CPU and %g GPU each",
         allocation.actors,
@@ -133,15 +135,14 @@ def _prepare(
         allocation.cpus_per_actor,
         allocation.gpus_per_actor,
     )
-    attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{socket.gethostname()}-{os.getpid()}"
     return pipeline.Job(
-        run_url=run_url,
+        run_url=run_directory(config),
         config=config,
         record=record,
         manifest=manifest,
         allocation=allocation,
-        detector_weights=detector_weights,
-        stop_url=storage.join(run_url, "attempts", f"{attempt}.stop"),
+        detector_weights=str(detector_weights),
+        stop_url=stop_url,
     )
 
 
@@ -196,7 +197,9 @@ def _give_up_on(cause: BaseException, fruitless: int) -> None:
 def root_cause(error: BaseException) -> BaseException:
     """The exception inside Ray's wrappers that our code or a library raised."""
     inner = getattr(error, "cause", None) or error.__cause__
-    return root_cause(inner) if isinstance(inner, BaseException) else error
+    if not isinstance(inner, BaseException) or isinstance(inner, SystemException):  # Ray's mark of its own errors
+        return error
+    return root_cause(inner)
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,7 +3,9 @@
 import argparse
 import json
 import logging
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +15,7 @@ from rich.logging import RichHandler
 
 from owlsam_ray import __version__
 from owlsam_ray.config import RunConfig, load_config
-from owlsam_ray.errors import ExitCode, FailedImagesError, OwlsamError
+from owlsam_ray.errors import ExitCode, FailedImagesError, IncompleteError, InterruptedRunError, OwlsamError
 
 _EXIT_CODES = """exit codes:
   0   complete
@@ -49,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console(stderr=True)
     _start_log(console, "info")
+    if threading.current_thread() is threading.main_thread():
+        # As Ctrl-C, until `annotate` has its own: a scheduler's stop is no failure.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.monotonic()
     summary: dict[str, Any] = {"command": options.command}
     try:
@@ -62,9 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _tell(error, summary)
     except OwlsamError as error:
         code = _tell(error, summary)
+    except OSError as error:
+        logging.getLogger("owlsam_ray").debug("storage refused", exc_info=True)
+        message = f"storage refused: {error}. What was finished is kept: mend it, and call the same command again."
+        code = _tell(IncompleteError(message), summary)
     except KeyboardInterrupt:
-        summary["error"] = "interrupted"
-        code = ExitCode.INTERRUPTED
+        code = _tell(InterruptedRunError("interrupted: call the same command again"), summary)
     summary |= {"wall_s": round(time.monotonic() - start, 1), "exit_code": int(code)}
     print(json.dumps(summary, ensure_ascii=False), flush=True)
     return int(code)
@@ -95,6 +103,10 @@ def _plan(config: RunConfig, options: argparse.Namespace, console: Console) -> d
 
 
 def _annotate(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.resources import export_ray_environment
+
+    export_ray_environment(config.resources)
+
     from owlsam_ray.annotate import annotate_run
     from owlsam_ray.guard import load_record, run_directory
     from owlsam_ray.progress import LazyDisplay

@@ -7,7 +7,7 @@ Ray in waves, so that starting up stays flat however many there are.
 
 import json
 import logging
-import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from owlsam_ray.fetch import FETCHED_SCHEMA, fetch_shard, to_images
 from owlsam_ray.guard import QUERY_FILE, RunRecord
 from owlsam_ray.ledger import write_shard
 from owlsam_ray.manifest import Manifest
-from owlsam_ray.resources import Allocation
+from owlsam_ray.resources import Allocation, export_ray_environment
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 
 _log = logging.getLogger(__name__)
@@ -182,9 +182,12 @@ def run_wave(job: Job, shards: Sequence[int]) -> None:
     Raises:
         ray.exceptions.RayError: an actor could not start, a process died too often, storage refused a file.
     """
-    build_graph(job, shards).write_datasink(
-        ShardSink(job), ray_remote_args={"num_cpus": job.config.resources.write_cpus}
-    )
+    with warnings.catch_warnings():
+        # The named parameters that the warning asks for are not there in the release that gives it.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        build_graph(job, shards).write_datasink(
+            ShardSink(job), ray_remote_args={"num_cpus": job.config.resources.write_cpus}
+        )
 
 
 def start_ray(resources: ResourcesConfig, *, level: str) -> bool:
@@ -195,10 +198,7 @@ def start_ray(resources: ResourcesConfig, *, level: str) -> bool:
     """
     if ray.is_initialized():
         return False
-    # Left unset, a token file of some earlier local run decides, and a cluster refuses with a misleading message.
-    os.environ["RAY_AUTH_MODE"] = resources.auth_mode
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    export_ray_environment(resources)
     quiet = logging.INFO if level == "debug" else logging.ERROR
     local: dict[str, Any] = {}
     if resources.ray_address is None:

@@ -1,6 +1,7 @@
 """What a run gets of the machine, and whether it can start at all (law 10). Plain arithmetic, no Ray."""
 
 import math
+import os
 from dataclasses import dataclass
 
 from owlsam_ray.config import ResourcesConfig
@@ -83,6 +84,14 @@ def check_object_store(
             f"but Ray's object store has {store_bytes / MEBIBYTE:.0f} MiB. Raise resources.object_store_mb, lower "
             "resources.shards_in_flight or resources.actors, or plan again with a smaller resources.shard_size."
         )
+
+
+def export_ray_environment(resources: ResourcesConfig) -> None:
+    """Set the environment variables that Ray reads, some of them already when it is imported."""
+    # Left to the environment, or to a token file of some earlier run, actors die at once without a useful word.
+    os.environ["RAY_AUTH_MODE"] = resources.auth_mode
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def _device(resources: ResourcesConfig, num_gpus: float) -> str:

@@ -52,8 +52,8 @@ class TinyRun:
 
 
 def environment() -> dict[str, str]:
-    """Offline, and with little to say."""
-    return os.environ | {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
+    """Offline, with little to say, and with a leftover of some other use of Ray."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "token", "PYTHONWARNINGS": "ignore"}
 
 
 def make_tiny_run(root: Path, *, num_images: int, **sections: Any) -> TinyRun:

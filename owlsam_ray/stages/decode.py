@@ -111,7 +111,7 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
             raise ImageError(f"unsupported_mode: {image.mode} beyond 16 bits")
         grey = ((wide + 128) // 257).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGB"))
+    return np.array(image.convert("RGB"))  # a copy: torch takes writable arrays only
 
 
 def _orientation(image: Image.Image) -> int:
