@@ -28,6 +28,8 @@ from owlsam_ray.resources import Allocation, export_ray_environment
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 
 _log = logging.getLogger(__name__)
+# The named parameters that the warning asks for are not there yet in the release that gives it.
+warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -182,12 +184,9 @@ def run_wave(job: Job, shards: Sequence[int]) -> None:
     Raises:
         ray.exceptions.RayError: an actor could not start, a process died too often, storage refused a file.
     """
-    with warnings.catch_warnings():
-        # The named parameters that the warning asks for are not there in the release that gives it.
-        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-        build_graph(job, shards).write_datasink(
-            ShardSink(job), ray_remote_args={"num_cpus": job.config.resources.write_cpus}
-        )
+    build_graph(job, shards).write_datasink(
+        ShardSink(job), ray_remote_args={"num_cpus": job.config.resources.write_cpus}
+    )
 
 
 def start_ray(resources: ResourcesConfig, *, level: str) -> bool:
