@@ -23,7 +23,7 @@ from safetensors.torch import save as save_safetensors
 
 from owlsam_ray import pipeline, storage
 from owlsam_ray.config import RunConfig
-from owlsam_ray.errors import IncompleteError, InterruptedRunError, OwlsamError
+from owlsam_ray.errors import IncompleteError, InterruptedRunError, OwlsamError, PreflightError
 from owlsam_ray.guard import (
     QUERY_FILE,
     RunRecord,
@@ -65,6 +65,9 @@ def annotate_run(
         OwlsamError: see `errors` for the kinds and their exit codes.
     """
     run_url = run_directory(config)
+    for url in (run_url, config.data.images):
+        if url.startswith("memory:"):
+            raise PreflightError(f"{url} lives in one process, and Ray's actors are others: use a disk or object store")
     check_writable(run_url)
     record, manifest, planned = plan_run(config)
     if planned:
@@ -170,7 +173,7 @@ def _label(job: pipeline.Job, watcher: ProgressWatcher) -> None:
             tally = watcher.look()
             fruitless = 0 if len(tally.done) > done_before else fruitless + 1
             _give_up_on(cause, fruitless)
-            _log.warning("a wave broke and is built again: %s", _first_line(cause))
+            _log.warning("a wave broke and is built again: %s", _in_one_line(cause))
             continue
         tally = watcher.look()
         fruitless = 0 if len(tally.done) > done_before else fruitless + 1
@@ -189,7 +192,7 @@ def _give_up_on(cause: BaseException, fruitless: int) -> None:
         ) from cause
     if fruitless >= _FRUITLESS_WAVES:
         raise IncompleteError(
-            f"gave up after {fruitless} tries without a new shard: {_first_line(cause)}. Finished shards are kept; "
+            f"gave up after {fruitless} tries without a new shard: {_in_one_line(cause)}. Finished shards are kept; "
             "logging.level=debug shows the actors' output."
         ) from cause
 
@@ -202,8 +205,10 @@ def root_cause(error: BaseException) -> BaseException:
     return root_cause(inner)
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+def _in_one_line(error: BaseException) -> str:
+    """Kind and message; of Ray's own errors the last line, where the traceback that they quote ends."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayError) else 0].strip()}"
 
 
 def _interrupted(tally: Tally, why: str) -> InterruptedRunError:
@@ -221,7 +226,7 @@ def _ray(config: RunConfig) -> Iterator[None]:
         # While it starts, Ray's own SIGTERM handler is in place.
         raise InterruptedRunError("interrupted while Ray was starting; call the same command again") from None
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise IncompleteError(f"Ray does not start: {_first_line(error)}") from error
+        raise IncompleteError(f"Ray does not start: {_in_one_line(error)}") from error
     try:
         yield
     finally:

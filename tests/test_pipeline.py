@@ -1,6 +1,7 @@
 """The Ray graph: one block, one shard, one file; nothing fused, nothing partial."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import ray
 
 from owlsam_ray.annotate import annotate_run
 from owlsam_ray.config import load_config
-from owlsam_ray.errors import IncompleteError
+from owlsam_ray.errors import IncompleteError, PreflightError
 from owlsam_ray.fetch import FETCHED_SCHEMA
 from owlsam_ray.guard import load_record, load_run_manifest
 from owlsam_ray.ledger import done_shards, read_footer
@@ -83,7 +84,7 @@ def local_ray() -> Iterator[None]:
 
 def test_on_ray(job: Job, tiny: TinyRun, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One start of Ray for what needs one: the shape of the graph, waves, and a sink that breaks."""
-    dataset = build_graph(job, range(5)).materialize()
+    dataset = build_graph(replace(job, run_url=str(tiny.root / "uninterrupted")), range(5)).materialize()
     blocks = [ray.get(reference) for reference in dataset.get_internal_block_refs()]
     assert sorted((block["shard"][0].as_py(), block.num_rows) for block in blocks) == [(n, 8) for n in range(5)]
     assert "pixels" not in str(blocks[0].schema)
@@ -134,6 +135,13 @@ def test_the_text_tower_runs_once(tiny: TinyRun, tmp_path: Path, monkeypatch: py
         with pytest.raises(EnoughError):
             annotate_run(config)
     assert calls == [4]
+
+
+def test_memory_urls_are_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    for settings in ({"run": "memory://run"}, {"data.images": "memory://images"}):
+        overrides = [f"{name}={value}" for name, value in ({"run": str(tmp_path)} | settings).items()]
+        with pytest.raises(PreflightError, match="lives in one process"):
+            annotate_run(load_config([tiny.run_file], overrides=overrides))
 
 
 def test_a_damaged_shard_stops_a_resume(tiny: TinyRun, tmp_path: Path) -> None:
