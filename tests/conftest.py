@@ -19,8 +19,8 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """480 drawn images with tiny models; tests make run directories of it."""
-    return make_tiny_run(tmp_path_factory.mktemp("tiny"), num_images=480)
+    """320 drawn images with tiny models; tests make run directories of it."""
+    return make_tiny_run(tmp_path_factory.mktemp("tiny"), num_images=320)
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from owlsam_ray import cli, storage
+from owlsam_ray import cli
+from owlsam_ray.ledger import done_shards, shard_url
 from tests.drawn_images import draw_image
 from tests.runs import ROOT, TinyRun, environment
 
@@ -53,8 +56,8 @@ def test_a_finished_run_says_so_and_does_nothing(
     run = tiny.root / "uninterrupted"
     before = {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(run / "predictions")}
     code, summary, log = call(capsys, "annotate", str(tiny.run_file), "--run", str(run))
-    assert (code, summary["new"], summary["done"], summary["left"]) == (0, 0, 480, 0)
-    assert "nothing to do: all 60 shards" in log
+    assert (code, summary["new"], summary["done"], summary["left"]) == (0, 0, 320, 0)
+    assert "nothing to do: all 40 shards" in log
     assert {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(run / "predictions")} == before
 
 
@@ -73,7 +76,7 @@ def test_other_settings_are_refused_by_name(
 
 def test_progress_file(tiny: TinyRun, uninterrupted: bytes) -> None:
     state = json.loads((tiny.root / "uninterrupted" / "progress.json").read_text())
-    assert (state["images"], state["done"], state["left"], state["failed"], state["eta_s"]) == (480, 480, 0, 0, 0)
+    assert (state["images"], state["done"], state["left"], state["failed"], state["eta_s"]) == (320, 320, 0, 0, 0)
     assert state["images_per_s"] > 0
     assert set(state["stage_s"]) == {"decode", "detect", "suppress", "segment", "encode"}
 
@@ -82,9 +85,9 @@ def test_plan_twice_and_reduce_too_early(tiny: TinyRun, tmp_path: Path, capsys: 
     arguments = (str(tiny.run_file), "--run", str(tmp_path / "run"))
     assert call(capsys, "reduce", *arguments)[0] == 2
     code, summary, _ = call(capsys, "plan", *arguments)
-    assert (code, summary["planned"], summary["images"], summary["shards"]) == (0, True, 480, 60)
+    assert (code, summary["planned"], summary["images"], summary["shards"]) == (0, True, 320, 40)
     code, summary, log = call(capsys, "plan", *arguments, "--set", "resources.shard_size=50")
-    assert (code, summary["planned"], summary["shards"]) == (0, False, 60)
+    assert (code, summary["planned"], summary["shards"]) == (0, False, 40)
     assert "already planned" in log
     code, _, log = call(capsys, "reduce", *arguments)
     assert code == 5
@@ -138,7 +141,7 @@ def hostile_dataset(root: Path) -> int:
     return 4
 
 
-def test_bad_images_become_rows(tiny: TinyRun, tmp_path: Path) -> None:
+def test_bad_images_become_rows(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """End to end in a process of its own, on a machine with one CPU."""
     failing = hostile_dataset(tmp_path / "images")
     settings: dict[str, Any] = {
@@ -151,8 +154,11 @@ def test_bad_images_become_rows(tiny: TinyRun, tmp_path: Path) -> None:
     summary = tiny.call("annotate", run, check=1, **settings)
     assert (summary["images"], summary["done"], summary["failed"]) == (14, 14, failing)
     assert "4 of 14 images failed" in summary["error"]
-    assert tiny.call("reduce", run, check=1, **settings)["failed"] == failing
-    summary = tiny.call("reduce", run, **settings, **{"reduce.max_failed": 4})
+    same = [f"--set={name}={json.dumps(value)}" for name, value in settings.items()]
+    code, counts, _ = call(capsys, "reduce", str(tiny.run_file), "--run", str(run), *same)
+    assert (code, counts["failed"]) == (1, failing)
+    code, summary, _ = call(capsys, "reduce", str(tiny.run_file), "--run", str(run), *same, "--set=reduce.max_failed=4")
+    assert code == 0
     assert summary["failed_by_reason"] == {"empty_file": 1, "missing": 1, "not_an_image": 1, "truncated": 1}
     coco = COCO(str(run / "coco" / "annotations.json"))
     assert len(coco.getImgIds()) == 10
@@ -176,26 +182,28 @@ def test_what_cannot_start_says_so(tiny: TinyRun, tmp_path: Path) -> None:
     assert summary["wall_s"] < 60
 
 
-def test_a_corrupt_shard_is_named_and_redone(tiny: TinyRun, uninterrupted: bytes, tmp_path: Path) -> None:
+def test_a_corrupt_shard_is_named(
+    tiny: TinyRun, uninterrupted: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That its images are labelled anew once it is gone: see `test_pipeline`."""
     run = tmp_path / "run"
-    subprocess.run(["cp", "-r", str(tiny.root / "uninterrupted"), str(run)], check=True)
+    shutil.copytree(tiny.root / "uninterrupted", run)
     shard = run / "predictions" / "shard-00000006.parquet"
     shard.write_bytes(shard.read_bytes()[:-100])
     for command in ("annotate", "reduce"):
-        error = tiny.call(command, run, check=5)["error"]
-        assert f"{shard} is not a whole shard of this run" in error
-        assert "Delete or move that one file and call `owlsam annotate` again" in error
-    shard.unlink()
-    assert tiny.call("annotate", run)["new"] == 8
-    tiny.call("reduce", run)
-    assert (run / "coco" / "annotations.json").read_bytes() == uninterrupted
+        code, _, log = call(capsys, command, str(tiny.run_file), "--run", str(run))
+        assert code == 5
+        assert f"{shard} is not a whole shard of this run" in log
+        assert "Delete or move that one file and call `owlsam annotate` again" in log
 
 
-def test_a_full_disk_keeps_what_is_done(tiny: TinyRun, uninterrupted: bytes, tmp_path: Path) -> None:
-    """On a real file system of 300 kB; needs the right to mount one."""
+def test_a_full_disk_keeps_what_is_done(
+    tiny: TinyRun, uninterrupted: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a real file system of 250 kB; needs the right to mount one."""
     small = tmp_path / "small"
     small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=250k", "tmpfs", str(small)]
     try:
         refused = subprocess.run(mount, capture_output=True, text=True, check=False).stderr
     except FileNotFoundError:
@@ -204,15 +212,16 @@ def test_a_full_disk_keeps_what_is_done(tiny: TinyRun, uninterrupted: bytes, tmp
         pytest.skip(f"cannot mount a small file system: {refused}")
     try:
         run = small / "run"
-        summary = tiny.call("annotate", run, check=5)
-        assert "No space left on device" in summary["error"]
-        done = len(storage.list_names(str(run / "predictions")))
-        assert 0 < done < 60
-        subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)
-        summary = tiny.call("annotate", run)
-        assert summary["new"] == 480 - 8 * done
-        tiny.call("reduce", run)
-        assert (run / "coco" / "annotations.json").read_bytes() == uninterrupted
+        assert "No space left on device" in tiny.call("annotate", run, check=5)["error"]
+        done = done_shards(str(run))
+        assert 0 < len(done) < 40
+        for shard in done:
+            one, other = (pq.read_table(shard_url(str(root), shard)) for root in (run, tiny.root / "uninterrupted"))
+            assert one.equals(other)
+        # Planning does not fit either.
+        code, _, log = call(capsys, "plan", str(tiny.run_file), "--run", str(small / "another"))
+        assert code in (2, 5)
+        assert "No space left on device" in log
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
 

@@ -25,18 +25,17 @@ from owlsam_ray.stages.suppress import suppress
 from tests.runs import TinyRun, coco_bytes
 
 
-@pytest.mark.parametrize("settings", [{"shard_size": 8}, {"shard_size": 64}], ids=lambda values: f"{values}")
-def test_one_actor_gives_the_bytes_of_two(tiny: TinyRun, uninterrupted: bytes, settings: dict[str, int]) -> None:
-    run = tiny.root / f"one-actor-{settings['shard_size']}"
-    summary = tiny.call("annotate", run, **{f"resources.{name}": value for name, value in settings.items()})
-    assert summary["shards"] == -(-480 // settings["shard_size"])
+def test_one_actor_and_large_shards_give_the_bytes_of_two_and_small_ones(tiny: TinyRun, uninterrupted: bytes) -> None:
+    """With one actor and shards of 8: see `test_pipeline`."""
+    run = tiny.root / "large-shards"
+    assert tiny.call("annotate", run, **{"resources.shard_size": 64})["shards"] == 5
     assert coco_bytes(tiny, run) == uninterrupted
 
 
 def test_the_labels_are_worth_comparing(uninterrupted: bytes) -> None:
     tree = json.loads(uninterrupted)
-    assert len(tree["images"]) > 400
-    assert len(tree["annotations"]) > 2000
+    assert len(tree["images"]) > 300
+    assert len(tree["annotations"]) > 1500
     assert len({annotation["category_id"] for annotation in tree["annotations"]}) == 4
     assert len({annotation["area"] for annotation in tree["annotations"]}) > 200
 

@@ -1,5 +1,6 @@
 """Runs that are killed end with the same bytes as runs that are not, and nothing that was written is computed again."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from owlsam_ray.ledger import PREDICTIONS, done_shards, shard_url
 from tests.runs import ROOT, TWO_ACTORS, TinyRun, coco_bytes, environment
 
-NUM_IMAGES, NUM_SHARDS = 480, 60
+NUM_IMAGES, NUM_SHARDS = 320, 40
 
 
 def start(tiny: TinyRun, run: Path) -> "subprocess.Popen[bytes]":
@@ -35,35 +36,37 @@ def wait_for(condition: Callable[[], bool], driver: "subprocess.Popen[bytes]", *
         time.sleep(0.01)
 
 
-def settled_shards(run: Path) -> dict[str, tuple[int, int]]:
-    """Name → (inode, mtime) of shard files, once the killed run's orphans are gone and nothing changes any more."""
-    before: dict[str, tuple[int, int]] | None = None
-    while True:
-        files = {
-            entry.name: (entry.stat().st_ino, entry.stat().st_mtime_ns)
-            for entry in os.scandir(run / PREDICTIONS)
-            if entry.name.startswith("shard-")
-        }
-        if files == before:
-            return files
-        before = files
-        time.sleep(6)  # Ray's processes outlive a killed driver by about four seconds
+def written_shards(run: Path) -> dict[str, tuple[int, int]]:
+    """Name → (inode, mtime) of shard files."""
+    return {
+        entry.name: (entry.stat().st_ino, entry.stat().st_mtime_ns)
+        for entry in os.scandir(run / PREDICTIONS)
+        if entry.name.startswith("shard-")
+    }
 
 
 def test_sigkill_of_the_driver_at_three_moments(tiny: TinyRun, uninterrupted: bytes) -> None:
     run = tiny.root / "killed"
-    for moment in (1, 15, 30):
+    written: dict[str, tuple[int, int]] = {}
+    for moment in (1, 9, 18):
         driver = start(tiny, run)
         wait_for(lambda moment=moment: len(done_shards(str(run))) >= moment, driver)  # type: ignore[misc]
+        orphans = descendants(driver.pid)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        written = settled_shards(run)
+        # Ray's processes outlive a killed driver by some seconds, and may finish a file meanwhile.
+        deadline = time.monotonic() + 60
+        while any(alive(pid) for pid in orphans):
+            assert time.monotonic() < deadline, "Ray's processes did not end"
+            time.sleep(0.1)
+        before, written = written, written_shards(run)
+        assert {name: written[name] for name in before} == before, "a shard was written again"
         assert moment <= len(written) < NUM_SHARDS, f"{len(written)} shards were written at the kill"
 
     summary = tiny.call("annotate", run, **TWO_ACTORS)
     assert summary["done"] == NUM_IMAGES
     assert summary["new"] == NUM_IMAGES - 8 * len(written)
-    after = settled_shards(run)
+    after = written_shards(run)
     assert {name: after[name] for name in written} == written, "a shard was written again"
     assert coco_bytes(tiny, run) == uninterrupted
 
@@ -80,25 +83,40 @@ def test_sigkill_of_an_actor(tiny: TinyRun, uninterrupted: bytes) -> None:
 
 
 def actor_pids(driver_pid: int) -> list[int]:
-    """Annotator actors that descend from a driver."""
-    parents, names = {}, {}
+    """Annotator actors of a driver."""
+    found = []
+    for pid in descendants(driver_pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if command.startswith(b"ray::") and b"Annotator" in command:
+                found.append(pid)
+    return found
+
+
+def descendants(ancestor: int) -> list[int]:
+    """Processes below another."""
+    parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                status = (entry / "status").read_text()
-                names[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            parents[int(entry.name)] = int(status.split("PPid:")[1].split()[0])
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                parents[int(entry.name)] = int((entry / "status").read_text().split("PPid:")[1].split()[0])
 
     def descends(pid: int) -> bool:
         while pid > 1:
             pid = parents.get(pid, 0)
-            if pid == driver_pid:
+            if pid == ancestor:
                 return True
         return False
 
-    return [pid for pid, name in names.items() if name.startswith("ray::") and "Annotator" in name and descends(pid)]
+    return [pid for pid in parents if descends(pid)]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_sigterm_finishes_the_shards_in_hand(tiny: TinyRun, uninterrupted: bytes) -> None:

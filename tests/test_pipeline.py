@@ -19,7 +19,7 @@ from owlsam_ray.manifest import Manifest
 from owlsam_ray.pipeline import ROWS_SCHEMA, FetchShard, Job, ShardSink, build_graph
 from owlsam_ray.resources import allocate
 from owlsam_ray.schema import predictions_to_table
-from tests.runs import TinyRun
+from tests.runs import TinyRun, coco_bytes
 from tests.test_ledger import prediction
 
 
@@ -82,7 +82,9 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def test_on_ray(job: Job, tiny: TinyRun, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_ray(
+    job: Job, tiny: TinyRun, uninterrupted: bytes, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One start of Ray for what needs one: the shape of the graph, waves, and a sink that breaks."""
     dataset = build_graph(replace(job, run_url=str(tiny.root / "uninterrupted")), range(5)).materialize()
     blocks = [ray.get(reference) for reference in dataset.get_internal_block_refs()]
@@ -96,9 +98,9 @@ def test_on_ray(job: Job, tiny: TinyRun, local_ray: None, monkeypatch: pytest.Mo
 
     # Waves smaller than the run, and then a resume that finds everything done without a model.
     run = str(tiny.root / "waves")
-    config = load_config([tiny.run_file], run=run, overrides=["resources.wave_shards=25"])
+    config = load_config([tiny.run_file], run=run, overrides=["resources.wave_shards=15"])
     counts = annotate_run(config)
-    assert (counts["done"], counts["new"], counts["shards"]) == (480, 480, 60)
+    assert (counts["done"], counts["new"], counts["shards"]) == (320, 320, 40)
 
     def no_text_tower(*arguments: Any, **named: Any) -> None:
         raise AssertionError("the text tower must not run on resume")
@@ -108,6 +110,8 @@ def test_on_ray(job: Job, tiny: TinyRun, local_ray: None, monkeypatch: pytest.Mo
     for shard in (2, 9):
         Path(run, "predictions", f"shard-{shard:08d}.parquet").unlink()
     assert annotate_run(config)["new"] == 16
+    # One actor, with waves and a second attempt: the bytes of two actors.
+    assert coco_bytes(tiny, Path(run)) == uninterrupted
 
 
 def test_the_text_tower_runs_once(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +155,6 @@ def test_a_damaged_shard_stops_a_resume(tiny: TinyRun, tmp_path: Path) -> None:
     manifest: Manifest = plan_run(config)[1]
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "shard-00000004.parquet").write_bytes(b"PAR1")
-    assert manifest.num_shards == 60
+    assert manifest.num_shards == 40
     with pytest.raises(IncompleteError, match=r"shard-00000004\.parquet is not a whole shard"):
         annotate_run(config)
