@@ -26,6 +26,8 @@ from owlsam_ray.vocabulary import resolve_vocabulary
 
 RUN_FILE = "run.json"
 QUERY_FILE = "query_embeddings.safetensors"
+_COMPUTING = ("torch", "torchvision", "transformers", "timm", "pillow")
+"""Packages whose versions may change results in their last bits."""
 
 
 class RunRecord(BaseModel):
@@ -260,15 +262,17 @@ def guard_labels(record: RunRecord, parts: dict[str, Any], run_url: str) -> RunR
 def numerics_of(allocation: Allocation, dtype: str) -> dict[str, Any]:
     """What may change results in their last bits."""
     threads = {"torch_threads": allocation.torch_threads} if allocation.device == "cpu" else {}
-    return threads | {
-        "device": allocation.device,
-        "dtype": dtype,
-        "detector_batch": allocation.detector_batch,
-        "segmenter_batch": allocation.segmenter_batch,
-        "decoder_batch": allocation.decoder_batch,
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }
+    return (
+        threads
+        | {
+            "device": allocation.device,
+            "dtype": dtype,
+            "detector_batch": allocation.detector_batch,
+            "segmenter_batch": allocation.segmenter_batch,
+            "decoder_batch": allocation.decoder_batch,
+        }
+        | {name: version(name) for name in _COMPUTING}
+    )
 
 
 def guard_numerics(record: RunRecord, numerics: dict[str, Any], run_url: str, *, allow_change: bool) -> RunRecord:

@@ -93,6 +93,9 @@ class Annotator:
 
         self._job = job
         torch.set_num_threads(job.allocation.torch_threads)
+        # fp32 means fp32 (TF32 keeps ten bits of it), and a convolution must not be another one from call to call.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
         self._engine = load_engine(
             job.config,
             job.allocation,
