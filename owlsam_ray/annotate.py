@@ -39,7 +39,7 @@ from owlsam_ray.ledger import PREDICTIONS, Tally
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.models import mobile_sam, owlvit
 from owlsam_ray.progress import ProgressWatcher
-from owlsam_ray.resources import allocate, check_object_store
+from owlsam_ray.resources import allocate, check_nodes, check_object_store
 
 _log = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ def _prepare(
     """Preflight against the cluster."""
     totals = pipeline.cluster_totals()
     allocation = allocate(config.resources, num_cpus=totals["num_cpus"], num_gpus=totals["num_gpus"])
+    check_nodes(allocation, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     check_object_store(
         allocation, config.resources, shard_bytes=manifest.max_shard_bytes, store_bytes=totals["store_bytes"]
     )

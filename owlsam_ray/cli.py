@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = _tell(InterruptedRunError("interrupted: call the same command again"), summary)
     summary |= {"wall_s": round(time.monotonic() - start, 1), "exit_code": int(code)}
-    print(json.dumps(summary, ensure_ascii=False), flush=True)
+    print(json.dumps(summary), flush=True)
     return int(code)
 
 

@@ -1,12 +1,13 @@
 """Shard number → encoded bytes of its images, through fsspec. Whatever goes wrong with one file becomes a reason."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
 
 from owlsam_ray import storage
-from owlsam_ray.errors import FailureClass
+from owlsam_ray.errors import FailureClass, InputError
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.records import EncodedImage
 
@@ -79,11 +80,14 @@ def _fetch(row: dict[str, Any], max_bytes: int) -> tuple[bytes | None, str | Non
     length = row["length"] if row["length"] is not None else max_bytes + 1
     try:
         filesystem, path = storage.open_filesystem(row["uri"])
-        if filesystem.isdir(path) if storage.is_local(filesystem) else False:
+        # A named pipe would be waited for.
+        if storage.is_local(filesystem) and os.path.exists(path) and not os.path.isfile(path):
             return None, "not_a_file", str(FailureClass.PERMANENT)
         data = filesystem.cat_file(path, start=start, end=start + min(length, max_bytes + 1))
     except (FileNotFoundError, NotADirectoryError):
         return None, "missing", str(FailureClass.PERMANENT)
+    except InputError as error:
+        return None, f"bad_uri: {error}", str(FailureClass.PERMANENT)
     except OSError as error:
         detail = error.strerror or str(error) or type(error).__name__
         return None, f"fetch_failed: {detail}", str(FailureClass.TRANSIENT)

@@ -113,7 +113,7 @@ def load_record(run_url: str) -> RunRecord | None:
 
 def save_record(run_url: str, record: RunRecord) -> None:
     """Replace `run.json`, whole or not at all."""
-    data = json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False).encode()
+    data = json.dumps(record.model_dump(mode="json"), indent=1).encode()
     storage.write_atomic(storage.join(run_url, RUN_FILE), data)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic.dataclasses import dataclass as validated_dataclass
 
 from owlsam_ray import storage
 from owlsam_ray.errors import FailureClass, IncompleteError
@@ -23,7 +24,7 @@ PREDICTIONS = "predictions"
 FOOTER_KEY = b"owlsam"
 
 
-@dataclass(frozen=True, slots=True)
+@validated_dataclass(frozen=True, slots=True)
 class ShardFooter:
     """What a shard file says about itself."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic.dataclasses import dataclass as validated_dataclass
 
 from owlsam_ray import storage
 from owlsam_ray.config import DataConfig
@@ -27,7 +28,7 @@ _BYTES_PER_PIXEL = 0.5
 _UNKNOWN_BYTES = 200_000
 
 
-@dataclass(frozen=True, slots=True)
+@validated_dataclass(frozen=True, slots=True)
 class ManifestPart:
     """One part of the manifest."""
 
@@ -166,7 +167,7 @@ def write_part(
         max_shard_bytes=max(sum(sizes[start : start + size]) for start in range(0, len(sizes), size)),
         source={"info": source.info, "licenses": source.licenses, "categories": source.categories},
     )
-    sidecar = json.dumps(asdict(part), indent=1, ensure_ascii=False).encode()
+    sidecar = json.dumps(asdict(part), indent=1).encode()
     storage.write_atomic(storage.join(run_url, MANIFEST, "part-0000.json"), sidecar)
     return Manifest(run_url, (part,))
 
@@ -238,6 +239,6 @@ def _rows(records: Any, shard: int, root: str) -> pa.Table:
         "shard": [shard] * len(records),
         "height": [record.height for record in records],
         "width": [record.width for record in records],
-        "extra": [json.dumps(record.extra, ensure_ascii=False) if record.extra else None for record in records],
+        "extra": [json.dumps(record.extra) if record.extra else None for record in records],
     }
     return pa.table(columns, schema=MANIFEST_SCHEMA)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from owlsam_ray.config import ResourcesConfig
@@ -84,6 +85,32 @@ def check_object_store(
             f"but Ray's object store has {store_bytes / MEBIBYTE:.0f} MiB. Raise resources.object_store_mb, lower "
             "resources.shards_in_flight or resources.actors, or plan again with a smaller resources.shard_size."
         )
+
+
+def check_nodes(allocation: Allocation, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuse actors that no single node can hold, however large the cluster is.
+
+    Args:
+        allocation: of `allocate`.
+        nodes: resources of each node that lives, as Ray names them (`CPU`, `GPU`).
+
+    Raises:
+        PreflightError: with what an actor wants, and what the largest node has.
+    """
+    cpus, gpus = allocation.cpus_per_actor, allocation.gpus_per_actor
+    fitting = sum(_times(node.get("CPU", 0.0), cpus, node.get("GPU", 0.0), gpus) for node in nodes)
+    if fitting < allocation.actors:
+        largest = ", ".join(f"{node.get('CPU', 0.0):g} CPU + {node.get('GPU', 0.0):g} GPU" for node in nodes[:5])
+        raise PreflightError(
+            f"{allocation.actors} actor(s) of {cpus:g} CPU + {gpus:g} GPU each do not fit the nodes ({largest}): there "
+            f"is room for {fitting}. Lower resources.actors, resources.cpus_per_actor or resources.gpus_per_actor."
+        )
+
+
+def _times(cpus: float, cpus_each: float, gpus: float, gpus_each: float) -> int:
+    """How many actors one node can hold."""
+    by_cpu = math.floor(cpus / cpus_each + 1e-6)
+    return by_cpu if gpus_each == 0 else min(by_cpu, math.floor(gpus / gpus_each + 1e-6))
 
 
 def export_ray_environment(resources: ResourcesConfig) -> None:

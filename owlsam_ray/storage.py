@@ -28,6 +28,9 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     Raises:
         InputError: the scheme is unknown, or its package is not installed.
     """
+    if "://" not in url:
+        # Not by `url_to_fs`: it takes `::` in the name of a file for a chain of file systems.
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:

@@ -59,6 +59,33 @@ def test_what_cannot_be_read_becomes_a_reason(tmp_path: Path) -> None:
     assert images[5].failure is None
 
 
+def test_hostile_names(tmp_path: Path) -> None:
+    """What other code takes for a chain of file systems, a pattern, a home directory, a pipe."""
+    names = [
+        "a::b.jpg",
+        "zip::a.jpg",
+        "[x]*.jpg",
+        "~root.jpg",
+        "%2e%2e.jpg",
+        "a b\n.jpg",
+        "-rf.jpg",
+        "$(id).jpg",
+        "#?.jpg",
+    ]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    os.mkfifo(tmp_path / "pipe.jpg")
+    images = fetch(plan(tmp_path / "run", str(tmp_path), *names, "pipe.jpg"))
+    assert [bytes(image.data or b"").decode() for image in images[:-1]] == names
+    assert images[-1].failure == ("not_a_file", FailureClass.PERMANENT)
+
+
+def test_a_url_that_cannot_be_opened_is_a_reason(tmp_path: Path) -> None:
+    failure = fetch(plan(tmp_path, "memory://set", "a::nosuch://b.jpg"))[0].failure
+    assert failure is not None
+    assert failure[0].startswith("bad_uri: cannot open")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_no_permission_is_transient(tmp_path: Path) -> None:
     (tmp_path / "locked").write_bytes(b"x")

@@ -103,6 +103,7 @@ def test_a_part_without_its_mark_does_not_count(tmp_path: Path) -> None:
         ("changed", "is not the file that was planned"),
         ("removed", "part-0000.parquet is missing"),
         ("sidecar", "part-0000.json is damaged"),
+        ("types", "part-0000.json is damaged"),
     ],
 )
 def test_a_changed_manifest_is_refused(tmp_path: Path, damage: str, words: str) -> None:
@@ -112,6 +113,9 @@ def test_a_changed_manifest_is_refused(tmp_path: Path, damage: str, words: str) 
         pq.write_table(pq.read_table(file), file, compression="none")
     elif damage == "removed":
         file.unlink()
+    elif damage == "types":
+        sidecar = json.loads((tmp_path / "manifest" / "part-0000.json").read_text())
+        (tmp_path / "manifest" / "part-0000.json").write_text(json.dumps(sidecar | {"num_rows": "many"}))
     else:
         (tmp_path / "manifest" / "part-0000.json").write_text('{"file": 1}')
     with pytest.raises(GuardError, match=words):

@@ -6,7 +6,7 @@ import pytest
 
 from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.errors import PreflightError
-from owlsam_ray.resources import allocate, check_object_store
+from owlsam_ray.resources import allocate, check_nodes, check_object_store
 
 
 def settings(**values: Any) -> ResourcesConfig:
@@ -58,6 +58,24 @@ def test_what_cannot_start_is_refused(values: dict[str, Any], num_cpus: float, n
         allocate(settings(**values), num_cpus=num_cpus, num_gpus=num_gpus)
     assert words in str(caught.value)
     assert "resources." in str(caught.value)
+
+
+def test_every_actor_must_fit_a_node() -> None:
+    allocation = allocate(settings(actors=2, cpus_per_actor=6), num_cpus=16, num_gpus=0)
+    check_nodes(allocation, [{"CPU": 8.0}, {"CPU": 8.0}])
+    with pytest.raises(PreflightError, match=r"2 actor\(s\) of 6 CPU \+ 0 GPU each .* room for 0"):
+        check_nodes(allocation, [{"CPU": 4.0}] * 4)
+    on_gpus = allocate(settings(actors=2), num_cpus=64, num_gpus=2)
+    check_nodes(on_gpus, [{"CPU": 64.0, "GPU": 2.0}])
+    with pytest.raises(PreflightError, match="room for 1"):
+        check_nodes(on_gpus, [{"CPU": 32.0, "GPU": 1.0}, {"CPU": 32.0}])
+
+
+def test_decoder_batches_are_multiples_of_8_and_threads_powers_of_two() -> None:
+    for batch, expected in ((1, 8), (8, 8), (9, 16), ("auto", 16)):
+        assert allocate(settings(decoder_batch=batch), num_cpus=2, num_gpus=0).decoder_batch == expected
+    for cpus, threads in ((1, 1), (2, 2), (3, 2), (7, 4), (100, 8)):
+        assert allocate(settings(actors=1), num_cpus=cpus, num_gpus=0).torch_threads == threads
 
 
 def test_object_store_must_hold_the_shards_in_flight() -> None:

@@ -39,7 +39,8 @@ def list_coco(config: DataConfig) -> Source:
 
 def _read(url: str) -> dict[str, Any]:
     try:
-        tree = json.loads(storage.read_bytes(url))
+        # NaN and Infinity are no JSON, and could not be written again by `reduce`.
+        tree = json.loads(storage.read_bytes(url), parse_constant=_refuse_constant)
     except OSError as error:
         raise InputError(f"cannot read data.annotations {url}: {error.strerror or error}") from None
     except ValueError as error:
@@ -47,6 +48,10 @@ def _read(url: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{url} is not a COCO file: it holds a {type(tree).__name__}, not an object")
     return tree
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _of_type(tree: dict[str, Any], key: str, kind: type, url: str) -> Any:

@@ -215,4 +215,5 @@ def _write_line(file: IO[bytes], value: dict[str, Any], *, end: bytes) -> None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
+    # ASCII with escapes, as COCO's own files: half of a surrogate pair in a name must not stop the last step of a run.
+    return json.dumps(value, allow_nan=False, separators=(", ", ": "))

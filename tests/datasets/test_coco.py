@@ -100,7 +100,12 @@ def test_many_offences_are_counted(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tree", "words"),
-    [("{", "not valid JSON"), ("[]", "holds a list"), ({"images": [image(1)], "info": []}, "`info` is a list")],
+    [
+        ("{", "not valid JSON"),
+        ('{"images": [{"id": 1, "file_name": "1.jpg", "x": NaN}]}', "NaN is no JSON value"),
+        ("[]", "holds a list"),
+        ({"images": [image(1)], "info": []}, "`info` is a list"),
+    ],
 )
 def test_bad_files_are_refused(root: Path, tree: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):

@@ -61,7 +61,9 @@ def predictions() -> list[Prediction]:
 def make_run(run: Path) -> Manifest:
     """Five images in shards of two."""
     rows = predictions()
-    records = [ImageRecord(row.image_id, f"ü/{row.image_id}.jpg", extra={"license": 1, "url": "x"}) for row in rows]
+    records = [
+        ImageRecord(row.image_id, f"ü/{row.image_id}.jpg", extra={"license": 1, "url": "x\ud800"}) for row in rows
+    ]
     source = Source(records, info={"year": 2026}, licenses=[{"id": 1}])
     manifest = write_part(
         str(run), source, DataConfig(source="folder", images="/i"), shard_size_setting=2, shard_max_mb=1
@@ -88,7 +90,7 @@ def test_content(tmp_path: Path) -> None:
     tree = json.loads((tmp_path / "coco" / "annotations.json").read_text(encoding="utf-8"))
     assert [image["id"] for image in tree["images"]] == [101, 55, 8]
     assert tree["images"][0] == {
-        "id": 101, "file_name": "ü/101.jpg", "height": 6, "width": 8, "license": 1, "url": "x",
+        "id": 101, "file_name": "ü/101.jpg", "height": 6, "width": 8, "license": 1, "url": "x\ud800",
     }  # fmt: skip
     assert tree["licenses"] == [{"id": 1}]
     assert tree["categories"][0] == {"id": 7, "name": "Katze", "supercategory": "Tier"}
