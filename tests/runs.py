@@ -31,11 +31,11 @@ class TinyRun:
     def run_file(self) -> Path:
         return self.root / "run.yaml"
 
-    def command(self, name: str, run: Path, **settings: Any) -> list[str]:
+    def command(self, name: str, run: Path | str, **settings: Any) -> list[str]:
         sets = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
         return [sys.executable, "-m", "owlsam_ray", name, str(self.run_file), "--run", str(run), *sets]
 
-    def call(self, name: str, run: Path, *, check: int | None = 0, **settings: Any) -> dict[str, Any]:
+    def call(self, name: str, run: Path | str, *, check: int | None = 0, **settings: Any) -> dict[str, Any]:
         """Run a command to its end; returns its JSON summary."""
         done = subprocess.run(
             self.command(name, run, **settings),
