@@ -19,7 +19,6 @@ from typing import Any
 import ray
 from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
-from safetensors.torch import save as save_safetensors
 
 from owlsam_ray import pipeline, storage
 from owlsam_ray.config import RunConfig
@@ -37,7 +36,6 @@ from owlsam_ray.guard import (
 )
 from owlsam_ray.ledger import PREDICTIONS, Tally
 from owlsam_ray.manifest import Manifest
-from owlsam_ray.models import mobile_sam, owlvit
 from owlsam_ray.progress import ProgressWatcher
 from owlsam_ray.resources import allocate, check_nodes, check_object_store
 
@@ -72,6 +70,9 @@ def annotate_run(
     record, manifest, planned = plan_run(config)
     if planned:
         _log.info("planned %d images in %d shards", manifest.num_images, manifest.num_shards)
+    # Imported here: with torch they take eight seconds, and a wrong path in the run file is told without them.
+    from owlsam_ray.models import mobile_sam, owlvit
+
     detector_weights = owlvit.resolve_weights(config.detector.weights)
     owlvit.check_weights(detector_weights)
     mobile_sam.check_weights(config.segment.weights)
@@ -113,6 +114,10 @@ def embed_queries(record: RunRecord, detector_weights: Path, run_url: str) -> No
     Raises:
         InputError: a prompt is longer than the text tower takes.
     """
+    from safetensors.torch import save as save_safetensors
+
+    from owlsam_ray.models import owlvit
+
     queries = owlvit.embed_prompts(detector_weights, record.prompts)
     storage.write_atomic(storage.join(run_url, QUERY_FILE), save_safetensors({"queries": queries.contiguous()}))
     _log.info("embedded %d prompts", len(record.prompts))

@@ -7,6 +7,7 @@ Ray in waves, so that starting up stays flat however many there are.
 
 import json
 import logging
+import socket
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                size=allocation.actors,
+                size=min(allocation.actors, len(shards)),  # no model is loaded for nothing
                 max_tasks_in_flight_per_actor=resources.shards_in_flight + 1,
                 max_concurrent_calls_per_actor=resources.shards_in_flight,
                 enable_true_multi_threading=True,
@@ -200,6 +201,7 @@ def start_ray(resources: ResourcesConfig, *, level: str) -> bool:
     """
     if ray.is_initialized():
         return False
+    _check_answers(resources.ray_address)
     export_ray_environment(resources)
     quiet = logging.INFO if level == "debug" else logging.ERROR
     local: dict[str, Any] = {}
@@ -217,6 +219,17 @@ def start_ray(resources: ResourcesConfig, *, level: str) -> bool:
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(quiet)
     return True
+
+
+def _check_answers(address: str | None) -> None:
+    """Ray itself tries for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # none, or "auto"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"no cluster answers at resources.ray_address {address}: {error}") from None
 
 
 def cluster_totals() -> dict[str, float]:

@@ -182,6 +182,16 @@ def test_what_cannot_start_says_so(tiny: TinyRun, tmp_path: Path) -> None:
     assert summary["wall_s"] < 60
 
 
+def test_a_cluster_that_does_not_answer_is_told_in_seconds(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = "resources.ray_address=127.0.0.1:1"
+    code, summary, log = call(capsys, "annotate", str(tiny.run_file), "--run", str(tmp_path), "--set", address)
+    assert code == 5
+    assert "no cluster answers at resources.ray_address 127.0.0.1:1" in log
+    assert summary["wall_s"] < 60
+
+
 def test_a_corrupt_shard_is_named(
     tiny: TinyRun, uninterrupted: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
