@@ -33,6 +33,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_run_on_s3(bucket: s3fs.S3FileSystem, tmp_path: Path) -> None:
     tiny: TinyRun = make_tiny_run(tmp_path, num_images=16)
     bucket.put(f"{tmp_path}/data/", "labels/data/", recursive=True)
