@@ -1,0 +1,1 @@
+"""A drawn dataset whose answers are known, models that were trained on it, and the main job over both."""

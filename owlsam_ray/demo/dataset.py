@@ -1,0 +1,127 @@
+"""The drawn dataset on a disk: `images/<split>/000000.jpg` and `<split>.json` in COCO format."""
+
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from owlsam_ray.demo.drawing import CATEGORIES, SEEN, Drawing, Split, draw
+from owlsam_ray.storage import write_atomic
+
+_CHUNK = 32
+"""Pictures that a process draws at a time."""
+
+
+def image_root(directory: Path) -> Path:
+    """Where `file_name`s of the COCO files start."""
+    return directory / "images"
+
+
+def annotation_file(directory: Path, split: Split) -> Path:
+    """The COCO file of a split."""
+    return directory / f"{split.name.lower()}.json"
+
+
+def write_split(directory: Path, split: Split, count: int, *, seed: int = 0, workers: int | None = None) -> Path:
+    """Draw a split; a finished one of the same seed and count is kept.
+
+    Args:
+        directory: made when it does not exist.
+        split: which part.
+        count: pictures.
+        seed: of the dataset.
+        workers: processes; default: the CPUs that this process may use.
+
+    Returns:
+        The COCO file. Its name appears when all pictures are written.
+    """
+    file = annotation_file(directory, split)
+    if _is_finished(file, count, seed):
+        return file
+    (image_root(directory) / split.name.lower()).mkdir(parents=True, exist_ok=True)
+    chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+    processes = min(workers or len(os.sched_getaffinity(0)), len(chunks))
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image, of_image in _drawn(partial(_write_chunk, directory, split, seed), chunks, processes):
+        images.append(image)
+        for annotation in of_image:
+            annotations.append({"id": len(annotations) + 1, **annotation})
+    tree = {
+        "info": {"description": "drawn shapes", "seed": seed, "split": split.name.lower()},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        # Training knows only the pairs that it sees: a name that never occurs would be learned as one that never fits.
+        "categories": [
+            category.model_dump() for category in CATEGORIES if split is Split.TEST or category.supercategory == SEEN
+        ],
+    }
+    write_atomic(str(file), json.dumps(tree).encode())
+    return file
+
+
+def _is_finished(file: Path, count: int, seed: int) -> bool:
+    if not file.is_file():
+        return False
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    return bool(len(tree["images"]) == count and tree["info"]["seed"] == seed)
+
+
+def _drawn(write: Any, chunks: list[range], processes: int) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """What `write` gives for each picture, in order, from several processes when that pays."""
+    if processes <= 1:
+        for chunk in chunks:
+            yield from write(chunk)
+        return
+    # Started afresh: a forked child of a process with threads may hang.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for result in pool.map(write, chunks):
+            yield from result
+
+
+def _write_chunk(
+    directory: Path, split: Split, seed: int, indices: range
+) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Draw and write pictures; returns each one's COCO image and annotations (without their own ids)."""
+    result = []
+    for index in indices:
+        drawing = draw(seed, split, index)
+        name = f"{split.name.lower()}/{index:06d}.jpg"
+        data = io.BytesIO()
+        # Full colour resolution: a shape may be twelve pixels wide.
+        Image.fromarray(drawing.pixels).save(data, "JPEG", quality=92, subsampling=0)
+        (image_root(directory) / name).write_bytes(data.getvalue())
+        height, width = drawing.pixels.shape[:2]
+        image = {"id": index + 1, "file_name": name, "height": height, "width": width}
+        result.append((image, _annotations(drawing, index + 1)))
+    return result
+
+
+def _annotations(drawing: Drawing, image_id: int) -> list[dict[str, Any]]:
+    """COCO annotations of a drawing, in drawing order; none for an empty one."""
+    if len(drawing.labels) == 0:
+        return []
+    rles = coco_mask.encode(np.asfortranarray(drawing.masks.transpose(1, 2, 0).astype(np.uint8)))
+    return [
+        {
+            "image_id": image_id,
+            "category_id": CATEGORIES[label].id,
+            "bbox": box,
+            "area": area,
+            "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+            "iscrowd": 0,
+        }
+        for label, rle, area, box in zip(
+            drawing.labels, rles, coco_mask.area(rles).tolist(), coco_mask.toBbox(rles).tolist(), strict=True
+        )
+    ]
