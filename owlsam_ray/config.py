@@ -7,6 +7,7 @@ the label fingerprint (law 3).
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +24,7 @@ from pydantic import (
 
 from owlsam_ray.errors import ConfigError
 
-NON_LABEL_FIELDS = frozenset({"run", "resources", "reduce", "report", "logging"})
+NON_LABEL_FIELDS = frozenset({"run", "resources", "reduce", "evaluate", "report", "logging"})
 """Top-level fields that cannot change what the shards hold."""
 
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -197,6 +198,26 @@ class ReduceConfig(Section):
     """Failed images that are put up with: a count (integer) or a share (with a decimal point)."""
 
 
+class EvaluateConfig(Section):
+    """How good the labels are, against a ground truth."""
+
+    ground_truth: Name | None = None
+    """A COCO or LVIS JSON file with annotations; default: `data.annotations` where that is given."""
+    score_threshold: Fraction = 0.3
+    """Precision, recall, mIoU and Dice are of the predictions whose score is at least this. AP is of all."""
+    iou_threshold: Fraction = 0.5
+    """A prediction finds an object when their IoU is at least this."""
+    size_edges_px: tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...] = (32.0, 96.0)
+    """Sides in pixels, rising, that divide the rows per size. An object's side is the root of its box's w × h."""
+
+    @field_validator("size_edges_px")
+    @classmethod
+    def _edges_rise(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(high <= low for low, high in pairwise(value)):
+            raise ValueError(f"size_edges_px must rise, and {list(value)} does not")
+        return value
+
+
 class LoggingConfig(Section):
     """What is told to people."""
 
@@ -219,6 +240,7 @@ class RunConfig(Section):
     segment: SegmentConfig
     resources: ResourcesConfig = ResourcesConfig()
     reduce: ReduceConfig = ReduceConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
@@ -273,13 +295,36 @@ def load_config(files: Sequence[str | Path], *, overrides: Iterable[str] = (), r
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
         names = ", ".join(str(file) for file in files)
-        lines = [
-            f"  {'.'.join(str(part) for part in item['loc']) or '(run file)'}: {item['msg']}"
-            + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
-            for item in error.errors(include_url=False)
-        ]
+        lines = _lines(error)
         raise ConfigError("\n".join([f"{names}: {len(lines)} error(s) in the run config", *lines])) from None
     return _absolute_paths(config)
+
+
+def _lines(error: ValidationError, prefix: str = "") -> list[str]:
+    """One line for each field that does not validate."""
+    return [
+        f"  {prefix}{'.'.join(str(part) for part in item['loc']) or '(run file)'}: {item['msg']}"
+        + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
+        for item in error.errors(include_url=False)
+    ]
+
+
+def load_evaluate_settings(overrides: Iterable[str]) -> EvaluateConfig:
+    """The section `evaluate` without a run file: defaults, then overrides `evaluate.field=value`.
+
+    Raises:
+        ConfigError: an override is of another section, or does not validate; names it.
+    """
+    merged: dict[str, Any] = {}
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override))
+    others = sorted(set(merged) - {"evaluate"})
+    if others:
+        raise ConfigError(f"--set {others[0]}…: without a run file only the section `evaluate` can be set")
+    try:
+        return EvaluateConfig.model_validate(merged.get("evaluate", {}))
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"{error.error_count()} error(s) in --set", *_lines(error, "evaluate.")])) from None
 
 
 def config_from_stored(fields: Mapping[str, Any]) -> RunConfig:
@@ -366,6 +411,9 @@ def _absolute_paths(config: RunConfig) -> RunConfig:
             "data": data,
             "detector": config.detector.model_copy(update={"weights": absolute(weights) if is_path else weights}),
             "segment": config.segment.model_copy(update={"weights": absolute(config.segment.weights)}),
+            "evaluate": config.evaluate.model_copy(
+                update={"ground_truth": absolute(config.evaluate.ground_truth)} if config.evaluate.ground_truth else {}
+            ),
         }
     )
 

@@ -92,7 +92,7 @@ def test_every_field_is_in_the_fingerprint_or_on_the_list(config: RunConfig) -> 
         assert (after == before) == (path[0] in NON_LABEL_FIELDS), path
         walked += 1
     assert walked > 40
-    assert set(NON_LABEL_FIELDS) <= {"run", "resources", "reduce", "report", "logging"}
+    assert set(NON_LABEL_FIELDS) <= {"run", "resources", "reduce", "evaluate", "report", "logging"}
 
 
 @pytest.mark.parametrize("what", ["detector weights", "segmenter weights", "queries", "prompts", "categories"])
