@@ -1,0 +1,1 @@
+"""Training data, losses and the loop that adapt detector and segmenter, and directories that `annotate` loads."""

@@ -1,0 +1,76 @@
+"""What the training loop needs to know of a model: the protocol that detector and segmenter fill in."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from owlsam_ray.datasets.training import Sample
+
+
+class Task(Protocol):
+    """One model with its data shape, loss and export."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The loop moves it to a device, wraps it for DDP, and keeps an EMA of it."""
+
+    @property
+    def best_metric(self) -> str:
+        """The entry of `validate` that the loop keeps the best checkpoint by; higher is better."""
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether samples must carry masks."""
+
+    def collate(self, samples: Sequence["Sample"], rng: np.random.Generator) -> dict[str, Any]:
+        """Samples to a batch: tensors on the CPU, and `image_ids`, a list of int.
+
+        Called in loader threads. Samples may have no objects, all of them at once too.
+
+        Args:
+            samples: of one step; at least one.
+            rng: the only source of chance.
+        """
+
+    def inputs(self, batch: dict[str, Any]) -> tuple[Any, ...]:
+        """What `module(*inputs)` takes, of a batch whose tensors are already on the device."""
+
+    def loss(self, outputs: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Losses of a batch, in float32 whatever the outputs are.
+
+        Args:
+            outputs: of `module(*inputs)`.
+            batch: of `collate`, on the device.
+
+        Returns:
+            `loss`, a scalar with a gradient for every parameter of `parameter_groups`, even for a batch without
+            objects (DDP waits for all of them); and detached scalars for the log.
+        """
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimiser, each {`params`, `lr_scale`, `name`}; frozen parameters are in none.
+
+        A group of norms and biases has `weight_decay` 0; the others leave that to the optimiser.
+        """
+
+    def validate(self, module: nn.Module, samples: Iterable["Sample"], *, device: torch.device) -> dict[str, float]:
+        """Metrics on whole samples, with `best_metric` among them.
+
+        Args:
+            module: this task's, or a copy of it with other weights, on `device`; its training mode is given back.
+            samples: without augmentation.
+            device: where `module` is.
+        """
+
+    def export(self, state: Mapping[str, Tensor], directory: Path) -> None:
+        """Write a directory that `annotate` loads.
+
+        Args:
+            state: the state dict of `module`, raw or averaged, on any device.
+            directory: made when it does not exist.
+        """
