@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from owlsam_ray import storage
-from owlsam_ray.errors import FailureClass, InputError
+from owlsam_ray.errors import FailureClass, ImageError, InputError
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.records import EncodedImage
 
@@ -24,7 +24,7 @@ FETCHED_SCHEMA = pa.schema(
     ]
 )
 
-_MEGABYTE = 10**6
+MEGABYTE = 10**6
 
 
 def fetch_shard(manifest: Manifest, shard: int, *, threads: int, max_file_mb: int) -> pa.Table:
@@ -41,7 +41,7 @@ def fetch_shard(manifest: Manifest, shard: int, *, threads: int, max_file_mb: in
     """
     rows = manifest.read_shard(shard).to_pylist()
     with ThreadPoolExecutor(max(1, min(threads, len(rows)))) as pool:
-        fetched = list(pool.map(lambda row: _fetch(row, max_file_mb * _MEGABYTE), rows))
+        fetched = list(pool.map(lambda row: _fetch(row, max_file_mb * MEGABYTE), rows))
     columns: dict[str, list[Any]] = {
         "shard": [shard] * len(rows),
         "shard_rows": [len(rows)] * len(rows),
@@ -74,23 +74,41 @@ def to_images(fetched: pa.Table) -> list[EncodedImage]:
     return images
 
 
-def _fetch(row: dict[str, Any], max_bytes: int) -> tuple[bytes | None, str | None, str | None]:
-    """The bytes of one image; or None, a reason and its class."""
-    start = row["offset"] or 0
-    length = row["length"] if row["length"] is not None else max_bytes + 1
+def fetch_file(uri: str, *, max_bytes: int, start: int = 0, length: int | None = None) -> bytes:
+    """The bytes of one image.
+
+    Args:
+        uri: path or fsspec URL.
+        max_bytes: larger files are refused, and read no further.
+        start: where the image begins in the file.
+        length: bytes that it has; None: up to the end of the file.
+
+    Raises:
+        ImageError: `missing`, `not_a_file`, `bad_uri`, `too_large` or `fetch_failed` (the only transient one).
+    """
+    length = length if length is not None else max_bytes + 1
     try:
-        filesystem, path = storage.open_filesystem(row["uri"])
+        filesystem, path = storage.open_filesystem(uri)
         # A named pipe would be waited for.
         if storage.is_local(filesystem) and os.path.exists(path) and not os.path.isfile(path):
-            return None, "not_a_file", str(FailureClass.PERMANENT)
+            raise ImageError("not_a_file")
         data = filesystem.cat_file(path, start=start, end=start + min(length, max_bytes + 1))
     except (FileNotFoundError, NotADirectoryError):
-        return None, "missing", str(FailureClass.PERMANENT)
+        raise ImageError("missing") from None
     except InputError as error:
-        return None, f"bad_uri: {error}", str(FailureClass.PERMANENT)
+        raise ImageError(f"bad_uri: {error}") from None
     except OSError as error:
         detail = error.strerror or str(error) or type(error).__name__
-        return None, f"fetch_failed: {detail}", str(FailureClass.TRANSIENT)
+        raise ImageError(f"fetch_failed: {detail}", FailureClass.TRANSIENT) from None
     if len(data) > max_bytes:
-        return None, f"too_large: more than {max_bytes // _MEGABYTE} MB", str(FailureClass.PERMANENT)
-    return bytes(data), None, None
+        raise ImageError(f"too_large: more than {max_bytes // MEGABYTE} MB")
+    return bytes(data)
+
+
+def _fetch(row: dict[str, Any], max_bytes: int) -> tuple[bytes | None, str | None, str | None]:
+    """The bytes of one image; or None, a reason and its class."""
+    try:
+        data = fetch_file(row["uri"], max_bytes=max_bytes, start=row["offset"] or 0, length=row["length"])
+    except ImageError as error:
+        return None, error.reason, str(error.failure_class)
+    return data, None, None

@@ -1,4 +1,4 @@
-"""COCO JSON + image root → listing. Only `images`, `info`, `licenses` and `categories` are read."""
+"""COCO JSON + image root → listing. Annotations are not read here (`annotations.py`)."""
 
 import json
 from collections.abc import Iterator
@@ -21,14 +21,27 @@ def list_coco(config: DataConfig) -> Source:
             root; or none of a sample of the files exists under `data.images`.
     """
     url = config.annotations or ""
-    tree = _read(url)
+    return list_tree(read_tree(url), url=url, root=config.images)
+
+
+def list_tree(tree: dict[str, Any], *, url: str, root: str) -> Source:
+    """List the images of a COCO file that is read already, in the file's order.
+
+    Args:
+        tree: what `read_tree` gave.
+        url: the file, for messages.
+        root: what file names are relative to.
+
+    Raises:
+        InputError: as `list_coco`.
+    """
     images = tree.get("images")
     if not isinstance(images, list) or not images:
         raise InputError(f"{url} lists no images: is it a COCO file with a non-empty `images`?")
     offences: list[str] = []
     records = list(_records(images, offences))
     raise_offences(url, offences, "Mend the file; ids and file names must be unique, and names stay below data.images.")
-    _check_root(config.images, records)
+    _check_root(root, records)
     return Source(
         records=records,
         info=_of_type(tree, "info", dict, url),
@@ -37,7 +50,12 @@ def list_coco(config: DataConfig) -> Source:
     )
 
 
-def _read(url: str) -> dict[str, Any]:
+def read_tree(url: str) -> dict[str, Any]:
+    """A COCO file as plain values, not yet checked.
+
+    Raises:
+        InputError: it cannot be read, or is no JSON object.
+    """
     try:
         # NaN and Infinity are no JSON, and could not be written again by `reduce`.
         tree = json.loads(storage.read_bytes(url), parse_constant=_refuse_constant)

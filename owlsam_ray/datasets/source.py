@@ -51,8 +51,8 @@ def file_name_error(name: object) -> str | None:
     return None
 
 
-def raise_offences(where: str, offences: Sequence[str], way_out: str) -> None:
-    """Refuse a listing, naming the first offences.
+def raise_offences(where: str, offences: Sequence[str], way_out: str, *, use: str = "labelled") -> None:
+    """Refuse a file, naming the first offences.
 
     Raises:
         InputError: when there is any.
@@ -60,6 +60,4 @@ def raise_offences(where: str, offences: Sequence[str], way_out: str) -> None:
     if offences:
         more = f"\n  … and {len(offences) - 5} more" if len(offences) > 5 else ""
         listed = "\n  ".join(offences[:5])
-        raise InputError(
-            f"{where} cannot be labelled as it is ({len(offences)} offences):\n  {listed}{more}\n{way_out}"
-        )
+        raise InputError(f"{where} cannot be {use} as it is ({len(offences)} offences):\n  {listed}{more}\n{way_out}")

@@ -1,0 +1,170 @@
+"""A COCO dataset as training sees it: cleaned objects, decoded pictures.
+
+Letters: N objects of one image, H W original pixels. Boxes are half-open.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from owlsam_ray import storage
+from owlsam_ray.config import Category, DecodeConfig, VocabularyConfig
+from owlsam_ray.datasets.annotations import read_objects
+from owlsam_ray.datasets.cleaning import CleaningReport, CleaningSettings, clean
+from owlsam_ray.datasets.coco import list_tree, read_tree
+from owlsam_ray.datasets.outlines import Outline
+from owlsam_ray.datasets.source import ImageRecord
+from owlsam_ray.errors import ImageError, InputError
+from owlsam_ray.fetch import MEGABYTE, fetch_file
+from owlsam_ray.masks import decode_rle
+from owlsam_ray.stages.decode import decode_image
+from owlsam_ray.vocabulary import resolve_vocabulary
+
+GRID = 256
+"""Box coordinates are multiples of 1 / GRID px: float32 holds them up to 65,536 px, and W - (W - x) is x."""
+
+_LIMITS = DecodeConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image and its objects."""
+
+    image_id: int
+    pixels: NDArray[np.uint8]
+    """(H, W, 3) RGB, contiguous."""
+    boxes_xyxy: NDArray[np.float32]
+    """(N, 4) original pixels, each with an area."""
+    labels: NDArray[np.int64]
+    """(N,) index into the categories."""
+    masks: NDArray[np.bool_] | None
+    """(N, H, W), none of them empty; None when not asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingImages:
+    """M images and the objects that cleaning left. Opens a picture in `load` only; threads may share it."""
+
+    categories: tuple[Category, ...]
+    """In the file's order, where `labels` point to."""
+    report: CleaningReport
+    image_ids: tuple[int, ...]
+    """M ids in the file's order."""
+    _root: str
+    _records: tuple[ImageRecord, ...]
+    _offsets: NDArray[np.int64]
+    """(M + 1,): objects of image i lie at _offsets[i] : _offsets[i + 1]."""
+    _boxes_xyxy: NDArray[np.float32]
+    _labels: NDArray[np.int64]
+    _outlines: Sequence[Outline | None]
+    _clip_boxes: bool
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def load(self, index: int, *, masks: bool = False) -> Sample:
+        """Read one image.
+
+        Args:
+            index: 0 … M - 1.
+            masks: whether to draw them.
+
+        Returns:
+            The objects by rising annotation id; N may be 0. With `masks`, objects without a segmentation and those
+            whose mask has no pixel (slivers) are left out.
+
+        Raises:
+            ImageError: the file is missing or cannot be decoded (the reasons of `fetch_file` and `decode_image`), has
+                another size than the file of annotations states (`stated_size_differs`: its boxes would be wrong), or
+                an RLE is damaged (`bad_mask`).
+        """
+        record = self._records[index]
+        stated = (record.height, record.width) if record.height is not None and record.width is not None else None
+        uri = storage.join(self._root, record.file_name)
+        data = fetch_file(uri, max_bytes=_LIMITS.max_file_mb * MEGABYTE)
+        picture = decode_image(data, stated_hw=stated, max_pixels=_LIMITS.max_pixels)
+        if picture.note is not None:
+            raise ImageError(picture.note)
+        height, width = picture.pixels.shape[:2]
+        mine = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
+        boxes, labels = self._boxes_xyxy[mine].copy(), self._labels[mine].copy()
+        outlines = self._outlines[mine]
+        keep: NDArray[np.bool_] = np.ones(len(boxes), np.bool_)
+        if stated is None and len(boxes):  # the right and the bottom border were not known before
+            inside = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
+            keep = (inside[:, 2:] > inside[:, :2]).all(axis=1)
+            boxes = inside if self._clip_boxes else boxes
+        drawn = None
+        if masks:
+            drawn = _draw(outlines, (height, width))
+            keep &= drawn.any(axis=(1, 2))
+            drawn = drawn[keep]
+        return Sample(record.image_id, picture.pixels, boxes[keep], labels[keep], drawn)
+
+
+def read_training_images(annotations: str, images: str, cleaning: CleaningSettings) -> TrainingImages:
+    """Read a COCO file and clean its annotations; no picture is opened.
+
+    Args:
+        annotations: the COCO file: a path or an fsspec URL.
+        images: root of its file names: a directory or an fsspec URL.
+        cleaning: which annotations are trained on.
+
+    Raises:
+        InputError: the file cannot be read or contradicts itself (see `list_coco` and `read_objects`), its categories
+            are none or repeat, no looked-up picture is there, or cleaning leaves no annotation.
+    """
+    tree = read_tree(annotations)
+    source = list_tree(tree, url=annotations, root=images)
+    categories = resolve_vocabulary(VocabularyConfig(categories="dataset"), source.categories).categories
+    ids = [record.image_id for record in source.records]
+    objects = read_objects(tree, url=annotations, image_ids=ids, category_ids=[category.id for category in categories])
+    sizes = np.array([(record.height or np.inf, record.width or np.inf) for record in source.records], np.float64)
+    cleaned = clean(objects, image_ids=ids, sizes_hw=sizes, settings=cleaning)
+    if len(cleaned.kept) == 0:
+        raise InputError(
+            f"{annotations} has no annotation to train on: {cleaned.report.summary()}. Mend the file, or relax the "
+            "cleaning settings."
+        )
+    of_images = np.bincount(objects.image_index[cleaned.kept], minlength=len(ids))[cleaned.images]
+    records = tuple(source.records[index] for index in cleaned.images.tolist())
+    return TrainingImages(
+        categories=categories,
+        report=cleaned.report,
+        image_ids=tuple(record.image_id for record in records),
+        _root=images,
+        _records=records,
+        _offsets=np.concatenate([[0], np.cumsum(of_images)]).astype(np.int64),
+        _boxes_xyxy=_on_grid(cleaned.boxes_xyxy),
+        _labels=objects.labels[cleaned.kept],
+        _outlines=cleaned.outlines,
+        _clip_boxes=cleaning.clip_boxes,
+    )
+
+
+def _on_grid(boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(N, 4) boxes grown to the next multiples of 1 / GRID, so that none loses its area."""
+    low, high = np.floor(boxes_xyxy[:, :2] * GRID), np.ceil(boxes_xyxy[:, 2:] * GRID)
+    return (np.concatenate([low, high], axis=1) / GRID).astype(np.float32)
+
+
+def _draw(outlines: Sequence[Outline | None], size_hw: tuple[int, int]) -> NDArray[np.bool_]:
+    """(N, H, W) masks; empty ones for objects without an outline."""
+    masks = np.zeros((len(outlines), *size_hw), np.bool_)
+    for mask, outline in zip(masks, outlines, strict=True):
+        if outline is None:
+            continue
+        try:
+            mask[:] = decode_rle(outline if isinstance(outline, bytes) else _fill(outline, size_hw), size_hw)
+        except ValueError as error:
+            raise ImageError(f"bad_mask: {error}") from None
+    return masks
+
+
+def _fill(polygons: Sequence[NDArray[np.float64]], size_hw: tuple[int, int]) -> bytes:
+    """Counts of the RLE of all polygons together, as pycocotools' `annToMask` draws them."""
+    parts = coco_mask.frPyObjects([polygon.tolist() for polygon in polygons], *size_hw)
+    return bytes(coco_mask.merge(parts)["counts"])
