@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -37,6 +37,9 @@ class Section(BaseModel):
     """Frozen, and refuses keys that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class DataConfig(Section):
@@ -284,20 +287,10 @@ def load_config(files: Sequence[str | Path], *, overrides: Iterable[str] = (), r
     Raises:
         ConfigError: a file cannot be read or parsed, or the result does not validate; names the file or the key.
     """
-    merged: dict[str, Any] = {}
-    for file in files:
-        merged = _merge(merged, _read_yaml(Path(file)))
-    for override in overrides:
-        merged = _merge(merged, _parse_override(override))
+    merged = load_tree(files, overrides)
     if run is not None:
         merged["run"] = run
-    try:
-        config = RunConfig.model_validate(merged)
-    except ValidationError as error:
-        names = ", ".join(str(file) for file in files)
-        lines = _lines(error)
-        raise ConfigError("\n".join([f"{names}: {len(lines)} error(s) in the run config", *lines])) from None
-    return _absolute_paths(config)
+    return _absolute_paths(validate_tree(RunConfig, merged, files))
 
 
 def _lines(error: ValidationError, prefix: str = "") -> list[str]:
@@ -324,7 +317,45 @@ def load_evaluate_settings(overrides: Iterable[str]) -> EvaluateConfig:
     try:
         return EvaluateConfig.model_validate(merged.get("evaluate", {}))
     except ValidationError as error:
-        raise ConfigError("\n".join([f"{error.error_count()} error(s) in --set", *_lines(error, "evaluate.")])) from None
+        raise ConfigError(
+            "\n".join([f"{error.error_count()} error(s) in --set", *_lines(error, "evaluate.")])
+        ) from None
+
+
+def load_tree(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """YAML files merged from left to right, then overrides `a.b=value`; not validated yet.
+
+    Raises:
+        ConfigError: a file or an override cannot be read or parsed.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = _merge(merged, _read_yaml(Path(file)))
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override))
+    return merged
+
+
+def validate_tree(
+    kind: type[SectionT], tree: dict[str, Any], files: Sequence[str | Path], *, what: str = "run config"
+) -> SectionT:
+    """A tree of plain values as a config.
+
+    Args:
+        kind: of the whole config.
+        tree: of `load_tree`.
+        files: where it came from, for the message.
+        what: it is, for the message.
+
+    Raises:
+        ConfigError: names every key that is wrong, and what it got.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        names = ", ".join(str(file) for file in files)
+        lines = _lines(error)
+        raise ConfigError("\n".join([f"{names}: {len(lines)} error(s) in the {what}", *lines])) from None
 
 
 def config_from_stored(fields: Mapping[str, Any]) -> RunConfig:

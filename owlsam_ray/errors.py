@@ -5,6 +5,7 @@ OwlsamError
 ├── ConfigError         2   the run file or the command line
 ├── InputError          2   the dataset, the vocabulary, a path
 ├── WeightsError        2   weights that are missing or of another layout
+├── TrainingError       5   a training that cannot go on: a loss that is not finite
 ├── PreflightError      2   the run cannot start on these resources (law 10)
 ├── GuardError          3   another fingerprint, layout or numerics on this run directory
 ├── AttemptLiveError    4   another attempt works on this run directory
@@ -73,6 +74,12 @@ class InputError(OwlsamError):
 
 class WeightsError(OwlsamError):
     """Weights are missing, or do not fit the model."""
+
+
+class TrainingError(OwlsamError):
+    """A training cannot go on."""
+
+    exit_code = ExitCode.INCOMPLETE
 
 
 class PreflightError(OwlsamError):

@@ -43,6 +43,24 @@ _INTERPOLATION = {
 }
 
 
+class Preprocessing:
+    """Pixels → model input, as the processor's file says; inference and training share it."""
+
+    def __init__(self, processor: OwlViTImageProcessor) -> None:
+        self._side = (processor.size["height"], processor.size["width"])
+        self._interpolation = _INTERPOLATION[int(processor.resample)]
+        # One step for rescale and normalisation, on the values of bytes.
+        scale = processor.rescale_factor if processor.do_rescale else 1.0
+        self._mean = torch.tensor(processor.image_mean)[:, None, None] * (1.0 / scale)
+        self._std = torch.tensor(processor.image_std)[:, None, None] * (1.0 / scale)
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """(H, W, 3) RGB uint8 to (3, S, S) float32: squashed to the square, normalised."""
+        tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+        resized = resize(tensor, list(self._side), interpolation=self._interpolation, antialias=True)
+        return (resized.float() - self._mean) / self._std
+
+
 class OwlVit:
     """The detector of `protocols.Detector`."""
 
@@ -61,12 +79,7 @@ class OwlVit:
         self._model = model.eval().requires_grad_(False).to(device)
         # Heads and box decoding stay in float32: they cost little, and boxes need the bits.
         self._model.owlvit.vision_model.to(dtype)
-        self._side = (processor.size["height"], processor.size["width"])
-        self._interpolation = _INTERPOLATION[int(processor.resample)]
-        # One step for rescale and normalisation, on the values of bytes.
-        scale = processor.rescale_factor if processor.do_rescale else 1.0
-        self._mean = torch.tensor(processor.image_mean)[:, None, None] * (1.0 / scale)
-        self._std = torch.tensor(processor.image_std)[:, None, None] * (1.0 / scale)
+        self._preprocessing = Preprocessing(processor)
 
     @property
     def device(self) -> torch.device:
@@ -86,13 +99,11 @@ class OwlVit:
             WeightsError: something is missing, or does not fit.
         """
         check_weights(path)
-        return OwlVit(_load_model(path), _load_processor(path), device=device, dtype=dtype)
+        return OwlVit(load_model(path), load_processor(path), device=device, dtype=dtype)
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Tensor:
         """(H, W, 3) RGB uint8 to (3, S, S) float32: squashed to the square, normalised."""
-        tensor = torch.from_numpy(pixels).permute(2, 0, 1)
-        resized = resize(tensor, list(self._side), interpolation=self._interpolation, antialias=True)
-        return (resized.float() - self._mean) / self._std
+        return self._preprocessing(pixels)
 
     @torch.inference_mode()
     def detect(self, batch: Tensor, query_embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +200,7 @@ def embed_prompts(path: Path, prompts: Sequence[str], *, device: torch.device | 
                 f"the prompt {prompt!r} has {len(ids)} tokens with start and end, and the text tower takes {limit}: "
                 "shorten the category's name or vocabulary.template"
             )
-    model = _load_model(path).eval().to(device or torch.device("cpu"))
+    model = load_model(path).eval().to(device or torch.device("cpu"))
     padding = tokenizer.pad_token_id
     embeddings = []
     for start in range(0, len(tokens), _PROMPTS_PER_CALL):
@@ -224,7 +235,8 @@ def _load_config(path: Path) -> OwlViTConfig:
     return OwlViTConfig.from_dict(fields)
 
 
-def _load_model(path: Path) -> OwlViTForObjectDetection:
+def load_model(path: Path) -> OwlViTForObjectDetection:
+    """The whole model, text tower included, in float32 on the CPU; `check_weights` comes first."""
     config = _load_config(path)
     with torch.device("meta"):
         model = OwlViTForObjectDetection(config)
@@ -246,7 +258,12 @@ def _materialise_buffers(model: OwlViTForObjectDetection, config: OwlViTConfig) 
     )
 
 
-def _load_processor(path: Path) -> OwlViTImageProcessor:
+def load_processor(path: Path) -> OwlViTImageProcessor:
+    """How pictures become model inputs.
+
+    Raises:
+        WeightsError: there is no such file, or it asks for a centre crop.
+    """
     for name in _PROCESSOR_FILES:
         if (path / name).is_file():
             fields = json.loads((path / name).read_text(encoding="utf-8"))

@@ -1,0 +1,198 @@
+"""The one typed tree that describes a training; files and overrides merge as those of a run."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from owlsam_ray.config import Auto, LoggingConfig, Name, PositiveInt, Section, absolute, load_tree, validate_tree
+from owlsam_ray.datasets.cleaning import CleaningSettings
+from owlsam_ray.finetune.augment import AugmentSettings
+from owlsam_ray.finetune.detector import DetectorTraining
+from owlsam_ray.finetune.segmenter import SegmenterSettings
+
+NON_RESULT_FIELDS = frozenset({"out", "resources", "logging"})
+"""Sections that do not change what is learned (up to the last bits)."""
+
+
+class DatasetFiles(Section):
+    """One COCO dataset."""
+
+    annotations: Name
+    """The COCO JSON file: a path or any fsspec URL."""
+    images: Name
+    """Root of the image files."""
+
+
+class DrawnDataset(Section):
+    """The demo's dataset, drawn when it is not there."""
+
+    directory: Name = "runs/drawn"
+    """A local directory."""
+    train: PositiveInt = 10_000
+    """Pictures to learn from."""
+    val: PositiveInt = 500
+    """Pictures to validate on."""
+    seed: int = 0
+    """Of the drawing."""
+
+
+class TrainingData(Section):
+    """What is learned from."""
+
+    train: DatasetFiles | None = None
+    """The training set."""
+    val: DatasetFiles | None = None
+    """The validation set; without one the last weights are kept instead of the best."""
+    drawn: DrawnDataset | None = None
+    """The drawn dataset instead of `train` and `val`."""
+    val_images: PositiveInt = 500
+    """Images of the validation set that are looked at, evenly spread."""
+    max_pixels: PositiveInt = 200_000_000
+    """Larger images are left out."""
+    cache_mb: Annotated[int, Field(ge=0)] = 0
+    """Memory for decoded images, per worker. Worth it where the training set fits."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.train is None) == (self.drawn is None):
+            raise ValueError("data needs either train (and val), or drawn")
+        if self.drawn is not None and self.val is not None:
+            raise ValueError("data.drawn brings its own validation set: leave data.val out")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW with warm-up and cosine."""
+
+    steps: PositiveInt
+    """Optimiser steps of the whole training."""
+    batch_size: PositiveInt = 16
+    """Images of one optimiser step, over all workers and accumulated micro batches."""
+    accumulate: PositiveInt = 1
+    """Micro batches of one optimiser step on each worker."""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
+    """Peak learning rate."""
+    min_lr_scale: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Learning rate at the end over the peak."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps in which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Of matrices; norms, biases and embeddings have none."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    """Of AdamW."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Of the averaged weights, which are what is validated and kept; rises from 0 over the first steps."""
+    seed: int = 0
+    """Of weights that start from nothing, of the order of images, of augmentation and prompts."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward pass (autocast); weights and losses stay in fp32."""
+
+
+class CheckpointConfig(Section):
+    """When progress is kept."""
+
+    every: PositiveInt = 200
+    """Steps between two checkpoints."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that stay."""
+    validate_every: PositiveInt = 1000
+    """Steps between two validations; the last step always validates."""
+
+
+class TrainingResources(Section):
+    """Where and how fast."""
+
+    workers: PositiveInt = 1
+    """Processes that train together (DDP)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where there is one."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] | Auto = "auto"
+    """CPUs that Ray reserves for one worker; `auto`: an equal share of the machine's, or 4 beside a GPU."""
+    torch_threads: PositiveInt | Auto = "auto"
+    """Threads of one worker's model on a CPU; `auto`: its CPUs."""
+    loader_threads: PositiveInt = 2
+    """Threads of a worker that read, decode and augment images."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """Times that lost workers are replaced; training goes on at the last checkpoint."""
+    num_cpus: PositiveInt | None = None
+    """CPUs of the Ray instance that is started here; default: the machine's."""
+    object_store_mb: PositiveInt | None = 100
+    """Object store of the Ray instance that is started here; training hardly uses it."""
+    ray_address: Name | None = None
+    """An existing cluster; default: start one on this machine."""
+    auth_mode: Literal["disabled", "token"] = "disabled"
+    """Ray's RAY_AUTH_MODE."""
+
+
+class FinetuneConfig(Section):
+    """A whole training."""
+
+    out: Name | None = None
+    """Where checkpoints, metrics and the model go: a path or an fsspec URL. `--out` replaces it."""
+    detector: DetectorTraining | None = None
+    """Train a detector."""
+    segmenter: SegmenterSettings | None = None
+    """Or a segmenter. Exactly one of the two."""
+    data: TrainingData
+    cleaning: CleaningSettings = CleaningSettings()
+    augment: AugmentSettings = AugmentSettings()
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resources: TrainingResources = TrainingResources()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if (self.detector is None) == (self.segmenter is None):
+            raise ValueError("a training needs either a section detector or a section segmenter")
+        return self
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        parts = self.resources.workers * self.optimizer.accumulate
+        if self.optimizer.batch_size % parts:
+            raise ValueError(
+                f"optimizer.batch_size {self.optimizer.batch_size} is not a multiple of resources.workers × "
+                f"optimizer.accumulate = {parts}"
+            )
+        return self
+
+    def result_fields(self) -> dict[str, Any]:
+        """The part that decides what is learned, as plain JSON values."""
+        return self.model_dump(mode="json", exclude=set(NON_RESULT_FIELDS))
+
+
+def load_finetune_config(
+    files: Sequence[str | Path], *, overrides: Iterable[str] = (), out: str | None = None
+) -> FinetuneConfig:
+    """Read YAML files, merge them left to right, apply overrides, validate; local paths become absolute.
+
+    Raises:
+        ConfigError: names the file or the key.
+    """
+    tree = load_tree(files, overrides)
+    if out is not None:
+        tree["out"] = out
+    config = validate_tree(FinetuneConfig, tree, files, what="training config")
+    update: dict[str, Any] = {"out": absolute(config.out) if config.out else None}
+    data: dict[str, Any] = {}
+    for name in ("train", "val"):
+        files_of = getattr(config.data, name)
+        if files_of is not None:
+            data[name] = DatasetFiles(annotations=absolute(files_of.annotations), images=absolute(files_of.images))
+    if config.data.drawn is not None:
+        data["drawn"] = config.data.drawn.model_copy(update={"directory": absolute(config.data.drawn.directory)})
+    update["data"] = config.data.model_copy(update=data)
+    for name in ("detector", "segmenter"):
+        section = getattr(config, name)
+        # A hub name ("org/model") looks like a relative path: it is one when it exists, or when it starts like one.
+        if section is not None and section.weights is not None:
+            weights = section.weights
+            if weights.startswith(("/", ".", "~")) or os.path.exists(weights):
+                update[name] = section.model_copy(update={"weights": absolute(weights)})
+    return config.model_copy(update=update)

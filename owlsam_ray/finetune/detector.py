@@ -1,0 +1,260 @@
+"""What is trained when a detector is: OwlViT or OWLv2 against boxes and the names of their categories.
+
+Letters: B images of a micro batch, Q prompts of it, L tokens of a prompt, S side of the detector's square input, N
+objects of one image.
+
+Source: the training of OWL-ViT (Minderer et al., 2022): bipartite matching, focal loss over the prompts at hand, L1 and
+GIoU on the boxes, and a text tower that learns a hundred times more slowly than the rest.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from safetensors.torch import save
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from owlsam_ray.config import Category, DetectorConfig, Fraction, Name, PositiveInt, Section, SuppressConfig
+from owlsam_ray.evaluate.average_precision import box_average_precision
+from owlsam_ray.finetune.data import Sample
+from owlsam_ray.finetune.detector_module import DetectorModule, DetectorParts, load_parts, scratch_parts
+from owlsam_ray.finetune.matching import LossWeights, detection_losses, focal_loss
+from owlsam_ray.finetune.scratch import OwlVitArchitecture
+from owlsam_ray.models.owlvit import resolve_weights
+from owlsam_ray.stages.detect import cap_detections, select_detections
+from owlsam_ray.stages.suppress import suppress
+from owlsam_ray.storage import write_atomic
+
+Part = Literal["text", "vision", "box_head", "class_head"]
+_VALIDATION_BATCH = 16
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class DetectorTraining(Section):
+    """How a detector is trained."""
+
+    weights: Name | None = None
+    """An OwlViT or OWLv2 to go on with: a directory in Hugging Face layout, or a hub name."""
+    architecture: OwlVitArchitecture | None = None
+    """Or the sizes of an OwlViT that starts from nothing. Exactly one of the two."""
+    template: Name = "a photo of a {}"
+    """Prompt of a category, `{}` becomes its name. Must be `vocabulary.template` of the runs to come."""
+    frozen: tuple[Part, ...] = ()
+    """Parts that do not learn."""
+    text_lr_scale: Weight = 0.01
+    """Learning rate of the text tower over that of the image tower; 1 when starting from nothing."""
+    heads_lr_scale: Weight = 1.0
+    """Learning rate of the heads over that of the image tower."""
+    max_prompts: PositiveInt = 100
+    """Prompts of a micro batch: the categories on its images, and sampled ones that are not."""
+    matches_per_object: PositiveInt = 1
+    """Patches that learn one object. More learn faster, and leave several boxes an object to suppression."""
+    quality_targets: bool = False
+    """The class target of a patch is the IoU of its box instead of 1: scores then rank boxes by fit."""
+    class_weight: Weight = 4.0
+    """Weight of the focal loss."""
+    l1_weight: Weight = 5.0
+    """Weight of the L1 loss of boxes."""
+    giou_weight: Weight = 2.0
+    """Weight of the GIoU loss of boxes."""
+    focal_alpha: Fraction = 0.75
+    """Weight of matched pairs in the focal loss; the others have one minus it."""
+    focal_gamma: Weight = 2.0
+    """How strongly the focal loss discounts what is right already."""
+    gradient_checkpointing: bool = False
+    """Compute activations of the towers again instead of keeping them: less memory, a third more time."""
+    validation_iou: Fraction = 0.6
+    """Suppression threshold at validation."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if (self.weights is None) == (self.architecture is None):
+            raise ValueError("detector needs either weights (to go on with) or architecture (to start from nothing)")
+        if self.template.count("{}") != 1:
+            raise ValueError(f"template {self.template!r} must contain {{}} exactly once")
+        return self
+
+
+class DetectorTask:
+    """`task.Task` of a detector."""
+
+    best_metric = "val/box_ap"
+    needs_masks = False
+
+    def __init__(self, settings: DetectorTraining, categories: Sequence[Category], *, seed: int) -> None:
+        """Load or build the model.
+
+        Args:
+            settings: of the training.
+            categories: of the training set; labels of samples are indices into them.
+            seed: of new weights.
+
+        Raises:
+            WeightsError: the weights do not load.
+            InputError: a prompt is longer than the text tower takes.
+        """
+        self.settings = settings
+        self.categories = tuple(categories)
+        prompts = [settings.template.format(category.name) for category in self.categories]
+        if settings.architecture is not None:
+            self.parts = scratch_parts(settings.architecture, prompts, seed=seed)
+        else:
+            self.parts = load_parts(resolve_weights(settings.weights or ""))
+        self.input_ids, self.attention_mask = self.parts.tokenize(prompts)
+        model: Any = self.parts.module.model
+        for part in settings.frozen:
+            for parameter in _part(self.parts.module, part):
+                parameter.requires_grad_(False)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._weights = LossWeights(settings.class_weight, settings.l1_weight, settings.giou_weight)
+
+    @property
+    def module(self) -> DetectorModule:
+        """The trainable model."""
+        return self.parts.module
+
+    def collate(self, samples: Sequence[Sample], rng: np.random.Generator) -> dict[str, Any]:
+        """Samples to pixels, the prompts of this batch, and targets; see `task.Task`."""
+        present = sorted({int(label) for sample in samples for label in sample.labels})
+        absent = np.setdiff1d(np.arange(len(self.categories)), present)
+        room = max(0, min(self.settings.max_prompts - len(present), len(absent)))
+        chosen = np.sort(np.concatenate([present, rng.choice(absent, room, replace=False)])).astype(np.int64)
+        place = np.full(len(self.categories), -1)
+        place[chosen] = np.arange(len(chosen))
+        targets = [self._target_boxes(sample) for sample in samples]
+        return {
+            "image_ids": [sample.image_id for sample in samples],
+            "pixels": torch.stack([self.parts.preprocess(sample.pixels) for sample in samples]),
+            "input_ids": self.input_ids[chosen],
+            "attention_mask": self.attention_mask[chosen],
+            "boxes": targets,
+            "prompts": [torch.from_numpy(place[sample.labels]) for sample in samples],
+        }
+
+    def _target_boxes(self, sample: Sample) -> Tensor:
+        """(N, 4) float32 cxcywh in units of the detector's square input."""
+        height, width = self.parts.frame_hw((sample.pixels.shape[0], sample.pixels.shape[1]))
+        scaled = torch.from_numpy(sample.boxes_xyxy) / torch.tensor([width, height, width, height])
+        return box_convert(scaled, "xyxy", "cxcywh").float()
+
+    def inputs(self, batch: dict[str, Any]) -> tuple[Any, ...]:
+        """See `task.Task`."""
+        return batch["pixels"], batch["input_ids"], batch["attention_mask"]
+
+    def loss(self, outputs: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Focal, L1 and GIoU loss; of OWLv2 also the focal loss of objectness. See `task.Task`."""
+        settings = self.settings
+        parts, matches = detection_losses(
+            outputs["logits"],
+            outputs["boxes"],
+            batch["boxes"],
+            batch["prompts"],
+            weights=self._weights,
+            per_object=settings.matches_per_object,
+            focal_alpha=settings.focal_alpha,
+            focal_gamma=settings.focal_gamma,
+            quality_targets=settings.quality_targets,
+        )
+        # A batch without objects still gives every parameter a gradient: other workers wait for it.
+        parts["loss"] = parts["loss"] + 0.0 * outputs["boxes"].sum()
+        if "objectness" in outputs:
+            scores = outputs["objectness"].float()
+            targets = torch.zeros_like(scores)
+            targets[matches[0], matches[1]] = 1.0
+            objectness = focal_loss(scores, targets, alpha=settings.focal_alpha, gamma=settings.focal_gamma).sum()
+            objectness = objectness / max(1, len(matches[0]))
+            parts["loss"] = parts["loss"] + settings.class_weight * objectness
+            parts["loss_objectness"] = objectness.detach()
+        return parts
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Towers and heads apart, each with and without weight decay; see `task.Task`."""
+        text = {id(parameter) for parameter in _part(self.module, "text")}
+        vision = {id(parameter) for parameter in _part(self.module, "vision")}
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                part = "text" if id(parameter) in text else "vision" if id(parameter) in vision else "heads"
+                decays = parameter.ndim >= 2 and "embedding" not in name
+                groups.setdefault((part, decays), []).append(parameter)
+        scales = {"text": self.settings.text_lr_scale, "vision": 1.0, "heads": self.settings.heads_lr_scale}
+        return [
+            {"name": part, "params": parameters, "lr_scale": scales[part]} | ({} if decays else {"weight_decay": 0.0})
+            for (part, decays), parameters in groups.items()
+        ]
+
+    @torch.inference_mode()
+    def validate(self, module: nn.Module, samples: Iterable[Sample], *, device: torch.device) -> dict[str, float]:
+        """Box AP over all categories, through the selection and suppression of inference; see `task.Task`."""
+        assert isinstance(module, DetectorModule)
+        training = module.training
+        module.eval()
+        queries = module.embed(self.input_ids.to(device), self.attention_mask.to(device))
+        truth: list[Sample] = []
+        detections = []
+        batch: list[Sample] = []
+
+        def run() -> None:
+            pixels = torch.stack([self.parts.preprocess(sample.pixels) for sample in batch]).to(device)
+            outputs = module.propose(pixels, queries)
+            boxes, scores = outputs["boxes"].cpu(), outputs["logits"].sigmoid().cpu().numpy()
+            for sample, of_image, of_scores in zip(batch, boxes, scores, strict=True):
+                detections.append(self._detect(sample, of_image, of_scores))
+            truth.extend(batch)
+            batch.clear()
+
+        for sample in samples:
+            batch.append(sample)
+            if len(batch) == _VALIDATION_BATCH:
+                run()
+        if batch:
+            run()
+        module.train(training)
+        scores = box_average_precision(truth, detections, num_categories=len(self.categories))
+        return {f"val/{name}": value for name, value in scores.items()}
+
+    def _detect(self, sample: Sample, boxes: Tensor, scores: np.ndarray[Any, np.dtype[np.float32]]) -> Any:
+        size_hw = (sample.pixels.shape[0], sample.pixels.shape[1])
+        height, width = self.parts.frame_hw(size_hw)
+        corners = box_convert(boxes, "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
+        found = select_detections(
+            corners.numpy(),
+            scores,
+            size_hw=size_hw,
+            prompt_labels=np.arange(len(self.categories)),
+            settings=DetectorConfig(weights="-", score_floor=0.01),
+        )
+        settings = SuppressConfig(strategy="nms", iou_threshold=self.settings.validation_iou)
+        return cap_detections(suppress(found, settings), 100)
+
+    def export(self, state: Mapping[str, Tensor], directory: Path) -> None:
+        """Write a directory in Hugging Face layout; see `task.Task`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            name.removeprefix("model."): tensor.detach().to("cpu", torch.float32).contiguous()
+            for name, tensor in state.items()
+        }
+        write_atomic(str(directory / "model.safetensors"), save(tensors, metadata={"format": "pt"}))
+        self.parts.tokenizer.save_pretrained(directory)
+        self.parts.processor.save_pretrained(directory)
+        model: Any = self.module.model
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(directory)
+
+
+def _part(module: DetectorModule, part: Part) -> list[nn.Parameter]:
+    """Parameters of a part."""
+    backbone: Any = module.backbone
+    model: Any = module.model
+    modules: dict[Part, tuple[nn.Module, ...]] = {
+        "text": (backbone.text_model, backbone.text_projection),
+        "vision": (backbone.vision_model, model.layer_norm),
+        "box_head": (model.box_head,),
+        "class_head": (model.class_head,),
+    }
+    return [parameter for one in modules[part] for parameter in one.parameters()]

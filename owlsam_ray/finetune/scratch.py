@@ -1,0 +1,153 @@
+"""An OwlViT of any size without pretrained weights: configuration, tokenizer and a start that trains.
+
+transformers' own initialisation makes the detection heads far too wide (box outputs of ±500); both are drawn anew.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor
+
+from owlsam_ray.config import PositiveInt, Section
+
+START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
+_HEAD_STD = 0.05
+_PRIOR_SCALE, _PRIOR_SHIFT = 10.0, -0.45
+"""Of (cosine + shift) · scale: a logit near -4.5, a probability of 0.01, for a patch and prompt that do not match."""
+
+
+class OwlVitArchitecture(Section):
+    """Sizes of an OwlViT that starts from nothing."""
+
+    image_size: PositiveInt = 256
+    """Side of the detector's square input in pixels; a multiple of `patch_size`."""
+    patch_size: PositiveInt = 16
+    """Side of a patch; each patch proposes one box."""
+    width: PositiveInt = 128
+    """Channels of the image tower."""
+    layers: PositiveInt = 4
+    """Layers of the image tower."""
+    heads: PositiveInt = 4
+    """Attention heads of the image tower; divides `width`."""
+    mlp_ratio: PositiveInt = 4
+    """Hidden channels of an MLP over `width`, both towers."""
+    text_width: PositiveInt = 64
+    """Channels of the text tower, and of the space where patches and prompts meet."""
+    text_layers: PositiveInt = 1
+    """Layers of the text tower."""
+    text_positions: Annotated[int, Field(ge=4)] = 16
+    """Tokens of a prompt, start and end included."""
+    resample: Literal["bilinear", "bicubic"] = "bilinear"
+    """How pictures are brought to the square."""
+
+
+def word_tokenizer(words: Iterable[str], *, positions: int) -> CLIPTokenizer:
+    """A CLIP tokenizer in which each of `words` is one token, and any other text falls apart into bytes.
+
+    Args:
+        words: lower case; repetitions do no harm.
+        positions: tokens that a prompt may have.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
+    merges: list[tuple[str, str]] = []
+    for word in dict.fromkeys(words):
+        parts = _apply_merges([*word[:-1], f"{word[-1]}</w>"], merges)
+        # What is added later ranks lower, so the words before still come out whole.
+        for part in parts[1:]:
+            merges.append((parts[0], part))
+            parts[0] += part
+    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    vocabulary = {token: number for number, token in enumerate([*dict.fromkeys(tokens), START, END])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=PAD, model_max_length=positions)
+
+
+def _apply_merges(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """Byte pair encoding of one word: the earliest merge first, until none fits."""
+    for left, right in merges:
+        joined: list[str] = []
+        for part in parts:
+            if joined and (joined[-1], part) == (left, right):
+                joined[-1] += part
+            else:
+                joined.append(part)
+        parts = joined
+    return parts
+
+
+def build_owlvit(
+    architecture: OwlVitArchitecture, words: Iterable[str], *, seed: int
+) -> tuple[OwlViTForObjectDetection, CLIPTokenizer, OwlViTImageProcessor]:
+    """A model with random weights, its tokenizer and its preprocessing.
+
+    Args:
+        architecture: the sizes.
+        words: of all prompts; each becomes one token.
+        seed: of the weights; the global random state is left as it was.
+    """
+    tokenizer = word_tokenizer(words, positions=architecture.text_positions)
+    text = {
+        "hidden_size": architecture.text_width,
+        "num_hidden_layers": architecture.text_layers,
+        "num_attention_heads": max(1, architecture.text_width // 32),
+        "intermediate_size": architecture.mlp_ratio * architecture.text_width,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": architecture.text_positions,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = {
+        "hidden_size": architecture.width,
+        "num_hidden_layers": architecture.layers,
+        "num_attention_heads": architecture.heads,
+        "intermediate_size": architecture.mlp_ratio * architecture.width,
+        "image_size": architecture.image_size,
+        "patch_size": architecture.patch_size,
+    }
+    config = OwlViTConfig(text_config=text, vision_config=vision, projection_dim=architecture.text_width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = OwlViTForObjectDetection(config)
+        _start_heads(model)
+        _start_positions(model, architecture)
+    side = {"height": architecture.image_size, "width": architecture.image_size}
+    resample = {"bilinear": 2, "bicubic": 3}[architecture.resample]
+    processor = OwlViTImageProcessor(size=side, resample=resample, do_center_crop=False)
+    return model, tokenizer, processor
+
+
+@torch.no_grad()
+def _start_heads(model: OwlViTForObjectDetection) -> None:
+    for name, parameter in [*model.box_head.named_parameters(), *model.class_head.named_parameters()]:
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            # The last layer near zero: boxes start as their patch.
+            nn.init.normal_(parameter, std=0.1 * _HEAD_STD if name.startswith("dense2") else _HEAD_STD)
+    for layer, value in ((model.class_head.logit_scale, _PRIOR_SCALE), (model.class_head.logit_shift, _PRIOR_SHIFT)):
+        nn.init.zeros_(layer.weight)
+        # The scale is elu(x) + 1.
+        nn.init.constant_(layer.bias, value - 1 if value > 0 else value)
+
+
+@torch.no_grad()
+def _start_positions(model: OwlViTForObjectDetection, architecture: OwlVitArchitecture) -> None:
+    """Positions start as sines and cosines of row and column: neighbours are alike before the first step."""
+    grid = architecture.image_size // architecture.patch_size
+    table = model.owlvit.vision_model.embeddings.position_embedding.weight
+    table[1:] = 0.5 * _sines(grid, architecture.width)
+    table[0] = 0
+
+
+def _sines(grid: int, width: int) -> Tensor:
+    """(grid², width): a quarter of the channels each for sine and cosine of row and column; leftovers are zero."""
+    count = width // 4
+    rates = (0.5 * grid) ** -(torch.arange(count) / max(1, count - 1))
+    angles = torch.arange(grid)[:, None] * rates  # (grid, count)
+    one = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    rows, columns = one[:, None].expand(-1, grid, -1), one[None].expand(grid, -1, -1)
+    table = torch.cat([rows, columns], dim=-1).reshape(grid * grid, 4 * count)
+    return torch.nn.functional.pad(table, (0, width - 4 * count))
