@@ -1,16 +1,135 @@
 """A reduced run, or a file of predictions, against a ground truth."""
 
+import json
+import logging
 from typing import Any
 
-from owlsam_ray.config import RunConfig
+from owlsam_ray import storage
+from owlsam_ray.config import EvaluateConfig, RunConfig
+from owlsam_ray.errors import IncompleteError, InputError
+from owlsam_ray.evaluate.average_precision import Kind
+from owlsam_ray.evaluate.ground_truth import GroundTruth, load_ground_truth
+from owlsam_ray.evaluate.predictions import Predictions, load_predictions
+from owlsam_ray.evaluate.speed import run_speed
+from owlsam_ray.evaluate.summary import summarize
+from owlsam_ray.guard import RunRecord, check_config, load_record, load_run_manifest, run_directory
+
+EVALUATION_FILE = "evaluation.json"
+_log = logging.getLogger(__name__)
 
 
 def evaluate_run(config: RunConfig) -> dict[str, Any]:
-    """Evaluate what `reduce` wrote, and write `RUN/evaluation.json`.
+    """Evaluate what `reduce` wrote, boxes and masks, and write `RUN/evaluation.json`.
 
     Returns:
-        What the file holds. `evaluation["groups"][name][size]` has box_ap, box_ap50, mask_ap, mask_ap50, miou, dice,
-        precision, recall and num_objects; `name` is "all" or a supercategory, `size` is "all", "<32", "32-96", ">=96"
-        by `evaluate.size_edges_px`. What is not defined is None.
+        What the file holds: the keys of `summarize`, `ground_truth`, `predictions`, `reduce_score_threshold`, and
+        `speed` (see `run_speed`). Images that failed count as images in which nothing was found. Numbers of masks are None, and
+        a log line says so, where the ground truth or the run has none.
+
+    Raises:
+        InputError: there is no run, no ground truth, or an entry of a file is malformed or of another dataset.
+        GuardError: the run was made with other settings.
+        IncompleteError: the run is not labelled, or not reduced yet.
     """
-    raise NotImplementedError
+    run_url = run_directory(config)
+    record = load_record(run_url)
+    if record is None:
+        raise InputError(f"{run_url} holds no run (no run.json): plan, annotate and reduce it first")
+    check_config(config, record)
+    annotations = storage.join(run_url, "coco", "annotations.json")
+    if record.fingerprint is None or not storage.exists(annotations):
+        raise IncompleteError(f"{run_url} is not reduced yet (no coco/annotations.json): call `owlsam reduce` first")
+    truth = load_ground_truth(_ground_truth_url(config), masks=True)
+    predictions = load_predictions(annotations, truth, masks=truth.has_masks)
+    provenance = _provenance(predictions, record)
+    _warn(truth, predictions)
+    manifest = load_run_manifest(run_url, record)
+    evaluation = {
+        "ground_truth": truth.url,
+        "predictions": annotations,
+        "reduce_score_threshold": provenance.get("score_threshold"),
+        **summarize(truth, predictions, _kinds(truth, predictions), config.evaluate),
+        "speed": run_speed(
+            run_url,
+            num_images=manifest.num_images,
+            num_shards=manifest.num_shards,
+            fingerprint=record.fingerprint,
+        ),
+    }
+    text = json.dumps(evaluation, indent=1, allow_nan=False)
+    storage.write_atomic(storage.join(run_url, EVALUATION_FILE), text.encode())
+    return evaluation
+
+
+def evaluate_files(
+    ground_truth: str, predictions: str, kind: Kind, settings: EvaluateConfig, *, lvis: bool = False
+) -> dict[str, Any]:
+    """Evaluate a file of COCO results, or labels with scores, in boxes or in masks.
+
+    Args:
+        ground_truth: path or fsspec URL of a COCO or LVIS file.
+        predictions: path or fsspec URL.
+        kind: IoU of boxes or of masks.
+        settings: thresholds and sizes.
+        lvis: as LVIS does, also where no image has `neg_category_ids`.
+
+    Returns:
+        As `evaluate_run`, with None for `reduce_score_threshold` and `speed`.
+
+    Raises:
+        InputError: an entry of a file is malformed or of another dataset, or masks are missing.
+    """
+    truth = load_ground_truth(ground_truth, masks=kind == "segm", lvis=lvis)
+    if kind == "segm" and not truth.has_masks:
+        raise InputError(f"{ground_truth} has no segmentations: evaluate boxes, with --kind bbox")
+    found = load_predictions(predictions, truth, masks=kind == "segm")
+    if kind == "segm" and found.regions and all(region.rle is None for region in found.regions):
+        raise InputError(f"{predictions} has no segmentations: evaluate boxes, with --kind bbox")
+    _warn(truth, found)
+    return {
+        "ground_truth": truth.url,
+        "predictions": found.url,
+        "reduce_score_threshold": None,
+        **summarize(truth, found, (kind,), settings),
+        "speed": None,
+    }
+
+
+def _ground_truth_url(config: RunConfig) -> str:
+    url = config.evaluate.ground_truth or config.data.annotations
+    if url is None:
+        raise InputError("no ground truth: set evaluate.ground_truth, a COCO or LVIS JSON file with annotations")
+    return url
+
+
+def _provenance(predictions: Predictions, record: RunRecord) -> dict[str, Any]:
+    """What `reduce` said about the labels.
+
+    Raises:
+        IncompleteError: they are not of this run's shards.
+    """
+    provenance = predictions.info.get("owlsam_ray")
+    if not isinstance(provenance, dict) or provenance.get("fingerprint") != record.fingerprint:
+        raise IncompleteError(f"{predictions.url} is not of this run's labels: call `owlsam reduce` again")
+    return provenance
+
+
+def _kinds(truth: GroundTruth, predictions: Predictions) -> tuple[Kind, ...]:
+    if not truth.has_masks:
+        _log.warning("%s has no segmentations: boxes only", truth.url)
+        return ("bbox",)
+    if predictions.regions and all(region.rle is None for region in predictions.regions):
+        _log.warning("no label of the run has a mask: boxes only")
+        return ("bbox",)
+    return ("bbox", "segm")
+
+
+def _warn(truth: GroundTruth, predictions: Predictions) -> None:
+    if not predictions.regions:
+        _log.warning("%s holds no predictions: every object counts as missed", predictions.url)
+    left_out = len(truth.images.keys() - predictions.labelled) if predictions.labelled is not None else 0
+    if left_out:
+        _log.warning(
+            "%d of the ground truth's %d images are not labelled: their objects count as missed",
+            left_out, len(truth.images),
+        )  # fmt: skip

@@ -1,0 +1,165 @@
+"""Which predictions find which objects at one score and one IoU: precision, recall, mIoU, Dice."""
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from owlsam_ray.evaluate.ground_truth import GroundTruth
+from owlsam_ray.evaluate.regions import Region
+
+Shape = Literal["box", "mask"]
+Outcome = tuple[int, float, bool, float | None]
+"""Category; w × h of the object's box, or of the prediction's where it found none; whether there is an object; IoU, or
+None where nothing was paired."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Counts and means over some categories and sizes; None where there is nothing to count."""
+
+    num_objects: int
+    num_matched: int
+    num_false: int
+    """Predictions that found no object."""
+    miou: float | None
+    """Mean IoU of the matched pairs."""
+    dice: float | None
+    """Mean of 2 |A ∩ B| / (|A| + |B|) over the matched pairs, which is 2 IoU / (1 + IoU) of each."""
+
+    @property
+    def precision(self) -> float | None:
+        """Matched among the predictions."""
+        return _ratio(self.num_matched, self.num_matched + self.num_false)
+
+    @property
+    def recall(self) -> float | None:
+        """Matched among the objects."""
+        return _ratio(self.num_matched, self.num_objects)
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """One row for each object and each prediction that found none; ignored predictions have no row."""
+
+    category: NDArray[np.int64]
+    """(N,) ids."""
+    area: NDArray[np.float64]
+    """(N,) w × h of the object's box; of the prediction's where it found none."""
+    is_object: NDArray[np.bool_]
+    """(N,) False for a prediction that found none."""
+    iou: NDArray[np.float64]
+    """(N,) of a matched pair; NaN elsewhere."""
+
+    def tally(self, categories: Collection[int] | None, area_range: tuple[float, float]) -> Tally:
+        """Counts of these categories (default: all) within a half-open range of areas.
+
+        A pair belongs to the size of its object, a prediction that found none to its own.
+        """
+        low, high = area_range
+        chosen = (self.area >= low) & (self.area < high)
+        if categories is not None:
+            chosen &= np.isin(self.category, list(categories))
+        ious = self.iou[chosen & ~np.isnan(self.iou)]
+        objects = int(np.count_nonzero(chosen & self.is_object))
+        return Tally(
+            num_objects=objects,
+            num_matched=len(ious),
+            num_false=int(np.count_nonzero(chosen)) - objects,
+            miou=float(ious.mean()) if len(ious) else None,
+            dice=float((2 * ious / (1 + ious)).mean()) if len(ious) else None,
+        )
+
+
+def match(
+    truth: GroundTruth, regions: Sequence[Region], by: Shape, *, score_threshold: float, iou_threshold: float
+) -> Matches:
+    """Pair predictions with objects of the same image and category.
+
+    Args:
+        truth: with masks for `mask`.
+        regions: predictions, after `federated`; those without a mask are left out of `mask`.
+        by: IoU of what.
+        score_threshold: predictions take part from this score on.
+        iou_threshold: a pair needs at least this.
+
+    By falling score, equal ones in the file's order, each prediction takes the object that is still free and has the
+    highest IoU with it, the first of equal ones. One that finds none is ignored when a crowd region covers at least
+    `iou_threshold` of it, or (LVIS) when its image does not list every object of the category; otherwise it is false.
+    Crowd regions are no objects here.
+    """
+    kept = [
+        each for each in regions if each.score >= score_threshold and (by == "box" or each.rle is not None)
+    ]  # fmt: skip
+    objects, predictions = _by_cell(truth.objects), _by_cell(kept)
+    rows: list[Outcome] = []
+    for image_id, category_id in sorted({*objects, *predictions}):
+        cell = (image_id, category_id)
+        rows += _match_cell(
+            objects.get(cell, []),
+            sorted(predictions.get(cell, []), key=lambda region: -region.score),
+            by,
+            iou_threshold=iou_threshold,
+            exhaustive=category_id not in truth.images[image_id].not_exhaustive,
+        )
+    return Matches(
+        category=np.array([row[0] for row in rows], np.int64),
+        area=np.array([row[1] for row in rows], np.float64),
+        is_object=np.array([row[2] for row in rows], np.bool_),
+        iou=np.array([np.nan if row[3] is None else row[3] for row in rows], np.float64),
+    )
+
+
+def _by_cell(regions: Sequence[Region]) -> dict[tuple[int, int], list[Region]]:
+    """Regions by image and category, in their order."""
+    cells: dict[tuple[int, int], list[Region]] = defaultdict(list)
+    for region in regions:
+        cells[region.image_id, region.category_id].append(region)
+    return cells
+
+
+def _match_cell(
+    objects: list[Region], predictions: list[Region], by: Shape, *, iou_threshold: float, exhaustive: bool
+) -> list[Outcome]:
+    """One image and category; predictions by falling score."""
+    ious = _ious(predictions, objects, by)
+    crowd = np.array([each.is_crowd for each in objects], np.bool_)
+    free = ~crowd
+    pairs: dict[int, float] = {}
+    rows: list[Outcome] = []
+    for position, region in enumerate(predictions):
+        candidates = np.where(free, ious[position], -1.0)
+        best = int(candidates.argmax()) if len(objects) else -1
+        if best >= 0 and free[best] and candidates[best] >= iou_threshold:
+            free[best] = False
+            pairs[best] = float(candidates[best])
+        elif exhaustive and not (ious[position, crowd] >= iou_threshold).any():
+            rows.append((region.category_id, region.box_area, False, None))
+    return rows + [
+        (each.category_id, each.box_area, True, pairs.get(index))
+        for index, each in enumerate(objects)
+        if not each.is_crowd
+    ]
+
+
+def _ious(predictions: list[Region], objects: list[Region], by: Shape) -> NDArray[np.float64]:
+    """(predictions, objects) IoU; with a crowd region the share of the prediction that it covers."""
+    if not predictions or not objects:
+        return np.zeros((len(predictions), len(objects)))
+    left, right = (_shapes(side, by) for side in (predictions, objects))
+    crowd = [int(each.is_crowd) for each in objects]
+    return np.nan_to_num(np.asarray(coco_mask.iou(left, right, crowd), np.float64))
+
+
+def _shapes(regions: list[Region], by: Shape) -> Any:
+    if by == "mask":
+        return [region.rle for region in regions]
+    return np.array([region.box_xywh for region in regions], np.float64)
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

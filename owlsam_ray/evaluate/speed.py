@@ -1,0 +1,55 @@
+"""Seconds per image, split into detector and segmenter, from the footers of a run's shards."""
+
+import contextlib
+import json
+from typing import Any
+
+from owlsam_ray import storage
+from owlsam_ray.ledger import Tally
+from owlsam_ray.progress import PROGRESS_FILE
+
+DETECTOR_STAGE, SEGMENTER_STAGE = "detect", "segment"
+
+
+def run_speed(run_url: str, *, num_images: int, num_shards: int, fingerprint: str) -> dict[str, Any]:
+    """Busy seconds of the models, and the rate of the last attempt.
+
+    Args:
+        run_url: the run directory.
+        num_images: of the run.
+        num_shards: of the run.
+        fingerprint: that every shard must carry.
+
+    Returns:
+        `images` (those that reached the models), `stage_s` (busy seconds of each stage, all actors together),
+        `detector_s_per_image` + `segmenter_s_per_image` = `models_s_per_image`, its inverse `images_per_s_per_actor`
+        (what one actor's models do when nothing holds them up), and `wall_images_per_s` (the last attempt that labelled
+        something, start-up included, as `progress.json` has it). None where nothing was measured.
+
+    Raises:
+        IncompleteError: a shard file is damaged or foreign.
+    """
+    tally = Tally(run_url, num_images=num_images, num_shards=num_shards, fingerprint=fingerprint).refresh()
+    images = tally.counts["ok"] + tally.counts["empty"]
+    detector = tally.stage_s.get(DETECTOR_STAGE, 0.0) / images if images else None
+    segmenter = tally.stage_s.get(SEGMENTER_STAGE, 0.0) / images if images else None
+    total = detector + segmenter if detector is not None and segmenter is not None else None
+    return {
+        "images": images,
+        "detections": tally.counts["detections"],
+        "masks": tally.counts["masks"],
+        "stage_s": {stage: round(seconds, 3) for stage, seconds in sorted(tally.stage_s.items())},
+        "detector_s_per_image": detector,
+        "segmenter_s_per_image": segmenter,
+        "models_s_per_image": total,
+        "images_per_s_per_actor": 1 / total if total else None,
+        "wall_images_per_s": _wall_rate(run_url),
+    }
+
+
+def _wall_rate(run_url: str) -> float | None:
+    """Images per second that the last attempt told; None when it did none, or told nothing."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        rate = json.loads(storage.read_bytes(storage.join(run_url, PROGRESS_FILE))).get("images_per_s")
+        return float(rate) if rate > 0 else None
+    return None
