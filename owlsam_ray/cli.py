@@ -14,8 +14,15 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from owlsam_ray import __version__
-from owlsam_ray.config import RunConfig, load_config
-from owlsam_ray.errors import ExitCode, FailedImagesError, IncompleteError, InterruptedRunError, OwlsamError
+from owlsam_ray.config import RunConfig, absolute, load_config, load_evaluate_settings
+from owlsam_ray.errors import (
+    ConfigError,
+    ExitCode,
+    FailedImagesError,
+    IncompleteError,
+    InterruptedRunError,
+    OwlsamError,
+)
 
 _EXIT_CODES = """exit codes:
   0   complete
@@ -39,6 +46,16 @@ Plans first when that was not done.""",
     "reduce": """examples:
   owlsam reduce jobs/coco.yaml --run runs/coco
   owlsam reduce jobs/coco.yaml --run runs/coco --set reduce.score_threshold=0.3""",
+    "evaluate": """examples:
+  owlsam evaluate jobs/coco.yaml --run runs/coco
+  owlsam evaluate jobs/coco.yaml --run runs/coco --set 'evaluate.size_edges_px=[32]' --json
+  owlsam evaluate jobs/coco.yaml --run runs/coco --set evaluate.ground_truth=lvis_v1_val.json
+  owlsam evaluate --ground-truth instances_val2017.json --predictions results.json --kind segm
+  owlsam evaluate --ground-truth lvis_v1_val.json --predictions results.json --kind bbox --lvis --json
+
+With run files: what `reduce` wrote, against evaluate.ground_truth (default: data.annotations), boxes and masks; also
+written to RUN/evaluation.json. Without: a file of COCO results, or a COCO file whose annotations have scores.
+A table goes to stderr; with --json every number goes to stdout instead, in one line.""",
 }
 
 
@@ -57,10 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     summary: dict[str, Any] = {"command": options.command}
     try:
-        config = load_config(options.run_files, overrides=options.overrides, run=options.run)
-        _start_log(console, config.logging.level)
-        summary["run"] = config.run
-        summary |= _COMMANDS[options.command](config, options, console)
+        if options.command == "evaluate" and not options.run_files:
+            summary |= _evaluate_files(options, console)
+        else:
+            config = load_config(options.run_files, overrides=options.overrides, run=options.run)
+            _start_log(console, config.logging.level)
+            summary["run"] = config.run
+            summary |= _COMMANDS[options.command](config, options, console)
         code = ExitCode.COMPLETE
     except FailedImagesError as error:
         summary |= error.args[1] if len(error.args) > 1 else {}
@@ -105,7 +125,7 @@ def _plan(config: RunConfig, options: argparse.Namespace, console: Console) -> d
 def _annotate(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from owlsam_ray.resources import export_ray_environment
 
-    export_ray_environment(config.resources)
+    export_ray_environment(config.resources.auth_mode)
 
     from owlsam_ray.annotate import annotate_run
     from owlsam_ray.guard import load_record, run_directory
@@ -127,6 +147,49 @@ def _reduce(config: RunConfig, options: argparse.Namespace, console: Console) ->
     return counts
 
 
+def _evaluate(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    if options.ground_truth or options.predictions or options.kind or options.lvis:
+        raise ConfigError(
+            "--ground-truth, --predictions, --kind and --lvis are for files without a run; with a run file, "
+            "give --set evaluate.ground_truth=FILE"
+        )
+    from owlsam_ray.evaluate.run import EVALUATION_FILE, evaluate_run
+
+    evaluation = evaluate_run(config)
+    return _show_evaluation(evaluation, options, console) | {"evaluation": f"{config.run}/{EVALUATION_FILE}"}
+
+
+def _evaluate_files(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    if not options.ground_truth or not options.predictions or not options.kind:
+        raise ConfigError("nothing to evaluate: name a RUNFILE, or all of --ground-truth, --predictions and --kind")
+    if options.run:
+        raise ConfigError("--run needs a RUNFILE that describes the run")
+    settings = load_evaluate_settings(options.overrides)
+    from owlsam_ray.evaluate.run import evaluate_files
+
+    evaluation = evaluate_files(
+        absolute(options.ground_truth), absolute(options.predictions), options.kind, settings, lvis=options.lvis
+    )
+    return _show_evaluation(evaluation, options, console)
+
+
+def _show_evaluation(evaluation: dict[str, Any], options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Draw the table, unless JSON is asked for; returns what the last line says."""
+    if options.json:
+        return evaluation
+    from owlsam_ray.evaluate.table import evaluation_table
+
+    wide = console if console.is_terminal else Console(stderr=True, width=160)
+    wide.print(evaluation_table(evaluation))
+    overall = evaluation["groups"]["all"]["all"]
+    speed = evaluation["speed"] or {}
+    return (
+        {key: evaluation[key] for key in ("ground_truth", "predictions", "box", "mask")}
+        | {key: overall[key] for key in ("miou", "dice", "precision", "recall", "num_objects")}
+        | {key: value for key, value in speed.items() if key.endswith(("_per_image", "images_per_s"))}
+    )
+
+
 def _check_failures(config: RunConfig, counts: dict[str, Any]) -> None:
     """Raise when more images failed than the config puts up with; everything was written all the same."""
     from owlsam_ray.reduce.proof import allowed_failures
@@ -141,7 +204,7 @@ def _check_failures(config: RunConfig, counts: dict[str, Any]) -> None:
         )
 
 
-_COMMANDS = {"plan": _plan, "annotate": _annotate, "reduce": _reduce}
+_COMMANDS = {"plan": _plan, "annotate": _annotate, "reduce": _reduce, "evaluate": _evaluate}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         "plan": "list the images once, and freeze ids and shards",
         "annotate": "label every shard that is not labelled yet",
         "reduce": "merge the shards into COCO annotations, and prove that nothing is missing",
+        "evaluate": "measure labels against a ground truth: AP, matched masks, seconds per image",
     }
     for name, text in helps.items():
         command = commands.add_parser(
@@ -167,7 +231,10 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument(
-            "run_files", nargs="+", metavar="RUNFILE", help="YAML run files, merged from left to right"
+            "run_files",
+            nargs="*" if name == "evaluate" else "+",
+            metavar="RUNFILE",
+            help="YAML run files, merged from left to right",
         )
         command.add_argument("--run", metavar="DIR", help="run directory or fsspec URL (over `run:` of the run files)")
         command.add_argument(
@@ -184,7 +251,22 @@ def _parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="go on with another device, dtype, model batch or library version than earlier attempts",
             )
+        if name == "evaluate":
+            _add_evaluate_options(command)
     return parser
+
+
+def _add_evaluate_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="every number in the line on stdout, and no table")
+    files = command.add_argument_group("without a run")
+    files.add_argument("--ground-truth", metavar="FILE", help="COCO or LVIS JSON file or fsspec URL")
+    files.add_argument(
+        "--predictions", metavar="FILE", help="COCO results, or a COCO file whose annotations have scores"
+    )
+    files.add_argument("--kind", choices=("bbox", "segm"), help="compare boxes or masks")
+    files.add_argument(
+        "--lvis", action="store_true", help="as LVIS does; is so anyway when the images have neg_category_ids"
+    )
 
 
 def _start_log(console: Console, level: str) -> None:

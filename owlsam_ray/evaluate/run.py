@@ -23,8 +23,8 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
 
     Returns:
         What the file holds: the keys of `summarize`, `ground_truth`, `predictions`, `reduce_score_threshold`, and
-        `speed` (see `run_speed`). Images that failed count as images in which nothing was found. Numbers of masks are None, and
-        a log line says so, where the ground truth or the run has none.
+        `speed` (see `run_speed`). Images that failed count as images in which nothing was found. Numbers of masks are
+        None, and a log line says so, where the ground truth or the run has none.
 
     Raises:
         InputError: there is no run, no ground truth, or an entry of a file is malformed or of another dataset.
