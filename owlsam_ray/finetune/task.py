@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from owlsam_ray.datasets.training import Sample
+from owlsam_ray.finetune.data import Sample
 
 
 class Task(Protocol):
@@ -27,7 +26,7 @@ class Task(Protocol):
     def needs_masks(self) -> bool:
         """Whether samples must carry masks."""
 
-    def collate(self, samples: Sequence["Sample"], rng: np.random.Generator) -> dict[str, Any]:
+    def collate(self, samples: Sequence[Sample], rng: np.random.Generator) -> dict[str, Any]:
         """Samples to a batch: tensors on the CPU, and `image_ids`, a list of int.
 
         Called in loader threads. Samples may have no objects, all of them at once too.
@@ -58,7 +57,7 @@ class Task(Protocol):
         A group of norms and biases has `weight_decay` 0; the others leave that to the optimiser.
         """
 
-    def validate(self, module: nn.Module, samples: Iterable["Sample"], *, device: torch.device) -> dict[str, float]:
+    def validate(self, module: nn.Module, samples: Iterable[Sample], *, device: torch.device) -> dict[str, float]:
         """Metrics on whole samples, with `best_metric` among them.
 
         Args:

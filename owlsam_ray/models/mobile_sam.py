@@ -56,8 +56,8 @@ class MobileSam:
         for part in (modules.encoder, modules.neck):
             part.to(dtype)
         modules.eval()
-        grid = config.image_size // 16
-        self._positions = self._image_positions(grid)
+        with torch.inference_mode():
+            self._positions = self._modules.image_positions()
 
     @property
     def device(self) -> torch.device:
@@ -82,22 +82,14 @@ class MobileSam:
         Raises:
             WeightsError: the file is missing, damaged, holds code, or its tensors do not fit (names the first).
         """
-        config, state = _read(Path(weights))
+        config, state = read_mobile_sam(Path(weights))
         modules = MobileSamModules(config)
         modules.load_state_dict({module_name(name): tensor for name, tensor in state.items()})
         return MobileSam(modules, config, device=device, dtype=dtype)
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """(H, W, 3) RGB uint8 to (3, S, S) float32: long side to S, normalised, zeros right and below.
-
-        Source: segment-anything, `ResizeLongestSide.apply_image` (bilinear on uint8) and `Sam.preprocess`.
-        """
-        height, width = input_size_hw(pixels.shape[:2], self.image_size)
-        resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-        tensor = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
-        frame = torch.zeros(3, self.image_size, self.image_size)
-        frame[:, :height, :width] = (tensor - _MEAN) / _STD
-        return frame
+        """(H, W, 3) RGB uint8 to (3, S, S) float32, see `image_to_sam_frame`."""
+        return image_to_sam_frame(pixels, image_size=self.image_size)
 
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
@@ -163,14 +155,6 @@ class MobileSam:
         state = {official_name(name): tensor for name, tensor in self._modules.state_dict().items()}
         save_mobile_sam(state, self._config, directory)
 
-    @torch.inference_mode()
-    def _image_positions(self, grid: int) -> Tensor:
-        """(1, C, h, w): SAM's random Fourier features of the cell centres."""
-        centres = (torch.arange(grid, device=self._device, dtype=torch.float32) + 0.5) / grid
-        rows, columns = torch.meshgrid(centres, centres, indexing="ij")
-        features: Tensor = self._modules.prompt_encoder.shared_embedding(torch.stack([columns, rows], dim=-1))
-        return features.permute(2, 0, 1)[None]
-
 
 def check_weights(weights: str) -> None:
     """Refuse what `load` would refuse.
@@ -178,7 +162,7 @@ def check_weights(weights: str) -> None:
     Raises:
         WeightsError: see `load`.
     """
-    _read(Path(weights))
+    read_mobile_sam(Path(weights))
 
 
 def save_mobile_sam(state: Mapping[str, Tensor], config: MobileSamConfig, directory: Path) -> None:
@@ -202,8 +186,15 @@ def save_mobile_sam(state: Mapping[str, Tensor], config: MobileSamConfig, direct
     write_atomic(str(directory / CONFIG_FILE), (config.model_dump_json(indent=1) + "\n").encode())
 
 
-def _read(path: Path) -> tuple[MobileSamConfig, dict[str, Tensor]]:
-    """Sizes and tensors under their official names, checked against each other."""
+def read_mobile_sam(path: Path) -> tuple[MobileSamConfig, dict[str, Tensor]]:
+    """Sizes and tensors under their official names, checked against each other.
+
+    Args:
+        path: what `MobileSam.load` takes.
+
+    Raises:
+        WeightsError: see `MobileSam.load`.
+    """
     config = MobileSamConfig()
     if path.is_dir():
         config, file = _read_config(path / CONFIG_FILE), path / WEIGHTS_FILE
@@ -263,6 +254,19 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(state[key], Tensor) for key in state):
         raise WeightsError(f"{path} holds no plain table of tensors. {_HINT}")
     return state
+
+
+def image_to_sam_frame(pixels: NDArray[np.uint8], *, image_size: int) -> Tensor:
+    """(H, W, 3) RGB uint8 to (3, S, S) float32: long side to S, normalised, zeros right and below.
+
+    Source: segment-anything, `ResizeLongestSide.apply_image` (bilinear on uint8) and `Sam.preprocess`.
+    """
+    height, width = input_size_hw(pixels.shape[:2], image_size)
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    tensor = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
+    frame = torch.zeros(3, image_size, image_size)
+    frame[:, :height, :width] = (tensor - _MEAN) / _STD
+    return frame
 
 
 def input_size_hw(size_hw: tuple[int, ...], image_size: int) -> tuple[int, int]:
