@@ -57,38 +57,24 @@ def read_objects(tree: dict[str, Any], *, url: str, image_ids: Sequence[int], ca
     label_of = {number: label for label, number in enumerate(category_ids)}
     offences: list[str] = []
     seen: set[int] = set()
-    rows: list[tuple[int, int, int, bool, float]] = []
-    boxes: list[Sequence[float]] = []
-    segmentations: list[Any] = []
     for position, entry in enumerate(entries):
         offence = _structure_error(entry, seen) or _reference_error(entry, image_at, label_of)
         if offence is not None:
             offences.append(f"annotations[{position}]{offence}")
-            continue
-        seen.add(entry["id"])
-        crowd, area = bool(entry.get("iscrowd")), entry.get("area")
-        rows.append(
-            (
-                entry["id"],
-                image_at[entry["image_id"]],
-                label_of[entry["category_id"]],
-                crowd,
-                math.nan if area is None else as_float(area),
-            )
-        )
-        boxes.append([as_float(value) for value in entry["bbox"]] if entry.get("bbox") else _NO_BOX)
-        segmentations.append(entry.get("segmentation"))
+        else:
+            seen.add(entry["id"])
     way_out = "Mend the file: ids are unique integers, and every annotation names an image and a category of the file."
     raise_offences(url, offences, way_out, use="trained on")
-    ids, images, labels, crowds, areas = zip(*rows, strict=True) if rows else ((), (), (), (), ())
+    boxes = [[as_float(value) for value in entry["bbox"]] if entry.get("bbox") else _NO_BOX for entry in entries]
+    areas = [math.nan if entry.get("area") is None else as_float(entry["area"]) for entry in entries]
     return Objects(
-        ids=np.array(ids, np.int64),
-        image_index=np.array(images, np.int64),
-        labels=np.array(labels, np.int64),
+        ids=np.array([entry["id"] for entry in entries], np.int64),
+        image_index=np.array([image_at[entry["image_id"]] for entry in entries], np.int64),
+        labels=np.array([label_of[entry["category_id"]] for entry in entries], np.int64),
         bboxes=np.array(boxes, np.float64).reshape(-1, 4),
         areas=np.array(areas, np.float64),
-        crowd=np.array(crowds, np.bool_),
-        segmentations=segmentations,
+        crowd=np.array([bool(entry.get("iscrowd")) for entry in entries], np.bool_),
+        segmentations=[entry.get("segmentation") for entry in entries],
     )
 
 
@@ -97,7 +83,7 @@ def as_float(value: float) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def is_number(value: object) -> bool:

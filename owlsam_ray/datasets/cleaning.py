@@ -146,9 +146,8 @@ def clean(
     """
     sizes = sizes_hw[objects.image_index].reshape(-1, 2)
     boxes, broken, clipped = _judge_boxes(objects, sizes, settings)
-    changes = dict.fromkeys(np.flatnonzero(clipped).tolist(), Change.CLIPPED_BOX)
-    tables: list[tuple[int, Change]] = list(changes.items())
-    outlines = _judge_outlines(objects, sizes, settings, broken, tables)
+    changes = [(index, Change.CLIPPED_BOX) for index in np.flatnonzero(clipped).tolist()]
+    outlines = _judge_outlines(objects, sizes, settings, broken, changes)
     if settings.duplicate_iou is not None:
         for index in find_duplicates(
             objects, boxes, np.array([rule is None for rule in broken]), settings.duplicate_iou
@@ -177,7 +176,7 @@ def clean(
             annotations_in=len(objects),
             annotations_out=len(kept),
             removed=tuple(removed),
-            changed=tuple(line(index, change) for index, change in sorted(tables) if broken[index] is None),
+            changed=tuple(line(index, change) for index, change in sorted(changes) if broken[index] is None),
         ),
     )
 

@@ -18,6 +18,9 @@ Outline = tuple[NDArray[np.float64], ...] | bytes
 _NO_AREA = 1e-6
 """Square pixels: what rounding leaves of the area of points on a line."""
 
+_MAX_PIXELS = 2**32 - 1
+"""pycocotools counts in 32 bits."""
+
 
 class BadSegmentationError(ValueError):
     """A segmentation that says nothing that could be drawn."""
@@ -67,8 +70,10 @@ def _signed_area(polygon: NDArray[np.float64]) -> float:
 def _rle(segmentation: Any, size_hw: tuple[float, float]) -> bytes:
     """Counts of a compressed RLE; safe to give to pycocotools."""
     size = segmentation.get("size") if isinstance(segmentation, dict) else None
-    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         raise BadSegmentationError("neither polygons nor an RLE with a size")
+    if size[0] * size[1] > _MAX_PIXELS:
+        raise BadSegmentationError(f"an RLE of {size[0]} × {size[1]}")
     if any(side != stated for side, stated in zip(size, size_hw, strict=True) if np.isfinite(stated)):
         raise BadSegmentationError(f"an RLE of {size[0]} × {size[1]}")
     counts = segmentation.get("counts")

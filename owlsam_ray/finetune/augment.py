@@ -114,7 +114,7 @@ def cut_out(sample: Sample, rectangles: NDArray[np.int64], *, min_visible: float
         visible = 1.0 - _covered_share(boxes, erased)
     else:
         left = masks & ~erased
-        before, after = masks.sum(axis=(1, 2)), left.sum(axis=(1, 2))
+        before, after = np.count_nonzero(masks, axis=(1, 2)), np.count_nonzero(left, axis=(1, 2))
         visible = after / np.maximum(before, 1)
         for index in np.flatnonzero((after < before) & (after > 0)).tolist():
             boxes[index] = tight_box(left[index])

@@ -5,6 +5,7 @@ Letters: N objects of one image, H W original pixels. Boxes are half-open.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,15 +93,15 @@ class TrainingImages:
         mine = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
         boxes, labels = self._boxes_xyxy[mine].copy(), self._labels[mine].copy()
         outlines = self._outlines[mine]
-        keep: NDArray[np.bool_] = np.ones(len(boxes), np.bool_)
+        keep = np.ones(len(boxes), np.bool_)
         if stated is None and len(boxes):  # the right and the bottom border were not known before
             inside = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
-            keep = (inside[:, 2:] > inside[:, :2]).all(axis=1)
+            keep[:] = (inside[:, 2:] > inside[:, :2]).all(axis=1)
             boxes = inside if self._clip_boxes else boxes
         drawn = None
         if masks:
             drawn = _draw(outlines, (height, width))
-            keep &= drawn.any(axis=(1, 2))
+            keep[[not mask.any() for mask in drawn]] = False
             drawn = drawn[keep]
         return Sample(record.image_id, picture.pixels, boxes[keep], labels[keep], drawn)
 
@@ -119,7 +120,7 @@ def read_training_images(annotations: str, images: str, cleaning: CleaningSettin
     """
     tree = read_tree(annotations)
     source = list_tree(tree, url=annotations, root=images)
-    categories = resolve_vocabulary(VocabularyConfig(categories="dataset"), source.categories).categories
+    categories = _categories(source.categories, annotations)
     ids = [record.image_id for record in source.records]
     objects = read_objects(tree, url=annotations, image_ids=ids, category_ids=[category.id for category in categories])
     sizes = np.array([(record.height or np.inf, record.width or np.inf) for record in source.records], np.float64)
@@ -143,6 +144,15 @@ def read_training_images(annotations: str, images: str, cleaning: CleaningSettin
         _outlines=cleaned.outlines,
         _clip_boxes=cleaning.clip_boxes,
     )
+
+
+def _categories(entries: list[dict[str, Any]], url: str) -> tuple[Category, ...]:
+    if not entries:
+        raise InputError(f"{url} lists no categories: training needs a COCO file with a non-empty `categories`")
+    try:
+        return resolve_vocabulary(VocabularyConfig(categories="dataset"), entries).categories
+    except InputError as error:
+        raise InputError(f"{url}: {error}") from None
 
 
 def _on_grid(boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float32]:
