@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
@@ -20,7 +20,7 @@ from ray.data.block import BlockAccessor
 from ray.data.datasource import Datasink
 
 from owlsam_ray import storage
-from owlsam_ray.config import ResourcesConfig, RunConfig
+from owlsam_ray.config import RunConfig
 from owlsam_ray.fetch import FETCHED_SCHEMA, fetch_shard, to_images
 from owlsam_ray.guard import QUERY_FILE, RunRecord
 from owlsam_ray.ledger import write_shard
@@ -193,7 +193,27 @@ def run_wave(job: Job, shards: Sequence[int]) -> None:
     )
 
 
-def start_ray(resources: ResourcesConfig, *, level: str) -> bool:
+class RaySettings(Protocol):
+    """What `start_ray` reads of a section `resources`."""
+
+    @property
+    def ray_address(self) -> str | None:
+        """An existing cluster; None: start one here."""
+
+    @property
+    def num_cpus(self) -> int | None:
+        """CPUs of the one that is started."""
+
+    @property
+    def object_store_mb(self) -> int | None:
+        """Object store of the one that is started."""
+
+    @property
+    def auth_mode(self) -> str:
+        """Ray's RAY_AUTH_MODE."""
+
+
+def start_ray(resources: RaySettings, *, level: str) -> bool:
     """Connect to a cluster, or start Ray on this machine; False when this process already had one.
 
     Raises:
@@ -202,7 +222,7 @@ def start_ray(resources: ResourcesConfig, *, level: str) -> bool:
     if ray.is_initialized():
         return False
     _check_answers(resources.ray_address)
-    export_ray_environment(resources)
+    export_ray_environment(resources.auth_mode)
     quiet = logging.INFO if level == "debug" else logging.ERROR
     local: dict[str, Any] = {}
     if resources.ray_address is None:

@@ -113,10 +113,10 @@ def _times(cpus: float, cpus_each: float, gpus: float, gpus_each: float) -> int:
     return by_cpu if gpus_each == 0 else min(by_cpu, math.floor(gpus / gpus_each + 1e-6))
 
 
-def export_ray_environment(resources: ResourcesConfig) -> None:
+def export_ray_environment(auth_mode: str) -> None:
     """Set the environment variables that Ray reads, some of them already when it is imported."""
     # Left to the environment, or to a token file of some earlier run, actors die at once without a useful word.
-    os.environ["RAY_AUTH_MODE"] = resources.auth_mode
+    os.environ["RAY_AUTH_MODE"] = auth_mode
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 

@@ -7,30 +7,37 @@ Source: the training of OWL-ViT (Minderer et al., 2022): bipartite matching, foc
 GIoU on the boxes, and a text tower that learns a hundred times more slowly than the rest.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from owlsam_ray.config import Category, DetectorConfig, Fraction, Name, PositiveInt, Section, SuppressConfig
-from owlsam_ray.evaluate.average_precision import box_average_precision
+from owlsam_ray.evaluate.average_precision import precision_recall
+from owlsam_ray.evaluate.ground_truth import EvaluatedCategory, EvaluatedImage, GroundTruth
+from owlsam_ray.evaluate.regions import Region
+from owlsam_ray.evaluate.sizes import ALL, size_ranges
 from owlsam_ray.finetune.data import Sample
-from owlsam_ray.finetune.detector_module import DetectorModule, DetectorParts, load_parts, scratch_parts
+from owlsam_ray.finetune.detector_module import DetectorModule, load_parts, scratch_parts
 from owlsam_ray.finetune.matching import LossWeights, detection_losses, focal_loss
 from owlsam_ray.finetune.scratch import OwlVitArchitecture
 from owlsam_ray.models.owlvit import resolve_weights
+from owlsam_ray.records import Detections
 from owlsam_ray.stages.detect import cap_detections, select_detections
 from owlsam_ray.stages.suppress import suppress
 from owlsam_ray.storage import write_atomic
 
 Part = Literal["text", "vision", "box_head", "class_head"]
 _VALIDATION_BATCH = 16
+_SMALL_SIDE = 32.0
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -191,34 +198,44 @@ class DetectorTask:
     @torch.inference_mode()
     def validate(self, module: nn.Module, samples: Iterable[Sample], *, device: torch.device) -> dict[str, float]:
         """Box AP over all categories, through the selection and suppression of inference; see `task.Task`."""
-        assert isinstance(module, DetectorModule)
+        if not isinstance(module, DetectorModule):
+            raise TypeError(f"validate takes a DetectorModule, not a {type(module).__name__}")
         training = module.training
         module.eval()
         queries = module.embed(self.input_ids.to(device), self.attention_mask.to(device))
-        truth: list[Sample] = []
-        detections = []
-        batch: list[Sample] = []
-
-        def run() -> None:
+        truth: list[Region] = []
+        found: list[Region] = []
+        sizes: dict[int, EvaluatedImage] = {}
+        for batch in _in_groups(samples, _VALIDATION_BATCH):
             pixels = torch.stack([self.parts.preprocess(sample.pixels) for sample in batch]).to(device)
             outputs = module.propose(pixels, queries)
             boxes, scores = outputs["boxes"].cpu(), outputs["logits"].sigmoid().cpu().numpy()
             for sample, of_image, of_scores in zip(batch, boxes, scores, strict=True):
-                detections.append(self._detect(sample, of_image, of_scores))
-            truth.extend(batch)
-            batch.clear()
-
-        for sample in samples:
-            batch.append(sample)
-            if len(batch) == _VALIDATION_BATCH:
-                run()
-        if batch:
-            run()
+                detections = self._detect(sample, of_image, of_scores)
+                sizes[sample.image_id] = EvaluatedImage(None, (sample.pixels.shape[0], sample.pixels.shape[1]))
+                truth += _regions(sample.image_id, sample.boxes_xyxy, sample.labels, np.ones(len(sample.labels)))
+                found += _regions(sample.image_id, detections.boxes_xyxy, detections.labels, detections.scores)
         module.train(training)
-        scores = box_average_precision(truth, detections, num_categories=len(self.categories))
-        return {f"val/{name}": value for name, value in scores.items()}
+        names = {index: EvaluatedCategory(each.name, "", None) for index, each in enumerate(self.categories)}
+        counted = precision_recall(
+            GroundTruth("validation", sizes, names, truth, has_masks=False, is_lvis=False),
+            found,
+            "bbox",
+            ranges=size_ranges([_SMALL_SIDE]),
+            by_box_area=True,
+        )
+        small, large = (label for label in counted.ranges if label != ALL)
+        return {
+            "val/box_ap": counted.ap() or 0.0,
+            "val/box_ap50": counted.ap(iou=0.5) or 0.0,
+            "val/box_ap_small": counted.ap(size=small) or 0.0,
+            "val/box_ap50_small": counted.ap(size=small, iou=0.5) or 0.0,
+            "val/box_ap_large": counted.ap(size=large) or 0.0,
+            "val/box_ap50_large": counted.ap(size=large, iou=0.5) or 0.0,
+        }
 
-    def _detect(self, sample: Sample, boxes: Tensor, scores: np.ndarray[Any, np.dtype[np.float32]]) -> Any:
+    def _detect(self, sample: Sample, boxes: Tensor, scores: NDArray[np.float32]) -> Detections:
+        """Proposals of one picture, (P, 4) and (P, Q), to detections in its pixels."""
         size_hw = (sample.pixels.shape[0], sample.pixels.shape[1])
         height, width = self.parts.frame_hw(size_hw)
         corners = box_convert(boxes, "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
@@ -245,6 +262,23 @@ class DetectorTask:
         model: Any = self.module.model
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(directory)
+
+
+def _in_groups(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    """Lists of at most `size` samples."""
+    iterator = iter(samples)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _regions(
+    image_id: int, boxes_xyxy: NDArray[np.float32], labels: NDArray[np.int64], scores: NDArray[Any]
+) -> list[Region]:
+    """Boxes of one image as the evaluation takes them."""
+    return [
+        Region(image_id, label, (x0, y0, x1 - x0, y1 - y0), (x1 - x0) * (y1 - y0), None, score)
+        for (x0, y0, x1, y1), label, score in zip(boxes_xyxy.tolist(), labels.tolist(), scores.tolist(), strict=True)
+    ]
 
 
 def _part(module: DetectorModule, part: Part) -> list[nn.Parameter]:

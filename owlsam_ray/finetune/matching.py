@@ -3,9 +3,9 @@
 Letters: B images, P proposals per image, Q prompts, N objects of one image. Boxes are cxcywh in units of the detector's
 square input unless a name says xyxy.
 
-Source: matching and box losses as in DETR (Carion et al., 2020); focal loss (Lin et al., 2017) over prompts instead of a
-softmax over classes as in OWL-ViT (Minderer et al., 2022); more than one proposal per object as in H-DETR (Jia et al.,
-2023); the overlap as the class target as in Varifocal Net (Zhang et al., 2021).
+Source: matching and box losses as in DETR (Carion et al., 2020); focal loss (Lin et al., 2017) over prompts instead of
+a softmax over classes as in OWL-ViT (Minderer et al., 2022); more than one proposal per object as in H-DETR (Jia et
+al., 2023); the overlap as the class target as in Varifocal Net (Zhang et al., 2021).
 """
 
 from collections.abc import Sequence
@@ -109,8 +109,8 @@ def detection_losses(
         quality_targets: the class target of a matched pair is its IoU instead of 1, so that scores rank boxes by fit.
 
     Returns:
-        `loss`: the weighted sum; `loss_class`, `loss_l1`, `loss_giou`: its parts before weighting, each per matched pair.
-        And what `match` found.
+        `loss`, the weighted sum, and `loss_class`, `loss_l1`, `loss_giou`, its parts per matched pair, unweighted. And
+        what `match` found.
     """
     logits, boxes = logits.float(), boxes.float()
     image, proposal, object_ = (

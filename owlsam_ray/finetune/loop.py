@@ -1,0 +1,359 @@
+"""The training loop: one worker of one or many, with or without a process group around it. Knows no Ray.
+
+The same command resumes: model, averaged model and optimiser come from the newest checkpoint, batches are a function of
+the step, so on a CPU the next losses are those that an uninterrupted training would have had.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensorboardX import SummaryWriter
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from owlsam_ray.errors import InputError, TrainingError
+from owlsam_ray.finetune.batches import Plan, SampleReader, iterate_batches
+from owlsam_ray.finetune.config import FinetuneConfig, OptimizerConfig
+from owlsam_ray.finetune.data import Sample
+from owlsam_ray.finetune.store import MODEL, TENSORBOARD, TrainingStore, temporary_directory
+from owlsam_ray.finetune.task import Task
+
+_log = logging.getLogger(__name__)
+
+LOG_EVERY = 10
+"""Steps that one line of metrics averages over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Who this process is among those that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker validates and writes."""
+        return self.rank == 0
+
+
+def train(
+    task: Task,
+    config: FinetuneConfig,
+    reader: SampleReader,
+    validation: SampleReader | None,
+    *,
+    worker: Worker,
+    store: TrainingStore,
+    report: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train to the last step, from the newest checkpoint if there is one.
+
+    Args:
+        task: what is trained.
+        config: of the training.
+        reader: of the training set.
+        validation: of the validation set, if there is one.
+        worker: who this process is.
+        store: where everything goes.
+        report: called by the first worker with every line of metrics.
+
+    Returns:
+        The last line of metrics, and the best validation.
+
+    Raises:
+        TrainingError: a loss is not finite; names the step and the images.
+        IncompleteError: a checkpoint cannot be saved.
+    """
+    return _Training(task, config, reader, validation, worker, store, report).run()
+
+
+class _Training:
+    def __init__(
+        self,
+        task: Task,
+        config: FinetuneConfig,
+        reader: SampleReader,
+        validation: SampleReader | None,
+        worker: Worker,
+        store: TrainingStore,
+        report: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.task, self.config, self.reader, self.validation = task, config, reader, validation
+        self.worker, self.store, self.report = worker, store, report
+        self.settings = config.optimizer
+        self.module = task.module.to(worker.device)
+        self.averaged = AveragedModel(self.module, multi_avg_fn=self._average, use_buffers=True)
+        self.optimizer = make_optimizer(task.parameter_groups(), self.settings)
+        self.step = 0
+        self.best: dict[str, Any] = {}
+        self.metrics: list[dict[str, Any]] = []
+        self._resume()
+        self.wrapped: nn.Module = self.module
+        if worker.world_size > 1:
+            # A worker whose images hold no object leaves out parts of the model.
+            self.wrapped = DistributedDataParallel(self.module, find_unused_parameters=True)
+
+    def run(self) -> dict[str, Any]:
+        """To the last step."""
+        steps = self.settings.steps
+        if self.step >= steps:
+            _log.info("nothing to do: all %d steps of %s are done", steps, self.store.url)
+            return self._summary()
+        board = _Board(self.store) if self.worker.is_first else None
+        window: list[dict[str, float]] = []
+        start, since = time.monotonic(), self.step
+        for step, batches in self._batches():
+            rate = learning_rate(self.settings, step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
+            window.append(self._one_step(step, batches))
+            self.step = step + 1
+            if self.step % LOG_EVERY == 0 or self.step == steps:
+                seconds = time.monotonic() - start
+                line = _mean(window) | {
+                    "step": self.step,
+                    "lr": rate,
+                    "images_per_s": round((self.step - since) * self.settings.batch_size / seconds, 2),
+                    "eta_s": round((steps - self.step) * seconds / (self.step - since)),
+                }
+                window = []
+                self._tell(line, board)
+            if self.step % self.config.checkpoint.validate_every == 0 or self.step == steps:
+                self._validate(board)
+            if self.step % self.config.checkpoint.every == 0 or self.step == steps:
+                self._save(board)
+        if board is not None:
+            board.close()
+        return self._summary()
+
+    def _batches(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        plan = Plan(
+            num_images=len(self.reader.images),
+            batch_size=self.settings.batch_size,
+            accumulate=self.settings.accumulate,
+            rank=self.worker.rank,
+            world_size=self.worker.world_size,
+            seed=self.settings.seed,
+        )
+        return iterate_batches(
+            plan,
+            self.reader,
+            self.task.collate,
+            augmentation=self.config.augment,
+            steps=range(self.step, self.settings.steps),
+            threads=self.config.resources.loader_threads,
+        )
+
+    def _one_step(self, step: int, batches: list[dict[str, Any]]) -> dict[str, float]:
+        """One optimiser step; returns its losses."""
+        self.module.train()
+        losses: list[dict[str, float]] = []
+        for number, batch in enumerate(batches):
+            batch = _to_device(batch, self.worker.device)
+            last = number == len(batches) - 1
+            # Gradients travel between workers once per step.
+            quiet = isinstance(self.wrapped, DistributedDataParallel) and not last
+            with self.wrapped.no_sync() if quiet else _nothing():  # type: ignore[union-attr]
+                losses.append(self._backward(step, batch, share=1 / len(batches)))
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm or math.inf)
+        if not math.isfinite(norm):
+            raise TrainingError(_not_finite("gradient", step, batches))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.averaged.update_parameters(self.module)
+        return _mean(losses) | {"grad_norm": float(norm)}
+
+    def _backward(self, step: int, batch: dict[str, Any], *, share: float) -> dict[str, float]:
+        reduced = self.settings.dtype == "bf16"
+        try:
+            with torch.autocast(self.worker.device.type, torch.bfloat16, enabled=reduced):
+                outputs = self.wrapped(*self.task.inputs(batch))
+            parts = self.task.loss(outputs, batch)
+        except TrainingError as error:
+            raise TrainingError(f"{_not_finite('loss', step, [batch])} ({error})") from None
+        if not bool(torch.isfinite(parts["loss"])):
+            raise TrainingError(_not_finite("loss", step, [batch]))
+        (parts["loss"] * share).backward()
+        return {name: float(value.detach()) for name, value in parts.items()}
+
+    def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        """Move the averaged weights; the decay rises from 0, or the random start would stay in them for long."""
+        if not averaged[0].is_floating_point():  # batch counters
+            torch._foreach_copy_(averaged, current)
+            return
+        decay = min(self.settings.ema_decay, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    def _validate(self, board: "_Board | None") -> None:
+        """The first worker validates the averaged weights, and keeps them when they are the best so far."""
+        if self.worker.is_first and self.validation is not None:
+            start = time.monotonic()
+            metrics = self.task.validate(self._averaged_module(), self._validation_samples(), device=self.worker.device)
+            seconds = round(time.monotonic() - start, 1)
+            self._tell({"step": self.step} | metrics | {"val/seconds": seconds}, board)
+            value = metrics[self.task.best_metric]
+            if not self.best or value > self.best[self.task.best_metric]:
+                self.best = {"step": self.step} | metrics
+                self._export()
+        elif self.worker.is_first and self.step == self.settings.steps:
+            self.best = {"step": self.step}
+            self._export()
+        if self.worker.world_size > 1:
+            dist.barrier()
+
+    def _averaged_module(self) -> nn.Module:
+        module: nn.Module = self.averaged.module
+        return module
+
+    def _validation_samples(self) -> Iterator[Sample]:
+        if self.validation is None:
+            return
+        count = len(self.validation.images)
+        wanted = min(count, self.config.data.val_images)
+        for number in range(wanted):
+            sample = self.validation.read(number * count // wanted)
+            if sample is not None:
+                yield sample
+
+    def _export(self) -> None:
+        from owlsam_ray.finetune.provenance import write_provenance
+
+        with temporary_directory() as directory:
+            self.task.export(self._averaged_module().state_dict(), Path(directory))
+            write_provenance(Path(directory), self.config, best=self.best, categories=self.reader.images.categories)
+            self.store.put_directory(MODEL, Path(directory), last="config.json")
+
+    def _save(self, board: "_Board | None") -> None:
+        if self.worker.is_first:
+            self.store.write_metrics(self.metrics)
+            if board is not None:
+                board.upload()
+            state = {
+                "model": self.module.state_dict(),
+                "averaged": self.averaged.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "best": self.best,
+            }
+            self.store.save_checkpoint(self.step, state, keep=self.config.checkpoint.keep)
+        if self.worker.world_size > 1:
+            dist.barrier()
+
+    def _resume(self) -> None:
+        found = self.store.load_checkpoint()
+        if found is None:
+            return
+        self.step, state = found
+        try:
+            self.module.load_state_dict(state["model"])
+            self.averaged.load_state_dict(state["averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"the checkpoint of step {self.step} in {self.store.url} belongs to another architecture ({reason}): "
+                "choose another --out"
+            ) from None
+        self.best = state["best"]
+        self.metrics = [line for line in self.store.read_metrics() if line["step"] <= self.step]
+        if self.worker.is_first:
+            _log.info("resuming at step %d of %d", self.step, self.settings.steps)
+
+    def _tell(self, line: dict[str, Any], board: "_Board | None") -> None:
+        if not self.worker.is_first:
+            return
+        self.metrics.append(line)
+        if board is not None:
+            board.add(line)
+        self.report(line)
+        self.store.write_metrics(self.metrics)
+
+    def _summary(self) -> dict[str, Any]:
+        last = next((line for line in reversed(self.metrics) if "loss" in line), {})
+        return {
+            "steps": self.step,
+            "loss": last.get("loss"),
+            "images_per_s": last.get("images_per_s"),
+            "best": self.best,
+            "left_out": dict(self.reader.failures),
+        }
+
+
+def make_optimizer(groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the groups of `task.Task.parameter_groups`."""
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+
+
+def learning_rate(settings: OptimizerConfig, step: int) -> float:
+    """Of the step with this number from 0: a straight rise, then half a cosine down to `min_lr_scale`."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return settings.lr * (settings.min_lr_scale + (1 - settings.min_lr_scale) * cosine)
+
+
+class _Board:
+    """TensorBoard events, kept locally and copied to the store now and then."""
+
+    def __init__(self, store: TrainingStore) -> None:
+        self._store, self._directory = store, temporary_directory()
+        self._writer = SummaryWriter(self._directory.name, write_to_disk=True)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """One line of metrics."""
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, line["step"])
+
+    def upload(self) -> None:
+        """Copy what there is."""
+        self._writer.flush()
+        self._store.put_directory(TENSORBOARD, Path(self._directory.name))
+
+    def close(self) -> None:
+        """The last copy; then the local one goes."""
+        self.upload()
+        self._writer.close()
+        self._directory.cleanup()
+
+
+class _nothing:  # noqa: N801 (reads as a word)
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tensors of a batch, also those in lists, to the device."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        return [move(item) for item in value] if isinstance(value, list) else value
+
+    return {name: move(value) for name, value in batch.items()}
+
+
+def _mean(lines: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(line[name] for line in lines) / len(lines) for name in lines[0]} if lines else {}
+
+
+def _not_finite(what: str, step: int, batches: list[dict[str, Any]]) -> str:
+    ids = [image_id for batch in batches for image_id in batch["image_ids"]]
+    return (
+        f"the {what} of step {step + 1} is not finite; its images were {ids}. Look at those, lower optimizer.lr, "
+        "or set optimizer.dtype to fp32; the checkpoints before are kept"
+    )

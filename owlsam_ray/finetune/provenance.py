@@ -1,0 +1,51 @@
+"""What a trained model says about where it comes from."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from owlsam_ray import __version__, storage
+from owlsam_ray.config import Category
+from owlsam_ray.finetune.config import FinetuneConfig
+from owlsam_ray.finetune.store import PROVENANCE
+
+_LIBRARIES = ("torch", "torchvision", "transformers", "timm", "numpy", "pillow")
+
+
+def library_versions() -> dict[str, str]:
+    """Of what computes."""
+    return {name: version(name) for name in _LIBRARIES}
+
+
+def write_provenance(
+    directory: Path, config: FinetuneConfig, *, best: dict[str, Any], categories: Sequence[Category]
+) -> None:
+    """Write `provenance.json`: config, data, versions and scores; no path, host or time."""
+    fields = config.result_fields()
+    data = fields.pop("data")
+    record = {
+        "owlsam_version": __version__,
+        "versions": library_versions(),
+        "config": fields,
+        "data": {name: data[name] for name in ("val_images", "max_pixels")}
+        | ({"drawn": {k: v for k, v in data["drawn"].items() if k != "directory"}} if data["drawn"] else {})
+        | {
+            f"{name}_sha256": annotations_sha256(data[name]["annotations"])
+            for name in ("train", "val")
+            if data[name] is not None
+        },
+        "categories": [category.name for category in categories],
+        "best": best,
+    }
+    (directory / PROVENANCE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def annotations_sha256(url: str) -> str:
+    """Hex SHA-256 of an annotation file, which may be gone by now: then empty."""
+    try:
+        return hashlib.sha256(storage.read_bytes(url)).hexdigest()
+    except OSError:
+        return ""
