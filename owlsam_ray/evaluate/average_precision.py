@@ -108,7 +108,8 @@ def precision_recall(
         kind: IoU of boxes or of masks.
         ranges: lowest and highest area, both included, by label; `all` comes on top. Objects outside are ignored, and
             unmatched predictions whose own area is outside.
-        by_box_area: areas are w × h of the boxes; default: the ground truth's `area` and the predictions'.
+        by_box_area: areas are w × h of the boxes; default: the ground truth's `area` and the predictions', for `bbox`
+            w × h of a prediction that has a mask too.
         pairs_at_once: bounds the memory; no number depends on it.
     """
     if kind == "segm":
@@ -187,9 +188,11 @@ def _evaluate(
         "categories": [{"id": each, "frequency": truth.categories[each].frequency} for each in categories],
     }
     gt, dt = COCO(), COCO()
-    for coco, of_side in ((gt, objects), (dt, found)):
+    # Of a prediction with both, the box is what is compared: its area counts, not the mask's.
+    by_box = by_box_area or (kind == "bbox" and any(each.rle is not None for each in found))
+    for coco, of_side, box_area in ((gt, objects, by_box_area), (dt, found, by_box)):
         # Numbered from 1: the evaluator takes an annotation with the id 0 for unmatched.
-        annotations = [_annotation(number, each, kind, by_box_area) for number, each in enumerate(of_side, start=1)]
+        annotations = [_annotation(number, each, kind, box_area) for number, each in enumerate(of_side, start=1)]
         coco.dataset = head | {"annotations": annotations}
         coco.createIndex()
     evaluator = _evaluator(gt, dt, kind, truth.is_lvis, ranges)
@@ -232,13 +235,13 @@ def _image(truth: GroundTruth, image_id: int) -> dict[str, Any]:
     }
 
 
-def _annotation(number: int, region: Region, kind: Kind, by_box_area: bool) -> dict[str, Any]:
+def _annotation(number: int, region: Region, kind: Kind, box_area: bool) -> dict[str, Any]:
     annotation = {
         "id": number,
         "image_id": region.image_id,
         "category_id": region.category_id,
         "bbox": list(region.box_xywh),
-        "area": region.box_area if by_box_area else region.area,
+        "area": region.box_area if box_area else region.area,
         "iscrowd": int(region.is_crowd),
         "score": region.score,
     }
