@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
-from owlsam_ray import __version__
+from owlsam_ray.arguments import make_parser
 from owlsam_ray.config import RunConfig, absolute, load_config, load_evaluate_settings
 from owlsam_ray.errors import (
     ConfigError,
@@ -24,40 +24,6 @@ from owlsam_ray.errors import (
     OwlsamError,
 )
 
-_EXIT_CODES = """exit codes:
-  0   complete
-  1   more failed images than reduce.max_failed
-  2   usage or bad input
-  3   the run directory belongs to other settings, another layout or other numerics
-  4   another attempt is live
-  5   incomplete: shards missing or damaged, storage full, or the proof does not add up
-  75  interrupted: call the same command again"""
-
-_EXAMPLES = {
-    "plan": """examples:
-  owlsam plan jobs/coco.yaml --run runs/coco
-  owlsam plan jobs/coco.yaml site.yaml --run s3://bucket/runs/coco --set resources.shard_size=512""",
-    "annotate": """examples:
-  owlsam annotate jobs/coco.yaml --run runs/coco
-  owlsam annotate jobs/coco.yaml --run runs/coco --set resources.actors=2 --set resources.detector_batch=16
-
-Call the same command again after any interruption: finished shards are kept, nothing is labelled twice.
-Plans first when that was not done.""",
-    "reduce": """examples:
-  owlsam reduce jobs/coco.yaml --run runs/coco
-  owlsam reduce jobs/coco.yaml --run runs/coco --set reduce.score_threshold=0.3""",
-    "evaluate": """examples:
-  owlsam evaluate jobs/coco.yaml --run runs/coco
-  owlsam evaluate jobs/coco.yaml --run runs/coco --set 'evaluate.size_edges_px=[32]' --json
-  owlsam evaluate jobs/coco.yaml --run runs/coco --set evaluate.ground_truth=lvis_v1_val.json
-  owlsam evaluate --ground-truth instances_val2017.json --predictions results.json --kind segm
-  owlsam evaluate --ground-truth lvis_v1_val.json --predictions results.json --kind bbox --lvis --json
-
-With run files: what `reduce` wrote, against evaluate.ground_truth (default: data.annotations), boxes and masks; also
-written to RUN/evaluation.json. Without: a file of COCO results, or a COCO file whose annotations have scores.
-A table goes to stderr; with --json every number goes to stdout instead, in one line.""",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
@@ -65,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; default: the process's.
     """
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     console = Console(stderr=True)
     _start_log(console, "info")
     if threading.current_thread() is threading.main_thread():
@@ -74,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     summary: dict[str, Any] = {"command": options.command}
     try:
-        if options.command == "evaluate" and not options.run_files:
+        if options.command in _WITHOUT_RUN:
+            summary |= _WITHOUT_RUN[options.command](options, console)
+        elif options.command == "evaluate" and not options.run_files:
             summary |= _evaluate_files(options, console)
         else:
             config = load_config(options.run_files, overrides=options.overrides, run=options.run)
@@ -190,6 +158,27 @@ def _show_evaluation(evaluation: dict[str, Any], options: argparse.Namespace, co
     )
 
 
+def _finetune(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.finetune.config import load_finetune_config
+    from owlsam_ray.resources import export_ray_environment
+
+    config = load_finetune_config(options.job_files, overrides=options.overrides, out=options.out)
+    _start_log(console, config.logging.level)
+    export_ray_environment(config.resources.auth_mode)
+
+    from owlsam_ray.finetune.job import finetune
+
+    return {"out": config.out} | finetune(config, report=lambda line: print(json.dumps(line), flush=True))
+
+
+def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.demo.run import run_demo
+
+    return run_demo(
+        options.run, num_images=options.images, seed=options.seed, overrides=options.overrides, console=console
+    )
+
+
 def _check_failures(config: RunConfig, counts: dict[str, Any]) -> None:
     """Raise when more images failed than the config puts up with; everything was written all the same."""
     from owlsam_ray.reduce.proof import allowed_failures
@@ -205,68 +194,7 @@ def _check_failures(config: RunConfig, counts: dict[str, Any]) -> None:
 
 
 _COMMANDS = {"plan": _plan, "annotate": _annotate, "reduce": _reduce, "evaluate": _evaluate}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="owlsam",
-        description="Label images at dataset scale: name what you look for, get boxes and masks.",
-        epilog=_EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"owlsam {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    helps = {
-        "plan": "list the images once, and freeze ids and shards",
-        "annotate": "label every shard that is not labelled yet",
-        "reduce": "merge the shards into COCO annotations, and prove that nothing is missing",
-        "evaluate": "measure labels against a ground truth: AP, matched masks, seconds per image",
-    }
-    for name, text in helps.items():
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=f"{_EXAMPLES[name]}\n\n{_EXIT_CODES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_argument(
-            "run_files",
-            nargs="*" if name == "evaluate" else "+",
-            metavar="RUNFILE",
-            help="YAML run files, merged from left to right",
-        )
-        command.add_argument("--run", metavar="DIR", help="run directory or fsspec URL (over `run:` of the run files)")
-        command.add_argument(
-            "--set",
-            dest="overrides",
-            action="append",
-            default=[],
-            metavar="A.B=VALUE",
-            help="override one setting; may be repeated",
-        )
-        if name == "annotate":
-            command.add_argument(
-                "--allow-numerics-change",
-                action="store_true",
-                help="go on with another device, dtype, model batch or library version than earlier attempts",
-            )
-        if name == "evaluate":
-            _add_evaluate_options(command)
-    return parser
-
-
-def _add_evaluate_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="every number in the line on stdout, and no table")
-    files = command.add_argument_group("without a run")
-    files.add_argument("--ground-truth", metavar="FILE", help="COCO or LVIS JSON file or fsspec URL")
-    files.add_argument(
-        "--predictions", metavar="FILE", help="COCO results, or a COCO file whose annotations have scores"
-    )
-    files.add_argument("--kind", choices=("bbox", "segm"), help="compare boxes or masks")
-    files.add_argument(
-        "--lvis", action="store_true", help="as LVIS does; is so anyway when the images have neg_category_ids"
-    )
+_WITHOUT_RUN = {"finetune": _finetune, "demo": _demo}
 
 
 def _start_log(console: Console, level: str) -> None:

@@ -112,7 +112,7 @@ def build_owlvit(
         torch.manual_seed(seed)
         model = OwlViTForObjectDetection(config)
         _start_heads(model)
-        _start_positions(model, architecture)
+        _start_vision(model, architecture)
     side = {"height": architecture.image_size, "width": architecture.image_size}
     resample = {"bilinear": 2, "bicubic": 3}[architecture.resample]
     processor = OwlViTImageProcessor(size=side, resample=resample, do_center_crop=False)
@@ -134,12 +134,41 @@ def _start_heads(model: OwlViTForObjectDetection) -> None:
 
 
 @torch.no_grad()
-def _start_positions(model: OwlViTForObjectDetection, architecture: OwlVitArchitecture) -> None:
-    """Positions start as sines and cosines of row and column: neighbours are alike before the first step."""
+def _start_vision(model: OwlViTForObjectDetection, architecture: OwlVitArchitecture) -> None:
+    """Give the image tower what it would first have to find out: low frequencies, and that neighbours matter.
+
+    Positions start as sines and cosines of row and column, patches as their lowest cosine transform coefficients.
+    Queries and keys start equal, so that a patch first attends to what is alike in position and content.
+
+    Source: Trockman and Kolter, Mimetic Initialization of Self-Attention Layers (2023), for queries and keys.
+    """
+    embeddings = model.owlvit.vision_model.embeddings
     grid = architecture.image_size // architecture.patch_size
-    table = model.owlvit.vision_model.embeddings.position_embedding.weight
-    table[1:] = 0.5 * _sines(grid, architecture.width)
-    table[0] = 0
+    embeddings.position_embedding.weight[1:] = 0.5 * _sines(grid, architecture.width)
+    embeddings.position_embedding.weight[0] = 0
+    embeddings.patch_embedding.weight.copy_(_cosines(architecture.patch_size, architecture.width))
+    for layer in model.owlvit.vision_model.encoder.layers:
+        nn.init.orthogonal_(layer.self_attn.q_proj.weight)
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+
+
+def _cosines(patch: int, width: int) -> Tensor:
+    """(width, 3, patch, patch): brightness and two colour differences at the lowest frequencies, the higher the louder.
+
+    Pictures have less of the higher ones, so that all channels come out about as strong.
+    """
+    places = (torch.arange(patch) + 0.5) / patch
+    waves = torch.cos(torch.pi * torch.arange(patch)[:, None] * places)  # (frequency, place)
+    waves = waves / waves.norm(dim=1, keepdim=True)
+    colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [0.5, 0.5, -1.0]])
+    colours = colours / colours.norm(dim=1, keepdim=True)
+    order = sorted(((u + v, u, v) for u in range(patch) for v in range(patch)))
+    filters = [
+        0.04 * (1 + u + v) * colour[:, None, None] * waves[u][:, None] * waves[v]
+        for _, u, v in order[: -(-width // 3)]
+        for colour in colours
+    ]
+    return torch.stack(filters[:width])
 
 
 def _sines(grid: int, width: int) -> Tensor:

@@ -1,0 +1,148 @@
+"""What the `owlsam` command takes: sub-commands, options, and the examples of their help."""
+
+import argparse
+
+from owlsam_ray import __version__
+
+_EXIT_CODES = """exit codes:
+  0   complete
+  1   more failed images than reduce.max_failed
+  2   usage or bad input
+  3   the run directory belongs to other settings, another layout or other numerics
+  4   another attempt is live
+  5   incomplete: shards missing or damaged, storage full, or the proof does not add up
+  75  interrupted: call the same command again"""
+
+_EXAMPLES = {
+    "plan": """examples:
+  owlsam plan jobs/coco.yaml --run runs/coco
+  owlsam plan jobs/coco.yaml site.yaml --run s3://bucket/runs/coco --set resources.shard_size=512""",
+    "annotate": """examples:
+  owlsam annotate jobs/coco.yaml --run runs/coco
+  owlsam annotate jobs/coco.yaml --run runs/coco --set resources.actors=2 --set resources.detector_batch=16
+
+Call the same command again after any interruption: finished shards are kept, nothing is labelled twice.
+Plans first when that was not done.""",
+    "reduce": """examples:
+  owlsam reduce jobs/coco.yaml --run runs/coco
+  owlsam reduce jobs/coco.yaml --run runs/coco --set reduce.score_threshold=0.3""",
+    "evaluate": """examples:
+  owlsam evaluate jobs/coco.yaml --run runs/coco
+  owlsam evaluate jobs/coco.yaml --run runs/coco --set 'evaluate.size_edges_px=[32]' --json
+  owlsam evaluate jobs/coco.yaml --run runs/coco --set evaluate.ground_truth=lvis_v1_val.json
+  owlsam evaluate --ground-truth instances_val2017.json --predictions results.json --kind segm
+  owlsam evaluate --ground-truth lvis_v1_val.json --predictions results.json --kind bbox --lvis --json
+
+With run files: what `reduce` wrote, against evaluate.ground_truth (default: data.annotations), boxes and masks; also
+written to RUN/evaluation.json. Without: a file of COCO results, or a COCO file whose annotations have scores.
+A table goes to stderr; with --json every number goes to stdout instead, in one line.""",
+    "finetune": """examples:
+  owlsam finetune jobs/demo-detector.yaml --out runs/detector
+  owlsam finetune jobs/demo-segmenter.yaml --out s3://bucket/segmenter --set resources.workers=8
+  owlsam annotate jobs/coco.yaml --run runs/mine --set detector.weights=runs/detector/model
+
+Metrics go to stdout, one line of JSON each, to DIR/metrics.jsonl and to DIR/tensorboard. DIR/model is what `annotate`
+loads: the best by validation, or the last without a validation set.""",
+    "demo": """examples:
+  owlsam demo
+  owlsam demo --run runs/small --images 40 --seed 7
+  owlsam demo --set reduce.score_threshold=0.5
+
+Leaves the run file at DIR/run.yaml, the scores at DIR/evaluation.json, labelled pictures at DIR/contact_sheet.png.""",
+}
+
+_HELPS = {
+    "plan": "list the images once, and freeze ids and shards",
+    "annotate": "label every shard that is not labelled yet",
+    "reduce": "merge the shards into COCO annotations, and prove that nothing is missing",
+    "evaluate": "measure labels against a ground truth: AP, matched masks, seconds per image",
+    "finetune": "train a detector or a segmenter on a COCO dataset; the same command resumes",
+    "demo": "draw pictures, label them with the models that come with the package, and measure the labels",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="owlsam",
+        description="Label images at dataset scale: name what you look for, get boxes and masks.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"owlsam {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in _HELPS.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"{_EXAMPLES[name]}\n\n{_EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _ADD_OPTIONS.get(name, _add_run_options)(command)
+    return parser
+
+
+def _add_run_options(command: argparse.ArgumentParser, *, files: str = "+") -> None:
+    command.add_argument("run_files", nargs=files, metavar="RUNFILE", help="YAML run files, merged from left to right")
+    command.add_argument("--run", metavar="DIR", help="run directory or fsspec URL (over `run:` of the run files)")
+    _add_overrides(command)
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=VALUE",
+        help="override one setting; may be repeated",
+    )
+
+
+def _add_annotate_options(command: argparse.ArgumentParser) -> None:
+    _add_run_options(command)
+    command.add_argument(
+        "--allow-numerics-change",
+        action="store_true",
+        help="go on with another device, dtype, model batch or library version than earlier attempts",
+    )
+
+
+def _add_evaluate_options(command: argparse.ArgumentParser) -> None:
+    _add_run_options(command, files="*")
+    command.add_argument("--json", action="store_true", help="every number in the line on stdout, and no table")
+    files = command.add_argument_group("without a run")
+    files.add_argument("--ground-truth", metavar="FILE", help="COCO or LVIS JSON file or fsspec URL")
+    files.add_argument(
+        "--predictions", metavar="FILE", help="COCO results, or a COCO file whose annotations have scores"
+    )
+    files.add_argument("--kind", choices=("bbox", "segm"), help="compare boxes or masks")
+    files.add_argument(
+        "--lvis", action="store_true", help="as LVIS does; is so anyway when the images have neg_category_ids"
+    )
+
+
+def _add_finetune_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "job_files", nargs="+", metavar="JOBFILE", help="YAML files of a training, merged from left to right"
+    )
+    command.add_argument("--out", metavar="DIR", help="directory or fsspec URL of the training (over `out:`)")
+    _add_overrides(command)
+
+
+def _add_demo_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--run", metavar="DIR", default="runs/demo", help="where everything goes (default: %(default)s)"
+    )
+    command.add_argument("--images", type=int, default=200, metavar="N", help="pictures to draw (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=1, metavar="S", help="of the pictures (default: %(default)s)")
+    _add_overrides(command)
+
+
+_ADD_OPTIONS = {
+    "annotate": _add_annotate_options,
+    "evaluate": _add_evaluate_options,
+    "finetune": _add_finetune_options,
+    "demo": _add_demo_options,
+}
