@@ -65,8 +65,11 @@ class TrainingData(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with warm-up and cosine."""
+    """Steps, with warm-up and cosine."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`adamw`, or `muon` for the matrices inside the towers of a detector and AdamW for the rest: from random weights
+    it needs about half the steps."""
     steps: PositiveInt
     """Optimiser steps of the whole training."""
     batch_size: PositiveInt = 16
@@ -83,6 +86,8 @@ class OptimizerConfig(Section):
     """Of matrices; norms, biases and embeddings have none."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     """Of AdamW."""
+    muon_lr_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    """Learning rate of Muon over that of AdamW; its steps are scaled to the size of AdamW's."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -91,7 +91,7 @@ class TrainingImages:
             raise ImageError(picture.note)
         height, width = picture.pixels.shape[:2]
         mine = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
-        boxes, labels = self._boxes_xyxy[mine].copy(), self._labels[mine].copy()
+        boxes, labels = self._boxes_xyxy[mine], self._labels[mine]
         outlines = self._outlines[mine]
         keep = np.ones(len(boxes), np.bool_)
         if stated is None and len(boxes):  # the right and the bottom border were not known before

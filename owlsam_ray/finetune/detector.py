@@ -183,16 +183,18 @@ class DetectorTask:
         """Towers and heads apart, each with and without weight decay; see `task.Task`."""
         text = {id(parameter) for parameter in _part(self.module, "text")}
         vision = {id(parameter) for parameter in _part(self.module, "vision")}
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 part = "text" if id(parameter) in text else "vision" if id(parameter) in vision else "heads"
                 decays = parameter.ndim >= 2 and "embedding" not in name
-                groups.setdefault((part, decays), []).append(parameter)
+                hidden = parameter.ndim == 2 and ".encoder.layers." in name
+                groups.setdefault((part, decays, hidden), []).append(parameter)
         scales = {"text": self.settings.text_lr_scale, "vision": 1.0, "heads": self.settings.heads_lr_scale}
         return [
-            {"name": part, "params": parameters, "lr_scale": scales[part]} | ({} if decays else {"weight_decay": 0.0})
-            for (part, decays), parameters in groups.items()
+            {"name": part, "params": parameters, "lr_scale": scales[part], "hidden_matrices": hidden}
+            | ({} if decays else {"weight_decay": 0.0})
+            for (part, decays, hidden), parameters in groups.items()
         ]
 
     @torch.inference_mode()

@@ -93,7 +93,8 @@ class _Training:
         self.settings = config.optimizer
         self.module = task.module.to(worker.device)
         self.averaged = AveragedModel(self.module, multi_avg_fn=self._average, use_buffers=True)
-        self.optimizer = make_optimizer(task.parameter_groups(), self.settings)
+        self.optimizers = make_optimizers(task.parameter_groups(), self.settings)
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.step = 0
         self.best: dict[str, Any] = {}
         self.metrics: list[dict[str, Any]] = []
@@ -114,7 +115,7 @@ class _Training:
         start, since = time.monotonic(), self.step
         for step, batches in self._batches():
             rate = learning_rate(self.settings, step)
-            for group in self.optimizer.param_groups:
+            for group in self.groups:
                 group["lr"] = rate * group["lr_scale"]
             window.append(self._one_step(step, batches))
             self.step = step + 1
@@ -165,12 +166,13 @@ class _Training:
             quiet = isinstance(self.wrapped, DistributedDataParallel) and not last
             with self.wrapped.no_sync() if quiet else _nothing():  # type: ignore[union-attr]
                 losses.append(self._backward(step, batch, share=1 / len(batches)))
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = [parameter for group in self.groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm or math.inf)
         if not math.isfinite(norm):
             raise TrainingError(_not_finite("gradient", step, batches))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.averaged.update_parameters(self.module)
         return _mean(losses) | {"grad_norm": float(norm)}
 
@@ -242,7 +244,7 @@ class _Training:
             state = {
                 "model": self.module.state_dict(),
                 "averaged": self.averaged.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "best": self.best,
             }
             self.store.save_checkpoint(self.step, state, keep=self.config.checkpoint.keep)
@@ -257,7 +259,8 @@ class _Training:
         try:
             self.module.load_state_dict(state["model"])
             self.averaged.load_state_dict(state["averaged"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(stored)
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(
@@ -289,9 +292,28 @@ class _Training:
         }
 
 
-def make_optimizer(groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the groups of `task.Task.parameter_groups`."""
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+def make_optimizers(groups: list[dict[str, Any]], settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Optimisers over the groups of `task.Task.parameter_groups`.
+
+    Args:
+        groups: those marked `hidden_matrices` are Muon's, where that is asked for.
+        settings: name, learning rate, and more.
+
+    Returns:
+        AdamW, and Muon if it has anything to do. Every group keeps its `lr_scale`.
+    """
+    muon = [group for group in groups if settings.name == "muon" and group.get("hidden_matrices")]
+    others = [group for group in groups if not any(group is one for one in muon)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if others:
+        adamw = torch.optim.AdamW(others, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+        optimizers.append(adamw)
+    if muon:
+        scaled = [group | {"lr_scale": group["lr_scale"] * settings.muon_lr_scale} for group in muon]
+        optimizers.append(
+            torch.optim.Muon(scaled, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
 
 
 def learning_rate(settings: OptimizerConfig, step: int) -> float:

@@ -54,7 +54,8 @@ class Task(Protocol):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for the optimiser, each {`params`, `lr_scale`, `name`}; frozen parameters are in none.
 
-        A group of norms and biases has `weight_decay` 0; the others leave that to the optimiser.
+        A group of norms and biases has `weight_decay` 0; the others leave that to the optimiser. `hidden_matrices`
+        marks matrices inside a tower, which Muon takes.
         """
 
     def validate(self, module: nn.Module, samples: Iterable[Sample], *, device: torch.device) -> dict[str, float]:
