@@ -51,6 +51,7 @@ def test_a_good_object_stays_as_it_is() -> None:
     [
         ({"iscrowd": 1}, Rule.CROWD),
         ({"iscrowd": 1, "bbox": [0, 0, -1, 0]}, Rule.CROWD),
+        ({"iscrowd": 1, "segmentation": "mask.png"}, Rule.CROWD),
         ({"bbox": []}, Rule.NO_BOX),
         ({"bbox": None}, Rule.NO_BOX),
         ({"bbox": [10, 10, HUGE, 40]}, Rule.NON_FINITE),
@@ -71,8 +72,8 @@ def test_a_good_object_stays_as_it_is() -> None:
         ({"segmentation": []}, Rule.EMPTY_SEGMENTATION),
         ({"segmentation": [[]]}, Rule.EMPTY_SEGMENTATION),
         ({"segmentation": [[10, 10, 50, 50]]}, Rule.EMPTY_SEGMENTATION),
-        ({"segmentation": [[10, 10, 50, 50, 30, 30]]}, Rule.EMPTY_SEGMENTATION),
-        ({"segmentation": [[0.1, 0.1, 0.2, 0.2, 0.7, 0.7]]}, Rule.EMPTY_SEGMENTATION),
+        ({"segmentation": [[10, 20, 50, 60, 30, 40]]}, Rule.EMPTY_SEGMENTATION),
+        ({"segmentation": [[1.1, 3.3, 2.2, 6.6, 7.7, 23.1]]}, Rule.EMPTY_SEGMENTATION),
         ({"segmentation": {"size": [*HW], "counts": [20_000]}}, Rule.EMPTY_SEGMENTATION),
         ({"segmentation": {"size": [*HW], "counts": encode_rle(np.zeros(HW, bool)).decode()}}, Rule.EMPTY_SEGMENTATION),
         ({"segmentation": [[10, 10, 50, 10, 50]]}, Rule.BAD_SEGMENTATION),

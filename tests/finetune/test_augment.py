@@ -126,6 +126,13 @@ def test_coordinates_stay_exact_in_the_largest_pictures(size_hw: tuple[int, int]
     assert turned.boxes_xyxy.tobytes() == boxes.tobytes()
 
 
+def test_boxes_that_stick_out_are_not_cut() -> None:
+    boxes = np.array([[-5, -2.5, 40, 9]], np.float32)
+    sample = Sample(1, np.zeros((8, 30, 3), np.uint8), boxes, np.zeros(1, np.int64), None)
+    assert flip(sample).boxes_xyxy.tolist() == [[-10, -2.5, 35, 9]]
+    assert turn(sample, 1).boxes_xyxy.tolist() == [[-2.5, -10, 9, 35]]
+
+
 @settings(max_examples=80, deadline=None)
 @given(SEEDS, st.booleans())
 def test_everything_together_leaves_sound_samples(seed: int, masks: bool) -> None:
@@ -196,6 +203,15 @@ def test_colour_changes_leave_geometry_alone(name: str) -> None:
     changed = augment(sample, AugmentSettings(**settings), np.random.default_rng(1))
     assert not np.array_equal(changed.pixels, sample.pixels)
     assert same_bits(replace(changed, pixels=sample.pixels), sample)
+
+
+def test_hue_turns_the_colour_circle() -> None:
+    red = Sample(1, np.full((4, 4, 3), [255, 0, 0], np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, int), None)
+    half = AugmentSettings(horizontal_flip=0, hue=0.5)
+    colours = np.array([augment(red, half, np.random.default_rng(i)).pixels[0, 0] for i in range(100)])
+    assert (colours.max(axis=1) == 255).all()
+    assert (colours.min(axis=1) == 0).all()
+    assert all((colours[:, channel] == 255).any() for channel in range(3))
 
 
 def test_brightness_scales_pixels() -> None:
