@@ -2,7 +2,8 @@
 
 Letters: M objects, K masks per object, P points, m side of the low-resolution logits, H W original pixels. A point is
 the centre of a pixel of the original picture, so its target is exact; logits are read there by bilinear interpolation,
-as upsampling does.
+as upsampling does. All pixels of a frame of 256 × 256 took 60 ms an image (9 objects, one CPU core), more than the rest
+of a small model's step; points take 3 ms. The low-resolution grid itself cannot tell what an object of 12 pixels is.
 
 Source: the losses are those of Segment Anything (Kirillov et al., 2023), the points those of PointRend (Kirillov et
 al., 2020), spread evenly instead of by uncertainty.

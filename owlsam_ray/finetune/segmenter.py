@@ -47,6 +47,9 @@ class SegmenterSettings(Section):
     """Where to start: what `segment.weights` of a run takes. Or give `architecture`."""
     architecture: MobileSamConfig | None = None
     """Sizes of a model that starts from random weights."""
+    image_size: Annotated[int, Field(ge=16, multiple_of=16)] | None = None
+    """Side of the sam frame, where it is not to be that of the weights: no tensor depends on it, so that a training may
+    begin with small pictures, which cost less, and go on with large ones."""
     freeze_encoder: bool = False
     """Keep the image encoder as it is; prompt encoder and mask decoder learn."""
     freeze_prompt_encoder: bool = False
@@ -72,6 +75,8 @@ class SegmenterSettings(Section):
     def _one_start(self) -> Self:
         if (self.weights is None) == (self.architecture is None):
             raise ValueError("give either weights to start from, or an architecture to start from random weights")
+        if self.image_size is not None and self.architecture is not None:
+            raise ValueError("image_size goes with weights; an architecture has its own")
         return self
 
 
@@ -93,7 +98,8 @@ class SegmenterTask:
         """
         self._settings = settings
         if settings.weights is not None:
-            self._config, state = read_mobile_sam(Path(settings.weights))
+            config, state = read_mobile_sam(Path(settings.weights))
+            self._config = config.model_copy(update={"image_size": settings.image_size or config.image_size})
             parts = MobileSamModules(self._config)
             parts.load_state_dict({module_name(name): tensor for name, tensor in state.items()})
         else:

@@ -517,6 +517,34 @@ def test_one_start_is_needed(both: dict[str, Any]) -> None:
         SegmenterSettings(**both)
 
 
+def test_a_training_goes_on_with_larger_pictures(tmp_path: Path, samples: list[Sample]) -> None:
+    task = learner()
+    task.export(task.module.state_dict(), tmp_path / "small")
+    larger = SegmenterTask(SegmenterSettings(weights=str(tmp_path / "small"), image_size=96), seed=0)
+    train(larger, samples, steps=1)
+    larger.export(larger.module.state_dict(), tmp_path / "large")
+    model = MobileSam.load(str(tmp_path / "large"), device=CPU, dtype=torch.float32)
+    assert model.image_size == 96
+    batch = larger.collate(samples, np.random.default_rng(0))
+    larger.module.eval()
+    with torch.no_grad():
+        logits, _ = forward(larger, batch)
+    single, _ = model.decode_all(model.encode(batch["pixels"]), batch["image_index"], batch["boxes"], multimask=False)
+    assert single.shape[-1] == 24
+    torch.testing.assert_close(logits[:, :1], single, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("image_size", [100, 0])
+def test_side_that_the_encoder_does_not_take_is_refused(image_size: int) -> None:
+    with pytest.raises(ValidationError, match="image_size"):
+        SegmenterSettings(weights="x.pt", image_size=image_size)
+
+
+def test_an_architecture_has_its_own_side() -> None:
+    with pytest.raises(ValidationError, match="image_size goes with weights"):
+        SegmenterSettings(architecture=LEARNER, image_size=96)
+
+
 def test_missing_weights_are_told() -> None:
     with pytest.raises(WeightsError, match="no segmenter weights at nowhere"):
         SegmenterTask(SegmenterSettings(weights="nowhere.pt"), seed=0)
