@@ -98,20 +98,22 @@ def _annotate(config: RunConfig, options: argparse.Namespace, console: Console) 
     from owlsam_ray.annotate import annotate_run
     from owlsam_ray.guard import load_record, run_directory
     from owlsam_ray.progress import LazyDisplay
+    from owlsam_ray.reduce.proof import check_failures
 
     with LazyDisplay(console) as display:
         counts = annotate_run(config, allow_numerics_change=options.allow_numerics_change, show=display.show)
     record = load_record(run_directory(config))
     counts["fingerprint"] = record.fingerprint[:16] if record is not None and record.fingerprint else None
-    _check_failures(config, counts)
+    check_failures(config.reduce.max_failed, counts)
     return counts
 
 
 def _reduce(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.reduce.proof import check_failures
     from owlsam_ray.reduce.run import reduce_run
 
     counts = reduce_run(config)
-    _check_failures(config, counts)
+    check_failures(config.reduce.max_failed, counts)
     return counts
 
 
@@ -177,20 +179,6 @@ def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return run_demo(
         options.run, num_images=options.images, seed=options.seed, overrides=options.overrides, console=console
     )
-
-
-def _check_failures(config: RunConfig, counts: dict[str, Any]) -> None:
-    """Raise when more images failed than the config puts up with; everything was written all the same."""
-    from owlsam_ray.reduce.proof import allowed_failures
-
-    allowed = allowed_failures(config.reduce.max_failed, counts["images"])
-    if counts["failed"] > allowed:
-        raise FailedImagesError(
-            f"{counts['failed']} of {counts['images']} images failed, and reduce.max_failed "
-            f"({config.reduce.max_failed}) puts up with {allowed}. Nothing else is wrong: the labels of all other "
-            "images are written. Reasons stand in the rows, and after reduce in coco/failures.jsonl.",
-            counts,
-        )
 
 
 _COMMANDS = {"plan": _plan, "annotate": _annotate, "reduce": _reduce, "evaluate": _evaluate}

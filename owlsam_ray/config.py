@@ -290,7 +290,7 @@ def load_config(files: Sequence[str | Path], *, overrides: Iterable[str] = (), r
     merged = load_tree(files, overrides)
     if run is not None:
         merged["run"] = run
-    return _absolute_paths(validate_tree(RunConfig, merged, files))
+    return with_absolute_paths(validate_tree(RunConfig, merged, files))
 
 
 def _lines(error: ValidationError, prefix: str = "") -> list[str]:
@@ -426,7 +426,8 @@ def _merge(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _absolute_paths(config: RunConfig) -> RunConfig:
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """A config whose local paths are absolute; URLs and hub names stay."""
     data = config.data.model_copy(
         update={
             "images": absolute(config.data.images),

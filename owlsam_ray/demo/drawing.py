@@ -203,7 +203,7 @@ def _coverage(random: np.random.Generator, label: int, h: int, w: int) -> Floats
     # Turned a little, and made larger by as much, so that the shape stays inside its window.
     grow = np.float32(abs(np.cos(angle)) + abs(np.sin(angle)))
     cos, sin = np.float32(np.cos(angle)) * grow, np.float32(np.sin(angle)) * grow
-    points = inside(cos * u - sin * v, sin * u + cos * v)
+    points = inside((cos * u - sin * v).astype(np.float32), (sin * u + cos * v).astype(np.float32))
     shares: Floats = points.reshape(h, 2, w, 2).mean((1, 3), dtype=np.float32)
     return shares
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from owlsam_ray import storage
-from owlsam_ray.errors import IncompleteError
+from owlsam_ray.errors import FailedImagesError, IncompleteError
 from owlsam_ray.ledger import corrupt_shard, done_shards, read_footer, shard_url
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.masks import rle_runs
@@ -22,6 +22,26 @@ _ALWAYS = tuple(name for name in _LISTS if name not in _OF_A_MASK)
 def allowed_failures(max_failed: int | float, num_images: int) -> int:
     """Failed images that are put up with: an integer is a count, a float is a share."""
     return max_failed if isinstance(max_failed, int) else math.floor(max_failed * num_images)
+
+
+def check_failures(max_failed: int | float, counts: dict[str, Any]) -> None:
+    """Refuse more failed images than the config puts up with; everything was written all the same.
+
+    Args:
+        max_failed: `reduce.max_failed`.
+        counts: of a command: `failed` and `images` among others.
+
+    Raises:
+        FailedImagesError: with the counts as its second argument.
+    """
+    allowed = allowed_failures(max_failed, counts["images"])
+    if counts["failed"] > allowed:
+        raise FailedImagesError(
+            f"{counts['failed']} of {counts['images']} images failed, and reduce.max_failed ({max_failed}) puts up "
+            f"with {allowed}. Nothing else is wrong: the labels of all other images are written. Reasons stand in the "
+            "rows, and after reduce in coco/failures.jsonl.",
+            counts,
+        )
 
 
 def check_all_present(run_url: str, manifest: Manifest) -> None:

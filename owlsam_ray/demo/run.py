@@ -1,0 +1,262 @@
+"""The main job over drawn pictures with the models that come with the package: `owlsam demo`.
+
+Everything goes into one directory, which is the run directory as well; the same call again resumes.
+"""
+
+import json
+import logging
+import math
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from owlsam_ray import storage
+from owlsam_ray.config import RunConfig, load_tree, validate_tree, with_absolute_paths
+from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
+from owlsam_ray.demo.drawing import Split
+from owlsam_ray.errors import ConfigError, GuardError, WeightsError
+from owlsam_ray.guard import RUN_FILE, check_writable, plan_run
+from owlsam_ray.resources import export_ray_environment
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Checkpoints that were trained on the drawn training split: `detector/` and `segmenter/`."""
+CONFIG_FILE, SHEET_FILE, PICTURES = "run.yaml", "contact_sheet.png", "drawn"
+_SHEET_PICTURES, _SHEET_COLUMNS = 12, 4
+_log = logging.getLogger(__name__)
+
+_COMMENTS = {
+    "data": "which images: a COCO file and its image root; for a directory of your own, `source: folder` and `images`",
+    "vocabulary": "what to look for: the names in the COCO file; or a list of your own: [red car, dog]",
+    "detector": "prompts to boxes: a low floor here, the real threshold is set at reduce",
+    "suppress": "overlapping boxes of one label",
+    "segment": "boxes to masks",
+    "resources": "where and how fast: two actors of one thread each on two CPUs; without it a run fills the machine",
+    "reduce": "decided without a model, as often as you like",
+    "evaluate": "how good the labels are",
+    "logging": "what people see",
+}
+
+
+def run_demo(
+    directory: str, *, num_images: int, seed: int, overrides: Sequence[str], console: Console
+) -> dict[str, Any]:
+    """Draw pictures, label them with two actors, merge and measure the labels, and draw them.
+
+    Leaves `run.yaml`, `evaluation.json`, `contact_sheet.png` and all of the run in the directory.
+
+    Args:
+        directory: made when it does not exist; of an earlier demo it must hold the same pictures.
+        num_images: pictures.
+        seed: of the pictures.
+        overrides: `section.field=value` over the run file.
+        console: for the progress, the table and what to try next.
+
+    Returns:
+        Counts, paths, and the scores over everything.
+
+    Raises:
+        ConfigError: the directory is a URL, the number is not positive, or an override is wrong.
+        WeightsError: the package lacks its checkpoints.
+        GuardError: the directory belongs to other pictures, other settings or another run.
+        FailedImagesError: images failed; everything was written all the same.
+        OwlsamError: as `annotate_run`, `reduce_run` and `evaluate_run`.
+    """
+    if "://" in directory:
+        raise ConfigError(f"--run {directory}: the demo wants a directory on this machine")
+    if num_images < 1 or seed < 0:
+        raise ConfigError(f"--images {num_images} --seed {seed}: at least one picture, and no seed below 0")
+    root = Path(directory).expanduser().absolute()
+    config = _config(root, overrides)
+    logging.getLogger("owlsam_ray").setLevel(config.logging.level.upper())
+    _check_shipped_weights(config)
+    _check_same_pictures(root, num_images, seed)
+    check_writable(str(root))
+    write_split(root / PICTURES, Split.TEST, num_images, seed=seed)
+    _log.info("%d drawn pictures in %s", num_images, root / PICTURES)
+    plan_run(config)
+    # After the plan, which refuses other settings than those that the file describes.
+    storage.write_atomic(str(root / CONFIG_FILE), _run_file(config, directory).encode())
+    counts = _label(config, console)
+    evaluation = _measure(config, console)
+    _draw_sheet(config, root)
+    again = ["demo", "--run", directory, "--images", str(num_images), "--seed", str(seed)]
+    again += [f"--set={override}" for override in overrides]
+    console.print(_next_steps(directory, again), markup=False, highlight=False, soft_wrap=True)
+    overall = evaluation["groups"]["all"]["all"]
+    summary = {
+        **counts,
+        "seed": seed,
+        "run_file": str(root / CONFIG_FILE),
+        "evaluation": str(root / "evaluation.json"),
+        "contact_sheet": str(root / SHEET_FILE),
+        **{key: overall[key] for key in ("box_ap", "box_ap50", "mask_ap", "miou", "dice", "precision", "recall")},
+    }
+    from owlsam_ray.reduce.proof import check_failures
+
+    check_failures(config.reduce.max_failed, summary)
+    return summary
+
+
+def _settings(root: Path) -> dict[str, dict[str, Any]]:
+    """The run file of the demo in a directory, without overrides."""
+    pictures = root / PICTURES
+    return {
+        "data": {
+            "source": "coco",
+            "images": str(image_root(pictures)),
+            "annotations": str(annotation_file(pictures, Split.TEST)),
+        },
+        "vocabulary": {"categories": "dataset", "template": "{}"},
+        "detector": {"weights": str(WEIGHTS / "detector"), "score_floor": 0.05, "labels": "multi"},
+        "suppress": {"strategy": "nms", "iou_threshold": 0.6},
+        "segment": {"weights": str(WEIGHTS / "segmenter")},
+        "resources": {
+            "device": "cpu",
+            "actors": 2,
+            "cpus_per_actor": 0.6,
+            "torch_threads": 1,
+            "num_cpus": 2,
+            "object_store_mb": 200,
+            "shard_size": 8,
+        },
+        "evaluate": {
+            "ground_truth": str(annotation_file(pictures, Split.TEST)),
+            "score_threshold": 0.3,
+            "size_edges_px": [32],
+        },
+    }
+
+
+def _config(root: Path, overrides: Sequence[str]) -> RunConfig:
+    tree: dict[str, Any] = {"run": str(root), **_settings(root)}
+    for section, values in load_tree([], overrides).items():
+        if section in ("run", "data"):
+            raise ConfigError(f"--set {section}…: the demo labels its own pictures; for others use `owlsam annotate`")
+        fields = tree.get(section, {})
+        tree[section] = fields | values if isinstance(values, dict) else values
+    return with_absolute_paths(validate_tree(RunConfig, tree, [root / CONFIG_FILE]))
+
+
+def _run_file(config: RunConfig, directory: str) -> str:
+    """The config as a run file that people read and copy: what was set, section by section, with a comment each."""
+    command = shlex.join(["annotate", os.path.join(directory, CONFIG_FILE), "--run", directory])
+    lines = [
+        "# Written by `owlsam demo`, which writes it again: copy it before you change it.",
+        f"#   {_program()} {command}",
+    ]
+    for section, values in config.model_dump(mode="json", exclude_unset=True, exclude={"run"}).items():
+        lines += ["", f"{section}: # {_COMMENTS.get(section, 'see the README')}"]
+        lines += [f"  {key}: {_yaml(value)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    """A value in one line."""
+    return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=math.inf).strip()[1:-1]
+
+
+def _check_shipped_weights(config: RunConfig) -> None:
+    """The checkpoints that the config takes from the package are there."""
+    for weights in (config.detector.weights, config.segment.weights):
+        path = Path(weights)
+        if path.parent == WEIGHTS and not (path / "model.safetensors").is_file():
+            raise WeightsError(
+                f"{path} does not hold the demo's checkpoint: install the package again, or give your own with "
+                "--set detector.weights=DIR --set segment.weights=DIR"
+            )
+
+
+def _check_same_pictures(root: Path, num_images: int, seed: int) -> None:
+    """Refuse a directory that belongs to something else."""
+    drawn = annotation_file(root / PICTURES, Split.TEST)
+    if not drawn.is_file():
+        for name in (RUN_FILE, CONFIG_FILE):
+            if (root / name).exists():
+                raise GuardError(f"{root} has a {name} that is not of a demo: choose another directory with --run")
+        return
+    try:
+        tree = json.loads(drawn.read_text(encoding="utf-8"))
+        there = (len(tree["images"]), tree["info"]["seed"])
+    except (ValueError, KeyError, TypeError):
+        raise GuardError(f"{drawn} is damaged: choose another directory with --run") from None
+    if there != (num_images, seed):
+        raise GuardError(
+            f"{root} holds a demo with --images {there[0]} --seed {there[1]}, not with --images {num_images} "
+            f"--seed {seed}: choose another directory with --run"
+        )
+
+
+def _label(config: RunConfig, console: Console) -> dict[str, Any]:
+    """Annotate and reduce; returns the counts of both."""
+    # Ray reads it while it is imported.
+    export_ray_environment(config.resources.auth_mode)
+
+    from owlsam_ray.annotate import annotate_run
+    from owlsam_ray.progress import LazyDisplay
+    from owlsam_ray.reduce.run import reduce_run
+
+    with LazyDisplay(console) as display:
+        labelled = annotate_run(config, show=display.show)
+    reduced = reduce_run(config)
+    return {
+        "run": config.run,
+        **{key: reduced[key] for key in ("images", "ok", "empty", "failed", "num_annotations", "num_masks")},
+        "new": labelled["new"],
+        "annotations": reduced["annotations"],
+    }
+
+
+def _measure(config: RunConfig, console: Console) -> dict[str, Any]:
+    from owlsam_ray.evaluate.run import evaluate_run
+    from owlsam_ray.evaluate.table import evaluation_table
+
+    evaluation = evaluate_run(config)
+    wide = console if console.is_terminal else Console(file=console.file, width=160)
+    wide.print(evaluation_table(evaluation))
+    return evaluation
+
+
+def _draw_sheet(config: RunConfig, root: Path) -> None:
+    from owlsam_ray.demo.contact_sheet import read_labelled, write_contact_sheet
+
+    pictures = read_labelled(
+        str(root / "coco" / "annotations.json"),
+        config.data.images,
+        min_score=config.evaluate.score_threshold,
+        count=_SHEET_PICTURES,
+    )
+    if pictures:
+        write_contact_sheet(pictures, root / SHEET_FILE, columns=_SHEET_COLUMNS)
+        _log.info("labelled pictures: %s", root / SHEET_FILE)
+
+
+def _next_steps(directory: str, again: Sequence[str]) -> str:
+    """What a user may call now, ready to be copied; `again` are the arguments of this call."""
+    program, run = _program(), shlex.quote(directory)
+    sheet, file = (shlex.quote(os.path.join(directory, name)) for name in (SHEET_FILE, CONFIG_FILE))
+    return f"""
+What to try next
+  Look at the labels: {sheet}
+  Decide again, without a model, and measure that:
+    {program} reduce {file} --run {run} --set reduce.score_threshold=0.5
+    {program} evaluate {file} --run {run}
+  Call the same again: what is finished is not labelled twice.
+    {program} {shlex.join(again)}
+  Train the detector yourself, and label with it:
+    {program} finetune jobs/demo-detector.yaml --out runs/detector
+    {program} demo --run runs/demo-mine --set detector.weights=runs/detector/model
+  Label pictures of your own: copy {file}, or start from jobs/coco.yaml."""
+
+
+def _program() -> str:
+    """How this command is called from where the user stands."""
+    if shutil.which("owlsam"):
+        return "owlsam"
+    beside = Path(".venv/bin/owlsam")
+    return str(beside) if beside.exists() else "python -m owlsam_ray"

@@ -1,0 +1,205 @@
+"""The drawn dataset: the same everywhere, exact masks, and pairs that training never sees."""
+
+import colorsys
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools.coco import COCO
+
+from owlsam_ray.demo import drawing
+from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
+from owlsam_ray.demo.drawing import (
+    CATEGORIES,
+    COLOURS,
+    MAX_OBJECTS,
+    MIN_SIDE,
+    SEEN,
+    SHAPES,
+    UNKNOWN_SHAPE,
+    WITHHELD_PAIR,
+    Drawing,
+    Split,
+    draw,
+)
+from owlsam_ray.masks import tight_box
+
+SEED = 5
+GROUPS = np.array([category.supercategory for category in CATEGORIES])
+
+
+@pytest.fixture(scope="module")
+def drawings() -> list[Drawing]:
+    return [draw(SEED, Split.TEST, index) for index in range(40)]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("drawn")
+    write_split(directory, Split.TEST, 40, seed=SEED, workers=1)
+    return directory
+
+
+def digests(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_two_processes_write_the_same_bytes_as_one(written: Path, tmp_path: Path) -> None:
+    write_split(tmp_path, Split.TEST, 40, seed=SEED, workers=2)
+    assert len(digests(written)) == 41
+    assert digests(tmp_path) == digests(written)
+
+
+def test_a_picture_depends_on_its_seed_split_and_index_only(drawings: list[Drawing]) -> None:
+    again = draw(SEED, Split.TEST, 7)
+    assert (again.pixels == drawings[7].pixels).all()
+    assert (again.masks == drawings[7].masks).all()
+    assert (again.labels == drawings[7].labels).all()
+    others = [draw(SEED, Split.TRAIN, 7), draw(SEED, Split.VAL, 7), draw(SEED + 1, Split.TEST, 7), drawings[8], again]
+    for index, one in enumerate(others):
+        for other in others[:index]:
+            assert one.pixels.shape != other.pixels.shape or (one.pixels != other.pixels).mean() > 0.5
+
+
+def test_the_pictures_of_the_demo_are_those_that_its_numbers_were_measured_on() -> None:
+    names = [[CATEGORIES[label].name for label in draw(1, Split.TEST, index).labels] for index in range(2)]
+    assert names == [
+        ["cyan triangle", "blue square", "magenta star", "magenta heart", "red circle"],
+        ["yellow circle", "cyan square", "magenta circle", "magenta ring", "blue star", "red square", "red square",
+         "blue circle", "magenta circle"],
+    ]  # fmt: skip
+
+
+def test_masks_are_disjoint_and_sizes_in_range(drawings: list[Drawing]) -> None:
+    for each in drawings:
+        height, width = each.pixels.shape[:2]
+        assert each.pixels.shape == (height, width, 3)
+        assert 256 <= min(height, width) <= max(height, width) <= 384
+        assert len(each.masks) == len(each.labels) <= MAX_OBJECTS
+        assert each.masks.any((1, 2)).all()
+        assert each.masks.sum(0).max(initial=0) <= 1
+    counts = {len(each.labels) for each in drawings}
+    assert min(counts) <= 2
+    assert max(counts) >= 9
+    assert len({each.pixels.shape for each in drawings}) > 30
+
+
+def test_objects_are_12_px_to_half_the_image_and_at_least_60_percent_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole: list[NDArray[np.bool_]] = []
+    real = drawing._place
+
+    def recorded(*arguments: Any) -> Any:
+        placed = real(*arguments)
+        if placed is not None:
+            whole.append(placed[2] >= 0.5)
+        return placed
+
+    monkeypatch.setattr(drawing, "_place", recorded)
+    sides: list[float] = []
+    shares: list[float] = []
+    for index in range(40):
+        whole.clear()
+        each = draw(SEED, Split.TRAIN, index)
+        assert len(whole) == len(each.labels)
+        for full, visible in zip(whole, each.masks, strict=True):
+            x0, y0, x1, y1 = tight_box(full)
+            assert min(x1 - x0, y1 - y0) >= MIN_SIDE == 12
+            assert max(x1 - x0, y1 - y0) <= min(visible.shape) / 2 + 1
+            sides.append(np.sqrt((x1 - x0) * (y1 - y0)))
+            shares.append(visible.sum() / full.sum())
+    assert min(shares) >= 0.6
+    assert sum(share < 1 for share in shares) > 5  # objects do cover each other
+    assert sum(side < 32 for side in sides) > 0.2 * len(sides)
+    assert sum(side >= 96 for side in sides) > 0.1 * len(sides)
+
+
+def test_objects_have_the_colour_of_their_name(drawings: list[Drawing]) -> None:
+    for each in drawings:
+        for mask, label in zip(each.masks, each.labels, strict=True):
+            red, green, blue = np.median(each.pixels[mask], axis=0) / 255
+            hue = colorsys.rgb_to_hsv(red, green, blue)[0]
+            named = COLOURS[CATEGORIES[label].name.split()[0]]
+            assert min(abs(hue - named), 1 - abs(hue - named)) < 0.06
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_fill_their_box_as_geometry_says(name: str) -> None:
+    # Area of each shape over the area of [-1, 1]², worked out by hand.
+    expected = {
+        "circle": np.pi / 4,
+        "square": 0.88**2,
+        "triangle": 0.5 * 2 * (0.85 + 1) / 1.85 * (0.85 + 1) / 4,
+        "star": 5 * 0.46 * np.sin(np.pi / 5) / 4,
+        "ring": 0.7 * np.pi / 4,
+        "cross": (2 * 2 * 0.64 - 0.64**2) / 4,
+        "heart": 0.66,  # no simple formula: the figure of a fine grid, only against blunders
+    }[name]
+    v, u = np.meshgrid(*[np.linspace(-1, 1, 801, dtype=np.float32)] * 2, indexing="ij")
+    assert SHAPES[name](u, v).mean() == pytest.approx(expected, abs=0.01)
+
+
+def test_30_pairs_are_seen_and_12_are_withheld() -> None:
+    assert [category.id for category in CATEGORIES] == list(range(1, 43))
+    assert len({category.name for category in CATEGORIES}) == 42
+    assert [np.count_nonzero(group == GROUPS) for group in (SEEN, WITHHELD_PAIR, UNKNOWN_SHAPE)] == [30, 6, 6]
+    withheld = [category.name for category in CATEGORIES if category.supercategory == WITHHELD_PAIR]
+    # Each colour and each shape is seen in other pairs: only the combination is new.
+    assert {name.split()[0] for name in withheld} == set(COLOURS)
+    assert {name.split()[1] for name in withheld} == set(SHAPES) - {"heart"}
+
+
+def test_withheld_pairs_are_in_a_quarter_of_the_test_pictures_and_nowhere_else(drawings: list[Drawing]) -> None:
+    for split in (Split.TRAIN, Split.VAL):
+        labels = np.concatenate([draw(SEED, split, index).labels for index in range(40)])
+        assert set(GROUPS[labels]) == {SEEN}
+        assert len(set(labels.tolist())) >= 28
+    mixed = [each for each in drawings if (GROUPS[each.labels] != SEEN).any()]
+    assert 4 <= len(mixed) <= 16
+    assert {*GROUPS[np.concatenate([each.labels for each in mixed])]} == {SEEN, WITHHELD_PAIR, UNKNOWN_SHAPE}
+
+
+def test_the_coco_file_says_what_was_drawn(written: Path, drawings: list[Drawing]) -> None:
+    coco = COCO(str(annotation_file(written, Split.TEST)))
+    assert coco.getCatIds() == [category.id for category in CATEGORIES]
+    assert sorted(coco.getAnnIds()) == list(range(1, sum(len(each.labels) for each in drawings) + 1))
+    for index, each in enumerate(drawings):
+        image = coco.loadImgs(index + 1)[0]
+        pixels = np.asarray(Image.open(image_root(written) / image["file_name"]), np.int16)
+        assert pixels.shape == each.pixels.shape == (image["height"], image["width"], 3)
+        assert np.abs(pixels - each.pixels).mean() < 6  # JPEG
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=index + 1))
+        assert [annotation["category_id"] for annotation in annotations] == [label + 1 for label in each.labels]
+        for annotation, mask in zip(annotations, each.masks, strict=True):
+            assert (coco.annToMask(annotation) == mask).all()
+            x0, y0, x1, y1 = tight_box(mask)
+            assert annotation["bbox"] == [x0, y0, x1 - x0, y1 - y0]
+            assert annotation["area"] == mask.sum()
+            assert annotation["iscrowd"] == 0
+
+
+@pytest.mark.parametrize("split", [Split.TRAIN, Split.VAL])
+def test_training_files_do_not_name_what_is_withheld(split: Split, tmp_path: Path) -> None:
+    tree = json.loads(write_split(tmp_path, split, 3, seed=SEED, workers=1).read_text())
+    assert {category["supercategory"] for category in tree["categories"]} == {SEEN}
+    assert len(tree["categories"]) == 30
+    assert {annotation["category_id"] for annotation in tree["annotations"]} <= {
+        category["id"] for category in tree["categories"]
+    }
+
+
+def test_a_finished_split_is_kept_and_another_is_drawn(tmp_path: Path) -> None:
+    file = write_split(tmp_path, Split.VAL, 3, seed=SEED, workers=1)
+    before = file.read_bytes()
+    picture = image_root(tmp_path) / "val" / "000000.jpg"
+    picture.unlink()
+    assert write_split(tmp_path, Split.VAL, 3, seed=SEED, workers=1) == file
+    assert not picture.exists()
+    write_split(tmp_path, Split.VAL, 3, seed=SEED + 1, workers=1)
+    assert picture.exists()
+    assert file.read_bytes() != before
