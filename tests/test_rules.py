@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from owlsam_ray.config import load_config
+from owlsam_ray.finetune.config import load_finetune_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "owlsam_ray"
-MAY_IMPORT_RAY = {"pipeline.py", "annotate.py"}
+MAY_IMPORT_RAY = {"pipeline.py", "annotate.py", "finetune/job.py"}
 LISTED = ("owlsam_ray", "jobs", "cluster", "tests", ".ci")
 
 
@@ -104,8 +105,11 @@ def test_package_loads_neither_torch_nor_ray() -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_run_file_loads(file: Path) -> None:
-    assert load_config([file]).detector.max_detections >= 1
+def test_every_job_file_loads(file: Path) -> None:
+    if "optimizer:" in file.read_text(encoding="utf-8"):
+        assert load_finetune_config([file]).optimizer.steps >= 1
+    else:
+        assert load_config([file]).detector.max_detections >= 1
 
 
 def test_coco_run_file_shows_every_section() -> None:

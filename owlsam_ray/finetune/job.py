@@ -158,6 +158,7 @@ def _work(arguments: dict[str, Any]) -> None:
     """One worker."""
     config: FinetuneConfig = arguments["config"]
     logging.getLogger("owlsam_ray").setLevel(config.logging.level.upper())
+    logging.getLogger("owlsam_ray").addHandler(logging.StreamHandler())  # to Ray's log of this worker
     context = ray.train.get_context()
     if arguments["device"] == "cuda":
         worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())

@@ -112,12 +112,18 @@ class _Training:
             return self._summary()
         board = _Board(self.store) if self.worker.is_first else None
         window: list[dict[str, float]] = []
+        seen: list[int] = []
+        first_epoch = len(self.reader.images) // self.settings.batch_size
         start, since = time.monotonic(), self.step
         for step, batches in self._batches():
             rate = learning_rate(self.settings, step)
             for group in self.groups:
                 group["lr"] = rate * group["lr_scale"]
             window.append(self._one_step(step, batches))
+            if step < first_epoch:
+                seen += [image_id for batch in batches for image_id in batch["image_ids"]]
+            elif step == first_epoch:
+                _log.debug("worker %d saw images %s", self.worker.rank, seen)
             self.step = step + 1
             if self.step % LOG_EVERY == 0 or self.step == steps:
                 seconds = time.monotonic() - start
@@ -370,7 +376,12 @@ def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _mean(lines: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(line[name] for line in lines) / len(lines) for name in lines[0]} if lines else {}
+    """Of each value over the lines that have it: a batch without objects has fewer."""
+    values: dict[str, list[float]] = {}
+    for line in lines:
+        for name, value in line.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(of_name) / len(of_name) for name, of_name in values.items()}
 
 
 def _not_finite(what: str, step: int, batches: list[dict[str, Any]]) -> str:

@@ -1,0 +1,139 @@
+"""The whole command: Ray Train, SIGKILL and resume, two workers, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from owlsam_ray.demo.dataset import annotation_file
+from owlsam_ray.demo.drawing import Split
+from tests.finetune.drawn import DETECTOR, SEGMENTER, draw_sets, write_job
+from tests.runs import ROOT, environment
+
+ALONE = {"num_cpus": 1, "torch_threads": 1, "loader_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_sets(tmp_path_factory.mktemp("drawn"), train=48)
+
+
+def command(job: Path, out: Path, **settings: Any) -> list[str]:
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
+    return [sys.executable, "-m", "owlsam_ray", "finetune", str(job), "--out", str(out), *sets]
+
+
+def call(job: Path, out: Path, *, check: int = 0, **settings: Any) -> tuple[list[dict[str, Any]], str]:
+    """Run to the end; returns the lines on stdout and the log."""
+    done = subprocess.run(
+        command(job, out, **settings), capture_output=True, text=True, check=False, env=environment(), cwd=ROOT
+    )
+    assert done.returncode == check, f"exit {done.returncode}\n{done.stderr[-4000:]}"
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")], done.stderr
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def wait_for(condition: Any, *, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def test_a_killed_training_of_200_steps_goes_on_where_it_was(tmp_path: Path, drawn: Path) -> None:
+    job = write_job(
+        tmp_path, drawn, model=DETECTOR, optimizer={"steps": 200, "batch_size": 4, "lr": 2e-3},
+        checkpoint={"every": 50, "validate_every": 200}, resources=ALONE, augment={"rotate90": 0.5},
+    )  # fmt: skip
+    lines, _ = call(job, tmp_path / "whole")
+    whole = losses(tmp_path / "whole")
+    values = [whole[step] for step in sorted(whole)]
+    assert sum(values[-5:]) < 0.7 * sum(values[:5])  # each value is the mean of ten steps
+    assert lines[-1]["steps"] == 200
+    assert [line["step"] for line in lines[:-1] if "loss" in line] == sorted(whole)
+    assert (tmp_path / "whole" / "model" / "model.safetensors").is_file()
+
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(job, out), env=environment(), cwd=ROOT, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: (out / "checkpoints" / "step-00000100.pt").is_file(), seconds=240)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    saved = sorted(int(path.stem[5:]) for path in (out / "checkpoints").glob("step-*.pt"))[-1]
+    assert saved < 200, "the kill came too late to show anything"
+    wait_for(lambda: not _ray_workers_of(process.pid), seconds=60)
+    again, log = call(job, out)
+    assert f"resuming at step {saved} of 200" in log or again[-1]["steps"] == 200
+    assert min(line["step"] for line in again[:-1] if "loss" in line) == saved + 10
+    assert losses(out) == pytest.approx(whole, abs=1e-6)
+
+
+def _ray_workers_of(pid: int) -> list[str]:
+    """Processes of the Ray instance that a killed driver had started; it ends by itself."""
+    found = subprocess.run(["pgrep", "-f", f"session_.*_{pid}/"], capture_output=True, text=True, check=False)
+    return found.stdout.split()
+
+
+def test_two_workers_see_disjoint_data_and_agree(tmp_path: Path, drawn: Path) -> None:
+    job = write_job(
+        tmp_path, drawn, model=SEGMENTER, optimizer={"steps": 20, "batch_size": 4},
+        checkpoint={"every": 10, "validate_every": 20},
+        resources={"workers": 2, "num_cpus": 2, "torch_threads": 1, "loader_threads": 1},
+    )  # fmt: skip
+    lines, log = call(job, tmp_path / "out", **{"logging.level": "debug"})
+    assert lines[-1]["steps"] == 20
+    seen = {}
+    for line in log.splitlines():
+        if "worker " in line and " saw images " in line:
+            rank, ids = line.split("worker ")[1].split(" saw images ")
+            seen[int(rank)] = set(json.loads(ids))
+    assert set(seen) == {0, 1}
+    assert seen[0] & seen[1] == set()
+    assert len(seen[0] | seen[1]) == 48  # one epoch of 12 steps, and the next is not counted
+    assert (tmp_path / "out" / "model" / "config.json").is_file()
+
+
+def test_bad_input_is_told_before_ray_starts(tmp_path: Path, drawn: Path) -> None:
+    start = time.monotonic()
+    tree = json.loads(annotation_file(drawn, Split.TRAIN).read_text())
+    for name, change, expected in (
+        ("none", {"annotations": []}, "no usable annotation"),
+        ("crowd", {"annotations": [one | {"iscrowd": 1} for one in tree["annotations"]]}, "crowd"),
+        ("unknown", {"annotations": [tree["annotations"][0] | {"category_id": 999}]}, "999"),
+    ):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(tree | change))
+        job = write_job(tmp_path, drawn)
+        lines, log = call(job, tmp_path / name, check=2, **{"data.train.annotations": str(file), "data.val": None})
+        assert expected in log, log
+        assert lines[-1]["exit_code"] == 2
+        assert not (tmp_path / name).exists()
+    job = write_job(tmp_path, drawn)
+    _, log = call(job, tmp_path / "typo", check=2, **{"optimizer.step": 3})
+    assert "optimizer.step" in log
+    _, log = call(job, tmp_path / "batch", check=2, **{"resources.workers": 3})
+    assert "not a multiple" in log
+    assert time.monotonic() - start < 300
+
+
+def test_another_training_on_the_same_directory_is_refused(tmp_path: Path, drawn: Path) -> None:
+    job = write_job(tmp_path, drawn, resources=ALONE)
+    (tmp_path / "out").mkdir()
+    record = {"config": {"optimizer": {"lr": 3.0}}}
+    (tmp_path / "out" / "finetune.json").write_text(json.dumps(record))
+    _, log = call(job, tmp_path / "out", check=3)
+    assert "optimizer" in log
