@@ -192,7 +192,7 @@ def check_config(config: RunConfig, record: RunRecord) -> None:
                     f"the run directory {config.run} was planned with other settings (there -> here):",
                     *lines,
                     "Use another --run directory for these settings, or go back to the old ones. "
-                    "Sections that may change freely: resources, reduce, logging.",
+                    "Sections that may change freely: resources, reduce, evaluate, logging.",
                 ]
             )
         )
