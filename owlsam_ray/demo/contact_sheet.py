@@ -36,6 +36,8 @@ _PAPER, _INK = (255, 255, 255), (70, 70, 70)
 _FONT = 14
 _PAD = 2
 """Pixels around the text of a tag."""
+_LINE = 2
+"""Pixels of a box's line; outside of it lies one more that stands out from its colour."""
 _MASK_ALPHA = 0.5
 _MAX_PIXELS = 200_000_000
 
@@ -152,15 +154,16 @@ def draw_labels(picture: LabelledPicture) -> Image.Image:
     colours = [colour_of(name) for name in picture.names]
     masks = torch.stack([_scaled(mask, size) for mask in picture.masks])
     edges = masks & ~_shrunk(masks)
-    boxes = _boxes_on(picture, size)
     canvas = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     canvas = draw_segmentation_masks(canvas, masks, alpha=_MASK_ALPHA, colors=[_pale(colour) for colour in colours])
     canvas = draw_segmentation_masks(canvas, edges, alpha=1.0, colors=[_halo(colour) for colour in colours])
-    canvas = draw_bounding_boxes(canvas, boxes, colors=[_halo(colour) for colour in colours], width=4)
-    canvas = draw_bounding_boxes(canvas, boxes, colors=list(colours), width=2)
+    # Around the box, not on it: a line of two pixels hides much of an object of twenty.
+    halos, lines = _boxes_on(picture, size, margin=_LINE + 1), _boxes_on(picture, size, margin=_LINE)
+    canvas = draw_bounding_boxes(canvas, halos, colors=[_halo(colour) for colour in colours], width=_LINE + 1)
+    canvas = draw_bounding_boxes(canvas, lines, colors=list(colours), width=_LINE)
     image = Image.fromarray(canvas.permute(1, 2, 0).numpy())
     texts = [f"{name} {score:.2f}" for name, score in zip(picture.names, picture.scores, strict=True)]
-    _draw_tags(image, texts, colours, [(x0, y0, x1 + 1, y1 + 1) for x0, y0, x1, y1 in boxes.tolist()])
+    _draw_tags(image, texts, colours, [(x0, y0, x1 + 1, y1 + 1) for x0, y0, x1, y1 in halos.tolist()])
     return image
 
 
@@ -198,12 +201,13 @@ def _shrunk(masks: Tensor) -> Tensor:
     return outside == 0
 
 
-def _boxes_on(picture: LabelledPicture, size: tuple[int, int]) -> Tensor:
-    """(N, 4) first and last pixel of each box on the scaled picture."""
+def _boxes_on(picture: LabelledPicture, size: tuple[int, int], *, margin: int) -> Tensor:
+    """(N, 4) int32 first and last pixel of each box on the scaled picture, with a margin around it."""
     height, width = picture.pixels.shape[:2]
     factors = np.array([size[0] / width, size[1] / height] * 2, np.float32)
     last = np.array([size[0] - 1, size[1] - 1] * 2, np.float32)
-    boxes = np.clip(np.rint(picture.boxes_xyxy * factors) - np.array([0, 0, 1, 1], np.float32), 0, last)
+    around = np.array([-margin, -margin, margin - 1, margin - 1], np.float32)
+    boxes = np.clip(np.rint(picture.boxes_xyxy * factors) + around, 0, last)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2])
     return torch.from_numpy(boxes).int()
 

@@ -37,18 +37,21 @@ def picture(
 def test_box_mask_and_tag_are_drawn_in_their_places_and_nothing_else_is_touched() -> None:
     image = np.asarray(draw_labels(picture([(60, 100, 180, 220)], ["red thing"])))
     assert image.shape == (480, 480, 3)  # scaled by 2
-    assert (image[200:202, 150:360] == (255, 0, 0)).all()  # the first row of the box, two pixels wide
-    assert (image[438:440, 120:360] == (255, 0, 0)).all()  # and the last one, half-open
+    # The line lies around the half-open box, with one pixel of another colour around itself.
+    assert (image[198:200, 230:362] == (255, 0, 0)).all()
+    assert (image[440:442, 118:362] == (255, 0, 0)).all()
+    assert (image[442, 117:363] == 255).all()
+    assert (image[200:440, 120:122] == GREY).all()
     inside = image[300, 240].astype(int)
     assert (inside > 130).all()  # half of something pale
     assert inside[0] > inside[1]  # and reddish
     assert (image[260, 190:290] == 255).all()  # the mask's outline
     assert (image[230, 140] == GREY).all()  # in the box, outside of the mask
-    tag = image[182:200, 122:180].reshape(-1, 3)
+    tag = image[179:197, 119:180].reshape(-1, 3)
     assert (tag == (255, 0, 0)).all(1).mean() > 0.5
     assert (tag == 255).all(1).sum() > 30  # letters
     changed = (image != GREY).any(-1)
-    changed[180:442, 118:362] = False
+    changed[179:443, 117:363] = False
     assert not changed.any()
 
 
@@ -75,8 +78,8 @@ def test_boxes_at_and_beyond_the_border_are_drawn() -> None:
     odd = LabelledPicture(drawn.pixels, np.array(boxes, np.float32), drawn.names, drawn.scores, drawn.masks)
     image = np.asarray(draw_labels(odd))
     assert image.shape == (480, 480, 3)
-    assert (image[58:60, 5:58] == (255, 0, 0)).all()  # cut at the border: its last two rows
-    assert (image[420:470, 400:402] == (0, 0, 255)).all()
+    assert (image[60:62, 5:58] == (255, 0, 0)).all()  # the line of its lower side
+    assert (image[420:470, 398:400] == (0, 0, 255)).all()
 
 
 def test_tags_stay_inside_and_do_not_cover_each_other() -> None:
