@@ -117,7 +117,9 @@ class DetectorTask:
             for parameter in _part(self.parts.module, part):
                 parameter.requires_grad_(False)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Newer releases of transformers call it activation checkpointing, and warn about the old name.
+            newer = getattr(model, "activation_checkpointing_enable", None)
+            (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
         self._weights = LossWeights(settings.class_weight, settings.l1_weight, settings.giou_weight)
 
     @property

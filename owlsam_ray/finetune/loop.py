@@ -4,10 +4,11 @@ The same command resumes: model, averaged model and optimiser come from the newe
 the step, so on a CPU the next losses are those that an uninterrupted training would have had.
 """
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,6 @@ class _Training:
         self.module = task.module.to(worker.device)
         self.averaged = AveragedModel(self.module, multi_avg_fn=self._average, use_buffers=True)
         self.optimizers = make_optimizers(task.parameter_groups(), self.settings)
-        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.step = 0
         self.best: dict[str, Any] = {}
         self.metrics: list[dict[str, Any]] = []
@@ -110,14 +110,19 @@ class _Training:
         if self.step >= steps:
             _log.info("nothing to do: all %d steps of %s are done", steps, self.store.url)
             return self._summary()
-        board = _Board(self.store) if self.worker.is_first else None
+        with contextlib.closing(_Board(self.store)) if self.worker.is_first else contextlib.nullcontext() as board:
+            self._steps(board)
+        return self._summary()
+
+    def _steps(self, board: "_Board | None") -> None:
+        steps = self.settings.steps
         window: list[dict[str, float]] = []
         seen: list[int] = []
         first_epoch = len(self.reader.images) // self.settings.batch_size
         start, since = time.monotonic(), self.step
         for step, batches in self._batches():
             rate = learning_rate(self.settings, step)
-            for group in self.groups:
+            for group in self._groups():
                 group["lr"] = rate * group["lr_scale"]
             window.append(self._one_step(step, batches))
             if step < first_epoch:
@@ -139,9 +144,10 @@ class _Training:
                 self._validate(board)
             if self.step % self.config.checkpoint.every == 0 or self.step == steps:
                 self._save(board)
-        if board is not None:
-            board.close()
-        return self._summary()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Of all optimisers; not kept, since loading a state replaces them."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _batches(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         plan = Plan(
@@ -169,10 +175,11 @@ class _Training:
             batch = _to_device(batch, self.worker.device)
             last = number == len(batches) - 1
             # Gradients travel between workers once per step.
-            quiet = isinstance(self.wrapped, DistributedDataParallel) and not last
-            with self.wrapped.no_sync() if quiet else _nothing():  # type: ignore[union-attr]
+            wrapped = self.wrapped
+            quiet = isinstance(wrapped, DistributedDataParallel) and not last
+            with wrapped.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
                 losses.append(self._backward(step, batch, share=1 / len(batches)))
-        parameters = [parameter for group in self.groups for parameter in group["params"]]
+        parameters = [parameter for group in self._groups() for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm or math.inf)
         if not math.isfinite(norm):
             raise TrainingError(_not_finite("gradient", step, batches))
@@ -195,13 +202,13 @@ class _Training:
         (parts["loss"] * share).backward()
         return {name: float(value.detach()) for name, value in parts.items()}
 
-    def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def _average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
         """Move the averaged weights; the decay rises from 0, or the random start would stay in them for long."""
         if not averaged[0].is_floating_point():  # batch counters
-            torch._foreach_copy_(averaged, current)
+            torch._foreach_copy_(list(averaged), list(current))
             return
         decay = min(self.settings.ema_decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        torch._foreach_lerp_(list(averaged), list(current), 1 - decay)
 
     def _validate(self, board: "_Board | None") -> None:
         """The first worker validates the averaged weights, and keeps them when they are the best so far."""
@@ -288,7 +295,7 @@ class _Training:
         self.store.write_metrics(self.metrics)
 
     def _summary(self) -> dict[str, Any]:
-        last = next((line for line in reversed(self.metrics) if "loss" in line), {})
+        last: dict[str, Any] = next((line for line in reversed(self.metrics) if "loss" in line), {})
         return {
             "steps": self.step,
             "loss": last.get("loss"),
@@ -350,18 +357,9 @@ class _Board:
         self._store.put_directory(TENSORBOARD, Path(self._directory.name))
 
     def close(self) -> None:
-        """The last copy; then the local one goes."""
-        self.upload()
+        """Forget the local copy; `upload` comes before."""
         self._writer.close()
         self._directory.cleanup()
-
-
-class _nothing:  # noqa: N801 (reads as a word)
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

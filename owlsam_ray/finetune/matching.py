@@ -79,8 +79,8 @@ def match(
     if not found:
         nothing = torch.zeros(0, dtype=torch.int64)
         return nothing, nothing, nothing
-    image, proposal, object_ = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return image, proposal, object_
+    images, proposals, objects = zip(*found, strict=True)
+    return torch.cat(images), torch.cat(proposals), torch.cat(objects)
 
 
 def detection_losses(

@@ -24,15 +24,17 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_sets(tmp_path_factory.mktemp("drawn"), train=48)
 
 
-def command(job: Path, out: Path, **settings: Any) -> list[str]:
+def command(job: Path, out: Path, settings: dict[str, Any]) -> list[str]:
     sets = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
     return [sys.executable, "-m", "owlsam_ray", "finetune", str(job), "--out", str(out), *sets]
 
 
-def call(job: Path, out: Path, *, check: int = 0, **settings: Any) -> tuple[list[dict[str, Any]], str]:
+def call(
+    job: Path, out: Path, settings: dict[str, Any] | None = None, *, check: int = 0
+) -> tuple[list[dict[str, Any]], str]:
     """Run to the end; returns the lines on stdout and the log."""
     done = subprocess.run(
-        command(job, out, **settings), capture_output=True, text=True, check=False, env=environment(), cwd=ROOT
+        command(job, out, settings or {}), capture_output=True, text=True, check=False, env=environment(), cwd=ROOT
     )
     assert done.returncode == check, f"exit {done.returncode}\n{done.stderr[-4000:]}"
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")], done.stderr
@@ -65,7 +67,7 @@ def test_a_killed_training_of_200_steps_goes_on_where_it_was(tmp_path: Path, dra
 
     out = tmp_path / "killed"
     process = subprocess.Popen(
-        command(job, out), env=environment(), cwd=ROOT, start_new_session=True,
+        command(job, out, {}), env=environment(), cwd=ROOT, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -94,7 +96,7 @@ def test_two_workers_see_disjoint_data_and_agree(tmp_path: Path, drawn: Path) ->
         checkpoint={"every": 10, "validate_every": 20},
         resources={"workers": 2, "num_cpus": 2, "torch_threads": 1, "loader_threads": 1},
     )  # fmt: skip
-    lines, log = call(job, tmp_path / "out", **{"logging.level": "debug"})
+    lines, log = call(job, tmp_path / "out", {"logging.level": "debug"})
     assert lines[-1]["steps"] == 20
     seen = {}
     for line in log.splitlines():
@@ -118,14 +120,14 @@ def test_bad_input_is_told_before_ray_starts(tmp_path: Path, drawn: Path) -> Non
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps(tree | change))
         job = write_job(tmp_path, drawn)
-        lines, log = call(job, tmp_path / name, check=2, **{"data.train.annotations": str(file), "data.val": None})
+        lines, log = call(job, tmp_path / name, {"data.train.annotations": str(file), "data.val": None}, check=2)
         assert expected in log, log
         assert lines[-1]["exit_code"] == 2
         assert not (tmp_path / name).exists()
     job = write_job(tmp_path, drawn)
-    _, log = call(job, tmp_path / "typo", check=2, **{"optimizer.step": 3})
+    _, log = call(job, tmp_path / "typo", {"optimizer.step": 3}, check=2)
     assert "optimizer.step" in log
-    _, log = call(job, tmp_path / "batch", check=2, **{"resources.workers": 3})
+    _, log = call(job, tmp_path / "batch", {"resources.workers": 3}, check=2)
     assert "not a multiple" in log
     assert time.monotonic() - start < 300
 
