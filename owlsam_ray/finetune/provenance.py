@@ -11,6 +11,7 @@ from owlsam_ray import __version__, storage
 from owlsam_ray.config import Category
 from owlsam_ray.finetune.config import FinetuneConfig
 from owlsam_ray.finetune.store import PROVENANCE
+from owlsam_ray.models.weights import sha256_of
 
 _LIBRARIES = ("torch", "torchvision", "transformers", "timm", "numpy", "pillow")
 
@@ -26,10 +27,13 @@ def write_provenance(
     """Write `provenance.json`: config, data, versions and scores; no path, host or time."""
     fields = config.result_fields()
     data = fields.pop("data")
+    model = fields["detector"] or fields["segmenter"]
+    started_from = _weights(model.pop("weights"))
     record = {
         "owlsam_version": __version__,
         "versions": library_versions(),
         "config": fields,
+        "started_from": started_from,
         "data": {name: data[name] for name in ("val_images", "max_pixels")}
         | ({"drawn": {k: v for k, v in data["drawn"].items() if k != "directory"}} if data["drawn"] else {})
         | {
@@ -41,6 +45,20 @@ def write_provenance(
         "best": best,
     }
     (directory / PROVENANCE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _weights(name: str | None) -> dict[str, Any] | None:
+    """Hash of the weights that a training started from, and what they say of themselves; None: from nothing."""
+    if name is None:
+        return None
+    path = Path(name)
+    if not path.exists():
+        return {"hub": name}
+    try:
+        theirs = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        theirs = None
+    return {"sha256": sha256_of(path), "provenance": theirs}
 
 
 def annotations_sha256(url: str) -> str:
