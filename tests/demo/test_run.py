@@ -60,7 +60,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     arguments = ["--run", str(directory), "--images", str(IMAGES), "--seed", str(SEED), *stand_ins(root / "weights")]
     done = subprocess.run(
         [sys.executable, "-m", "owlsam_ray", "demo", *arguments],
-        capture_output=True, text=True, check=False, env=environment(), cwd=ROOT, timeout=300,
+        capture_output=True, text=True, check=False, env=environment(), cwd=ROOT, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     (line,) = done.stdout.splitlines()
