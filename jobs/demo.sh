@@ -3,6 +3,6 @@
 # with the package, measure the labels. At most three minutes after the installation, on two CPU cores, offline.
 #   jobs/demo.sh [--run DIR] [--images N] [--seed S]       default: runs/demo 200 1; again: a finished run does nothing
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-cluster/setup.sh
-exec .venv/bin/owlsam demo "$@"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+"$root/cluster/setup.sh"
+exec "$root/.venv/bin/owlsam" demo "$@"

@@ -15,6 +15,16 @@ from owlsam_ray.finetune.segmenter import SegmenterSettings
 
 NON_RESULT_FIELDS = frozenset({"out", "resources", "logging"})
 """Sections that do not change what is learned (up to the last bits)."""
+_NON_RESULT_PATHS: dict[str, Any] = {
+    "data": {
+        "cache_mb": True,
+        "train": {"annotations", "images"},
+        "val": {"annotations", "images"},
+        "drawn": {"directory"},
+    },
+    "checkpoint": {"every": True, "keep": True},
+}
+"""Single fields of other sections; data are known by their content, not by where they lie."""
 
 
 class DatasetFiles(Section):
@@ -29,13 +39,13 @@ class DatasetFiles(Section):
 class DrawnDataset(Section):
     """The demo's dataset, drawn when it is not there."""
 
-    directory: Name = "runs/drawn"
+    directory: Annotated[str, Field(min_length=1, pattern=r"^(?!.*://)")] = "runs/drawn"
     """A local directory."""
     train: PositiveInt = 10_000
     """Pictures to learn from."""
     val: PositiveInt = 500
     """Pictures to validate on."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of the drawing."""
 
 
@@ -92,7 +102,7 @@ class OptimizerConfig(Section):
     """Largest norm of the gradient."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Of the averaged weights, which are what is validated and kept; rises from 0 over the first steps."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of weights that start from nothing, of the order of images, of augmentation and prompts."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the forward pass (autocast); weights and losses stay in fp32."""
@@ -169,7 +179,7 @@ class FinetuneConfig(Section):
 
     def result_fields(self) -> dict[str, Any]:
         """The part that decides what is learned, as plain JSON values."""
-        return self.model_dump(mode="json", exclude=set(NON_RESULT_FIELDS))
+        return self.model_dump(mode="json", exclude={**dict.fromkeys(NON_RESULT_FIELDS, True), **_NON_RESULT_PATHS})
 
 
 def load_finetune_config(

@@ -60,8 +60,10 @@ class TrainingImages:
     """(M + 1,): objects of image i lie at _offsets[i] : _offsets[i + 1]."""
     _boxes_xyxy: NDArray[np.float32]
     _labels: NDArray[np.int64]
-    _outlines: Sequence[Outline | None]
+    _outlines: Sequence[Outline | None] | None
+    """None when they were not kept: a detector does not need them, and they are most of the memory."""
     _clip_boxes: bool
+    _max_pixels: int
 
     def __len__(self) -> int:
         return len(self._records)
@@ -86,13 +88,12 @@ class TrainingImages:
         stated = (record.height, record.width) if record.height is not None and record.width is not None else None
         uri = storage.join(self._root, record.file_name)
         data = fetch_file(uri, max_bytes=_LIMITS.max_file_mb * MEGABYTE)
-        picture = decode_image(data, stated_hw=stated, max_pixels=_LIMITS.max_pixels)
+        picture = decode_image(data, stated_hw=stated, max_pixels=self._max_pixels)
         if picture.note is not None:
             raise ImageError(picture.note)
         height, width = picture.pixels.shape[:2]
         mine = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
         boxes, labels = self._boxes_xyxy[mine], self._labels[mine]
-        outlines = self._outlines[mine]
         keep = np.ones(len(boxes), np.bool_)
         if stated is None and len(boxes):  # the right and the bottom border were not known before
             inside = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
@@ -100,19 +101,30 @@ class TrainingImages:
             boxes = inside if self._clip_boxes else boxes
         drawn = None
         if masks:
-            drawn = _draw(outlines, (height, width))
+            if self._outlines is None:
+                raise ValueError("these images were read without outlines: there are no masks to draw")
+            drawn = _draw(self._outlines[mine], (height, width))
             keep[[not mask.any() for mask in drawn]] = False
             drawn = drawn[keep]
         return Sample(record.image_id, picture.pixels, boxes[keep], labels[keep], drawn)
 
 
-def read_training_images(annotations: str, images: str, cleaning: CleaningSettings) -> TrainingImages:
+def read_training_images(
+    annotations: str,
+    images: str,
+    cleaning: CleaningSettings,
+    *,
+    masks: bool = True,
+    max_pixels: int = _LIMITS.max_pixels,
+) -> TrainingImages:
     """Read a COCO file and clean its annotations; no picture is opened.
 
     Args:
         annotations: the COCO file: a path or an fsspec URL.
         images: root of its file names: a directory or an fsspec URL.
         cleaning: which annotations are trained on.
+        masks: keep the outlines, so that `load` can draw masks.
+        max_pixels: larger pictures fail in `load`.
 
     Raises:
         InputError: the file cannot be read or contradicts itself (see `list_coco` and `read_objects`), its categories
@@ -141,8 +153,9 @@ def read_training_images(annotations: str, images: str, cleaning: CleaningSettin
         _offsets=np.concatenate([[0], np.cumsum(of_images)]).astype(np.int64),
         _boxes_xyxy=_on_grid(cleaned.boxes_xyxy),
         _labels=objects.labels[cleaned.kept],
-        _outlines=cleaned.outlines,
+        _outlines=cleaned.outlines if masks else None,
         _clip_boxes=cleaning.clip_boxes,
+        _max_pixels=max_pixels,
     )
 
 

@@ -81,8 +81,8 @@ class DetectorTraining(Section):
     def _one_start(self) -> Self:
         if (self.weights is None) == (self.architecture is None):
             raise ValueError("detector needs either weights (to go on with) or architecture (to start from nothing)")
-        if self.template.count("{}") != 1:
-            raise ValueError(f"template {self.template!r} must contain {{}} exactly once")
+        if self.template.count("{}") != 1 or set(self.template.replace("{}", "")) & set("{}"):
+            raise ValueError(f"template {self.template!r} must contain {{}} exactly once and no other brace")
         return self
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import PreemptionError
 
 from owlsam_ray import storage
 from owlsam_ray.config import absolute
@@ -24,13 +26,16 @@ from owlsam_ray.finetune.config import DatasetFiles, FinetuneConfig
 from owlsam_ray.finetune.data import TrainingImages, read_training_images
 from owlsam_ray.finetune.detector import DetectorTask
 from owlsam_ray.finetune.loop import Worker, train
-from owlsam_ray.finetune.provenance import library_versions
+from owlsam_ray.finetune.provenance import annotations_sha256, library_versions
 from owlsam_ray.finetune.segmenter import SegmenterTask
 from owlsam_ray.finetune.store import MODEL, TrainingStore
 from owlsam_ray.finetune.task import Task
 from owlsam_ray.pipeline import start_ray
 
 _log = logging.getLogger(__name__)
+
+_PATIENCE_S = 4 * 3600
+"""That workers wait for the first one while it validates."""
 
 
 def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
@@ -51,26 +56,38 @@ def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None]
     if config.out.startswith("memory:"):
         raise PreflightError(f"{config.out} lives in one process, and Ray's workers are others: use a disk or a bucket")
     store = TrainingStore(config.out)
-    training, _ = open_data(config)  # here first: what is wrong with the data is told before Ray starts
-    make_task(config, training)
+    cleaning = _check(config, store)
+    kept = store.checkpoints()
+    # What was written after the last checkpoint is done again.
+    store.write_metrics([line for line in store.read_metrics() if kept and line["step"] <= kept[-1]])
+    with _ray(config), _tell_metrics(store, report, config.logging.progress_s):
+        result = _fit_again(config)
+    return result | {"model": storage.join(config.out, MODEL), "cleaning": cleaning}
+
+
+def _check(config: FinetuneConfig, store: TrainingStore) -> dict[str, Any]:
+    """Tell what is wrong with data, model or directory before Ray starts; returns what cleaning did."""
+    training, _ = open_data(config)
+    task = make_task(config, training)
+    if isinstance(task, DetectorTask) and task.parts.is_owlv2:
+        _log.warning("an OWLv2 can be trained and gone on with, but `annotate` does not take one yet")
+    _log.info("%s", training.report.summary())
+    sets = zip(("train", "val"), _files(config), strict=True)
     store.guard(
         {
             "config": config.result_fields(),
             "categories": [category.name for category in training.categories],
+            "data_sha256": {name: annotations_sha256(files.annotations) for name, files in sets if files is not None},
             "cleaning": training.report.as_dict(),
             "versions": library_versions(),
         }
     )
-    _log.info("%s", training.report.summary())
-    with _ray(config), _tell_metrics(store, report, config.logging.progress_s):
-        result = _fit_again(config)
-    return result | {"model": storage.join(config.out, MODEL), "cleaning": training.report.as_dict()}
+    return training.report.as_dict()
 
 
-def open_data(config: FinetuneConfig) -> tuple[TrainingImages, TrainingImages | None]:
-    """Training and validation set, cleaned; the drawn one is drawn first when it is not there."""
+def _files(config: FinetuneConfig) -> tuple[DatasetFiles, DatasetFiles | None]:
+    """Where the training and the validation set lie; the drawn one is drawn first when it is not there."""
     data = config.data
-    train_files, val_files = data.train, data.val
     if data.drawn is not None:
         directory = Path(data.drawn.directory)
         for split, count in ((Split.TRAIN, data.drawn.train), (Split.VAL, data.drawn.val)):
@@ -81,12 +98,25 @@ def open_data(config: FinetuneConfig) -> tuple[TrainingImages, TrainingImages | 
             )
             for split in (Split.TRAIN, Split.VAL)
         )
-    if train_files is None:
+        return train_files, val_files
+    if data.train is None:
         raise ConfigError("data names no training set")
-    training = read_training_images(train_files.annotations, train_files.images, config.cleaning)
+    return data.train, data.val
+
+
+def open_data(config: FinetuneConfig) -> tuple[TrainingImages, TrainingImages | None]:
+    """Training and validation set, cleaned.
+
+    Small objects and images without any stay in the validation set: finding the ones is not wrong, finding something
+    on the others is.
+    """
+    train_files, val_files = _files(config)
+    options: dict[str, Any] = {"masks": config.segmenter is not None, "max_pixels": config.data.max_pixels}
+    training = read_training_images(train_files.annotations, train_files.images, config.cleaning, **options)
     if val_files is None:
         return training, None
-    validation = read_training_images(val_files.annotations, val_files.images, config.cleaning)
+    cleaning = config.cleaning.model_copy(update={"min_area": 0.0, "drop_empty_images": False})
+    validation = read_training_images(val_files.annotations, val_files.images, cleaning, **options)
     theirs, ours = ([category.name for category in images.categories] for images in (validation, training))
     if theirs != ours:
         raise ConfigError(
@@ -97,13 +127,23 @@ def open_data(config: FinetuneConfig) -> tuple[TrainingImages, TrainingImages | 
 
 
 def make_task(config: FinetuneConfig, training: TrainingImages) -> Task:
-    """The model that the config names, ready to train."""
+    """The model that the config names, ready to train.
+
+    Raises:
+        ConfigError: nothing in it learns.
+        WeightsError, InputError: see the tasks.
+    """
     seed = config.optimizer.seed
+    task: Task
     if config.detector is not None:
-        return DetectorTask(config.detector, training.categories, seed=seed)
-    if config.segmenter is not None:
-        return SegmenterTask(config.segmenter, seed=seed)
-    raise ConfigError("a training needs either a section detector or a section segmenter")
+        task = DetectorTask(config.detector, training.categories, seed=seed)
+    elif config.segmenter is not None:
+        task = SegmenterTask(config.segmenter, seed=seed)
+    else:
+        raise ConfigError("a training needs either a section detector or a section segmenter")
+    if not any(parameter.requires_grad for parameter in task.module.parameters()):
+        raise ConfigError("every part of the model is frozen: leave out one of detector.frozen")
+    return task
 
 
 def _fit_again(config: FinetuneConfig) -> dict[str, Any]:
@@ -112,8 +152,8 @@ def _fit_again(config: FinetuneConfig) -> dict[str, Any]:
         try:
             return _fit(config)
         except ray.train.TrainingFailedError as error:
-            told = _told(error)
-            if left == 0 or not isinstance(told, IncompleteError):
+            told, lost = _told(error)
+            if left == 0 or not lost:
                 raise told from error
             _log.warning("%s", told)
     raise AssertionError
@@ -122,24 +162,13 @@ def _fit_again(config: FinetuneConfig) -> dict[str, Any]:
 def _fit(config: FinetuneConfig) -> dict[str, Any]:
     """Hand the training to Ray Train, and give back what its first worker reported last."""
     resources = config.resources
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    if resources.device == "cuda" and gpus < resources.workers:
-        raise PreflightError(f"{resources.workers} worker(s) on cuda, but Ray sees {gpus:g} GPUs: use device: cpu")
-    on_gpu = resources.device == "cuda" or (resources.device == "auto" and gpus >= resources.workers)
-    cpus = resources.cpus_per_worker
-    total = ray.cluster_resources().get("CPU", 0.0)
-    if cpus == "auto":
-        cpus = 4.0 if on_gpu else max(0.5, float(int(total / resources.workers)))
-    if cpus * resources.workers > total + 1e-6:
-        raise PreflightError(
-            f"{resources.workers} worker(s) × {cpus:g} CPUs need {cpus * resources.workers:g} CPUs, but Ray has "
-            f"{total:g}: lower resources.workers or resources.cpus_per_worker"
-        )
+    on_gpu, cpus = _share(config, ray.cluster_resources())
+    _log.info("%d worker(s) on %s, %g CPUs each", resources.workers, "cuda" if on_gpu else "cpu", cpus)
     with tempfile.TemporaryDirectory(prefix="owlsam-train-") as scratch:
         trainer = TorchTrainer(
             _work,
             train_loop_config={"config": config, "device": "cuda" if on_gpu else "cpu", "cpus": cpus},
-            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=_PATIENCE_S),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers,
                 use_gpu=on_gpu,
@@ -154,16 +183,43 @@ def _fit(config: FinetuneConfig) -> dict[str, Any]:
         return dict(trainer.fit().metrics or {})
 
 
+def _share(config: FinetuneConfig, totals: dict[str, float]) -> tuple[bool, float]:
+    """Whether to train on GPUs, and the CPUs of a worker.
+
+    Raises:
+        PreflightError: the workers do not fit.
+    """
+    resources, gpus, total = config.resources, totals.get("GPU", 0.0), totals.get("CPU", 0.0)
+    few = gpus < resources.workers
+    if few and (resources.device == "cuda" or (resources.device == "auto" and gpus > 0)):
+        raise PreflightError(
+            f"{resources.workers} worker(s), one GPU each, but Ray sees {gpus:g} GPU(s): lower resources.workers, or "
+            "set resources.device to cpu"
+        )
+    on_gpu = resources.device != "cpu" and gpus > 0
+    share = max(0.5, float(int(total / resources.workers)))
+    wanted = resources.cpus_per_worker
+    cpus = float(wanted) if wanted != "auto" else min(4.0, share) if on_gpu else share
+    if cpus * resources.workers > total + 1e-6:
+        raise PreflightError(
+            f"{resources.workers} worker(s) × {cpus:g} CPUs need {cpus * resources.workers:g} CPUs, but Ray has "
+            f"{total:g}: lower resources.workers or resources.cpus_per_worker"
+        )
+    return on_gpu, cpus
+
+
 def _work(arguments: dict[str, Any]) -> None:
     """One worker."""
     config: FinetuneConfig = arguments["config"]
     logging.getLogger("owlsam_ray").setLevel(config.logging.level.upper())
     logging.getLogger("owlsam_ray").addHandler(logging.StreamHandler())  # to Ray's log of this worker
     context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     if arguments["device"] == "cuda":
-        worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+        device = ray.train.torch.get_device()
+        torch.set_num_threads(1)  # of each loader thread
     else:
-        worker = Worker(context.get_world_rank(), context.get_world_size(), torch.device("cpu"))
+        device = torch.device("cpu")
         threads = config.resources.torch_threads
         torch.set_num_threads(max(1, int(arguments["cpus"])) if threads == "auto" else threads)
     training, validation = open_data(config)
@@ -174,23 +230,26 @@ def _work(arguments: dict[str, Any]) -> None:
         config,
         SampleReader(training, masks=task.needs_masks, cache_mb=cache),
         None if validation is None else SampleReader(validation, masks=task.needs_masks),
-        worker=worker,
+        worker=Worker(rank, world_size, device),
         store=TrainingStore(config.out or ""),
     )
     ray.train.report(summary)
 
 
-def _told(error: BaseException) -> OwlsamError:
-    """Our own error out of Ray's wrappers, where there is one."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
+def _told(error: BaseException) -> tuple[OwlsamError, bool]:
+    """Our own error out of Ray's wrappers, where there is one, and whether a worker was only lost."""
+    failures = list((getattr(error, "worker_failures", None) or {}).values())
+    for failure in failures:
         cause: BaseException | None = failure
         while cause is not None:
             if isinstance(cause, OwlsamError):
-                return cause
+                return cause, False
             cause = getattr(cause, "cause", None) or cause.__cause__
+    # When one is lost, the others report a broken connection.
+    lost = isinstance(error, PreemptionError) or any(isinstance(failure, RayError) for failure in failures)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return IncompleteError(f"the training broke off ({lines[-1]}); the same command goes on at the last checkpoint")
+    told = IncompleteError(f"the training broke off ({lines[-1]}); the same command goes on at the last checkpoint")
+    return told, lost
 
 
 @contextlib.contextmanager
@@ -202,18 +261,19 @@ def _ray(config: FinetuneConfig) -> Iterator[None]:
         raise InterruptedRunError("interrupted while Ray was starting; call the same command again") from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise IncompleteError(f"Ray does not start: {error}") from error
-    before = None
-    if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
-    except KeyboardInterrupt:
+    # Ray Train has a SIGINT handler of its own while it works, which leaves by `sys.exit(0)`.
+    except (KeyboardInterrupt, SystemExit):
         raise InterruptedRunError(
             "interrupted: the same command goes on at the last checkpoint (every checkpoint.every steps)"
         ) from None
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if ours:
             ray.shutdown()
 
@@ -222,16 +282,18 @@ def _ray(config: FinetuneConfig) -> Iterator[None]:
 def _tell_metrics(store: TrainingStore, report: Callable[[dict[str, Any]], None], interval_s: float) -> Iterator[None]:
     """Pass on the lines that the first worker writes, as they come."""
     stop = threading.Event()
-    told = len(store.read_metrics())
+    told = store.read_metrics()
 
     def look() -> None:
         nonlocal told
         with contextlib.suppress(OSError, ValueError):
             lines = store.read_metrics()
-            told = min(told, len(lines))  # a resumed training cuts off what it does again
-            for line in lines[told:]:
+            # Workers that replace lost ones cut off what they do again.
+            pairs = enumerate(zip(told, lines, strict=False))
+            same = next((index for index, (old, new) in pairs if old != new), min(len(told), len(lines)))
+            for line in lines[same:]:
                 report(line)
-            told = len(lines)
+            told = lines
 
     def watch() -> None:
         while not stop.wait(interval_s):

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from owlsam_ray.errors import InputError, TrainingError
+from owlsam_ray.errors import IncompleteError, InputError, TrainingError
 from owlsam_ray.finetune.batches import Plan, SampleReader, iterate_batches
 from owlsam_ray.finetune.config import FinetuneConfig, OptimizerConfig
 from owlsam_ray.finetune.data import Sample
@@ -98,11 +99,13 @@ class _Training:
         self.step = 0
         self.best: dict[str, Any] = {}
         self.metrics: list[dict[str, Any]] = []
+        self.window: list[dict[str, float]] = []
+        """Losses since the last line of metrics."""
         self._resume()
         self.wrapped: nn.Module = self.module
         if worker.world_size > 1:
-            # A worker whose images hold no object leaves out parts of the model.
-            self.wrapped = DistributedDataParallel(self.module, find_unused_parameters=True)
+            self._check_agreement()
+            self.wrapped = DistributedDataParallel(self.module)
 
     def run(self) -> dict[str, Any]:
         """To the last step."""
@@ -110,13 +113,15 @@ class _Training:
         if self.step >= steps:
             _log.info("nothing to do: all %d steps of %s are done", steps, self.store.url)
             return self._summary()
-        with contextlib.closing(_Board(self.store)) if self.worker.is_first else contextlib.nullcontext() as board:
+        with contextlib.ExitStack() as stack:
+            board = _Board(self.store, self.step) if self.worker.is_first else None
+            if board is not None:
+                stack.callback(board.close)
             self._steps(board)
         return self._summary()
 
     def _steps(self, board: "_Board | None") -> None:
         steps = self.settings.steps
-        window: list[dict[str, float]] = []
         seen: list[int] = []
         first_epoch = len(self.reader.images) // self.settings.batch_size
         start, since = time.monotonic(), self.step
@@ -124,7 +129,7 @@ class _Training:
             rate = learning_rate(self.settings, step)
             for group in self._groups():
                 group["lr"] = rate * group["lr_scale"]
-            window.append(self._one_step(step, batches))
+            self.window.append(self._one_step(step, batches))
             if step < first_epoch:
                 seen += [image_id for batch in batches for image_id in batch["image_ids"]]
             elif step == first_epoch:
@@ -132,13 +137,13 @@ class _Training:
             self.step = step + 1
             if self.step % LOG_EVERY == 0 or self.step == steps:
                 seconds = time.monotonic() - start
-                line = _mean(window) | {
+                line = _mean(self.window) | {
                     "step": self.step,
                     "lr": rate,
                     "images_per_s": round((self.step - since) * self.settings.batch_size / seconds, 2),
                     "eta_s": round((steps - self.step) * seconds / (self.step - since)),
                 }
-                window = []
+                self.window = []
                 self._tell(line, board)
             if self.step % self.config.checkpoint.validate_every == 0 or self.step == steps:
                 self._validate(board)
@@ -246,7 +251,13 @@ class _Training:
 
         with temporary_directory() as directory:
             self.task.export(self._averaged_module().state_dict(), Path(directory))
-            write_provenance(Path(directory), self.config, best=self.best, categories=self.reader.images.categories)
+            write_provenance(
+                Path(directory),
+                self.config,
+                best=self.best,
+                categories=self.reader.images.categories,
+                data_sha256=self.store.read_record().get("data_sha256", {}),
+            )
             self.store.put_directory(MODEL, Path(directory), last="config.json")
 
     def _save(self, board: "_Board | None") -> None:
@@ -259,6 +270,7 @@ class _Training:
                 "averaged": self.averaged.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "best": self.best,
+                "window": self.window,
             }
             self.store.save_checkpoint(self.step, state, keep=self.config.checkpoint.keep)
         if self.worker.world_size > 1:
@@ -280,10 +292,20 @@ class _Training:
                 f"the checkpoint of step {self.step} in {self.store.url} belongs to another architecture ({reason}): "
                 "choose another --out"
             ) from None
-        self.best = state["best"]
-        self.metrics = [line for line in self.store.read_metrics() if line["step"] <= self.step]
-        if self.worker.is_first:
-            _log.info("resuming at step %d of %d", self.step, self.settings.steps)
+        self.best, self.window = state["best"], state["window"]
+        if self.worker.is_first and self.step < self.settings.steps:
+            self.metrics = [line for line in self.store.read_metrics() if line["step"] <= self.step]
+            self._tell({"step": self.step, "resumed": True}, None)
+
+    def _check_agreement(self) -> None:
+        """Workers that do not see the same directory would go on from different checkpoints, or wait for ever."""
+        steps: list[Any] = [None] * self.worker.world_size
+        dist.all_gather_object(steps, self.step)
+        if len(set(steps)) > 1:
+            raise IncompleteError(
+                f"the workers found checkpoints of different steps ({steps}) in {self.store.url}: it must be a place "
+                "that all of them share"
+            )
 
     def _tell(self, line: dict[str, Any], board: "_Board | None") -> None:
         if not self.worker.is_first:
@@ -301,8 +323,17 @@ class _Training:
             "loss": last.get("loss"),
             "images_per_s": last.get("images_per_s"),
             "best": self.best,
-            "left_out": dict(self.reader.failures),
+            "left_out": self._left_out(),
         }
+
+    def _left_out(self) -> dict[str, int]:
+        """Reason → images that could not be read, over all workers and both sets."""
+        mine = self.reader.failures + (self.validation.failures if self.validation is not None else Counter())
+        if self.worker.world_size == 1:
+            return dict(mine)
+        all_of_them: list[Any] = [None] * self.worker.world_size
+        dist.all_gather_object(all_of_them, mine)
+        return dict(sum(all_of_them, Counter()))
 
 
 def make_optimizers(groups: list[dict[str, Any]], settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
@@ -341,9 +372,10 @@ def learning_rate(settings: OptimizerConfig, step: int) -> float:
 class _Board:
     """TensorBoard events, kept locally and copied to the store now and then."""
 
-    def __init__(self, store: TrainingStore) -> None:
+    def __init__(self, store: TrainingStore, step: int) -> None:
         self._store, self._directory = store, temporary_directory()
-        self._writer = SummaryWriter(self._directory.name, write_to_disk=True)
+        # A resumed training does the steps after its checkpoint again.
+        self._writer = SummaryWriter(self._directory.name, purge_step=step)
 
     def add(self, line: dict[str, Any]) -> None:
         """One line of metrics."""

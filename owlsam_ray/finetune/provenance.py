@@ -22,11 +22,23 @@ def library_versions() -> dict[str, str]:
 
 
 def write_provenance(
-    directory: Path, config: FinetuneConfig, *, best: dict[str, Any], categories: Sequence[Category]
+    directory: Path,
+    config: FinetuneConfig,
+    *,
+    best: dict[str, Any],
+    categories: Sequence[Category],
+    data_sha256: dict[str, str],
 ) -> None:
-    """Write `provenance.json`: config, data, versions and scores; no path, host or time."""
+    """Write `provenance.json`: config, data, versions and scores; no path, host or time.
+
+    Args:
+        directory: of the model.
+        config: of the training.
+        best: step and scores of the model.
+        categories: that it learned.
+        data_sha256: of `annotations_sha256`, by set.
+    """
     fields = config.result_fields()
-    data = fields.pop("data")
     model = fields["detector"] or fields["segmenter"]
     started_from = _weights(model.pop("weights"))
     record = {
@@ -34,13 +46,7 @@ def write_provenance(
         "versions": library_versions(),
         "config": fields,
         "started_from": started_from,
-        "data": {name: data[name] for name in ("val_images", "max_pixels")}
-        | ({"drawn": {k: v for k, v in data["drawn"].items() if k != "directory"}} if data["drawn"] else {})
-        | {
-            f"{name}_sha256": annotations_sha256(data[name]["annotations"])
-            for name in ("train", "val")
-            if data[name] is not None
-        },
+        "data_sha256": data_sha256,
         "categories": [category.name for category in categories],
         "best": best,
     }
@@ -62,8 +68,5 @@ def _weights(name: str | None) -> dict[str, Any] | None:
 
 
 def annotations_sha256(url: str) -> str:
-    """Hex SHA-256 of an annotation file, which may be gone by now: then empty."""
-    try:
-        return hashlib.sha256(storage.read_bytes(url)).hexdigest()
-    except OSError:
-        return ""
+    """Hex SHA-256 of an annotation file."""
+    return hashlib.sha256(storage.read_bytes(url)).hexdigest()

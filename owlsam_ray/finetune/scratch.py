@@ -4,10 +4,10 @@ transformers' own initialisation makes the detection heads far too wide (box out
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor
 
@@ -44,6 +44,16 @@ class OwlVitArchitecture(Section):
     """Tokens of a prompt, start and end included."""
     resample: Literal["bilinear", "bicubic"] = "bilinear"
     """How pictures are brought to the square."""
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.text_width % max(1, self.text_width // 32):
+            raise ValueError(f"text_width {self.text_width} is not a multiple of 32")
+        return self
 
 
 def word_tokenizer(words: Iterable[str], *, positions: int) -> CLIPTokenizer:

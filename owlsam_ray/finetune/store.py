@@ -7,12 +7,13 @@ tensorboard/                  the same for TensorBoard
 model/                        what `annotate` loads: the best by validation; provenance.json beside it
 """
 
+import contextlib
 import io
 import json
 import logging
 import pickle
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,24 @@ class TrainingStore:
             return
         except ValueError as error:
             raise GuardError(f"{url} is damaged ({error}): choose another directory") from None
-        changed = differing_fields(record["config"], stored.get("config", {}))
+        guarded = ("config", "data_sha256", "categories")
+        ours, theirs = ({name: each.get(name) for name in guarded} for each in (record, stored))
+        changed = differing_fields(ours, theirs)
         if changed:
             raise GuardError(
-                f"{self.url} holds a training with other settings; go on with those, or choose another --out:\n  "
-                + "\n  ".join(changed)
+                f"{self.url} holds a training with other settings or data; go on with those, or choose another "
+                "--out:\n  " + "\n  ".join(changed)
             )
+        if stored.get("versions") != record.get("versions"):
+            _log.warning("other library versions than before: the last digits may differ from here on")
+
+    def read_record(self) -> dict[str, Any]:
+        """What `guard` wrote; empty when there is nothing."""
+        try:
+            record: dict[str, Any] = json.loads(storage.read_bytes(storage.join(self.url, RECORD_FILE)))
+        except FileNotFoundError:
+            return {}
+        return record
 
     def checkpoints(self) -> list[int]:
         """Steps that have a checkpoint, rising."""
@@ -75,37 +88,54 @@ class TrainingStore:
         Raises:
             IncompleteError: storage refused; earlier checkpoints are as they were.
         """
-        data = io.BytesIO()
-        torch.save(dict(state), data)
-        try:
-            storage.write_atomic(self._checkpoint_url(step), data.getbuffer())
-        except OSError as error:
-            kept = self.checkpoints()
-            raise IncompleteError(
-                f"cannot save the checkpoint of step {step} in {self.url}: {error.strerror or error}. "
-                + (f"The one of step {kept[-1]} is whole. " if kept else "")
-                + "Free space or fix the permissions, then call the same command again."
-            ) from error
+        with self._telling(f"the checkpoint of step {step}"), storage.open_atomic(self._checkpoint_url(step)) as file:
+            torch.save(dict(state), file)
         for old in self.checkpoints()[:-keep]:
             storage.remove(self._checkpoint_url(old))
+        storage.remove_stale_temporaries(storage.join(self.url, _CHECKPOINTS))
+
+    @contextlib.contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """A refusal of the storage, as an error that says what is kept and what to do."""
+        try:
+            yield
+        # torch's writer wraps what the file refuses.
+        except (OSError, RuntimeError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            kept = self.checkpoints()
+            raise IncompleteError(
+                f"cannot save {what} in {self.url}: {cause.strerror or cause}. "
+                + (f"The checkpoint of step {kept[-1]} is whole. " if kept else "")
+                + "Free space or fix the permissions, then call the same command again."
+            ) from error
 
     def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
         """The newest checkpoint that can be read, as (step, state); None when there is none.
 
         Raises:
-            InputError: there are checkpoints, and none can be read.
+            IncompleteError: storage does not answer; the checkpoints may be fine.
+            InputError: there are checkpoints, and all of them are damaged.
         """
         steps = self.checkpoints()
         for step in reversed(steps):
             try:
                 data = storage.read_bytes(self._checkpoint_url(step))
+            except FileNotFoundError:
+                continue  # another process has just replaced it by a newer one
+            except OSError as error:
+                raise IncompleteError(
+                    f"cannot read the checkpoint of step {step} in {self.url}: {error}. Call the same command again."
+                ) from error
+            try:
                 state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError) as error:
-                _log.warning("the checkpoint of step %d cannot be read (%s)", step, str(error).split("\n")[0])
+            except (EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError) as error:
+                _log.warning("the checkpoint of step %d is damaged (%s)", step, str(error).split("\n")[0])
                 continue
             return step, state
         if steps:
-            raise InputError(f"no checkpoint in {self.url} can be read: choose another --out, or delete them")
+            raise InputError(f"every checkpoint in {self.url} is damaged: choose another --out, or delete them")
         return None
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -119,7 +149,8 @@ class TrainingStore:
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replace `metrics.jsonl`: an object store cannot append, and a resumed training cuts off what it redoes."""
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        storage.write_atomic(storage.join(self.url, METRICS_FILE), text.encode())
+        with self._telling(METRICS_FILE):
+            storage.write_atomic(storage.join(self.url, METRICS_FILE), text.encode())
 
     def put_directory(self, name: str, local: Path, *, last: str | None = None) -> None:
         """Copy a local directory's files below the training's directory, each whole or not at all.
@@ -132,7 +163,8 @@ class TrainingStore:
         files = sorted(path for path in local.rglob("*") if path.is_file())
         for path in sorted(files, key=lambda path: path.name == last):
             relative = path.relative_to(local).as_posix()
-            storage.write_atomic(storage.join(self.url, name, *relative.split("/")), path.read_bytes())
+            with self._telling(f"{name}/{relative}"):
+                storage.write_atomic(storage.join(self.url, name, *relative.split("/")), path.read_bytes())
 
     def _checkpoint_url(self, step: int) -> str:
         return storage.join(self.url, _CHECKPOINTS, f"step-{step:08d}.pt")

@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, drawn: Path) -> Non
     assert min(losses(run_alone(config))) == 9
     for file in checkpoints.iterdir():
         file.write_bytes(b"")
-    with pytest.raises(InputError, match=r"no checkpoint .* can be read"):
+    with pytest.raises(InputError, match=r"every checkpoint .* is damaged"):
         run_alone(config)
 
 
