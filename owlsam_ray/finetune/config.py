@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from owlsam_ray.config import Auto, LoggingConfig, Name, PositiveInt, Section, absolute, load_tree, validate_tree
 from owlsam_ray.datasets.cleaning import CleaningSettings
@@ -39,7 +39,7 @@ class DatasetFiles(Section):
 class DrawnDataset(Section):
     """The demo's dataset, drawn when it is not there."""
 
-    directory: Annotated[str, Field(min_length=1, pattern=r"^(?!.*://)")] = "runs/drawn"
+    directory: Name = "runs/drawn"
     """A local directory."""
     train: PositiveInt = 10_000
     """Pictures to learn from."""
@@ -47,6 +47,13 @@ class DrawnDataset(Section):
     """Pictures to validate on."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the drawing."""
+
+    @field_validator("directory")
+    @classmethod
+    def _directory_is_local(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError("pictures are drawn into a local directory")
+        return value
 
 
 class TrainingData(Section):

@@ -61,8 +61,10 @@ def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None]
     # What was written after the last checkpoint is done again.
     store.write_metrics([line for line in store.read_metrics() if kept and line["step"] <= kept[-1]])
     with _ray(config), _tell_metrics(store, report, config.logging.progress_s):
-        result = _fit_again(config)
-    return result | {"model": storage.join(config.out, MODEL), "cleaning": cleaning}
+        _fit_again(config)
+    finished: dict[str, Any] = next((line for line in reversed(store.read_metrics()) if line.get("finished")), {})
+    summary = {name: value for name, value in finished.items() if name not in ("step", "finished")}
+    return summary | {"model": storage.join(config.out, MODEL), "cleaning": cleaning}
 
 
 def _check(config: FinetuneConfig, store: TrainingStore) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def make_task(config: FinetuneConfig, training: TrainingImages) -> Task:
     return task
 
 
-def _fit_again(config: FinetuneConfig) -> dict[str, Any]:
+def _fit_again(config: FinetuneConfig) -> None:
     """`_fit`, again from the last checkpoint when workers were lost; what would only happen again is told at once."""
     for left in range(config.resources.max_failures, -1, -1):
         try:
@@ -156,11 +158,10 @@ def _fit_again(config: FinetuneConfig) -> dict[str, Any]:
             if left == 0 or not lost:
                 raise told from error
             _log.warning("%s", told)
-    raise AssertionError
 
 
-def _fit(config: FinetuneConfig) -> dict[str, Any]:
-    """Hand the training to Ray Train, and give back what its first worker reported last."""
+def _fit(config: FinetuneConfig) -> None:
+    """Hand the training to Ray Train and wait for its end."""
     resources = config.resources
     on_gpu, cpus = _share(config, ray.cluster_resources())
     _log.info("%d worker(s) on %s, %g CPUs each", resources.workers, "cuda" if on_gpu else "cpu", cpus)
@@ -180,7 +181,7 @@ def _fit(config: FinetuneConfig) -> dict[str, Any]:
                 storage_path=scratch if resources.ray_address is None else storage.join(config.out or "", "ray"),
             ),
         )
-        return dict(trainer.fit().metrics or {})
+        trainer.fit()
 
 
 def _share(config: FinetuneConfig, totals: dict[str, float]) -> tuple[bool, float]:
@@ -225,7 +226,7 @@ def _work(arguments: dict[str, Any]) -> None:
     training, validation = open_data(config)
     task = make_task(config, training)
     cache = config.data.cache_mb
-    summary = train(
+    train(
         task,
         config,
         SampleReader(training, masks=task.needs_masks, cache_mb=cache),
@@ -233,7 +234,6 @@ def _work(arguments: dict[str, Any]) -> None:
         worker=Worker(rank, world_size, device),
         store=TrainingStore(config.out or ""),
     )
-    ray.train.report(summary)
 
 
 def _told(error: BaseException) -> tuple[OwlsamError, bool]:

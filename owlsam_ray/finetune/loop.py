@@ -118,7 +118,9 @@ class _Training:
             if board is not None:
                 stack.callback(board.close)
             self._steps(board)
-        return self._summary()
+        summary = self._summary()
+        self._tell({"step": self.step, "finished": True} | summary, None)
+        return summary
 
     def _steps(self, board: "_Board | None") -> None:
         steps = self.settings.steps
@@ -293,8 +295,8 @@ class _Training:
                 "choose another --out"
             ) from None
         self.best, self.window = state["best"], state["window"]
-        if self.worker.is_first and self.step < self.settings.steps:
-            self.metrics = [line for line in self.store.read_metrics() if line["step"] <= self.step]
+        self.metrics = [line for line in self.store.read_metrics() if line["step"] <= self.step]
+        if self.step < self.settings.steps:
             self._tell({"step": self.step, "resumed": True}, None)
 
     def _check_agreement(self) -> None:
@@ -320,7 +322,7 @@ class _Training:
         last: dict[str, Any] = next((line for line in reversed(self.metrics) if "loss" in line), {})
         return {
             "steps": self.step,
-            "loss": last.get("loss"),
+            "last_loss": last.get("loss"),
             "images_per_s": last.get("images_per_s"),
             "best": self.best,
             "left_out": self._left_out(),

@@ -1,16 +1,19 @@
 """The training loop in one process: resume, averages, errors, what it leaves behind."""
 
+import contextlib
+import io
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from owlsam_ray import storage
-from owlsam_ray.errors import GuardError, IncompleteError, InputError, TrainingError
+from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError, TrainingError
 from owlsam_ray.finetune import loop
 from owlsam_ray.finetune.config import FinetuneConfig, OptimizerConfig
 from owlsam_ray.finetune.job import make_task, open_data
@@ -146,17 +149,25 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     tmp_path: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_job(tmp_path, drawn)
-    write = storage.write_atomic
+    open_atomic = storage.open_atomic
 
-    def full(url: str, data: Any) -> None:
-        if "step-00000008" in url:
-            raise OSError(28, "No space left on device")
-        write(url, data)
+    class Full(io.BytesIO):
+        """A file on a disk that is full after 20 kB."""
 
-    monkeypatch.setattr(storage, "write_atomic", full)
+        def write(self, data: Any) -> int:
+            if self.tell() > 20_000:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    @contextlib.contextmanager
+    def full(url: str) -> Iterator[IO[bytes]]:
+        with open_atomic(url) as file:
+            yield Full() if "step-00000008" in url else file
+
+    monkeypatch.setattr(storage, "open_atomic", full)
     with pytest.raises(IncompleteError, match=r"checkpoint of step 8 .*No space left.*step 4 is whole"):
         run_alone(config)
-    monkeypatch.setattr(storage, "write_atomic", write)
+    monkeypatch.setattr(storage, "open_atomic", open_atomic)
     assert min(losses(run_alone(config))) == 5
 
 
@@ -230,3 +241,50 @@ def test_the_loss_falls(tmp_path: Path, drawn: Path, model: dict[str, Any], shar
     )
     found = list(losses(run_alone(config)).values())
     assert sum(found[-10:]) < share * sum(found[:10])
+
+
+def test_a_line_of_metrics_that_a_checkpoint_divides_is_the_same(
+    tmp_path: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOG_EVERY", 3)
+    whole = losses(run_alone(load_job(tmp_path, drawn, optimizer={"steps": 6})))
+    root = tmp_path / "again"
+    root.mkdir()
+    config = load_job(root, drawn, optimizer={"steps": 6})
+    task = make_task(config, open_data(config)[0])
+    with pytest.raises(TrainingError):  # after the checkpoint of step 4, in the middle of a line
+        run_alone(config, task=_Odd(task, 5))
+    assert losses(run_alone(config)) == pytest.approx({6: whole[6]}, abs=1e-6)
+
+
+def test_everything_may_lie_on_an_object_store(tmp_path: Path, drawn: Path) -> None:
+    config = load_job(tmp_path, drawn, optimizer={"steps": 4}).model_copy(update={"out": "memory://bucket/training"})
+    lines = run_alone(config)
+    assert TrainingStore("memory://bucket/training").checkpoints() == [4]
+    assert lines[-1]["finished"]
+    assert storage.exists("memory://bucket/training/model/model.safetensors")
+    assert run_alone(config) == []
+
+
+def test_storage_that_does_not_answer_is_no_damaged_checkpoint(
+    tmp_path: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_job(tmp_path, drawn, optimizer={"steps": 4})
+    run_alone(config)
+    read = storage.read_bytes
+
+    def silent(url: str) -> bytes:
+        if url.endswith(".pt"):
+            raise OSError(5, "Input/output error")
+        return read(url)
+
+    monkeypatch.setattr(storage, "read_bytes", silent)
+    with pytest.raises(IncompleteError, match="cannot read the checkpoint of step 4"):
+        run_alone(config)
+
+
+def test_a_model_with_nothing_to_learn_is_refused(tmp_path: Path, drawn: Path) -> None:
+    frozen = {"detector": DETECTOR["detector"] | {"frozen": ["text", "vision", "box_head", "class_head"]}}
+    config = load_job(tmp_path, drawn, model=frozen)
+    with pytest.raises(ConfigError, match="every part of the model is frozen"):
+        make_task(config, open_data(config)[0])
