@@ -6,23 +6,30 @@ among themselves, so that no image is seen twice in an epoch however many worker
 """
 
 import logging
+import math
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from owlsam_ray.errors import ImageError, InputError
+from owlsam_ray.errors import FailureClass, ImageError, IncompleteError, InputError
 from owlsam_ray.finetune.augment import AugmentSettings, augment
 from owlsam_ray.finetune.data import Sample, TrainingImages
 
 _log = logging.getLogger(__name__)
 
 _AHEAD = 3
-"""Steps that are made ready before they are asked for."""
+"""Steps that are made ready before they are asked for; more where steps are so small that threads would stand idle."""
+_PAUSES_S = (0.5, 2.0)
+"""Between the tries of an image that storage did not give."""
+_OUTAGE = 32
+"""Images in a row that storage did not give: it is down, and pausing for each of them would take for ever."""
 _SHUFFLE, _AUGMENT, _COLLATE = 0, 1, 2
 """Streams of chance under one seed."""
 
@@ -48,6 +55,17 @@ class Plan:
             for start in range(first, first + per_call * self.accumulate, per_call)
         ]
 
+    def replacements_of(self, place: int) -> Iterator[int]:
+        """Every other image once, for a place whose image cannot be read: those of the next steps, then the rest."""
+        epoch, position = divmod(place, self.num_images)
+        order = _epoch_order(self.seed, epoch, self.num_images)
+        # Strides of a whole step come back to where they began before they met every image: then one further.
+        rounds = math.gcd(self.batch_size, self.num_images)
+        for shift in range(rounds):
+            for stride in range(self.num_images // rounds):
+                if shift or stride:
+                    yield int(order[(position + shift + stride * self.batch_size) % self.num_images])
+
     def _image_at(self, place: int) -> int:
         epoch, position = divmod(place, self.num_images)
         return int(_epoch_order(self.seed, epoch, self.num_images)[position])
@@ -69,46 +87,107 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray[Any, np.dtype[
 
 
 class SampleReader:
-    """Reads samples, keeps some in memory, and leaves out images that cannot be read."""
+    """Reads samples, keeps some in memory, and leaves out images that cannot be read. Threads may share it.
 
-    def __init__(self, images: TrainingImages, *, masks: bool, cache_mb: int = 0) -> None:
+    Args:
+        images: what is read.
+        masks: whether samples carry masks.
+        cache_mb: room for samples that stay in memory.
+        split: what the images are for, in messages.
+    """
+
+    def __init__(
+        self,
+        images: TrainingImages,
+        *,
+        masks: bool,
+        cache_mb: int = 0,
+        split: Literal["training", "validation"] = "training",
+    ) -> None:
         self.images = images
         self.failures: Counter[str] = Counter()
-        """Reason → images that were left out for it, each counted once."""
-        self._masks = masks
+        """Reason → images that were left out for it, each counted once; those of `fetch_failed` may come back."""
+        self._masks, self._split = masks, split
         self._room = cache_mb * 2**20
         self._cache: dict[int, Sample] = {}
         self._failed: set[int] = set()
+        """Images that are not tried again."""
+        self._not_given: set[int] = set()
+        """Images that storage did not give at least once."""
+        self._in_a_row = 0
+        """Images that storage did not give since it last answered."""
         self._lock = Lock()
 
     def read(self, index: int) -> Sample | None:
-        """One sample without augmentation; None for an image that cannot be read, which is told once."""
+        """One sample without augmentation; None for an image that cannot be read, which is told once.
+
+        What storage does not give is tried again after a pause, and again whenever the image is asked for.
+
+        Raises:
+            InputError: no image at all can be read.
+            IncompleteError: storage gave none of many images in a row.
+        """
         sample = self._cache.get(index)
-        if sample is not None or index in self._failed:
+        if sample is not None:
             return sample
-        try:
-            sample = self.images.load(index, masks=self._masks)
-        except ImageError as error:
-            self._note_failure(index, error)
-            return None
+        if index not in self._failed:
+            try:
+                sample = self._load(index)
+            except ImageError as error:
+                self._note_failure(index, error)
+            else:
+                self._keep(index, sample)
+                return sample
+        # Asked at every miss: each of several threads must learn it, not only the one that met the last failure.
+        self._check_any_left()
+        return None
+
+    def _load(self, index: int) -> Sample:
+        for pause in _PAUSES_S:
+            try:
+                return self.images.load(index, masks=self._masks)
+            except ImageError as error:
+                if error.failure_class is not FailureClass.TRANSIENT:
+                    raise
+                _log.debug("image %d is tried again in %g s: %s", self.images.image_ids[index], pause, error.reason)
+            time.sleep(pause)
+        return self.images.load(index, masks=self._masks)
+
+    def _keep(self, index: int, sample: Sample) -> None:
         size = sample.pixels.nbytes + (0 if sample.masks is None else sample.masks.nbytes)
         with self._lock:
-            if size <= self._room:
+            self._in_a_row = 0
+            if size <= self._room and index not in self._cache:
                 self._room -= size
                 self._cache[index] = sample
-        return sample
 
     def _note_failure(self, index: int, error: ImageError) -> None:
+        transient = error.failure_class is FailureClass.TRANSIENT
         with self._lock:
-            if index in self._failed:
-                return
-            self._failed.add(index)
-            self.failures[error.reason.split(":")[0]] += 1
-        _log.warning("image %d is left out of the training: %s", self.images.image_ids[index], error.reason)
+            self._in_a_row = self._in_a_row + 1 if transient else 0
+            noted = self._not_given if transient else self._failed
+            is_new = index not in noted
+            if is_new:
+                noted.add(index)
+                self.failures[error.reason.split(":")[0]] += 1
+        if self._in_a_row >= _OUTAGE:
+            raise IncompleteError(
+                f"storage gave none of {self._in_a_row} {self._split} images in a row ({error.reason}): "
+                "when it is back, the same command goes on at the last checkpoint"
+            )
+        if is_new:
+            for_now = " for now" if transient else ""
+            _log.warning(
+                "image %d is left out of the %s%s: %s",
+                self.images.image_ids[index], self._split, for_now, error.reason,
+            )  # fmt: skip
+
+    def _check_any_left(self) -> None:
         if len(self._failed) == len(self.images):
+            key = "train" if self._split == "training" else "val"
             raise InputError(
-                f"none of the {len(self.images)} training images can be read ({dict(self.failures)}): is data.train's "
-                "`images` the folder that the file names are relative to?"
+                f"none of the {len(self.images)} {self._split} images can be read ({dict(self.failures)}): is "
+                f"data.{key}'s `images` the folder that the file names are relative to?"
             )
 
 
@@ -132,28 +211,34 @@ def iterate_batches(
         threads: that read; at least one.
 
     Yields:
-        Step and micro batches. An image that cannot be read is replaced by the next of the sequence that can.
+        Step and micro batches. An image that cannot be read is replaced by another of the epoch that can.
+
+    Raises:
+        InputError: no image can be read.
+        IncompleteError: storage gave none of many images, or of all there are.
     """
 
     def sample_at(place: int, index: int) -> Sample:
-        sample = reader.read(index)
-        other = place
-        while sample is None:
-            other += plan.batch_size
-            sample = reader.read(plan._image_at(other))
+        sample = reader.read(index) or _replacement(plan, reader, place)
         return augment(sample, augmentation, np.random.default_rng([plan.seed, _AUGMENT, place]))
 
-    def make(step: int, number: int, places: list[tuple[int, int]]) -> dict[str, Any]:
-        samples = [sample_at(place, index) for place, index in places]
-        return collate(samples, np.random.default_rng([plan.seed, _COLLATE, step, plan.rank, number]))
+    def start(step: int) -> list[Future[dict[str, Any]]]:
+        return [
+            _Parts(
+                [partial(sample_at, place, index) for place, index in places],
+                collate,
+                np.random.default_rng([plan.seed, _COLLATE, step, plan.rank, number]),
+            ).submit(pool)
+            for number, places in enumerate(plan.images_of(step))
+        ]
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
     waiting: deque[tuple[int, list[Future[dict[str, Any]]]]] = deque()
+    ahead = max(_AHEAD, math.ceil(threads * plan.world_size / plan.batch_size))
     try:
         for step in steps:
-            micro = plan.images_of(step)
-            waiting.append((step, [pool.submit(make, step, number, places) for number, places in enumerate(micro)]))
-            if len(waiting) > _AHEAD:
+            waiting.append((step, start(step)))
+            if len(waiting) > ahead:
                 ready, futures = waiting.popleft()
                 yield ready, [future.result() for future in futures]
         while waiting:
@@ -161,3 +246,51 @@ def iterate_batches(
             yield ready, [future.result() for future in futures]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _replacement(plan: Plan, reader: SampleReader, place: int) -> Sample:
+    for index in plan.replacements_of(place):
+        sample = reader.read(index)
+        if sample is not None:
+            return sample
+    raise IncompleteError(
+        f"not one of the {plan.num_images} training images could be read just now ({dict(reader.failures)}): when "
+        "storage is back, the same command goes on at the last checkpoint"
+    )
+
+
+class _Parts:
+    """A micro batch that threads make together, one sample each; the thread that makes the last one collates."""
+
+    def __init__(
+        self,
+        makers: Sequence[Callable[[], Sample]],
+        collate: Callable[[Sequence[Sample], np.random.Generator], dict[str, Any]],
+        rng: np.random.Generator,
+    ) -> None:
+        self._makers, self._collate, self._rng = makers, collate, rng
+        self._samples: list[Sample | None] = [None] * len(makers)
+        self._missing = len(makers)
+        self._lock = Lock()
+        self._batch: Future[dict[str, Any]] = Future()
+
+    def submit(self, pool: ThreadPoolExecutor) -> Future[dict[str, Any]]:
+        """Hand all samples to the threads; the batch comes when they are there, or the first error."""
+        for number in range(len(self._makers)):
+            pool.submit(self._make, number)
+        return self._batch
+
+    def _make(self, number: int) -> None:
+        try:
+            self._samples[number] = self._makers[number]()
+            with self._lock:
+                self._missing -= 1
+                is_last = self._missing == 0
+            if is_last:
+                samples = [sample for sample in self._samples if sample is not None]
+                self._samples = []
+                self._batch.set_result(self._collate(samples, self._rng))
+        except BaseException as error:  # noqa: BLE001 - who waits for the batch must hear of it, whatever it is
+            with self._lock:
+                if not self._batch.done():
+                    self._batch.set_exception(error)
