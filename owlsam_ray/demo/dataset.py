@@ -1,9 +1,14 @@
-"""The drawn dataset on a disk: `images/<split>/000000.jpg` and `<split>.json` in COCO format."""
+"""The drawn dataset on a disk: `images/<split>/000000.jpg` and `<split>.json` in COCO format.
 
+Several processes may draw the same split at once: each file appears whole, and one that is there is not written again.
+"""
+
+import contextlib
 import io
 import json
 import multiprocessing
 import os
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -15,7 +20,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from owlsam_ray.demo.drawing import CATEGORIES, SEEN, Drawing, Split, draw
-from owlsam_ray.storage import write_atomic
+from owlsam_ray.errors import GuardError
+from owlsam_ray.storage import TEMPORARY_PREFIX, remove_stale_temporaries, write_atomic
 
 _CHUNK = 32
 """Pictures that a process draws at a time."""
@@ -32,7 +38,7 @@ def annotation_file(directory: Path, split: Split) -> Path:
 
 
 def write_split(directory: Path, split: Split, count: int, *, seed: int = 0, workers: int | None = None) -> Path:
-    """Draw a split; a finished one of the same seed and count is kept.
+    """Draw a split; a finished one of the same seed and count is left as it is.
 
     Args:
         directory: made when it does not exist.
@@ -43,11 +49,17 @@ def write_split(directory: Path, split: Split, count: int, *, seed: int = 0, wor
 
     Returns:
         The COCO file. Its name appears when all pictures are written.
+
+    Raises:
+        GuardError: there is a finished one of another seed or count, which something may be reading just now.
     """
     file = annotation_file(directory, split)
     if _is_finished(file, count, seed):
         return file
-    (image_root(directory) / split.name.lower()).mkdir(parents=True, exist_ok=True)
+    pictures = image_root(directory) / split.name.lower()
+    pictures.mkdir(parents=True, exist_ok=True)
+    for each in (directory, pictures):
+        remove_stale_temporaries(str(each))
     chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     processes = min(workers or len(os.sched_getaffinity(0)), len(chunks))
     images: list[dict[str, Any]] = []
@@ -66,15 +78,42 @@ def write_split(directory: Path, split: Split, count: int, *, seed: int = 0, wor
             category.model_dump() for category in CATEGORIES if split is Split.TEST or category.supercategory == SEEN
         ],
     }
-    write_atomic(str(file), json.dumps(tree).encode())
+    if not _is_finished(file, count, seed):  # another process may have been faster
+        write_atomic(str(file), json.dumps(tree).encode())
     return file
 
 
 def _is_finished(file: Path, count: int, seed: int) -> bool:
     if not file.is_file():
         return False
-    tree = json.loads(file.read_text(encoding="utf-8"))
-    return bool(len(tree["images"]) == count and tree["info"]["seed"] == seed)
+    way_out = f"choose another directory, or delete {file} if nothing reads it any more"
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        there = (len(tree["images"]), tree["info"]["seed"])
+    except (ValueError, KeyError, TypeError):
+        raise GuardError(f"{file} is not a file of drawn pictures: {way_out}") from None
+    if there != (count, seed):
+        raise GuardError(
+            f"{file} lists {there[0]} drawn pictures of seed {there[1]}, not {count} of seed {seed}: {way_out}"
+        )
+    return True
+
+
+def _write_once(file: Path, data: bytes) -> None:
+    """Write a file so that it appears whole; one with the same bytes is not touched.
+
+    Not by `write_atomic`, whose syncing takes several times as long as the drawing.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if file.read_bytes() == data:
+            return
+    temporary = file.with_name(f"{TEMPORARY_PREFIX}{file.name}-{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _drawn(write: Any, chunks: list[range], processes: int) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
@@ -100,7 +139,7 @@ def _write_chunk(
         data = io.BytesIO()
         # Full colour resolution: a shape may be twelve pixels wide.
         Image.fromarray(drawing.pixels).save(data, "JPEG", quality=92, subsampling=0)
-        (image_root(directory) / name).write_bytes(data.getvalue())
+        _write_once(image_root(directory) / name, data.getvalue())
         height, width = drawing.pixels.shape[:2]
         image = {"id": index + 1, "file_name": name, "height": height, "width": width}
         result.append((image, _annotations(drawing, index + 1)))

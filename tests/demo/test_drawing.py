@@ -1,6 +1,7 @@
 """The drawn dataset: the same everywhere, exact masks, and pairs that training never sees."""
 
 import colorsys
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools.coco import COCO
 
-from owlsam_ray.demo import drawing
+from owlsam_ray.demo import dataset, drawing
 from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
 from owlsam_ray.demo.drawing import (
     CATEGORIES,
@@ -27,6 +28,7 @@ from owlsam_ray.demo.drawing import (
     Split,
     draw,
 )
+from owlsam_ray.errors import GuardError
 from owlsam_ray.masks import tight_box
 
 SEED = 5
@@ -193,13 +195,83 @@ def test_training_files_do_not_name_what_is_withheld(split: Split, tmp_path: Pat
     }
 
 
-def test_a_finished_split_is_kept_and_another_is_drawn(tmp_path: Path) -> None:
+def times(directory: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_finished_split_is_left_as_it_is(tmp_path: Path) -> None:
     file = write_split(tmp_path, Split.VAL, 3, seed=SEED, workers=1)
-    before = file.read_bytes()
+    before = times(tmp_path)
+    assert len(before) == 4
+    assert write_split(tmp_path, Split.VAL, 3, seed=SEED, workers=1) == file
+    assert times(tmp_path) == before
     picture = image_root(tmp_path) / "val" / "000000.jpg"
     picture.unlink()
     assert write_split(tmp_path, Split.VAL, 3, seed=SEED, workers=1) == file
     assert not picture.exists()
-    write_split(tmp_path, Split.VAL, 3, seed=SEED + 1, workers=1)
-    assert picture.exists()
-    assert file.read_bytes() != before
+
+
+@pytest.mark.parametrize(("count", "seed"), [(2, SEED), (4, SEED), (3, SEED + 1)])
+def test_a_finished_split_of_other_pictures_is_refused(tmp_path: Path, count: int, seed: int) -> None:
+    file = write_split(tmp_path, Split.VAL, 3, seed=SEED, workers=1)
+    before, bytes_before = times(tmp_path), digests(tmp_path)
+    with pytest.raises(GuardError, match=rf"lists 3 drawn pictures of seed {SEED}, not {count} of seed {seed}: choose"):
+        write_split(tmp_path, Split.VAL, count, seed=seed, workers=1)
+    assert (times(tmp_path), digests(tmp_path)) == (before, bytes_before)
+    file.unlink()  # the way out
+    write_split(tmp_path, Split.VAL, count, seed=seed, workers=1)
+    assert len(json.loads(file.read_text())["images"]) == count
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"images": []}'])
+def test_a_damaged_file_of_a_split_is_refused(tmp_path: Path, content: str) -> None:
+    annotation_file(tmp_path, Split.VAL).write_text(content)
+    with pytest.raises(
+        GuardError, match=r"val\.json is not a file of drawn pictures: choose another directory, or del"
+    ):
+        write_split(tmp_path, Split.VAL, 3, seed=SEED, workers=1)
+
+
+def test_pictures_that_are_there_are_not_written_again(tmp_path: Path) -> None:
+    # What a second training meets that started to draw at the same time.
+    file = write_split(tmp_path, Split.VAL, 3, seed=SEED, workers=1)
+    before = digests(tmp_path)
+    file.unlink()
+    damaged = image_root(tmp_path) / "val" / "000001.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    written = times(tmp_path)
+    write_split(tmp_path, Split.VAL, 3, seed=SEED, workers=1)
+    assert digests(tmp_path) == before
+    changed = {path for path, time in times(tmp_path).items() if written.get(path) != time}
+    assert changed == {str(damaged), str(file)}
+
+
+def test_a_split_that_another_process_finished_meanwhile_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_split(tmp_path / "other", Split.VAL, 3, seed=SEED, workers=1)
+    file = annotation_file(tmp_path, Split.VAL)
+    real = dataset.draw
+
+    def draw_late(seed: int, split: Split, index: int) -> Drawing:
+        if index == 2:
+            annotation_file(tmp_path / "other", Split.VAL).rename(file)
+        return real(seed, split, index)
+
+    monkeypatch.setattr(dataset, "draw", draw_late)
+    inode = annotation_file(tmp_path / "other", Split.VAL).stat().st_ino
+    assert write_split(tmp_path, Split.VAL, 3, seed=SEED, workers=1) == file
+    assert file.stat().st_ino == inode
+
+
+def test_a_full_disk_leaves_no_half_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        real(self, data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_split(tmp_path, Split.VAL, 1, seed=SEED, workers=1)
+    assert digests(tmp_path) == {}
