@@ -104,7 +104,7 @@ def precision_recall(
     """Match predictions to objects as COCO (or LVIS) does.
 
     Args:
-        truth: with masks for `segm`.
+        truth: with a mask of every object for `segm`.
         regions: after `federated`; those without a mask are left out of `segm`.
         kind: IoU of boxes or of masks.
         ranges: lowest and highest area, both included, by label; `all` comes on top. Objects outside are ignored, and

@@ -1,17 +1,19 @@
 """A ground truth, read and checked: what is wrong is told by file, entry and value."""
 
 import json
+import logging
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeGuard
 
 from owlsam_ray import storage
 from owlsam_ray.errors import InputError
-from owlsam_ray.evaluate.regions import Region, box_of, is_number, rle_area, rle_of
+from owlsam_ray.evaluate.regions import NoOutlineError, Region, Rle, box_of, is_number, rle_area, rle_of
 
 FREQUENCIES = ("r", "c", "f")
 """LVIS: rare, common, frequent."""
 NO_GROUP = "(none)"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,13 @@ class GroundTruth:
     objects: list[Region]
     """In the file's order; at least one."""
     has_masks: bool
-    """Whether every object has its mask here."""
+    """Whether masks were read; an object whose segmentation encloses nothing has none all the same."""
     is_lvis: bool
     """Whether only some categories were looked for in each image."""
+
+    def with_masks(self) -> Self:
+        """Without the objects that have no mask; maybe none is left."""
+        return replace(self, objects=[each for each in self.objects if each.rle is not None])
 
 
 def load_ground_truth(url: str, *, masks: bool, lvis: bool = False) -> GroundTruth:
@@ -60,7 +66,9 @@ def load_ground_truth(url: str, *, masks: bool, lvis: bool = False) -> GroundTru
 
     Args:
         url: path or fsspec URL.
-        masks: read the segmentations, unless not one annotation has any.
+        masks: read the segmentations, unless not one annotation has any. An object of which nothing is drawn (no
+            `segmentation`, an empty one, polygons of fewer than three points) is kept for its box, and a log line says
+            so. What pycocotools can draw is an object for masks too, be its mask empty.
         lvis: evaluate as LVIS does; without it, that is so when an image has `neg_category_ids`.
 
     Raises:
@@ -80,7 +88,10 @@ def load_ground_truth(url: str, *, masks: bool, lvis: bool = False) -> GroundTru
     for where, entry in named_entries(annotations, "annotations", url):
         check_ids(entry, where, images=images, categories=categories)
         objects.append(_object(entry, where, images[entry["image_id"]].size_hw, masks=masks))
-    return GroundTruth(url, images, categories, objects, has_masks=masks, is_lvis=is_lvis)
+    has_masks = any(each.rle is not None for each in objects)
+    if has_masks:
+        _warn_of_missing_masks(url, annotations, objects)
+    return GroundTruth(url, images, categories, objects, has_masks=has_masks, is_lvis=is_lvis)
 
 
 def read_json(url: str) -> Any:
@@ -189,7 +200,7 @@ def _size(image: dict[str, Any]) -> tuple[int, int] | None:
 def _object(entry: dict[str, Any], where: str, size_hw: tuple[int, int] | None, *, masks: bool) -> Region:
     try:
         box = box_of(entry.get("bbox"))
-        rle = rle_of(entry.get("segmentation"), size_hw) if masks else None
+        rle = _mask(entry.get("segmentation"), size_hw) if masks else None
     except ValueError as error:
         raise InputError(f"{where} (id {entry.get('id')!r}): {error}") from None
     area = entry.get("area")
@@ -205,3 +216,22 @@ def _object(entry: dict[str, Any], where: str, size_hw: tuple[int, int] | None, 
         rle=rle,
         is_crowd=bool(entry.get("iscrowd")),
     )
+
+
+def _mask(segmentation: object, size_hw: tuple[int, int] | None) -> Rle | None:
+    """None where the file draws nothing."""
+    if segmentation is None or segmentation == []:
+        return None
+    try:
+        return rle_of(segmentation, size_hw)
+    except NoOutlineError:
+        return None
+
+
+def _warn_of_missing_masks(url: str, annotations: list[dict[str, Any]], objects: list[Region]) -> None:
+    without = [entry.get("id") for entry, each in zip(annotations, objects, strict=True) if each.rle is None]
+    if without:
+        _log.warning(
+            "%s: the segmentations of %d of %d annotations draw nothing (the first is id %r): boxes count, masks do "
+            "without them", url, len(without), len(objects), without[0],
+        )  # fmt: skip

@@ -81,7 +81,7 @@ def match(
     """Pair predictions with objects of the same image and category.
 
     Args:
-        truth: with masks for `mask`.
+        truth: with a mask of every object for `mask`.
         regions: predictions, after `federated`; those without a mask are left out of `mask`.
         by: IoU of what.
         score_threshold: predictions take part from this score on.

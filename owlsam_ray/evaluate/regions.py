@@ -15,6 +15,10 @@ _FAR = 1e6
 """Polygons beyond that many pixels are refused: their edges are walked in steps of a fifth of a pixel."""
 
 
+class NoOutlineError(ValueError):
+    """A segmentation that is well formed and encloses nothing: no polygon, or none of three or more points."""
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """One object of a ground truth, or one prediction."""
@@ -26,7 +30,7 @@ class Region:
     area: float
     """What COCO's small, medium and large go by."""
     rle: Rle | None
-    """None where masks are not compared, or a prediction has none."""
+    """None where masks are not compared, or where it has none."""
     score: float = 1.0
     is_crowd: bool = False
     """A region of many objects: predictions inside count neither as right nor as wrong."""
@@ -64,7 +68,8 @@ def rle_of(segmentation: object, size_hw: tuple[int, int] | None) -> Rle:
         size_hw: (H, W) of the picture.
 
     Raises:
-        ValueError: says what is wrong with it.
+        NoOutlineError: it has only such polygons, or none.
+        ValueError: says what else is wrong with it.
 
     Source: pycocotools' `COCO.annToRLE`.
     """
@@ -95,7 +100,7 @@ def _from_polygons(polygons: list[Any], size_hw: tuple[int, int]) -> Rle:
             raise ValueError(f"polygon {_short(polygon)} leaves every picture")
     closed = [polygon for polygon in polygons if len(polygon) >= 6]
     if not closed:
-        raise ValueError("segmentation holds no polygon of three or more points")
+        raise NoOutlineError("segmentation holds no polygon of three or more points")
     rle: Rle = coco_mask.merge(coco_mask.frPyObjects(closed, *size_hw))
     return rle
 

@@ -67,7 +67,8 @@ def summarize(
     """Evaluate predictions.
 
     Args:
-        truth: with masks when `segm` is among the kinds.
+        truth: with masks when `segm` is among the kinds; objects without one are left out there, so that a prediction
+            of such an object is false in masks.
         predictions: of its images and categories.
         kinds: boxes, masks or both; at least one.
         settings: thresholds and sizes.
@@ -83,11 +84,12 @@ def summarize(
     Sizes go by w × h of the object's box everywhere in the rows, `box` and `mask` by the ground truth's `area`.
     """
     # Boxes without a mask are left out before LVIS's cap: they must not take the places of masks.
+    truths: dict[Kind, GroundTruth] = {kind: truth if kind == "bbox" else truth.with_masks() for kind in kinds}
     regions: dict[Kind, list[Region]] = {
-        kind: federated(truth, [each for each in predictions.regions if kind == "bbox" or each.rle is not None])
+        kind: federated(truths[kind], [each for each in predictions.regions if kind == "bbox" or each.rle is not None])
         for kind in kinds
     }
-    official = {kind: precision_recall(truth, regions[kind], kind) for kind in kinds}
+    official = {kind: precision_recall(truths[kind], regions[kind], kind) for kind in kinds}
     numbers = {
         kind: lvis_numbers(counted, truth) if truth.is_lvis else coco_numbers(counted)
         for kind, counted in official.items()
@@ -102,14 +104,14 @@ def summarize(
     counted = _Counted(
         ranges=ranges,
         precision={
-            _SHAPE[kind]: precision_recall(truth, regions[kind], kind, ranges=closed, by_box_area=True)
+            _SHAPE[kind]: precision_recall(truths[kind], regions[kind], kind, ranges=closed, by_box_area=True)
             if closed
             else official[kind]
             for kind in kinds
         },
         matches={
             _SHAPE[kind]: match(
-                truth,
+                truths[kind],
                 regions[kind],
                 _SHAPE[kind],
                 score_threshold=settings.score_threshold,
@@ -172,6 +174,8 @@ def _counts(truth: GroundTruth, predictions: Predictions) -> dict[str, Any]:
         else len(truth.images.keys() - predictions.labelled),
         "objects": len(truth.objects) - crowds,
         "crowd_regions": crowds,
+        # Crowd regions among them; None where masks were not read.
+        "annotations_without_mask": sum(each.rle is None for each in truth.objects) if truth.has_masks else None,
         "predictions": len(predictions.regions),
         "predictions_without_mask": sum(each.rle is None for each in predictions.regions),
     }

@@ -311,7 +311,10 @@ def test_bad_masks_are_named(tmp_path: Path, segmentation: Any, words: str) -> N
     with pytest.raises(InputError, match=r"dt\.json: \[0\]: .*" + words):
         evaluate(tmp_path, TRUTH, [FOUND | {"segmentation": segmentation}], "segm")
     truth = TRUTH | {"annotations": [TRUTH["annotations"][0] | {"segmentation": segmentation}]}
-    with pytest.raises(InputError, match=r"gt\.json: annotations\[0\] \(id 1\): .*" + words):
+    in_truth = r"gt\.json: annotations\[0\] \(id 1\): .*" + words
+    if words.startswith("no polygon"):  # nothing is drawn of it: ordinary in a ground truth
+        in_truth = r"gt\.json has no segmentations: evaluate boxes"
+    with pytest.raises(InputError, match=in_truth):
         evaluate(tmp_path, truth, [], "segm")
     assert evaluate(tmp_path, truth, [FOUND])["box"]["AP"] == 1.0  # boxes do not need it
 
@@ -352,6 +355,54 @@ def test_masks_that_are_not_there(tmp_path: Path) -> None:
     assert evaluate(tmp_path, no_size, [FOUND])["box"]["AP"] == 1.0
     with pytest.raises(InputError, match="LVIS needs a frequency"):
         evaluate(tmp_path, TRUTH, [FOUND], lvis=True)
+
+
+@pytest.mark.parametrize("nothing", [[], [[]], [[1, 2, 3, 4]], [[], [5, 5]], None, "absent"])
+@pytest.mark.parametrize("lvis", [False, True])
+def test_an_object_of_which_nothing_is_drawn_counts_for_boxes_only(
+    tmp_path: Path, nothing: Any, lvis: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = TRUTH["annotations"][0] | {"id": 7, "bbox": [15, 1, 9, 9], "segmentation": nothing}
+    second = other | {"id": 8}
+    if nothing == "absent":
+        del other["segmentation"]
+    categories = [category | {"frequency": "f"} for category in TRUTH["categories"]]
+    truth = TRUTH | {"annotations": [TRUTH["annotations"][0], other], "categories": categories}
+    found = [
+        FOUND | {"segmentation": TRUTH["annotations"][0]["segmentation"]},
+        FOUND | {"bbox": [15, 1, 9, 9], "segmentation": [[15, 1, 24, 1, 24, 10, 15, 10]], "score": 0.4},
+    ]
+    boxes = evaluate(tmp_path, truth, found, lvis=lvis)
+    assert (boxes["box"]["AP"], boxes["groups"]["all"]["all"]["num_objects"]) == (1.0, 2)
+    assert boxes["counts"]["annotations_without_mask"] is None
+    assert caplog.messages == []
+    masks = evaluate(tmp_path, truth, found, "segm", lvis=lvis)
+    alone = evaluate(tmp_path, truth | {"annotations": truth["annotations"][:1]}, found, "segm", lvis=lvis)
+    assert (masks["mask"], masks["groups"], masks["categories"]) == (
+        alone["mask"], alone["groups"], alone["categories"],
+    )  # fmt: skip
+    assert masks["mask"]["AP"] == 1.0
+    assert masks["groups"]["all"]["all"]["num_false"] == 1
+    assert (masks["counts"]["objects"], masks["counts"]["annotations_without_mask"]) == (2, 1)
+    (warning,) = caplog.messages
+    assert "gt.json: the segmentations of 1 of 2 annotations draw nothing (the first is id 7)" in warning
+    caplog.clear()
+    evaluate(tmp_path, truth | {"annotations": [TRUTH["annotations"][0], second, other]}, found, "segm", lvis=lvis)
+    assert len(caplog.messages) == 1
+    assert "id 8" in caplog.messages[0]
+
+
+def test_a_run_whose_ground_truth_lacks_an_outline(run_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    instances = run_file.parent / "data" / "instances.json"
+    tree = json.loads(instances.read_text())
+    tree["annotations"][1]["segmentation"] = [[]]
+    instances.write_text(json.dumps(tree))
+    evaluation = evaluate_run(reduced(run_file))
+    row = evaluation["groups"]["all"]["all"]
+    assert (evaluation["box"]["AP"], evaluation["counts"]["objects"]) == (1.0, NUM_IMAGES)
+    assert (row["num_objects"], row["num_matched"], row["num_false"]) == (NUM_IMAGES - 1, NUM_IMAGES - 1, 1)
+    assert evaluation["counts"]["annotations_without_mask"] == 1
+    assert sum("draw nothing (the first is id 1)" in message for message in caplog.messages) == 1
 
 
 def test_nothing_found_and_crowds_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -90,6 +90,23 @@ def _ray_workers_of(pid: int) -> list[str]:
     return found.stdout.split()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_training_with_75(tmp_path: Path, drawn: Path, number: signal.Signals) -> None:
+    job = write_job(tmp_path, drawn, optimizer={"steps": 100_000}, resources=ALONE)
+    process = subprocess.Popen(
+        command(job, tmp_path / "out", {}), env=environment(), cwd=ROOT, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: (tmp_path / "out" / "checkpoints" / "step-00000004.pt").is_file(), seconds=240)
+        process.send_signal(number)
+        stdout, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 75
+    assert json.loads(stdout.splitlines()[-1])["exit_code"] == 75
+
+
 def test_two_workers_see_disjoint_data_and_agree(tmp_path: Path, drawn: Path) -> None:
     job = write_job(
         tmp_path, drawn, model=SEGMENTER, optimizer={"steps": 20, "batch_size": 4},
