@@ -363,9 +363,9 @@ def test_an_object_of_which_nothing_is_drawn_counts_for_boxes_only(
     tmp_path: Path, nothing: Any, lvis: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = TRUTH["annotations"][0] | {"id": 7, "bbox": [15, 1, 9, 9], "segmentation": nothing}
-    second = other | {"id": 8}
     if nothing == "absent":
         del other["segmentation"]
+    second = other | {"id": 8}
     categories = [category | {"frequency": "f"} for category in TRUTH["categories"]]
     truth = TRUTH | {"annotations": [TRUTH["annotations"][0], other], "categories": categories}
     found = [
