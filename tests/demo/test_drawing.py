@@ -251,12 +251,11 @@ def test_a_split_that_another_process_finished_meanwhile_is_kept(
 ) -> None:
     write_split(tmp_path / "other", Split.VAL, 3, seed=SEED, workers=1)
     file = annotation_file(tmp_path, Split.VAL)
-    real = dataset.draw
 
     def draw_late(seed: int, split: Split, index: int) -> Drawing:
         if index == 2:
             annotation_file(tmp_path / "other", Split.VAL).rename(file)
-        return real(seed, split, index)
+        return draw(seed, split, index)
 
     monkeypatch.setattr(dataset, "draw", draw_late)
     inode = annotation_file(tmp_path / "other", Split.VAL).stat().st_ino
