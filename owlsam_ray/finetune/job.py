@@ -230,7 +230,7 @@ def _work(arguments: dict[str, Any]) -> None:
         task,
         config,
         SampleReader(training, masks=task.needs_masks, cache_mb=cache),
-        None if validation is None else SampleReader(validation, masks=task.needs_masks),
+        None if validation is None else SampleReader(validation, masks=task.needs_masks, split="validation"),
         worker=Worker(rank, world_size, device),
         store=TrainingStore(config.out or ""),
     )
