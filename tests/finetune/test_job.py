@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,12 @@ def call(
 ) -> tuple[list[dict[str, Any]], str]:
     """Run to the end; returns the lines on stdout and the log."""
     done = subprocess.run(
-        command(job, out, settings or {}), capture_output=True, text=True, check=False, env=environment(), cwd=ROOT
+        command(job, out, settings or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment() | {"RAY_DEDUP_LOGS": "0"},
+        cwd=ROOT,
     )
     assert done.returncode == check, f"exit {done.returncode}\n{done.stderr[-4000:]}"
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")], done.stderr
@@ -115,11 +121,7 @@ def test_two_workers_see_disjoint_data_and_agree(tmp_path: Path, drawn: Path) ->
     )  # fmt: skip
     lines, log = call(job, tmp_path / "out", {"logging.level": "debug"})
     assert lines[-1]["steps"] == 20
-    seen = {}
-    for line in log.splitlines():
-        if "worker " in line and " saw images " in line:
-            rank, ids = line.split("worker ")[1].split(" saw images ")
-            seen[int(rank)] = set(json.loads(ids))
+    seen = {int(rank): set(json.loads(ids)) for rank, ids in re.findall(r"worker (\d) saw images (\[[\d, ]*\])", log)}
     assert set(seen) == {0, 1}
     assert seen[0] & seen[1] == set()
     assert len(seen[0] | seen[1]) == 48  # one epoch of 12 steps, and the next is not counted
