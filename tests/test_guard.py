@@ -142,7 +142,7 @@ def test_a_plan_is_kept_and_a_changed_config_refused(config: RunConfig) -> None:
         plan_run(other)
     assert "detector.labels: 'multi' -> 'best'" in str(caught.value)
     assert "detector.score_floor: 0.05 -> 0.5" in str(caught.value)
-    assert "may change freely: resources, reduce, logging" in str(caught.value)
+    assert "may change freely: resources, reduce, evaluate, logging" in str(caught.value)
 
 
 def test_a_changed_layout_is_refused(config: RunConfig, tmp_path: Path) -> None:
