@@ -132,7 +132,7 @@ def test_bad_input_is_told_before_ray_starts(tmp_path: Path, drawn: Path) -> Non
     start = time.monotonic()
     tree = json.loads(annotation_file(drawn, Split.TRAIN).read_text())
     for name, change, expected in (
-        ("none", {"annotations": []}, "no usable annotation"),
+        ("none", {"annotations": []}, "no annotation to train on"),
         ("crowd", {"annotations": [one | {"iscrowd": 1} for one in tree["annotations"]]}, "crowd"),
         ("unknown", {"annotations": [tree["annotations"][0] | {"category_id": 999}]}, "999"),
     ):
