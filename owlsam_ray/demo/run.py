@@ -127,7 +127,7 @@ def _settings(root: Path) -> dict[str, dict[str, Any]]:
         },
         "evaluate": {
             "ground_truth": str(annotation_file(pictures, Split.TEST)),
-            "score_threshold": 0.3,
+            "score_threshold": 0.5,
             "size_edges_px": [32],
         },
     }
