@@ -48,7 +48,7 @@ def write_full(directory: Path, shared: Path) -> None:
     full_tokenizer(shared).save_pretrained(directory)
 
 
-def write_tiny(directory: Path, seed: int = 0) -> None:
+def write_tiny(directory: Path, seed: int = 0, *, side: int = TINY_SIDE) -> None:
     """Write a tiny OwlViT whose scores and boxes depend on the picture; needs no shared data."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     tokenizer = tiny_tokenizer()
@@ -60,13 +60,13 @@ def write_tiny(directory: Path, seed: int = 0) -> None:
             "eos_token_id": tokenizer.eos_token_id,
             "bos_token_id": tokenizer.bos_token_id,
         },
-        vision_config=sizes | {"image_size": TINY_SIDE, "patch_size": TINY_PATCH},
+        vision_config=sizes | {"image_size": side, "patch_size": TINY_PATCH},
         projection_dim=32,
     )
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in OwlViTForObjectDetection(config).state_dict().items()}
     state = {name: torch.from_numpy(_tiny_tensor(name, shape, seed)) for name, shape in shapes.items()}
-    _write(directory, config, state, side=TINY_SIDE)
+    _write(directory, config, state, side=side)
     tokenizer.save_pretrained(directory)
 
 

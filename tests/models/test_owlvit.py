@@ -138,10 +138,12 @@ def test_tiny_equals_transformers(tiny_directory: Path) -> None:
     compare(tiny_directory, tiny_pictures(), floor=0.2)
 
 
-def test_tiny_same_bits_in_any_batch(tiny_directory: Path) -> None:
-    model = OwlVit.load(tiny_directory, device=CPU, dtype=torch.float32)
+def test_tiny_same_bits_in_any_batch(tmp_path: Path) -> None:
+    """64 patches: a multiple of 16, as of every published model. With 36, AVX-512 treats the last ones apart."""
+    write_tiny(tmp_path, side=128)
+    model = OwlVit.load(tmp_path, device=CPU, dtype=torch.float32)
     batch = torch.stack([model.preprocess(np.array(draw_image(seed))) for seed in range(4)])
-    same_bits_in_any_batch(model, batch, embed_prompts(tiny_directory, PROMPTS))
+    same_bits_in_any_batch(model, batch, embed_prompts(tmp_path, PROMPTS))
 
 
 def test_bf16_is_close(tiny_directory: Path) -> None:
