@@ -9,137 +9,35 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    StringConstraints,
     ValidationError,
     field_validator,
     model_validator,
 )
 
 from owlsam_ray.errors import ConfigError
+from owlsam_ray.settings import (
+    Auto,
+    DataConfig,
+    DecodeConfig,
+    DetectorConfig,
+    Fraction,
+    Name,
+    PositiveInt,
+    Section,
+    SectionT,
+    SegmentConfig,
+    SuppressConfig,
+    TilingConfig,
+    VocabularyConfig,
+)
 
 NON_LABEL_FIELDS = frozenset({"run", "resources", "reduce", "evaluate", "report", "logging"})
 """Top-level fields that cannot change what the shards hold."""
-
-Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-Auto = Literal["auto"]
-PositiveInt = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Frozen, and refuses keys that it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-SectionT = TypeVar("SectionT", bound=Section)
-
-
-class DataConfig(Section):
-    """Which images."""
-
-    source: Literal["coco", "folder"]
-    """`coco`: a COCO JSON file lists them; `folder`: every image file under `images`."""
-    images: Name
-    """Root of the image files: a directory or any fsspec URL."""
-    annotations: Name | None = None
-    """The COCO JSON file (its annotations, if any, are not read)."""
-    suffixes: tuple[Name, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-    """File name endings that `folder` takes, in any case."""
-
-    @model_validator(mode="after")
-    def _annotations_belong_to_coco(self) -> Self:
-        if self.source == "coco" and self.annotations is None:
-            raise ValueError("source: coco needs data.annotations, the COCO JSON file")
-        if self.source == "folder" and self.annotations is not None:
-            raise ValueError("source: folder takes no data.annotations; did you mean source: coco?")
-        return self
-
-
-class Category(Section):
-    """One thing to look for."""
-
-    id: Annotated[int, Field(ge=0)]
-    """`category_id` in the output."""
-    name: Name
-    """Name in the output, and what the template is filled with."""
-    supercategory: str = ""
-    """Carried into the output."""
-
-
-class VocabularyConfig(Section):
-    """What to look for."""
-
-    categories: Literal["coco", "dataset"] | tuple[Category | Name, ...] = "dataset"
-    """`coco`: the 80 built-in ones; `dataset`: the source's own list; or a list of names (ids from 1) or of
-    {id, name}."""
-    template: Name = "a photo of a {}"
-    """Prompt of a category: `{}` becomes its name."""
-
-    @field_validator("template")
-    @classmethod
-    def _template_has_one_hole(cls, value: str) -> str:
-        if value.count("{}") != 1 or value.replace("{}", "").strip("{}") != value.replace("{}", ""):
-            raise ValueError(f"template {value!r} must contain {{}} exactly once and no other brace")
-        return value
-
-
-class DecodeConfig(Section):
-    """Bytes to pixels."""
-
-    max_pixels: PositiveInt = 200_000_000
-    """Larger images fail with the reason `too_large` before their pixels are read."""
-    max_file_mb: PositiveInt = 512
-    """Larger files fail with the reason `too_large` and are not read to their end."""
-
-
-class DetectorConfig(Section):
-    """Prompts to boxes."""
-
-    model: Literal["owlvit"] = "owlvit"
-    """Architecture."""
-    weights: Name
-    """A directory in Hugging Face layout (safetensors), or a hub name."""
-    score_floor: Fraction = 0.05
-    """Boxes are kept when their score is greater. Low on purpose: `reduce` decides."""
-    labels: Literal["multi", "best"] = "multi"
-    """`multi`: every label above the floor makes a detection; `best`: only the best label of a box."""
-    max_candidates: PositiveInt = 1000
-    """Best detections of an image that enter suppression."""
-    max_detections: PositiveInt = 100
-    """Best detections of an image that are kept after suppression."""
-    clip_boxes: bool = True
-    """Cut boxes at the image border; what has no area left is dropped."""
-
-
-class SuppressConfig(Section):
-    """Overlapping boxes of one label."""
-
-    strategy: Literal["nms", "none"] = "nms"
-    """`nms`: the best box stays, those that overlap it more than the threshold go."""
-    iou_threshold: Fraction = 0.7
-    """A box goes when its IoU with a better one is greater."""
-
-
-class SegmentConfig(Section):
-    """Boxes to masks."""
-
-    model: Literal["mobile_sam"] = "mobile_sam"
-    """Architecture."""
-    weights: Name
-    """`mobile_sam.pt`, a `.safetensors` file of the same layout, or a directory with `config.json` and
-    `model.safetensors`."""
-    score_floor: Fraction = 0.0
-    """Boxes get a mask when their score is at least this."""
-    masks: Literal["single", "best_of_three"] = "single"
-    """SAM's single mask, or the one of three with the highest predicted IoU."""
 
 
 class ResourcesConfig(Section):
@@ -197,6 +95,8 @@ class ReduceConfig(Section):
 
     score_threshold: Fraction | None = None
     """Annotations are kept when their score is greater; not below `detector.score_floor`."""
+    min_mask_area: Annotated[int, Field(ge=0)] = 500
+    """Annotations whose mask has fewer pixels are left out; 0 keeps all. Those without a mask stay."""
     max_failed: Annotated[int, Field(ge=0)] | Fraction = 0.01
     """Failed images that are put up with: a count (integer) or a share (with a decimal point)."""
 
@@ -239,6 +139,7 @@ class RunConfig(Section):
     vocabulary: VocabularyConfig = VocabularyConfig()
     decode: DecodeConfig = DecodeConfig()
     detector: DetectorConfig
+    tiling: TilingConfig = TilingConfig()
     suppress: SuppressConfig = SuppressConfig()
     segment: SegmentConfig
     resources: ResourcesConfig = ResourcesConfig()

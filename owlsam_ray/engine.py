@@ -26,13 +26,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from owlsam_ray.config import DecodeConfig, DetectorConfig, RunConfig, SegmentConfig, SuppressConfig
+from owlsam_ray.config import RunConfig
 from owlsam_ray.errors import FailureClass, ImageError
 from owlsam_ray.models.mobile_sam import MobileSam, boxes_to_sam_frame
 from owlsam_ray.models.owlvit import OwlVit
 from owlsam_ray.models.protocols import Detector, Segmenter
 from owlsam_ray.records import Detections, EncodedImage, Prediction
 from owlsam_ray.resources import Allocation
+from owlsam_ray.settings import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig
 from owlsam_ray.stages.decode import decode_image
 from owlsam_ray.stages.detect import cap_detections, select_detections
 from owlsam_ray.stages.encode import encode_prediction

@@ -15,13 +15,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from owlsam_ray import __version__, storage
-from owlsam_ray.config import Category, RunConfig, config_from_stored, differing_fields
+from owlsam_ray.config import RunConfig, config_from_stored, differing_fields
 from owlsam_ray.datasets import list_images
 from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError
 from owlsam_ray.manifest import Manifest, load_manifest, write_part
 from owlsam_ray.models.weights import sha256_of
 from owlsam_ray.resources import Allocation
 from owlsam_ray.schema import SCHEMA_VERSION
+from owlsam_ray.settings import Category
 from owlsam_ray.vocabulary import resolve_vocabulary
 
 RUN_FILE = "run.json"

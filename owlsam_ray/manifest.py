@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from owlsam_ray import storage
-from owlsam_ray.config import DataConfig
 from owlsam_ray.datasets import ImageRecord, Source
 from owlsam_ray.errors import GuardError, InputError
 from owlsam_ray.schema import MANIFEST_SCHEMA
+from owlsam_ray.settings import DataConfig
 
 MANIFEST = "manifest"
 _SMALLEST_SHARD, _LARGEST_SHARD, _SHARDS_WANTED = 8, 1024, 64

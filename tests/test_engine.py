@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from owlsam_ray.config import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig
 from owlsam_ray.engine import STAGES, Engine, EngineSettings
 from owlsam_ray.errors import FailureClass
 from owlsam_ray.records import EncodedImage, Prediction
+from owlsam_ray.settings import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig
 
 
 class ColourDetector:

@@ -8,12 +8,12 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from owlsam_ray.config import DataConfig
 from owlsam_ray.datasets import ImageRecord, Source
 from owlsam_ray.errors import FailureClass
 from owlsam_ray.fetch import FETCHED_SCHEMA, fetch_shard, to_images
 from owlsam_ray.manifest import Manifest, write_part
 from owlsam_ray.records import EncodedImage
+from owlsam_ray.settings import DataConfig
 
 
 def plan(run: Path, images: str, *names: str) -> Manifest:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from owlsam_ray.config import NON_LABEL_FIELDS, RunConfig, Section
+from owlsam_ray.config import NON_LABEL_FIELDS, RunConfig
 from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError
 from owlsam_ray.guard import (
     QUERY_FILE,
@@ -25,6 +25,7 @@ from owlsam_ray.guard import (
     run_directory,
 )
 from owlsam_ray.resources import allocate
+from owlsam_ray.settings import Section
 from tests.drawn_images import draw_coco
 
 

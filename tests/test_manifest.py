@@ -9,11 +9,11 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from owlsam_ray.config import DataConfig
 from owlsam_ray.datasets import ImageRecord, Source
 from owlsam_ray.errors import GuardError, InputError
 from owlsam_ray.manifest import Manifest, load_manifest, shard_size, write_part
 from owlsam_ray.schema import MANIFEST_SCHEMA
+from owlsam_ray.settings import DataConfig
 
 DATA = DataConfig(source="folder", images="/pictures")
 

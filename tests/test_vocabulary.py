@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from owlsam_ray.config import VocabularyConfig
 from owlsam_ray.errors import InputError
+from owlsam_ray.settings import VocabularyConfig
 from owlsam_ray.vocabulary import resolve_vocabulary
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from owlsam_ray.config import Fraction, Section
 from owlsam_ray.datasets.annotations import Objects
 from owlsam_ray.datasets.outlines import BadSegmentationError, Outline, read_outline
+from owlsam_ray.settings import Fraction, Section
 
 
 class CleaningSettings(Section):

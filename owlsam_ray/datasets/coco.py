@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from owlsam_ray import storage
-from owlsam_ray.config import DataConfig
 from owlsam_ray.datasets.source import MAX_IMAGE_ID, ImageRecord, Source, file_name_error, raise_offences
 from owlsam_ray.errors import InputError
+from owlsam_ray.settings import DataConfig
 
 _OWN_FIELDS = {"id", "file_name", "height", "width"}
 _LOOKED_UP = 20

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from owlsam_ray import storage
-from owlsam_ray.config import DataConfig
 from owlsam_ray.datasets.source import ImageRecord, Source, file_name_error, raise_offences
 from owlsam_ray.errors import InputError
+from owlsam_ray.settings import DataConfig
 
 
 def list_folder(config: DataConfig) -> Source:

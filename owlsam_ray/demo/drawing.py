@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from owlsam_ray.config import Category
+from owlsam_ray.settings import Category
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]

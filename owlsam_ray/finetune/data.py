@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from owlsam_ray import storage
-from owlsam_ray.config import Category, DecodeConfig, VocabularyConfig
 from owlsam_ray.datasets.annotations import read_objects
 from owlsam_ray.datasets.cleaning import CleaningReport, CleaningSettings, clean
 from owlsam_ray.datasets.coco import list_tree, read_tree
@@ -21,6 +20,7 @@ from owlsam_ray.datasets.source import ImageRecord
 from owlsam_ray.errors import ImageError, InputError
 from owlsam_ray.fetch import MEGABYTE, fetch_file
 from owlsam_ray.masks import decode_rle
+from owlsam_ray.settings import Category, DecodeConfig, VocabularyConfig
 from owlsam_ray.stages.decode import decode_image
 from owlsam_ray.vocabulary import resolve_vocabulary
 

@@ -20,7 +20,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from owlsam_ray.config import Category, DetectorConfig, Fraction, Name, PositiveInt, Section, SuppressConfig
 from owlsam_ray.evaluate.average_precision import precision_recall
 from owlsam_ray.evaluate.ground_truth import EvaluatedCategory, EvaluatedImage, GroundTruth
 from owlsam_ray.evaluate.regions import Region
@@ -31,6 +30,7 @@ from owlsam_ray.finetune.matching import LossWeights, detection_losses, focal_lo
 from owlsam_ray.finetune.scratch import OwlVitArchitecture
 from owlsam_ray.models.owlvit import resolve_weights
 from owlsam_ray.records import Detections
+from owlsam_ray.settings import Category, DetectorConfig, Fraction, Name, PositiveInt, Section, SuppressConfig
 from owlsam_ray.stages.detect import cap_detections, select_detections
 from owlsam_ray.stages.suppress import suppress
 from owlsam_ray.storage import write_atomic

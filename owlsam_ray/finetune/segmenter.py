@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from owlsam_ray.config import Name, PositiveInt, Section
 from owlsam_ray.errors import TrainingError
 from owlsam_ray.finetune.data import Sample
 from owlsam_ray.finetune.mask_losses import (
@@ -34,6 +33,7 @@ from owlsam_ray.models.mobile_sam import (
     save_mobile_sam,
 )
 from owlsam_ray.models.mobile_sam_layout import MobileSamConfig, MobileSamModules, module_name, official_name
+from owlsam_ray.settings import Name, PositiveInt, Section
 
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 _SMALL_SIDE = 32.0

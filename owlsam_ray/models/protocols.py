@@ -1,6 +1,6 @@
 """What the stages expect of a model.
 
-Letters: B images of one call, P boxes that a detector proposes per image, Q prompts, M box prompts of one decoder call,
+Letters: B images of one call, P boxes that a detector proposes per image, Q queries, M box prompts of one decoder call,
 C embedding channels, h w the embedding grid, K masks per box, m low-resolution mask side.
 Every call has a fixed shape: the caller pads (law 7), so that a row's result does not depend on its batch mates.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Detector(Protocol):
-    """Images and embedded prompts to boxes."""
+    """Images and embedded queries to boxes."""
 
     @property
     def device(self) -> torch.device:
@@ -28,7 +28,9 @@ class Detector(Protocol):
 
         Args:
             batch: (B, 3, S, S) as `preprocess` gives it, on any device.
-            query_embeddings: (Q, D) float32.
+            query_embeddings: (Q, D) float32, ready to be multiplied with the embedding of a box: already of length 1,
+                or shorter where logits are averaged (`models.owl_queries`). They are not normalised again.
+
         Returns:
             boxes_cxcywh: (B, P, 4) float32 on the CPU, in units of the detector's square input, so around 0…1.
             scores: (B, P, Q) float32 on the CPU, in [0, 1].
@@ -56,16 +58,23 @@ class Segmenter(Protocol):
         """(B, 3, S, S) as `preprocess` gives it to image embeddings (B, C, h, w), on the model's device."""
 
     def decode(
-        self, embeddings: Tensor, image_index: Tensor, boxes_xyxy: Tensor, *, best_of_three: bool
+        self,
+        embeddings: Tensor,
+        image_index: Tensor,
+        boxes_xyxy: Tensor,
+        *,
+        multimask: bool,
+        center_point: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Decode one mask per box, of many images at once.
+        """Decode the masks of boxes, of many images at once.
 
         Args:
             embeddings: (B, C, h, w) of `encode`.
             image_index: (M,) int64, the row of `embeddings` that a box belongs to.
             boxes_xyxy: (M, 4) float32 in the sam frame.
-            best_of_three: take the one of SAM's three masks with the highest predicted IoU instead of its single mask.
+            multimask: SAM's three masks (K = 3) instead of its single one (K = 1).
+            center_point: give the centre of each box as a point of the object as well.
+
         Returns:
-            logits: (M, m, m) float32 on the model's device.
-            predicted_iou: (M,) float32 on the model's device.
+            logits: (M, K, m, m) float32 on the model's device; predicted_iou: (M, K) float32, in SAM's own order.
         """

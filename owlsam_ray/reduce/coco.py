@@ -11,9 +11,9 @@ from typing import IO, Any
 import numpy as np
 
 from owlsam_ray import storage
-from owlsam_ray.config import Category
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.proof import check_all_present, read_shard
+from owlsam_ray.settings import Category
 
 ANNOTATIONS = "annotations.json"
 FAILURES = "failures.jsonl"

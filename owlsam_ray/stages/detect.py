@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owlsam_ray.boxes import clip_boxes, has_area
-from owlsam_ray.config import DetectorConfig
 from owlsam_ray.errors import ImageError
 from owlsam_ray.records import Detections
+from owlsam_ray.settings import DetectorConfig
 
 
 def select_detections(

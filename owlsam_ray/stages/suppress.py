@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torchvision.ops import nms
 
-from owlsam_ray.config import SuppressConfig
 from owlsam_ray.records import Detections
+from owlsam_ray.settings import SuppressConfig
 
 
 def suppress(detections: Detections, settings: SuppressConfig) -> Detections:

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from owlsam_ray.config import Category, VocabularyConfig
 from owlsam_ray.errors import InputError
+from owlsam_ray.settings import Category, VocabularyConfig
 from owlsam_ray.vocabulary.coco import COCO_CATEGORIES
 
 __all__ = ["Vocabulary", "resolve_vocabulary"]

@@ -7,9 +7,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from owlsam_ray.config import DataConfig
 from owlsam_ray.datasets import Source, list_images
 from owlsam_ray.errors import InputError
+from owlsam_ray.settings import DataConfig
 from tests.drawn_images import draw_coco
 
 

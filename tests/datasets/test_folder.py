@@ -6,9 +6,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from owlsam_ray.config import DataConfig
 from owlsam_ray.datasets import Source, list_images
 from owlsam_ray.errors import InputError
+from owlsam_ray.settings import DataConfig
 
 
 def listing(root: str | Path, **fields: object) -> Source:

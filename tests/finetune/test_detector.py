@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor
 
-from owlsam_ray.config import Category
 from owlsam_ray.errors import InputError, WeightsError
 from owlsam_ray.finetune.data import Sample
 from owlsam_ray.finetune.detector import DetectorTask, DetectorTraining
 from owlsam_ray.finetune.scratch import word_tokenizer
 from owlsam_ray.models.owlvit import OwlVit, embed_prompts
+from owlsam_ray.settings import Category
 from tests.seeded_owlvit import write_tiny
 
 CPU = torch.device("cpu")

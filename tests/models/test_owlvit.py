@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, OwlViTForObjectDetection, OwlViTImageProcessor, OwlViTProcessor
 
-from owlsam_ray.config import DetectorConfig
 from owlsam_ray.errors import InputError, WeightsError
 from owlsam_ray.models.owlvit import OwlVit, check_weights, embed_prompts, resolve_weights
 from owlsam_ray.records import Detections
+from owlsam_ray.settings import DetectorConfig
 from owlsam_ray.stages.detect import select_detections
 from tests.drawn_images import draw_image
 from tests.seeded_owlvit import full_tokenizer, write_full, write_tiny

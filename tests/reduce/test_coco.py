@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools.coco import COCO
 
-from owlsam_ray.config import Category, DataConfig
 from owlsam_ray.datasets import ImageRecord, Source
 from owlsam_ray.errors import FailureClass, IncompleteError
 from owlsam_ray.ledger import FOOTER_KEY, shard_url, write_shard
@@ -20,6 +19,7 @@ from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.reduce.coco import CocoSettings, ReduceResult, reduce_coco
 from owlsam_ray.reduce.proof import allowed_failures
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
+from owlsam_ray.settings import Category, DataConfig
 
 K = 5
 SIZE = (6, 8)

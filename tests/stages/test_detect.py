@@ -8,9 +8,9 @@ import pytest
 from numpy.typing import NDArray
 
 from owlsam_ray.boxes import clip_boxes, has_area
-from owlsam_ray.config import DetectorConfig, SuppressConfig
 from owlsam_ray.errors import ImageError
 from owlsam_ray.records import Detections
+from owlsam_ray.settings import DetectorConfig, SuppressConfig
 from owlsam_ray.stages.detect import cap_detections, select_detections
 from owlsam_ray.stages.suppress import suppress
 

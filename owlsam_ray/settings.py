@@ -1,0 +1,268 @@
+"""Settings that can change labels: what to look for, in which images, with which models and choices.
+
+The rest of a run, where and how fast, stands in `config`. Two settings that contradict each other are refused, never
+resolved silently. A default of None stands for a value that only some choices use; the field's text names it.
+"""
+
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Auto = Literal["auto"]
+PositiveInt = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Frozen, and refuses keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class DataConfig(Section):
+    """Which images."""
+
+    source: Literal["coco", "folder"]
+    """`coco`: a COCO JSON file lists them; `folder`: every image file under `images`."""
+    images: Name
+    """Root of the image files: a directory or any fsspec URL."""
+    annotations: Name | None = None
+    """The COCO JSON file (its annotations, if any, are not read)."""
+    suffixes: tuple[Name, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+    """File name endings that `folder` takes, in any case."""
+
+    @model_validator(mode="after")
+    def _annotations_belong_to_coco(self) -> Self:
+        if self.source == "coco" and self.annotations is None:
+            raise ValueError("source: coco needs data.annotations, the COCO JSON file")
+        if self.source == "folder" and self.annotations is not None:
+            raise ValueError("source: folder takes no data.annotations; did you mean source: coco?")
+        return self
+
+
+class Category(Section):
+    """One thing to look for."""
+
+    id: Annotated[int, Field(ge=0)]
+    """`category_id` in the output."""
+    name: Name
+    """Name in the output, and what the templates are filled with."""
+    supercategory: str = ""
+    """Carried into the output."""
+    synonyms: tuple[Name, ...] = ()
+    """Other names of the same thing, asked for as well."""
+    prompts: tuple[Name, ...] = ()
+    """Texts that are asked as they stand, instead of name and synonyms in the templates."""
+
+    @model_validator(mode="after")
+    def _prompts_replace_names(self) -> Self:
+        if self.prompts and self.synonyms:
+            raise ValueError(
+                f"category {self.name!r} has prompts and synonyms: prompts replace name and synonyms, so add the "
+                "synonyms to the prompts, or leave the prompts out"
+            )
+        return self
+
+
+class Exemplar(Section):
+    """A picture of the thing to look for, asked beside texts or instead of them."""
+
+    category: Name
+    """Name of the category that it shows."""
+    image: Name
+    """Path or fsspec URL of an image file."""
+    box: tuple[Finite, Finite, Finite, Finite] | None = None
+    """[x0, y0, x1, y1] of the thing in pixels of the upright picture; default: all of it."""
+
+    @field_validator("box")
+    @classmethod
+    def _box_has_area(cls, value: tuple[float, float, float, float] | None) -> tuple[float, float, float, float] | None:
+        if value is not None and not (value[2] > value[0] and value[3] > value[1]):
+            raise ValueError(f"box {list(value)} must be [x0, y0, x1, y1] with x1 > x0 and y1 > y0")
+        return value
+
+
+class VocabularyConfig(Section):
+    """What to look for."""
+
+    categories: Literal["coco", "dataset"] | tuple[Category | Name, ...] = "dataset"
+    """`coco`: the 80 built-in ones; `dataset`: the source's own list; or a list of names (ids from 1) or of
+    {id, name, synonyms, prompts}."""
+    templates: Literal["none", "photo", "clip_best7"] | tuple[Name, ...] = "photo"
+    """Sentences around a name: `none`: the bare name; `photo`: "a photo of a {}"; `clip_best7`: the seven of OWL-ViT's
+    evaluation; or your own, `{}` becomes the name. Several are averaged, see `ensemble`."""
+    ensemble: Literal["embeddings", "logits"] = "embeddings"
+    """How the templates of one name become one query: by averaging text embeddings, or the logits that each gives (as
+    OWL-ViT's evaluation does). Both cost the same."""
+    canonical: bool = False
+    """Lower case, and spaces for what is no letter, digit or hash: as OWL-ViT's evaluation prepares its prompts."""
+    dataset_synonyms: bool = False
+    """Ask also for the `synonyms` that the dataset's own categories list (LVIS's do)."""
+    exemplars: tuple[Exemplar, ...] = ()
+    """Pictures as queries: {category, image, box}."""
+    exemplars_replace_text: bool = False
+    """Categories that have exemplars are not asked for by text."""
+
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _one_template_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) and "{" in value else value
+
+    @field_validator("templates")
+    @classmethod
+    def _templates_have_one_hole(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(value, str):
+            return value
+        if not value:
+            raise ValueError("templates is empty: take `none` for the bare names")
+        for template in value:
+            if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
+                raise ValueError(f"template {template!r} must contain {{}} exactly once and no other brace")
+        if len(set(value)) < len(value):
+            raise ValueError("templates holds the same template twice")
+        return value
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        if self.dataset_synonyms and self.categories != "dataset":
+            raise ValueError(
+                "dataset_synonyms takes the synonyms of the dataset's own categories, and categories is not `dataset`: "
+                "give the synonyms in the list of categories"
+            )
+        if self.exemplars_replace_text and not self.exemplars:
+            raise ValueError("exemplars_replace_text without exemplars: there would be nothing to replace the texts by")
+        return self
+
+
+class DecodeConfig(Section):
+    """Bytes to pixels."""
+
+    max_pixels: PositiveInt = 200_000_000
+    """Larger images fail with the reason `too_large` before their pixels are read."""
+    max_file_mb: PositiveInt = 512
+    """Larger files fail with the reason `too_large` and are not read to their end."""
+
+
+class DetectorConfig(Section):
+    """Prompts to boxes."""
+
+    model: Literal["owlvit", "owlv2"] = "owlvit"
+    """Architecture."""
+    weights: Name
+    """A directory in Hugging Face layout (safetensors), or a hub name."""
+    preprocess: Literal["hf", "scenic"] = "hf"
+    """`hf`: as the installed transformers prepares pictures for this model (OwlViT's are squashed to a square, OWLv2's
+    padded to one); `scenic`: as the original code does, padded right and below for both."""
+    pad_value: Fraction | None = None
+    """Grey of scenic's padding, 0 (as its evaluator; the default) to 1; its training used 0.5."""
+    image_size: PositiveInt | None = None
+    """Side of the square input in pixels, a multiple of the patch size; default: the model's own. Others interpolate
+    the position embeddings."""
+    objectness: Literal["ignore", "multiply"] = "ignore"
+    """OWLv2's estimate that a box holds any object at all: unused, as transformers and scenic have it, or a factor of
+    every score."""
+    score_floor: Fraction = 0.05
+    """Boxes are kept when their score is greater. Low on purpose: `reduce` decides."""
+    labels: Literal["multi", "best"] = "multi"
+    """`multi`: every label above the floor makes a detection; `best`: only the best label of a box."""
+    max_candidates: PositiveInt = 1000
+    """Best detections of an image (or tile) that enter suppression."""
+    max_detections: PositiveInt = 100
+    """Best detections of an image that are kept after suppression."""
+    clip_boxes: bool = True
+    """Cut boxes at the image border; what has no area left is dropped."""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        if self.pad_value is not None and self.preprocess != "scenic":
+            raise ValueError(
+                f"pad_value {self.pad_value} belongs to preprocess: scenic; hf pads as transformers does. Set "
+                "preprocess: scenic, or leave pad_value out"
+            )
+        if self.objectness == "multiply" and self.model != "owlv2":
+            raise ValueError(f"objectness: multiply needs an OWLv2; model is {self.model}, which estimates none")
+        return self
+
+
+class TilingConfig(Section):
+    """Large images in overlapping tiles, so that small objects are seen at their own size."""
+
+    size: Annotated[int, Field(ge=32)] | None = None
+    """Side of a tile in original pixels; default: no tiles. Images that fit one tile are not cut."""
+    overlap: Annotated[float, Field(ge=0.0, le=0.9, allow_inf_nan=False)] = 0.25
+    """Share of a tile's side that neighbours have in common, at least: more than the largest object that only tiles can
+    find. A box that a tile's border cuts lies inside the whole one, so `suppress.overlap: ios` removes it."""
+    full_image: bool = True
+    """Look at the whole image as well: large objects do not fit a tile."""
+
+
+class SuppressConfig(Section):
+    """Overlapping boxes."""
+
+    strategy: Literal["nms", "soft_nms", "merge", "none"] = "nms"
+    """`nms`: the best box stays, those that overlap it more than the threshold go; `soft_nms`: their scores decay;
+    `merge`: they become one box, weighted by score; `none`: all stay."""
+    overlap: Literal["iou", "ios"] = "iou"
+    """Intersection over union, or over the smaller of the two boxes (for parts and tiles)."""
+    threshold: Fraction | None = None
+    """Overlap above which two boxes are taken for one object; default 0.7. Exponential decay needs none."""
+    thresholds: dict[Name, Fraction] = {}
+    """Thresholds of single categories, by name, over `threshold`."""
+    across_labels: bool = False
+    """Boxes of different labels compete as well: one object, one name. Default: each label by itself."""
+    decay: Literal["exponential", "linear"] | None = None
+    """Of soft_nms: `exponential` (the default): score · exp(-overlap² / sigma); `linear`: score · (1 - overlap) above
+    the threshold. What falls to detector.score_floor goes."""
+    sigma: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """Of exponential decay; default 0.5. Smaller decays more."""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        soft = self.strategy == "soft_nms"
+        if self.decay is not None and not soft:
+            raise ValueError(f"decay: {self.decay} belongs to strategy: soft_nms, not to {self.strategy}")
+        if self.sigma is not None and (not soft or self.decay == "linear"):
+            raise ValueError(f"sigma {self.sigma} belongs to strategy: soft_nms with decay: exponential")
+        if self.threshold is not None or self.thresholds:
+            name = "thresholds" if self.thresholds else f"threshold {self.threshold}"
+            if self.strategy == "none":
+                raise ValueError(f"strategy: none suppresses nothing, so {name} would have no effect")
+            if soft and self.decay != "linear":
+                raise ValueError(
+                    f"exponential decay has no threshold, so {name} would have no effect: set decay: linear, or sigma"
+                )
+        if self.thresholds and self.across_labels:
+            raise ValueError(
+                "thresholds are of single categories, and across_labels compares boxes of different ones: set one "
+                "threshold, or across_labels: false"
+            )
+        if self.strategy == "none" and self.across_labels:
+            raise ValueError("strategy: none suppresses nothing, so across_labels would have no effect")
+        return self
+
+
+class SegmentConfig(Section):
+    """Boxes to masks."""
+
+    model: Literal["mobile_sam", "sam"] = "mobile_sam"
+    """Architecture; `sam`: ViT-B, L or H."""
+    weights: Name
+    """MobileSAM: `mobile_sam.pt`, a `.safetensors` file of the same layout, or a directory with `config.json` and
+    `model.safetensors`. SAM: a directory in Hugging Face layout (safetensors), or a hub name."""
+    score_floor: Fraction = 0.0
+    """Boxes get a mask when their score is at least this."""
+    prompt: Literal["box", "box_and_center"] = "box"
+    """What the model is given: the box, or the box and its centre as a point of the object."""
+    masks: Literal["single", "best_of_three", "most_stable"] = "single"
+    """SAM's single mask; or one of its three: with the highest predicted IoU, or the most stable one."""
+    min_area: Annotated[int, Field(ge=0)] = 0
+    """Detections whose mask has fewer pixels are dropped for good; `reduce.min_mask_area` decides late instead."""
+    fill_holes: Annotated[int, Field(ge=0)] = 0
+    """Holes of a mask with fewer pixels are filled."""
+    remove_islands: Annotated[int, Field(ge=0)] = 0
+    """Parts of a mask with fewer pixels are removed; its largest part always stays."""
