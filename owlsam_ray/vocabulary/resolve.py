@@ -1,0 +1,148 @@
+"""Categories → queries."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from owlsam_ray.errors import InputError
+from owlsam_ray.settings import Category, Exemplar, VocabularyConfig
+from owlsam_ray.vocabulary.canonical import canonical
+from owlsam_ray.vocabulary.categories import fold, resolve_categories
+from owlsam_ray.vocabulary.templates import fill
+
+_log = logging.getLogger(__name__)
+
+_NAMED = 5
+"""As many offenders a message names."""
+
+
+class Query(BaseModel):
+    """What the class head is asked: the prompts of one name, averaged, or one exemplar."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    label: int
+    """Index of its category in the vocabulary."""
+    prompts: tuple[str, ...]
+    """As the tokenizer gets them; none for an exemplar."""
+    exemplar: Exemplar | None = None
+    """The picture that asks instead."""
+
+    @property
+    def text(self) -> str:
+        """For people: the first prompt and how many more, or the picture and the box in it."""
+        if self.exemplar is not None:
+            box = self.exemplar.box
+            where = "" if box is None else f" [{', '.join(f'{edge:g}' for edge in box)}]"
+            return f"{self.exemplar.image}{where}"
+        more = f" (+{len(self.prompts) - 1})" if len(self.prompts) > 1 else ""
+        return f"{self.prompts[0]}{more}"
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What is looked for, and the queries that look for it."""
+
+    categories: tuple[Category, ...]
+    queries: tuple[Query, ...]
+    """By rising label, so that the queries of one label stand side by side: name, synonyms, exemplars."""
+
+    @property
+    def query_labels(self) -> tuple[int, ...]:
+        """Index into `categories` of each query."""
+        return tuple(query.label for query in self.queries)
+
+
+def resolve_vocabulary(config: VocabularyConfig, source_categories: Sequence[dict[str, Any]]) -> Vocabulary:
+    """The categories that a config names, each with its queries.
+
+    Of queries of one category that come out the same but for case and spaces, the first stays. The same query in two
+    categories gets a warning, since their scores are always equal.
+
+    Args:
+        config: the section of the run file.
+        source_categories: the dataset's own list, for `categories: dataset`; other keys than `id`, `name`,
+            `supercategory` and `synonyms` are not read.
+
+    Raises:
+        InputError: there are no categories, or a name or an id repeats; an exemplar shows none of them; nothing is left
+            of a name in canonical form.
+    """
+    categories = resolve_categories(config, source_categories)
+    exemplars = _by_label(config.exemplars, categories)
+    queries: list[Query] = []
+    for label, category in enumerate(categories):
+        found = []
+        if not (config.exemplars_replace_text and label in exemplars):
+            found += [Query(label=label, prompts=prompts) for prompts in _texts(category, config)]
+        found += [Query(label=label, prompts=(), exemplar=exemplar) for exemplar in exemplars.get(label, ())]
+        distinct: dict[Any, Query] = {}
+        for query in found:
+            distinct.setdefault(_key(query), query)
+        queries += distinct.values()
+    _warn_of_equal_queries(categories, queries)
+    return Vocabulary(categories=categories, queries=tuple(queries))
+
+
+def _texts(category: Category, config: VocabularyConfig) -> list[tuple[str, ...]]:
+    """The prompts of each text query of a category."""
+    if category.prompts:
+        return [(prompt,) for prompt in category.prompts]  # as they stand: neither templates nor canonical form
+    filled = []
+    for name in (category.name, *category.synonyms):
+        prompts = fill(config.templates, name)
+        if config.canonical:
+            if not canonical(name):
+                whose = "" if name == category.name else f" (a synonym of {category.name!r})"
+                raise InputError(
+                    f"nothing is left of the name {name!r}{whose} in canonical form, which keeps a-z, 0-9 and dashes: "
+                    "set vocabulary.canonical: false, or give the category another name or prompts of its own"
+                )
+            prompts = tuple(canonical(prompt) for prompt in prompts)
+        filled.append(prompts)
+    return filled
+
+
+def _by_label(exemplars: Iterable[Exemplar], categories: Sequence[Category]) -> dict[int, list[Exemplar]]:
+    labels = {fold(category.name): label for label, category in enumerate(categories)}
+    grouped: dict[int, list[Exemplar]] = {}
+    for position, exemplar in enumerate(exemplars):
+        label = labels.get(fold(exemplar.category))
+        if label is None:
+            known = ", ".join(repr(category.name) for category in categories[:_NAMED])
+            more = f", … ({len(categories)} in all)" if len(categories) > _NAMED else ""
+            raise InputError(
+                f"vocabulary.exemplars[{position}] shows {exemplar.category!r}, and no category has that name. "
+                f"There are: {known}{more}"
+            )
+        grouped.setdefault(label, []).append(exemplar)
+    return grouped
+
+
+def _key(query: Query) -> Any:
+    """Equal for queries whose embeddings are equal."""
+    exemplar = query.exemplar
+    shown = None if exemplar is None else (exemplar.image, exemplar.box)
+    return (*(fold(prompt) for prompt in query.prompts), shown)
+
+
+def _warn_of_equal_queries(categories: Sequence[Category], queries: Iterable[Query]) -> None:
+    first: dict[Any, Query] = {}
+    clashes = []
+    for query in queries:
+        earlier = first.setdefault(_key(query), query)
+        if earlier.label != query.label:
+            names = (categories[earlier.label].name, categories[query.label].name)
+            clashes.append(f"{query.text!r} of {names[1]!r} is {earlier.text!r} of {names[0]!r}")
+    if clashes:
+        more = f"; and {len(clashes) - _NAMED} more" if len(clashes) > _NAMED else ""
+        _log.warning(
+            "%d quer%s asked for two categories; their scores are equal, so the later one can never win by it: %s%s",
+            len(clashes),
+            "y is" if len(clashes) == 1 else "ies are",
+            "; ".join(clashes[:_NAMED]),
+            more,
+        )
