@@ -36,6 +36,7 @@ from owlsam_ray.guard import (
 )
 from owlsam_ray.ledger import PREDICTIONS, Tally
 from owlsam_ray.manifest import Manifest
+from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.progress import ProgressWatcher
 from owlsam_ray.resources import allocate, check_nodes, check_object_store
 
@@ -71,14 +72,12 @@ def annotate_run(
     if planned:
         _log.info("planned %d images in %d shards", manifest.num_images, manifest.num_shards)
     # Imported here: with torch they take eight seconds, and a wrong path in the run file is told without them.
-    from owlsam_ray.models import mobile_sam, owlvit
+    from owlsam_ray.models.load import find_models
 
-    detector_weights = owlvit.resolve_weights(config.detector.weights)
-    owlvit.check_weights(detector_weights)
-    mobile_sam.check_weights(config.segment.weights)
+    models = find_models(config.detector, config.segment)
     if record.fingerprint is None:
-        embed_queries(record, detector_weights, run_url)
-    weights = {"detector": detector_weights, "segmenter": Path(config.segment.weights)}
+        embed_run_queries(config, record, models.detector, run_url)
+    weights = {"detector": models.detector, "segmenter": models.segmenter}
     record = guard_labels(record, fingerprint_parts(config, record, weights=weights, run_url=run_url), run_url)
 
     tally = Tally(run_url, manifest.num_images, manifest.num_shards, record.fingerprint).refresh()
@@ -93,7 +92,7 @@ def annotate_run(
     stop_url = storage.join(run_url, "attempts", f"{_attempt_name()}.stop")
     try:
         with _ray(config), _stop_on_signals(stop_url, config.resources.grace_s):
-            job = _prepare(config, record, manifest, detector_weights, stop_url)
+            job = _prepare(config, record, manifest, models, stop_url)
             numerics = numerics_of(job.allocation, config.resources.dtype)
             job = replace(job, record=guard_numerics(record, numerics, run_url, allow_change=allow_numerics_change))
             storage.remove_stale_temporaries(storage.join(run_url, PREDICTIONS))
@@ -108,19 +107,26 @@ def annotate_run(
     }
 
 
-def embed_queries(record: RunRecord, detector_weights: Path, run_url: str) -> None:
-    """Run the text tower once and keep the result in the run directory.
+def embed_run_queries(config: RunConfig, record: RunRecord, detector_weights: Path, run_url: str) -> None:
+    """Run the text tower once, and the image tower on exemplars; keep the result in the run directory.
 
     Raises:
-        InputError: a prompt is longer than the text tower takes.
+        InputError: a prompt is longer than the text tower takes, or an exemplar cannot be read.
     """
     from safetensors.torch import save as save_safetensors
 
-    from owlsam_ray.models import owlvit
+    from owlsam_ray.queries import embed_queries
 
-    queries = owlvit.embed_prompts(detector_weights, record.prompts)
-    storage.write_atomic(storage.join(run_url, QUERY_FILE), save_safetensors({"queries": queries.contiguous()}))
-    _log.info("embedded %d prompts", len(record.prompts))
+    embeddings = embed_queries(
+        record.queries,
+        detector_weights=detector_weights,
+        settings=config.detector,
+        ensemble=config.vocabulary.ensemble,
+    )
+    storage.write_atomic(storage.join(run_url, QUERY_FILE), save_safetensors({"queries": embeddings.contiguous()}))
+    prompts = sum(len(query.prompts) for query in record.queries)
+    exemplars = sum(query.exemplar is not None for query in record.queries)
+    _log.info("embedded %d prompts and %d exemplars as %d queries", prompts, exemplars, len(record.queries))
 
 
 def _attempt_name() -> str:
@@ -128,7 +134,7 @@ def _attempt_name() -> str:
 
 
 def _prepare(
-    config: RunConfig, record: RunRecord, manifest: Manifest, detector_weights: Path, stop_url: str
+    config: RunConfig, record: RunRecord, manifest: Manifest, models: ModelPaths, stop_url: str
 ) -> pipeline.Job:
     """Preflight against the cluster."""
     totals = pipeline.cluster_totals()
@@ -150,7 +156,7 @@ def _prepare(
         record=record,
         manifest=manifest,
         allocation=allocation,
-        detector_weights=str(detector_weights),
+        models=models,
         stop_url=stop_url,
     )
 

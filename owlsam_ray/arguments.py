@@ -23,6 +23,15 @@ _EXAMPLES = {
 
 Call the same command again after any interruption: finished shards are kept, nothing is labelled twice.
 Plans first when that was not done.""",
+    "preview": """examples:
+  owlsam preview photo.jpg --prompts "a cat" "a remote control" --run-file run.yaml
+  owlsam preview photos/ --run-file run.yaml --min-score 0.2 --out sheet.png
+  owlsam preview photo.jpg --prompts "a cat" --set detector.weights=google/owlvit-base-patch32 \\
+    --set segment.weights=weights/mobile_sam.pt --set suppress.across_labels=true
+  owlsam preview runs/demo/drawn/images --demo --prompts "red circle" "blue star"
+
+One PNG with boxes, masks, names and scores: of one picture at its own size, of several as a sheet. Prompts are asked as
+they stand; without --prompts the vocabulary of the run file is. A table goes to stderr.""",
     "reduce": """examples:
   owlsam reduce jobs/coco.yaml --run runs/coco
   owlsam reduce jobs/coco.yaml --run runs/coco --set reduce.score_threshold=0.3""",
@@ -53,6 +62,7 @@ Leaves the run file at DIR/run.yaml, the scores at DIR/evaluation.json, labelled
 
 _HELPS = {
     "plan": "list the images once, and freeze ids and shards",
+    "preview": "label a few pictures here and draw them: find prompts and thresholds before a run",
     "annotate": "label every shard that is not labelled yet",
     "reduce": "merge the shards into COCO annotations, and prove that nothing is missing",
     "evaluate": "measure labels against a ground truth: AP, matched masks, seconds per image",
@@ -100,6 +110,34 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_preview_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders or fsspec URLs")
+    command.add_argument("--prompts", nargs="+", default=[], metavar="TEXT", help="what to look for, as it stands")
+    command.add_argument(
+        "--run-file",
+        dest="run_files",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="models and choices of a run; may be repeated, later ones win",
+    )
+    command.add_argument("--demo", action="store_true", help="use the small models that come with the package")
+    command.add_argument(
+        "--min-score",
+        type=float,
+        default=0.1,
+        metavar="S",
+        help="draw labels from this score (default: %(default)s)",
+    )
+    command.add_argument(
+        "--max-images", type=int, default=12, metavar="N", help="pictures of the sheet (default: %(default)s)"
+    )
+    command.add_argument(
+        "--out", default="preview.png", metavar="PNG", help="the picture; replaced if there (default: %(default)s)"
+    )
+    _add_overrides(command)
+
+
 def _add_annotate_options(command: argparse.ArgumentParser) -> None:
     _add_run_options(command)
     command.add_argument(
@@ -141,6 +179,7 @@ def _add_demo_options(command: argparse.ArgumentParser) -> None:
 
 
 _ADD_OPTIONS = {
+    "preview": _add_preview_options,
     "annotate": _add_annotate_options,
     "evaluate": _add_evaluate_options,
     "finetune": _add_finetune_options,

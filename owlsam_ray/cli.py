@@ -181,8 +181,31 @@ def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     )
 
 
+def _preview(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from rich.table import Table
+
+    from owlsam_ray.preview import expand_images, preview, preview_config
+
+    config = preview_config(options.run_files, overrides=options.overrides, prompts=options.prompts, demo=options.demo)
+    _start_log(console, config.logging.level)
+    images = expand_images(options.images, config, count=options.max_images)
+    result = preview(images, config, out=absolute(options.out), min_score=options.min_score)
+    found = result.counts(options.min_score)
+    table = Table("category", "boxes", "best score", "median score", title=f"{len(images)} picture(s): {options.out}")
+    for entry in found:
+        table.add_row(*("–" if value is None else str(value) for value in entry.values()))
+    console.print(table)
+    summary = {"images": len(images), "sheet": result.sheet, "found": found, "failed": result.failed()}
+    if summary["failed"]:
+        failed = [f"{url}: {reason}" for url, reason in result.failed().items()]
+        raise FailedImagesError(
+            f"{len(failed)} of {len(images)} pictures failed, the first: {failed[0]}. The others are drawn.", summary
+        )
+    return summary
+
+
 _COMMANDS = {"plan": _plan, "annotate": _annotate, "reduce": _reduce, "evaluate": _evaluate}
-_WITHOUT_RUN = {"finetune": _finetune, "demo": _demo}
+_WITHOUT_RUN = {"preview": _preview, "finetune": _finetune, "demo": _demo}
 
 
 def _start_log(console: Console, level: str) -> None:

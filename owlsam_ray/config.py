@@ -335,20 +335,38 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "annotations": absolute(config.data.annotations) if config.data.annotations else None,
         }
     )
-    # A hub name ("org/model") looks like a relative path: it is one when it exists, or when it starts like one.
-    weights = config.detector.weights
-    is_path = weights.startswith(("/", ".", "~")) or os.path.exists(weights)
+    vocabulary = config.vocabulary.model_copy(
+        update={
+            "exemplars": tuple(
+                exemplar.model_copy(update={"image": absolute(exemplar.image)})
+                for exemplar in config.vocabulary.exemplars
+            )
+        }
+    )
+    segment_weights = config.segment.weights
+    if config.segment.model != "sam":
+        segment_weights = absolute(segment_weights)
     return config.model_copy(
         update={
             "run": absolute(config.run) if config.run else None,
             "data": data,
-            "detector": config.detector.model_copy(update={"weights": absolute(weights) if is_path else weights}),
-            "segment": config.segment.model_copy(update={"weights": absolute(config.segment.weights)}),
+            "vocabulary": vocabulary,
+            "detector": config.detector.model_copy(update={"weights": path_or_hub_name(config.detector.weights)}),
+            "segment": config.segment.model_copy(update={"weights": path_or_hub_name(segment_weights)}),
             "evaluate": config.evaluate.model_copy(
                 update={"ground_truth": absolute(config.evaluate.ground_truth)} if config.evaluate.ground_truth else {}
             ),
         }
     )
+
+
+def path_or_hub_name(weights: str) -> str:
+    """A local path made absolute, a hub name as it is.
+
+    A hub name ("org/model") looks like a relative path: it is one when it exists, or when it starts like one.
+    """
+    is_path = weights.startswith(("/", ".", "~")) or os.path.exists(weights)
+    return absolute(weights) if is_path else weights
 
 
 def absolute(path_or_url: str) -> str:

@@ -6,8 +6,9 @@ from whatever is decoded, and the same pool of threads turns logits into RLE:
 
     annotate() ─ permits ─▶ decode pool ─▶ [ready] ─▶ model thread: detect → suppress → segment ─▶ encode pool ─▶ rows
 
-The number of images between decode and encode is bounded by permits, so memory is bounded whatever the size of a shard.
-A batch is flushed before it is full only when no image of any shard is left to decode.
+What the detector is given are views: the whole picture, or its tiles. The number of images between decode and encode is
+bounded by permits, and so is the number of views, so memory is bounded whatever the size of a shard or of a picture. A
+batch is flushed before it is full only when no view of any shard is left to come.
 """
 
 import threading
@@ -17,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -28,17 +28,19 @@ from torch import Tensor
 
 from owlsam_ray.config import RunConfig
 from owlsam_ray.errors import FailureClass, ImageError
-from owlsam_ray.models.mobile_sam import MobileSam, boxes_to_sam_frame
-from owlsam_ray.models.owlvit import OwlVit
+from owlsam_ray.models.load import load_detector, load_segmenter
 from owlsam_ray.models.protocols import Detector, Segmenter
+from owlsam_ray.models.sam_frame import boxes_to_sam_frame, input_size_hw
+from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.records import Detections, EncodedImage, Prediction
 from owlsam_ray.resources import Allocation
-from owlsam_ray.settings import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig
+from owlsam_ray.settings import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig, TilingConfig
 from owlsam_ray.stages.decode import decode_image
 from owlsam_ray.stages.detect import cap_detections, select_detections
 from owlsam_ray.stages.encode import encode_prediction
-from owlsam_ray.stages.segment import decode_boxes, pad_batch
-from owlsam_ray.stages.suppress import suppress
+from owlsam_ray.stages.segment import DecodedMasks, decode_boxes, pad_batch
+from owlsam_ray.stages.suppress import label_thresholds, suppress
+from owlsam_ray.stages.tile import View, merge_views, tile_views
 
 STAGES = ("decode", "detect", "suppress", "segment", "encode")
 
@@ -52,13 +54,17 @@ class EngineSettings:
     suppress: SuppressConfig
     segment: SegmentConfig
     detector_batch: int
-    """Images of one detector call."""
+    """Views of one detector call."""
     segmenter_batch: int
     """Images of one encoder call."""
     decoder_batch: int
     """Boxes of one mask decoder call."""
     threads: int
     """Threads that decode images and encode masks."""
+    tiling: TilingConfig = field(default_factory=TilingConfig)
+    """Large images in tiles; default: none."""
+    label_thresholds: NDArray[np.float64] | None = None
+    """(L,) suppression threshold of each category; None: the one of the settings."""
 
 
 @dataclass(slots=True, eq=False)
@@ -80,14 +86,26 @@ class _Item:
     position: int
     size_hw: tuple[int, int] = (0, 0)
     note: str | None = None
-    detector_input: Tensor | None = None
     segmenter_input: Tensor | None = None
+    views: list[View] = field(default_factory=list)
+    found: dict[int, Detections] = field(default_factory=dict)
+    """Detections of the views that were looked at so far."""
+    failure: ImageError | None = None
     detections: Detections = field(default_factory=Detections.empty)
     masked: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def image(self) -> EncodedImage:
         return self.job.images[self.position]
+
+
+@dataclass(slots=True, eq=False)
+class _View:
+    """One view of an image, ready for the detector."""
+
+    item: _Item
+    index: int
+    input: Tensor
 
 
 class Engine:
@@ -99,7 +117,7 @@ class Engine:
         segmenter: Segmenter,
         *,
         query_embeddings: Tensor,
-        prompt_labels: Sequence[int],
+        query_labels: Sequence[int],
         settings: EngineSettings,
     ) -> None:
         """Start the threads.
@@ -107,20 +125,22 @@ class Engine:
         Args:
             detector: the model that finds boxes.
             segmenter: the model that turns boxes into masks.
-            query_embeddings: (Q, D) float32, the prompts embedded once per run.
-            prompt_labels: category index of each prompt.
+            query_embeddings: (Q, D) float32, the queries embedded once per run.
+            query_labels: category index of each query.
             settings: thresholds and batch sizes.
         """
-        if len(prompt_labels) != len(query_embeddings):
-            raise ValueError(f"{len(prompt_labels)} prompt labels for {len(query_embeddings)} query embeddings")
+        if len(query_labels) != len(query_embeddings):
+            raise ValueError(f"{len(query_labels)} query labels for {len(query_embeddings)} query embeddings")
         self._detector, self._segmenter, self._settings = detector, segmenter, settings
         self._queries = query_embeddings.to(detector.device)
-        self._prompt_labels = np.asarray(prompt_labels, np.int64)
+        self._query_labels = np.asarray(query_labels, np.int64)
         # Enough for one full batch of each model to form while every thread decodes: fewer could stand still.
         self._permits = threading.Semaphore(2 * (settings.detector_batch + settings.segmenter_batch) + settings.threads)
+        # More than a batch, so that one can always form while threads wait to hand over more views.
+        self._view_permits = threading.Semaphore(2 * settings.detector_batch + settings.threads)
         self._state = threading.Condition()
-        self._ready: deque[_Item] = deque()
-        self._undecoded = 0  # images of all jobs that have not reached `_ready` or failed
+        self._ready: deque[_View] = deque()
+        self._undecoded = 0  # images of all jobs whose views have not all reached `_ready`, and that did not fail
         self._closed = False
         self._error: BaseException | None = None
         self._jobs: set[_Job] = set()
@@ -164,9 +184,7 @@ class Engine:
             self._jobs.add(job)
             self._undecoded += len(images)
         for position in range(len(images)):
-            while not self._permits.acquire(timeout=1.0):
-                self._raise_if_broken()
-            self._raise_if_broken()
+            self._acquire(self._permits)
             self._pool.submit(self._decode, _Item(job, position)).add_done_callback(self._check)
         if images:
             job.done.wait()
@@ -178,6 +196,12 @@ class Engine:
     def _raise_if_broken(self) -> None:
         if self._error is not None:
             raise RuntimeError(f"the engine broke: {self._error}") from self._error
+
+    def _acquire(self, permits: threading.Semaphore) -> None:
+        """Wait for a permit, or for the end of the engine."""
+        while not permits.acquire(timeout=1.0):
+            self._raise_if_broken()
+        self._raise_if_broken()
 
     def _check(self, future: "Future[None]") -> None:
         error = future.exception()
@@ -196,30 +220,47 @@ class Engine:
     # What the pool's threads do
 
     def _decode(self, item: _Item) -> None:
-        image = item.image
+        """Decode an image, and hand its views to the model thread one by one."""
         try:
-            if image.failure is not None:
-                raise ImageError(*image.failure)
-            with self._timed("decode", [item]):
-                decoded = decode_image(
-                    image.data if image.data is not None else b"",
-                    stated_hw=image.stated_hw,
-                    max_pixels=self._settings.decode.max_pixels,
-                )
-                height, width = decoded.pixels.shape[:2]
-                item.size_hw, item.note = (height, width), decoded.note
-                item.detector_input = self._detector.preprocess(decoded.pixels)
-                item.segmenter_input = self._segmenter.preprocess(decoded.pixels)
+            pixels = self._read(item)
         except ImageError as error:
             self._finish_failed(item, error)
-            item = None  # type: ignore[assignment]
+        else:
+            for index, view in enumerate(item.views):
+                self._acquire(self._view_permits)
+                with self._timed("decode", [item]):
+                    # A tile is copied: it is to have the strides, hence the arithmetic, of a picture of its own.
+                    part = pixels if len(item.views) == 1 else pixels[view.y0 : view.y1, view.x0 : view.x1].copy()
+                    model_input = self._detector.preprocess(part)
+                with self._state:
+                    self._ready.append(_View(item, index, model_input))
+                    self._state.notify_all()
         with self._state:
             self._undecoded -= 1
-            if item is not None:
-                self._ready.append(item)
             self._state.notify_all()
 
-    def _encode(self, item: _Item, logits: Tensor, predicted_iou: Tensor) -> None:
+    def _read(self, item: _Item) -> NDArray[np.uint8]:
+        """Bytes to (H, W, 3) RGB; what it knows of the image goes to the item.
+
+        Raises:
+            ImageError: it was not fetched, or cannot be decoded.
+        """
+        image = item.image
+        if image.failure is not None:
+            raise ImageError(*image.failure)
+        with self._timed("decode", [item]):
+            decoded = decode_image(
+                image.data if image.data is not None else b"",
+                stated_hw=image.stated_hw,
+                max_pixels=self._settings.decode.max_pixels,
+            )
+            height, width = decoded.pixels.shape[:2]
+            item.size_hw, item.note = (height, width), decoded.note
+            item.views = tile_views(item.size_hw, self._settings.tiling)
+            item.segmenter_input = self._segmenter.preprocess(decoded.pixels)
+        return decoded.pixels
+
+    def _encode(self, item: _Item, masks: DecodedMasks | None) -> None:
         try:
             with self._timed("encode", [item]):
                 prediction = encode_prediction(
@@ -227,9 +268,9 @@ class Engine:
                     item.size_hw,
                     item.detections,
                     masked=item.masked,
-                    logits=logits,
-                    predicted_iou=predicted_iou,
+                    decoded=masks,
                     image_size=self._segmenter.image_size,
+                    settings=self._settings.segment,
                     note=item.note,
                 )
         except ImageError as error:
@@ -260,7 +301,7 @@ class Engine:
             self._break(error)
 
     def _model_loop(self) -> None:
-        to_detect: list[_Item] = []
+        to_detect: list[_View] = []
         to_segment: list[_Item] = []
         while self._await_batch(to_detect, to_segment):
             # A full encoder batch goes first: it holds the most memory.
@@ -273,7 +314,7 @@ class Engine:
                 del to_detect[: len(batch)]
                 to_segment += self._detect(batch)
 
-    def _await_batch(self, to_detect: list[_Item], to_segment: list[_Item]) -> bool:
+    def _await_batch(self, to_detect: list[_View], to_segment: list[_Item]) -> bool:
         """Wait until there is a batch to run; False when the engine is closed and nothing is left."""
         with self._state:
             while True:
@@ -289,38 +330,68 @@ class Engine:
                     return False
                 self._state.wait()
 
-    def _detect(self, batch: list[_Item]) -> list[_Item]:
-        """Find the boxes of a batch; returns the images that have boxes to segment."""
-        settings = self._settings.detector
-        inputs = [item.detector_input for item in batch if item.detector_input is not None]
-        with self._timed("detect", batch):
-            boxes, scores = self._detector.detect(pad_batch(inputs, self._settings.detector_batch), self._queries)
+    def _detect(self, batch: list[_View]) -> list[_Item]:
+        """Find the boxes of a batch of views; returns the images that are complete and have boxes to segment."""
+        with self._timed("detect", [view.item for view in batch]):
+            inputs = pad_batch([view.input for view in batch], self._settings.detector_batch)
+            self._view_permits.release(len(batch))
+            boxes, scores = self._detector.detect(inputs, self._queries)
         to_segment = []
-        for item, item_boxes, item_scores in zip(batch, boxes, scores, strict=False):  # the padding is left out
-            item.detector_input = None
-            try:
-                with self._timed("suppress", [item]):
-                    found = select_detections(
-                        self._detector.unscale(item_boxes, item.size_hw).numpy(),
-                        item_scores.numpy(),
-                        size_hw=item.size_hw,
-                        prompt_labels=self._prompt_labels,
-                        settings=settings,
-                    )
-                    item.detections = cap_detections(suppress(found, self._settings.suppress), settings.max_detections)
-            except ImageError as error:
-                self._finish_failed(item, error)
-                continue
-            item.masked = np.flatnonzero(item.detections.scores >= self._settings.segment.score_floor)
+        for view, view_boxes, view_scores in zip(batch, boxes, scores, strict=False):  # the padding is left out
+            item = view.item
+            with self._timed("suppress", [item]):
+                try:
+                    self._select(view, view_boxes, view_scores)
+                    if len(item.found) < len(item.views):
+                        continue
+                    if item.failure is not None:
+                        raise item.failure
+                    self._suppress(item)
+                except ImageError as error:
+                    self._finish_failed(item, error)
+                    continue
             if len(item.masked):
                 to_segment.append(item)
             else:
                 item.segmenter_input = None
-                self._submit_encode(item, torch.zeros(0, 1, 1), torch.zeros(0))
+                self._submit_encode(item, None)
         return to_segment
+
+    def _select(self, view: _View, boxes: Tensor, scores: Tensor) -> None:
+        """Keep what scores above the floor in one view; an offence waits for the image's last view."""
+        item, size_hw = view.item, view.item.views[view.index].size_hw
+        item.found[view.index] = Detections.empty()
+        try:
+            item.found[view.index] = select_detections(
+                self._detector.unscale(boxes, size_hw).numpy(),
+                scores.numpy(),
+                size_hw=size_hw,
+                query_labels=self._query_labels,
+                settings=self._settings.detector,
+            )
+        except ImageError as error:
+            item.failure = item.failure or error
+
+    def _suppress(self, item: _Item) -> None:
+        """The detections of all views to those of the image, and which of them get a mask."""
+        settings = self._settings
+        found = merge_views(
+            [item.found[index] for index in range(len(item.views))],
+            item.views,
+            max_candidates=settings.detector.max_candidates,
+        )
+        found = suppress(
+            found,
+            settings.suppress,
+            thresholds=settings.label_thresholds,
+            score_floor=settings.detector.score_floor,
+        )
+        item.detections = cap_detections(found, settings.detector.max_detections)
+        item.masked = np.flatnonzero(item.detections.scores >= settings.segment.score_floor)
 
     def _segment(self, batch: list[_Item]) -> None:
         inputs = [item.segmenter_input for item in batch if item.segmenter_input is not None]
+        image_size = self._segmenter.image_size
         with self._timed("segment", batch):
             embeddings = self._segmenter.encode(pad_batch(inputs, self._settings.segmenter_batch))
             decoded = decode_boxes(
@@ -328,21 +399,20 @@ class Engine:
                 embeddings,
                 [
                     boxes_to_sam_frame(
-                        item.detections.boxes_xyxy[item.masked],
-                        size_hw=item.size_hw,
-                        image_size=self._segmenter.image_size,
+                        item.detections.boxes_xyxy[item.masked], size_hw=item.size_hw, image_size=image_size
                     )
                     for item in batch
                 ],
+                input_sizes_hw=[input_size_hw(item.size_hw, image_size) for item in batch],
                 batch_size=self._settings.decoder_batch,
-                best_of_three=self._settings.segment.masks == "best_of_three",
+                settings=self._settings.segment,
             )
-        for item, (logits, predicted_iou) in zip(batch, decoded, strict=True):
+        for item, masks in zip(batch, decoded, strict=True):
             item.segmenter_input = None
-            self._submit_encode(item, logits, predicted_iou)
+            self._submit_encode(item, masks)
 
-    def _submit_encode(self, item: _Item, logits: Tensor, predicted_iou: Tensor) -> None:
-        self._pool.submit(self._encode, item, logits, predicted_iou).add_done_callback(self._check)
+    def _submit_encode(self, item: _Item, masks: DecodedMasks | None) -> None:
+        self._pool.submit(self._encode, item, masks).add_done_callback(self._check)
 
     @contextmanager
     def _timed(self, stage: str, items: Sequence[_Item]) -> Iterator[None]:
@@ -361,37 +431,43 @@ def load_engine(
     config: RunConfig,
     allocation: Allocation,
     *,
-    detector_weights: Path,
+    models: ModelPaths,
     query_embeddings: Tensor,
-    prompt_labels: Sequence[int],
+    query_labels: Sequence[int],
+    category_names: Sequence[str],
 ) -> Engine:
     """Load both models onto one device and start an engine.
 
     Args:
         config: of the run.
         allocation: what this process may use.
-        detector_weights: local directory that `detector.weights` resolved to.
+        models: where the weights lie.
         query_embeddings: (Q, D) float32.
-        prompt_labels: category index of each prompt.
+        query_labels: category index of each query.
+        category_names: of the run, for the thresholds of single categories.
 
     Raises:
         WeightsError: weights do not fit.
+        InputError: a threshold is for a category that the run does not have.
     """
+    thresholds = label_thresholds(config.suppress, category_names)
     device = torch.device(allocation.device)
     dtype = torch.bfloat16 if config.resources.dtype == "bf16" else torch.float32
     return Engine(
-        OwlVit.load(detector_weights, device=device, dtype=dtype),
-        MobileSam.load(config.segment.weights, device=device, dtype=dtype),
+        load_detector(config.detector, models.detector, device=device, dtype=dtype),
+        load_segmenter(config.segment, models.segmenter, device=device, dtype=dtype),
         query_embeddings=query_embeddings,
-        prompt_labels=prompt_labels,
+        query_labels=query_labels,
         settings=EngineSettings(
             decode=config.decode,
             detector=config.detector,
+            tiling=config.tiling,
             suppress=config.suppress,
             segment=config.segment,
             detector_batch=allocation.detector_batch,
             segmenter_batch=allocation.segmenter_batch,
             decoder_batch=allocation.decoder_batch,
             threads=allocation.threads,
+            label_thresholds=thresholds,
         ),
     )

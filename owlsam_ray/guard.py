@@ -23,7 +23,8 @@ from owlsam_ray.models.weights import sha256_of
 from owlsam_ray.resources import Allocation
 from owlsam_ray.schema import SCHEMA_VERSION
 from owlsam_ray.settings import Category
-from owlsam_ray.vocabulary import resolve_vocabulary
+from owlsam_ray.stages.suppress import label_thresholds
+from owlsam_ray.vocabulary import Query, resolve_vocabulary
 
 RUN_FILE = "run.json"
 QUERY_FILE = "query_embeddings.safetensors"
@@ -42,10 +43,8 @@ class RunRecord(BaseModel):
     """The resolved config."""
     categories: tuple[Category, ...]
     """What is looked for, with the ids of the output."""
-    prompts: tuple[str, ...]
-    """Text queries, in the order of the query embeddings."""
-    prompt_labels: tuple[int, ...]
-    """Index of the category that each prompt belongs to."""
+    queries: tuple[Query, ...]
+    """What the detector is asked, in the order of the query embeddings."""
     ids_per_image: int
     """K: an annotation's id is image ordinal × K + det_index."""
     layout_hash: str
@@ -58,6 +57,16 @@ class RunRecord(BaseModel):
     """Every numerics that worked on this run, the last one last."""
     libraries: dict[str, str] = {}
     """Versions at the first attempt, for information."""
+
+    @property
+    def query_labels(self) -> tuple[int, ...]:
+        """Category index of each query."""
+        return tuple(query.label for query in self.queries)
+
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        """Names by category index."""
+        return tuple(category.name for category in self.categories)
 
     @property
     def numerics_id(self) -> str:
@@ -125,7 +134,8 @@ def plan_run(config: RunConfig) -> tuple[RunRecord, Manifest, bool]:
         The record, the manifest, and whether they were made now.
 
     Raises:
-        InputError: the dataset or the vocabulary is wrong, or the directory holds something else.
+        InputError: the dataset or the vocabulary is wrong, a threshold is for a category that is not in it, or the
+            directory holds something else.
         GuardError: the directory was planned with other settings.
     """
     run_url = run_directory(config)
@@ -139,6 +149,7 @@ def plan_run(config: RunConfig) -> tuple[RunRecord, Manifest, bool]:
         )
     source = list_images(config.data)
     vocabulary = resolve_vocabulary(config.vocabulary, source.categories)
+    label_thresholds(config.suppress, [category.name for category in vocabulary.categories])
     # A plan that was killed between the manifest and run.json is simply done again: nothing was labelled with it.
     for name in storage.list_names(storage.join(run_url, "manifest")):
         storage.remove(storage.join(run_url, "manifest", name))
@@ -153,8 +164,7 @@ def plan_run(config: RunConfig) -> tuple[RunRecord, Manifest, bool]:
         owlsam_version=__version__,
         config=config.model_dump(mode="json", exclude={"run"}),
         categories=vocabulary.categories,
-        prompts=vocabulary.prompts,
-        prompt_labels=vocabulary.prompt_labels,
+        queries=vocabulary.queries,
         ids_per_image=config.detector.max_detections,
         layout_hash=manifest.layout_hash,
     )
@@ -222,8 +232,7 @@ def fingerprint_parts(
         "schema_version": SCHEMA_VERSION,
         "config": config.label_fields(),
         "categories": [category.model_dump(mode="json") for category in record.categories],
-        "prompts": list(record.prompts),
-        "prompt_labels": list(record.prompt_labels),
+        "queries": [query.model_dump(mode="json") for query in record.queries],
         "weights": {role: sha256_of(path) for role, path in sorted(weights.items())},
         "query_embeddings": hashlib.sha256(queries).hexdigest(),
     }

@@ -11,7 +11,6 @@ import socket
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -25,6 +24,7 @@ from owlsam_ray.fetch import FETCHED_SCHEMA, fetch_shard, to_images
 from owlsam_ray.guard import QUERY_FILE, RunRecord
 from owlsam_ray.ledger import write_shard
 from owlsam_ray.manifest import Manifest
+from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.resources import Allocation, export_ray_environment
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 
@@ -51,8 +51,8 @@ class Job:
     record: RunRecord
     manifest: Manifest
     allocation: Allocation
-    detector_weights: str
-    """Local directory that `detector.weights` resolved to; the same path on every node."""
+    models: ModelPaths
+    """Local paths that the weights resolved to; the same on every node."""
     stop_url: str
     """Once this file exists no shard is begun any more."""
 
@@ -100,9 +100,10 @@ class Annotator:
         self._engine = load_engine(
             job.config,
             job.allocation,
-            detector_weights=Path(job.detector_weights),
+            models=job.models,
             query_embeddings=load_safetensors(storage.read_bytes(storage.join(job.run_url, QUERY_FILE)))["queries"],
-            prompt_labels=job.record.prompt_labels,
+            query_labels=job.record.query_labels,
+            category_names=job.record.category_names,
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -4,7 +4,8 @@ Letters: N detections of one image, H W original pixels. Boxes are half-open: x1
 All arrays live on the CPU; pixels and dense masks are not here on purpose, they never leave a stage.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ class Detections:
     labels: NDArray[np.int64]
     """(N,) index into the categories."""
     prompt_ids: NDArray[np.int64]
-    """(N,) index into the prompts: the one that matched."""
+    """(N,) index into the queries: the one that matched."""
     num_merged: NDArray[np.int64]
     """(N,) boxes that were fused into this one; 1 without merging."""
 
@@ -62,6 +63,19 @@ class Detections:
             labels=self.labels[index],
             prompt_ids=self.prompt_ids[index],
             num_merged=self.num_merged[index],
+        )
+
+    def moved(self, offset_xy: NDArray[np.float32]) -> "Detections":
+        """The same detections with boxes moved by (2,) pixels."""
+        return replace(self, boxes_xyxy=self.boxes_xyxy + np.concatenate([offset_xy, offset_xy]))
+
+    @staticmethod
+    def concatenate(parts: Sequence["Detections"]) -> "Detections":
+        """One part after another; no part, no detection. The caller brings them into order."""
+        if not parts:
+            return Detections.empty()
+        return Detections(
+            **{each.name: np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Detections)}
         )
 
     @staticmethod

@@ -67,10 +67,11 @@ def make_tiny_run(root: Path, *, num_images: int, **sections: Any) -> TinyRun:
             "images": str(root / "data" / "images"),
             "annotations": str(root / "data" / "instances.json"),
         },
-        "vocabulary": {"categories": CATEGORIES, "template": "a {}"},
+        "vocabulary": {"categories": CATEGORIES, "templates": "a {}"},
         "detector": {"weights": str(root / "owlvit"), "score_floor": 0.3, "max_detections": 6},
-        "suppress": {"iou_threshold": 0.6},
+        "suppress": {"threshold": 0.6},
         "segment": {"weights": str(root / "mobile_sam")},
+        "reduce": {"min_mask_area": 0},
         "resources": {"num_cpus": 2, "object_store_mb": 200, "grace_s": 30},
         "logging": {"progress_s": 0.5},
     }

@@ -75,7 +75,9 @@ def write_split(directory: Path, split: Split, count: int, *, seed: int = 0, wor
         "annotations": annotations,
         # Training knows only the pairs that it sees: a name that never occurs would be learned as one that never fits.
         "categories": [
-            category.model_dump() for category in CATEGORIES if split is Split.TEST or category.supercategory == SEEN
+            category.model_dump(include={"id", "name", "supercategory"})
+            for category in CATEGORIES
+            if split is Split.TEST or category.supercategory == SEEN
         ],
     }
     if not _is_finished(file, count, seed):  # another process may have been faster

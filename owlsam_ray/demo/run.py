@@ -20,12 +20,11 @@ from owlsam_ray import storage
 from owlsam_ray.config import RunConfig, load_tree, validate_tree, with_absolute_paths
 from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
 from owlsam_ray.demo.drawing import Split
+from owlsam_ray.demo.models import WEIGHTS, model_settings
 from owlsam_ray.errors import ConfigError, GuardError, WeightsError
 from owlsam_ray.guard import RUN_FILE, check_writable, plan_run
 from owlsam_ray.resources import export_ray_environment
 
-WEIGHTS = Path(__file__).parent / "weights"
-"""Checkpoints that were trained on the drawn training split: `detector/` and `segmenter/`."""
 CONFIG_FILE, SHEET_FILE, PICTURES = "run.yaml", "contact_sheet.png", "drawn"
 _SHEET_PICTURES, _SHEET_COLUMNS = 12, 4
 _log = logging.getLogger(__name__)
@@ -35,6 +34,7 @@ _COMMENTS = {
     "vocabulary": "what to look for: the names in the COCO file; or a list of your own: [red car, dog]",
     "detector": "prompts to boxes: a low floor here, the real threshold is set at reduce",
     "suppress": "overlapping boxes of one label",
+    "tiling": "large images in overlapping tiles",
     "segment": "boxes to masks",
     "resources": "where and how fast: two actors of one thread each on two CPUs; without it a run fills the machine",
     "reduce": "decided without a model, as often as you like",
@@ -105,17 +105,15 @@ def run_demo(
 
 def _settings(root: Path) -> dict[str, dict[str, Any]]:
     """The run file of the demo in a directory, without overrides."""
-    pictures = root / PICTURES
+    pictures, models = root / PICTURES, model_settings()
     return {
         "data": {
             "source": "coco",
             "images": str(image_root(pictures)),
             "annotations": str(annotation_file(pictures, Split.TEST)),
         },
-        "vocabulary": {"categories": "dataset", "template": "{}"},
-        "detector": {"weights": str(WEIGHTS / "detector"), "score_floor": 0.05, "labels": "multi"},
-        "suppress": {"strategy": "nms", "iou_threshold": 0.6},
-        "segment": {"weights": str(WEIGHTS / "segmenter")},
+        **models,
+        "vocabulary": {"categories": "dataset", **models["vocabulary"]},
         "resources": {
             "device": "cpu",
             "actors": 2,
@@ -125,6 +123,7 @@ def _settings(root: Path) -> dict[str, dict[str, Any]]:
             "object_store_mb": 200,
             "shard_size": 8,
         },
+        "reduce": {"min_mask_area": 0},
         "evaluate": {
             "ground_truth": str(annotation_file(pictures, Split.TEST)),
             "score_threshold": 0.5,
@@ -223,7 +222,7 @@ def _measure(config: RunConfig, console: Console) -> dict[str, Any]:
 
 
 def _draw_sheet(config: RunConfig, root: Path) -> None:
-    from owlsam_ray.demo.contact_sheet import read_labelled, write_contact_sheet
+    from owlsam_ray.pictures import read_labelled, write_contact_sheet
 
     pictures = read_labelled(
         str(root / "coco" / "annotations.json"),

@@ -1,13 +1,12 @@
 """The one typed tree that describes a training; files and overrides merge as those of a run."""
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from owlsam_ray.config import LoggingConfig, absolute, load_tree, validate_tree
+from owlsam_ray.config import LoggingConfig, absolute, load_tree, path_or_hub_name, validate_tree
 from owlsam_ray.datasets.cleaning import CleaningSettings
 from owlsam_ray.finetune.augment import AugmentSettings
 from owlsam_ray.finetune.detector import DetectorTraining
@@ -213,9 +212,6 @@ def load_finetune_config(
     update["data"] = config.data.model_copy(update=data)
     for name in ("detector", "segmenter"):
         section = getattr(config, name)
-        # A hub name ("org/model") looks like a relative path: it is one when it exists, or when it starts like one.
         if section is not None and section.weights is not None:
-            weights = section.weights
-            if weights.startswith(("/", ".", "~")) or os.path.exists(weights):
-                update[name] = section.model_copy(update={"weights": absolute(weights)})
+            update[name] = section.model_copy(update={"weights": path_or_hub_name(section.weights)})
     return config.model_copy(update=update)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from owlsam_ray.errors import WeightsError
@@ -12,6 +13,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _HASHED_SUFFIXES = {".safetensors", ".json", ".txt"}
 _NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPaths:
+    """Where the weights of both models lie on this machine, and at the same path on every node."""
+
+    detector: Path
+    segmenter: Path
 
 
 def sha256_of(path: Path) -> str:

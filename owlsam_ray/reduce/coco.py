@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -31,6 +31,8 @@ class CocoSettings:
     """Stands in `info.owlsam_ray`; no time and no host, so that the same run gives the same bytes."""
     score_threshold: float | None = None
     """Annotations are kept when their score is greater."""
+    min_mask_area: int = 0
+    """Annotations whose mask has fewer pixels are left out."""
 
 
 @dataclass(slots=True)
@@ -43,6 +45,8 @@ class ReduceResult:
     failed: int = 0
     num_annotations: int = 0
     num_masks: int = 0
+    num_small: int = 0
+    """Annotations above the score threshold that were left out for their small masks."""
     failed_by_reason: dict[str, int] = field(default_factory=dict)
     flagged_by_reason: dict[str, int] = field(default_factory=dict)
     annotations: str = ""
@@ -110,12 +114,15 @@ def _spool(
             if row["reason"] is not None:
                 flagged[row["reason"].split(":")[0]] += 1
             _write_line(images, _image(source, row), end=b",\n")
-            for annotation in _annotations(row, ordinal, settings):
+            kept = _above_threshold(row, settings)
+            large = [position for position in kept if not _is_small(row, position, settings)]
+            counts["small"] += len(kept) - len(large)
+            for annotation in _annotations(row, large, ordinal, settings):
                 counts["annotations"] += 1
                 counts["masks"] += "segmentation" in annotation
                 _write_line(annotations, annotation, end=b",\n")
     result.ok, result.empty, result.failed = counts["ok"], counts["empty"], counts["failed"]
-    result.num_annotations, result.num_masks = counts["annotations"], counts["masks"]
+    result.num_annotations, result.num_masks, result.num_small = counts["annotations"], counts["masks"], counts["small"]
     result.failed_by_reason, result.flagged_by_reason = dict(sorted(failed.items())), dict(sorted(flagged.items()))
 
 
@@ -130,11 +137,12 @@ def _head(manifest: Manifest, settings: CocoSettings, result: ReduceResult) -> d
         "failed_by_reason": result.failed_by_reason,
         "flagged_by_reason": result.flagged_by_reason,
         "annotations": result.num_annotations,
+        "small_left_out": result.num_small,
     }
     return {
         "info": source["info"] | {"owlsam_ray": settings.provenance | {"proof": proof}},
         "licenses": source["licenses"],
-        "categories": [category.model_dump(mode="json") for category in settings.categories],
+        "categories": [_category(category) for category in settings.categories],
     }
 
 
@@ -157,6 +165,12 @@ def _copy_without_last_comma(spool: IO[bytes], out: IO[bytes]) -> None:
         out.write(b"\n")
 
 
+def _category(category: Category) -> dict[str, Any]:
+    """Id, name and supercategory; synonyms where there are some, as LVIS has them."""
+    synonyms = {"synonyms": list(category.synonyms)} if category.synonyms else {}
+    return {"id": category.id, "name": category.name, "supercategory": category.supercategory} | synonyms
+
+
 def _image(source: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     image = {
         "id": row["image_id"],
@@ -176,14 +190,26 @@ def _failure(source: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _annotations(row: dict[str, Any], ordinal: int, settings: CocoSettings) -> Iterator[dict[str, Any]]:
-    for position, det_index in enumerate(row["det_index"]):
+def _above_threshold(row: dict[str, Any], settings: CocoSettings) -> list[int]:
+    """Positions of the detections that score enough."""
+    threshold = settings.score_threshold
+    return [position for position, score in enumerate(row["score"]) if threshold is None or score > threshold]
+
+
+def _is_small(row: dict[str, Any], position: int, settings: CocoSettings) -> bool:
+    """Whether a detection has a mask of too few pixels."""
+    area = row["mask_area"][position]
+    return area is not None and area < settings.min_mask_area
+
+
+def _annotations(
+    row: dict[str, Any], positions: Sequence[int], ordinal: int, settings: CocoSettings
+) -> Iterator[dict[str, Any]]:
+    for position in positions:
         score = row["score"][position]
-        if settings.score_threshold is not None and not score > settings.score_threshold:
-            continue
         x0, y0, x1, y1 = (np.float32(row[axis][position]) for axis in ("x0", "y0", "x1", "y1"))
         annotation: dict[str, Any] = {
-            "id": ordinal * settings.ids_per_image + det_index,
+            "id": ordinal * settings.ids_per_image + row["det_index"][position],
             "image_id": row["image_id"],
             "category_id": settings.categories[row["label"][position]].id,
             "bbox": [_short(x0), _short(y0), _short(x1 - x0), _short(y1 - y0)],

@@ -41,12 +41,14 @@ def reduce_run(config: RunConfig) -> dict[str, Any]:
                 "detector": parts["config"]["detector"]["model"],
                 "segmenter": parts["config"]["segment"]["model"],
                 "weights_sha256": parts["weights"],
-                "prompts": list(record.prompts),
+                "queries": [query.model_dump(mode="json", exclude_defaults=True) for query in record.queries],
                 "ids_per_image": record.ids_per_image,
                 "score_floor": parts["config"]["detector"]["score_floor"],
                 "score_threshold": config.reduce.score_threshold,
+                "min_mask_area": config.reduce.min_mask_area,
             },
             score_threshold=config.reduce.score_threshold,
+            min_mask_area=config.reduce.min_mask_area,
         ),
     )
     counts = asdict(result)

@@ -112,7 +112,7 @@ def test_the_run_file_is_whole_commented_and_carries_the_overrides(finished: Dem
         assert re.search(rf"^{section}: # \w", text, re.MULTILINE)
     config = load_config([file], run=str(finished.directory))
     assert config.data.annotations == str(finished.directory / "drawn" / "test.json")
-    assert config.vocabulary.template == "{}"
+    assert config.vocabulary.templates == "none"
 
 
 def test_the_next_steps_are_commands_that_work(finished: Demo, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,9 +150,9 @@ def test_other_pictures_in_the_same_directory_are_refused(finished: Demo, capsys
 def test_other_settings_are_refused_and_the_run_file_stays(finished: Demo, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished.directory / "run.yaml").read_bytes()
     arguments = ["--run", str(finished.directory), f"--images={IMAGES}", f"--seed={SEED}", *finished.sets]
-    code, summary, _ = call(capsys, "demo", *arguments, "--set=suppress.iou_threshold=0.5")
+    code, summary, _ = call(capsys, "demo", *arguments, "--set=suppress.threshold=0.5")
     assert code == 3
-    assert "suppress.iou_threshold: 0.6 -> 0.5" in summary["error"]
+    assert "suppress.threshold: 0.6 -> 0.5" in summary["error"]
     assert (finished.directory / "run.yaml").read_bytes() == before
 
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from owlsam_ray.demo import contact_sheet
-from owlsam_ray.demo.contact_sheet import LabelledPicture, colour_of, draw_labels, read_labelled, write_contact_sheet
+from owlsam_ray import pictures
 from owlsam_ray.errors import InputError
+from owlsam_ray.pictures import LabelledPicture, colour_of, draw_labels, read_labelled, write_contact_sheet
 
 GREY = (120, 120, 120)
 
@@ -87,20 +87,20 @@ def test_tags_stay_inside_and_do_not_cover_each_other() -> None:
     boxes = [(0, 0, 40, 40), (10, 0, 60, 30), (440, 440, 480, 480), (430, 450, 470, 480), (200, 200, 220, 220)]
     taken: list[tuple[int, int, int, int]] = []
     for box in boxes:
-        place = contact_sheet._free_place(tag, box, [other for other in boxes if other != box], taken, size)
+        place = pictures._free_place(tag, box, [other for other in boxes if other != box], taken, size)
         assert place[2] - place[0] == 120
         assert place[3] - place[1] == 18
         assert 0 <= place[0] <= place[2] <= 480
         assert 0 <= place[1] <= place[3] <= 480
-        assert all(contact_sheet._shared(place, other) == 0 for other in taken)
+        assert all(pictures._shared(place, other) == 0 for other in taken)
         taken.append(place)
     assert taken[-1] == (200, 182, 320, 200)  # above its box, where nothing is in the way
 
 
 def test_a_tag_rather_covers_nothing_than_a_small_neighbour() -> None:
     box, neighbour = (100, 100, 140, 140), (110, 84, 122, 96)
-    place = contact_sheet._free_place((80, 18), box, [neighbour], [], (480, 480))
-    assert contact_sheet._shared(place, neighbour) == 0
+    place = pictures._free_place((80, 18), box, [neighbour], [], (480, 480))
+    assert pictures._shared(place, neighbour) == 0
 
 
 def test_colours_are_those_that_names_mention() -> None:

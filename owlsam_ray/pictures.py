@@ -1,4 +1,4 @@
-"""Labelled pictures on one sheet: boxes, names, scores and masks, drawn over the pixels that they describe.
+"""Labelled pictures: boxes, names, scores and masks, drawn over the pixels that they describe; one, or a sheet of them.
 
 Letters: H W pixels, N labels. Everything is drawn at the size of the sheet, so that small objects stay readable.
 """
@@ -29,8 +29,8 @@ from owlsam_ray.stages.decode import decode_image
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]
 
-_CELL = 480
-"""Long side of a picture on the sheet, in pixels."""
+CELL = 480
+"""Long side of a picture on a sheet, in pixels."""
 _GAP, _CAPTION = 12, 22
 _PAPER, _INK = (255, 255, 255), (70, 70, 70)
 _FONT = 14
@@ -96,27 +96,61 @@ def _picture(image: dict[str, Any], labels: list[dict[str, Any]], names: dict[in
     labels = sorted(labels, key=lambda label: -label.get("score", 1.0))
     boxes = np.array([label["bbox"] for label in labels], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    masks = np.zeros((len(labels), *size_hw), np.bool_)
-    for mask, label in zip(masks, labels, strict=True):
-        if "segmentation" in label:
-            mask[:] = decode_rle(label["segmentation"]["counts"].encode("ascii"), size_hw)
-    return LabelledPicture(
-        pixels=pixels,
-        boxes_xyxy=boxes,
-        names=tuple(names[label["category_id"]] for label in labels),
-        scores=np.array([label.get("score", 1.0) for label in labels], np.float32),
-        masks=masks,
+    return label_picture(
+        pixels,
+        boxes,
+        names=[names[label["category_id"]] for label in labels],
+        scores=[label.get("score", 1.0) for label in labels],
+        rles=[label["segmentation"]["counts"].encode("ascii") if "segmentation" in label else None for label in labels],
         caption=image["file_name"],
     )
 
 
-def write_contact_sheet(images: Sequence[LabelledPicture], path: Path, *, columns: int) -> None:
+def label_picture(
+    pixels: NDArray[np.uint8],
+    boxes_xyxy: NDArray[np.float32],
+    *,
+    names: Sequence[str],
+    scores: Sequence[float],
+    rles: Sequence[bytes | None],
+    caption: str,
+    long_side: int = CELL,
+) -> LabelledPicture:
+    """A picture and its labels at the size at which they are drawn, so that masks of a huge one fit into memory.
+
+    Args:
+        pixels: (H, W, 3) RGB.
+        boxes_xyxy: (N, 4) in pixels.
+        names: N category names.
+        scores: N.
+        rles: N counts of compressed RLE of (H, W) masks; None where a label has no mask.
+        caption: stands under the picture.
+        long_side: in pixels; smaller pictures stay as they are.
+
+    Raises:
+        ValueError: an RLE does not belong to the picture.
+    """
+    height, width = pixels.shape[:2]
+    scale = min(1.0, long_side / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    masks = np.zeros((len(rles), size[1], size[0]), np.bool_)
+    for mask, rle in zip(masks, rles, strict=True):
+        if rle is not None:
+            mask[:] = _scaled(decode_rle(rle, (height, width)), size).numpy()
+    if scale < 1.0:
+        pixels = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        boxes_xyxy = boxes_xyxy * np.array([size[0] / width, size[1] / height] * 2, np.float32)
+    return LabelledPicture(pixels, boxes_xyxy, tuple(names), np.array(scores, np.float32), masks, caption)
+
+
+def write_contact_sheet(images: Sequence[LabelledPicture], path: Path, *, columns: int, long_side: int = CELL) -> None:
     """Draw pictures into a grid, row by row, and write it as PNG, whole or not at all.
 
     Args:
         images: at least one; each is scaled to the same long side.
         path: of the PNG.
         columns: pictures in a row.
+        long_side: of a picture, in pixels.
 
     Raises:
         ValueError: there is no picture.
@@ -124,7 +158,7 @@ def write_contact_sheet(images: Sequence[LabelledPicture], path: Path, *, column
     if not images:
         raise ValueError("a contact sheet needs at least one picture")
     columns = min(columns, len(images))
-    drawn = [draw_labels(image) for image in images]
+    drawn = [draw_labels(image, long_side=long_side) for image in images]
     width = max(picture.width for picture in drawn)
     rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
     heights = [max(picture.height for picture in row) + _CAPTION for row in rows]
@@ -143,10 +177,11 @@ def write_contact_sheet(images: Sequence[LabelledPicture], path: Path, *, column
     storage.write_atomic(str(path), data.getbuffer())
 
 
-def draw_labels(picture: LabelledPicture) -> Image.Image:
-    """One picture at the size of the sheet, with its labels."""
+def draw_labels(picture: LabelledPicture, *, long_side: int = CELL) -> Image.Image:
+    """One picture at the size of the sheet, with its labels; lines and letters grow with it."""
     height, width = picture.pixels.shape[:2]
-    scale = _CELL / max(height, width)
+    scale = long_side / max(height, width)
+    line, font_size = max(_LINE, round(long_side / 450)), max(_FONT, round(long_side / 70))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     image = Image.fromarray(picture.pixels).resize(size, Image.Resampling.BICUBIC)
     if len(picture.names) == 0:
@@ -158,12 +193,13 @@ def draw_labels(picture: LabelledPicture) -> Image.Image:
     canvas = draw_segmentation_masks(canvas, masks, alpha=_MASK_ALPHA, colors=[_pale(colour) for colour in colours])
     canvas = draw_segmentation_masks(canvas, edges, alpha=1.0, colors=[_halo(colour) for colour in colours])
     # Around the box, not on it: a line of two pixels hides much of an object of twenty.
-    halos, lines = _boxes_on(picture, size, margin=_LINE + 1), _boxes_on(picture, size, margin=_LINE)
-    canvas = draw_bounding_boxes(canvas, halos, colors=[_halo(colour) for colour in colours], width=_LINE + 1)
-    canvas = draw_bounding_boxes(canvas, lines, colors=list(colours), width=_LINE)
+    halos, lines = _boxes_on(picture, size, margin=line + 1), _boxes_on(picture, size, margin=line)
+    canvas = draw_bounding_boxes(canvas, halos, colors=[_halo(colour) for colour in colours], width=line + 1)
+    canvas = draw_bounding_boxes(canvas, lines, colors=list(colours), width=line)
     image = Image.fromarray(canvas.permute(1, 2, 0).numpy())
     texts = [f"{name} {score:.2f}" for name, score in zip(picture.names, picture.scores, strict=True)]
-    _draw_tags(image, texts, colours, [(x0, y0, x1 + 1, y1 + 1) for x0, y0, x1, y1 in halos.tolist()])
+    outer = [(x0, y0, x1 + 1, y1 + 1) for x0, y0, x1, y1 in halos.tolist()]
+    _draw_tags(image, texts, colours, outer, font_size=font_size)
     return image
 
 
@@ -212,14 +248,16 @@ def _boxes_on(picture: LabelledPicture, size: tuple[int, int], *, margin: int) -
     return torch.from_numpy(boxes).int()
 
 
-def _draw_tags(image: Image.Image, texts: list[str], colours: list[Colour], boxes: list[Rectangle]) -> None:
+def _draw_tags(
+    image: Image.Image, texts: list[str], colours: list[Colour], boxes: list[Rectangle], *, font_size: int
+) -> None:
     """A tag with each text beside its box, where it covers no other tag if there is such a place."""
-    canvas, font = ImageDraw.Draw(image), ImageFont.load_default(_FONT)
+    canvas, font = ImageDraw.Draw(image), ImageFont.load_default(font_size)
     taken: list[Rectangle] = []
     for text, colour, box in zip(texts, colours, boxes, strict=True):
         others = [other for other in boxes if other is not box]
         wide = math.ceil(font.getlength(text)) + 2 * _PAD
-        high = _FONT + 2 * _PAD
+        high = font_size + 2 * _PAD
         place = _free_place((wide, high), box, others, taken, image.size)
         taken.append(place)
         canvas.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=colour, outline=_halo(colour))

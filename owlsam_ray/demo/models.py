@@ -1,0 +1,17 @@
+"""The models that come with the package, as settings of a run."""
+
+from pathlib import Path
+from typing import Any
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""Checkpoints that were trained on the drawn training split: `detector/` and `segmenter/`."""
+
+
+def model_settings() -> dict[str, dict[str, Any]]:
+    """Sections of a run file that choose these models: they know bare names of coloured shapes."""
+    return {
+        "vocabulary": {"templates": "none"},
+        "detector": {"weights": str(WEIGHTS / "detector"), "score_floor": 0.05, "labels": "multi"},
+        "suppress": {"strategy": "nms", "threshold": 0.6},
+        "segment": {"weights": str(WEIGHTS / "segmenter")},
+    }
