@@ -17,8 +17,9 @@ from torch import Tensor
 
 from owlsam_ray.engine import STAGES, Engine, EngineSettings
 from owlsam_ray.errors import FailureClass
+from owlsam_ray.models.protocols import Detector
 from owlsam_ray.records import EncodedImage, Prediction
-from owlsam_ray.settings import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig
+from owlsam_ray.settings import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig, TilingConfig
 
 
 class ColourDetector:
@@ -66,10 +67,16 @@ class BoxSegmenter:
         return batch[:, :1, :2, :2]
 
     def decode(
-        self, embeddings: Tensor, image_index: Tensor, boxes_xyxy: Tensor, *, best_of_three: bool
+        self,
+        embeddings: Tensor,
+        image_index: Tensor,
+        boxes_xyxy: Tensor,
+        *,
+        multimask: bool,
+        center_point: bool = False,
     ) -> tuple[Tensor, Tensor]:
         self.decoder_calls.append(len(boxes_xyxy))
-        return torch.ones(len(boxes_xyxy), 8, 8), embeddings.mean(dim=(1, 2, 3))[image_index]
+        return torch.ones(len(boxes_xyxy), 1, 8, 8), embeddings.mean(dim=(1, 2, 3))[image_index][:, None]
 
 
 def encoded(image_id: int, grey: int, size: tuple[int, int] = (20, 10)) -> EncodedImage:
@@ -78,16 +85,25 @@ def encoded(image_id: int, grey: int, size: tuple[int, int] = (20, 10)) -> Encod
     return EncodedImage(image_id, buffer.getvalue())
 
 
-def make_engine(detector: ColourDetector, segmenter: BoxSegmenter, *, prompts: int = 1, floor: float = 0.1) -> Engine:
+def make_engine(
+    detector: Detector,
+    segmenter: BoxSegmenter,
+    *,
+    prompts: int = 1,
+    floor: float = 0.1,
+    tiling: TilingConfig | None = None,
+    suppress: SuppressConfig | None = None,
+) -> Engine:
     return Engine(
         detector,
         segmenter,
         query_embeddings=torch.zeros(prompts, 4),
-        prompt_labels=range(prompts),
+        query_labels=range(prompts),
         settings=EngineSettings(
             decode=DecodeConfig(),
             detector=DetectorConfig(weights="unused", score_floor=floor),
-            suppress=SuppressConfig(),
+            tiling=tiling or TilingConfig(),
+            suppress=suppress or SuppressConfig(),
             segment=SegmentConfig(weights="unused", score_floor=0.2),
             detector_batch=4,
             segmenter_batch=3,
@@ -190,15 +206,94 @@ def test_a_broken_model_reaches_every_caller(where: str) -> None:
         engine.annotate([encoded(1, 99)])
 
 
-def test_prompt_labels_must_match_queries() -> None:
-    with pytest.raises(ValueError, match="2 prompt labels for 1"):
+def test_query_labels_must_match_queries() -> None:
+    with pytest.raises(ValueError, match="2 query labels for 1"):
         Engine(
             ColourDetector(),
             BoxSegmenter(),
             query_embeddings=torch.zeros(1, 4),
-            prompt_labels=[0, 1],
+            query_labels=[0, 1],
             settings=make_engine(ColourDetector(), BoxSegmenter())._settings,
         )
+
+
+class SquareDetector(ColourDetector):
+    """Finds the white square of a view: its box, and its share of the view as the score; a last 1 marks a real view."""
+
+    def preprocess(self, pixels: NDArray[np.uint8]) -> Tensor:
+        rows, columns = (np.flatnonzero((pixels[..., 0] > 128).any(axis=axis)) for axis in (1, 0))
+        if len(rows) == 0:
+            return torch.tensor([[[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]])
+        height, width = pixels.shape[:2]
+        x0, x1, y0, y1 = columns[0] / width, (columns[-1] + 1) / width, rows[0] / height, (rows[-1] + 1) / height
+        return torch.tensor([[[(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0, 0.2 + (x1 - x0) * (y1 - y0), 1]]])
+
+    def detect(self, batch: Tensor, query_embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls.append(tuple(batch.shape))
+        return batch[:, 0, :, :4].float(), batch[:, 0, :, 4:5].float().expand(-1, -1, len(query_embeddings))
+
+
+def with_square(image_id: int, x: int, y: int, side: int = 8) -> EncodedImage:
+    picture = Image.new("RGB", (300, 200))
+    picture.paste((255, 255, 255), (x, y, x + side, y + side))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return EncodedImage(image_id, buffer.getvalue())
+
+
+def test_tiles_see_small_objects_at_their_own_size_and_merge_into_one_box() -> None:
+    """37 tiles of many images share batches, and cut squares vanish in the whole ones."""
+    places = [(3, 5), (100, 40), (290, 190), (60, 61), (155, 100)]
+    tiling = TilingConfig(size=64, overlap=0.25)
+    suppress = SuppressConfig(overlap="ios", threshold=0.9)
+    detector = SquareDetector()
+    images = [with_square(number, x, y) for number, (x, y) in enumerate(places)]
+    with make_engine(detector, BoxSegmenter(), floor=0.05, tiling=tiling, suppress=suppress) as engine:
+        rows, _ = engine.annotate(images)
+    for row, (x, y) in zip(rows, places, strict=True):
+        assert row.detections.boxes_xyxy == pytest.approx(np.array([[x, y, x + 8, y + 8]]), abs=1e-3)
+        # Seen in a tile, where it is larger than in the whole picture.
+        assert float(row.detections.scores[0]) == pytest.approx(0.2 + 64 / 64**2, abs=1e-6)
+    views = 1 + 6 * 4
+    assert len(detector.calls) == -(-len(places) * views // 4)
+    assert {call[0] for call in detector.calls} == {4}
+
+
+def test_a_picture_of_many_tiles_passes_with_few_views_in_memory() -> None:
+    """A hundred times more tiles than permits, several pictures at once, and threads that also encode."""
+    alive, most = 0, 0
+    lock = threading.Lock()
+
+    class CountingDetector(SquareDetector):
+        def preprocess(self, pixels: NDArray[np.uint8]) -> Tensor:
+            nonlocal alive, most
+            with lock:
+                alive += 1
+                most = max(most, alive)
+            return super().preprocess(pixels)
+
+        def detect(self, batch: Tensor, query_embeddings: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal alive
+            with lock:
+                alive -= int(batch[:, 0, 0, 5].sum())
+            return super().detect(batch, query_embeddings)
+
+    tiling = TilingConfig(size=32, overlap=0.5)
+    with make_engine(CountingDetector(), BoxSegmenter(), tiling=tiling) as engine:
+        rows, _ = engine.annotate([with_square(number, 20 * number, 30) for number in range(12)])
+    assert {row.status for row in rows} == {"ok"}
+    assert most <= 2 * 4 + 2 + 4 + 2  # permits, and the batch in the model's hands
+
+
+def test_a_bad_tile_fails_its_image_alone() -> None:
+    class NanDetector(SquareDetector):
+        def detect(self, batch: Tensor, query_embeddings: Tensor) -> tuple[Tensor, Tensor]:
+            boxes, scores = super().detect(batch, query_embeddings)
+            return boxes, torch.where(scores > 0.21, torch.nan, scores)
+
+    with make_engine(NanDetector(), BoxSegmenter(), tiling=TilingConfig(size=64)) as engine:
+        rows, _ = engine.annotate([with_square(1, 0, 0, side=2), with_square(2, 50, 50, side=20)])
+    assert [row.status for row in rows] == ["ok", "failed"]
 
 
 def test_a_process_ends_without_closing_the_engine() -> None:
