@@ -1,0 +1,170 @@
+"""Weights of OwlViT and OWLv2: which directory, whether it fits, the whole model and its tokenizer.
+
+Both families have the same towers and heads under other names; OWLv2 has an objectness head more. Nothing else in
+this project tells them apart by the classes of transformers.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Owlv2Config, Owlv2ForObjectDetection, OwlViTConfig, OwlViTForObjectDetection
+
+from owlsam_ray.errors import WeightsError
+from owlsam_ray.models.weights import check_layout, read_safetensors_shapes
+
+Family = Literal["owlvit", "owlv2"]
+OwlModel: TypeAlias = OwlViTForObjectDetection | Owlv2ForObjectDetection
+OwlConfig: TypeAlias = OwlViTConfig | Owlv2Config
+
+_WEIGHTS = "model.safetensors"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_FAMILIES: dict[Family, tuple[type[OwlConfig], type[OwlModel]]] = {
+    "owlvit": (OwlViTConfig, OwlViTForObjectDetection),
+    "owlv2": (Owlv2Config, Owlv2ForObjectDetection),
+}
+_NORM_FLOOR = 1e-6
+
+
+def resolve_weights(weights: str) -> Path:
+    """A local directory as it is; a hub name through the hub's cache.
+
+    Raises:
+        WeightsError: there is no such directory, and the hub cannot be reached or knows no such name.
+    """
+    path = Path(weights)
+    if path.is_dir():
+        return path
+    if weights.startswith(("/", ".", "~")) or path.exists():
+        raise WeightsError(f"detector.weights {weights} is not a directory in Hugging Face layout")
+    try:
+        return Path(snapshot_download(weights, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"detector.weights {weights!r} is neither a directory here nor to be had from the hub ({reason}). Download "
+            "it once where there is a network, and name the directory."
+        ) from None
+
+
+def family_of(path: Path) -> Family:
+    """Which of the two families a directory in Hugging Face layout holds.
+
+    Raises:
+        WeightsError: there is no readable `config.json`, or it describes another model.
+    """
+    return _read_config(path)[0]
+
+
+def load_config(path: Path) -> OwlConfig:
+    """Sizes of both towers, from `config.json`.
+
+    Raises:
+        WeightsError: there is no readable `config.json`, or it describes another model.
+    """
+    family, fields = _read_config(path)
+    return _FAMILIES[family][0].from_dict(fields)
+
+
+def check_weights(path: Path, model: Family) -> None:
+    """Compare the file's tensors with the model's, by name and shape, without reading them.
+
+    Args:
+        path: a directory in Hugging Face layout.
+        model: the family that is asked for, `detector.model`.
+
+    Raises:
+        WeightsError: files are missing, the directory holds the other family, or tensors do not fit (names the first).
+    """
+    family = family_of(path)
+    if family != model:
+        raise WeightsError(
+            f"{path} holds an {family} model, and detector.model is {model}: set `detector.model: {family}`"
+        )
+    file = path / _WEIGHTS
+    name = _FAMILIES[family][1].__name__
+    if not file.is_file():
+        other = (
+            "pytorch_model.bin is not loaded, it may hold code: convert it once with "
+            f"{name}.from_pretrained(…).save_pretrained(…)"
+            if (path / "pytorch_model.bin").is_file()
+            else "is it a directory that save_pretrained wrote?"
+        )
+        raise WeightsError(f"{path} holds no {_WEIGHTS}; {other}")
+    if not any((path / tokenizer).is_file() for tokenizer in _TOKENIZER_FILES):
+        raise WeightsError(f"{path} holds no tokenizer ({' or '.join(_TOKENIZER_FILES)})")
+    expected = {name: tuple(tensor.shape) for name, tensor in _build_empty(path).state_dict().items()}
+    check_layout(
+        expected,
+        read_safetensors_shapes(file),
+        source=str(file),
+        hint=f"Wanted: {name} as {path / 'config.json'} describes it.",
+        ignored=_optional(family),
+    )
+
+
+def load_model(path: Path) -> OwlModel:
+    """The whole model, text tower included, in float32 on the CPU; `check_weights` comes first."""
+    model = _build_empty(path)
+    optional = _optional(family_of(path))
+    state = {name: tensor.float() for name, tensor in load_file(path / _WEIGHTS).items() if name not in optional}
+    _materialise_buffers(model)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of the text tower, from a directory that `check_weights` accepts."""
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def backbone(model: OwlModel) -> nn.Module:
+    """The two towers and their projections."""
+    return model.owlv2 if isinstance(model, Owlv2ForObjectDetection) else model.owlvit
+
+
+def ready(queries: Tensor) -> Tensor:
+    """(…, D) queries as `protocols.Detector.detect` takes them: divided by length + 1e-6, as the class head does it."""
+    return queries / (torch.linalg.norm(queries, dim=-1, keepdim=True) + _NORM_FLOOR)
+
+
+def _read_config(path: Path) -> tuple[Family, dict[str, Any]]:
+    try:
+        fields: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(f"{path} is no model directory: cannot read config.json ({error.strerror})") from None
+    except ValueError as error:
+        raise WeightsError(f"{path / 'config.json'} is not valid JSON: {error}") from None
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if kind not in _FAMILIES:
+        raise WeightsError(f"{path / 'config.json'} describes a {kind!r} model, not an owlvit or owlv2 one")
+    return cast("Family", kind), fields
+
+
+def _build_empty(path: Path) -> OwlModel:
+    """The model without values."""
+    with torch.device("meta"):
+        return _FAMILIES[family_of(path)][1](load_config(path))
+
+
+def _optional(family: Family) -> tuple[str, ...]:
+    """Remembered positions and what follows from the sizes: old files have them."""
+    towers = (f"{family}.{tower}_model.embeddings.position_ids" for tower in ("text", "vision"))
+    return (*towers, "box_bias")
+
+
+def _materialise_buffers(model: OwlModel) -> None:
+    """Buffers that are computed, not stored, have no values after building on the meta device."""
+    towers: Any = backbone(model)
+    grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    model.box_bias = nn.Buffer(model.compute_box_bias(grid, grid), persistent=False)
+    vision = towers.vision_model.embeddings
+    vision.register_buffer("position_ids", torch.arange(vision.num_positions)[None], persistent=False)
+    text = towers.text_model.embeddings
+    positions = model.config.text_config.max_position_embeddings
+    text.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
