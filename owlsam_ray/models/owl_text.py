@@ -1,0 +1,84 @@
+"""The text tower: prompts → embeddings, once per run.
+
+Letters: T prompts, L tokens that the text tower takes, D channels of a query.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from owlsam_ray.errors import InputError
+from owlsam_ray.models.owl_weights import OwlModel, backbone, load_config, load_model, load_tokenizer
+
+WAY_OUT = "shorten the category's name, or set vocabulary.canonical: true, or vocabulary.templates: none"
+_PROMPTS_PER_CALL = 64
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], limit: int, *, way_out: str = WAY_OUT) -> tuple[Tensor, Tensor]:
+    """Prompts to what the text tower reads.
+
+    Args:
+        tokenizer: CLIP's.
+        prompts: T texts.
+        limit: L, with start and end.
+        way_out: what the message for a prompt that is too long suggests.
+
+    Returns:
+        ids: (T, L) int64, filled up with the tokenizer's padding.
+        mask: (T, L) int64, 1 where a token is, 0 where padding is.
+
+    Raises:
+        InputError: a prompt has more than L tokens; it is never cut.
+    """
+    ids = torch.full((len(prompts), limit), tokenizer.pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        tokens = tokenizer(prompt, verbose=False)["input_ids"]  # its own warning would announce an indexing error
+        if len(tokens) > limit:
+            raise InputError(
+                f"the prompt {prompt!r} has {len(tokens)} tokens with start and end, and the text tower takes {limit}: "
+                f"{way_out}"
+            )
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    return ids, mask
+
+
+def embed_texts(path: Path, prompts: Sequence[str], *, device: torch.device | None = None) -> Tensor:
+    """Run the text tower on every distinct prompt, once.
+
+    Args:
+        path: a directory in Hugging Face layout.
+        prompts: T texts.
+        device: where to run; default: the CPU.
+
+    Returns:
+        (T, D) float32 on the CPU, of length 1 each, in the order of `prompts`.
+
+    Raises:
+        InputError: a prompt has more tokens than the text tower takes; it is never cut.
+        WeightsError: there is no readable `config.json`.
+    """
+    rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    config = load_config(path)
+    ids, mask = tokenize(load_tokenizer(path), list(rows), config.text_config.max_position_embeddings)
+    model = load_model(path).eval().to(device or torch.device("cpu"))
+    distinct = [
+        _forward(model, ids[start : start + _PROMPTS_PER_CALL], mask[start : start + _PROMPTS_PER_CALL])
+        for start in range(0, len(ids), _PROMPTS_PER_CALL)
+    ]
+    embeddings = torch.cat([torch.zeros(0, config.projection_dim), *distinct])
+    return embeddings[torch.tensor([rows[prompt] for prompt in prompts], dtype=torch.int64)]
+
+
+@torch.inference_mode()
+def _forward(model: OwlModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """(T, L) ids and mask to (T, D) float32: the only place that calls the text tower for inference."""
+    towers: Any = backbone(model)
+    device = towers.text_projection.weight.device
+    pooled = towers.text_model(input_ids=ids.to(device), attention_mask=mask.to(device)).pooler_output
+    projected = towers.text_projection(pooled).float()
+    return (projected / torch.linalg.norm(projected, dim=-1, keepdim=True)).cpu()
