@@ -19,7 +19,7 @@ from owlsam_ray.masks import (
     tight_box,
     upsample_logits,
 )
-from owlsam_ray.models.mobile_sam import input_size_hw
+from owlsam_ray.models.sam_frame import input_size_hw
 from tests.oracles import (
     compress_runs,
     masks_whole_tensor,

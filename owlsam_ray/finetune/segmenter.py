@@ -25,14 +25,9 @@ from owlsam_ray.finetune.mask_losses import (
 )
 from owlsam_ray.finetune.segmenter_module import SegmenterModule, random_parts
 from owlsam_ray.masks import logits_to_masks
-from owlsam_ray.models.mobile_sam import (
-    boxes_to_sam_frame,
-    image_to_sam_frame,
-    input_size_hw,
-    read_mobile_sam,
-    save_mobile_sam,
-)
+from owlsam_ray.models.mobile_sam import image_to_sam_frame, read_mobile_sam, save_mobile_sam
 from owlsam_ray.models.mobile_sam_layout import MobileSamConfig, MobileSamModules, module_name, official_name
+from owlsam_ray.models.sam_frame import boxes_to_sam_frame, input_size_hw
 from owlsam_ray.settings import Name, PositiveInt, Section
 
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]

@@ -11,6 +11,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from owlsam_ray.models.mobile_sam_layout import MobileSamConfig, MobileSamModules
+from owlsam_ray.models.sam_decoder import image_positions
 
 _HEAD_SCALE = 0.1
 _START_IOU = 0.5
@@ -84,7 +85,9 @@ class SegmenterModule(nn.Module):
             logits, predicted_iou = _all_masks(
                 self.parts.mask_decoder,
                 image_embeddings=embeddings[image_index],
-                image_positional_embeddings=self.parts.image_positions().expand(len(boxes_xyxy), -1, -1, -1),
+                image_positional_embeddings=image_positions(self.parts.prompt_encoder).expand(
+                    len(boxes_xyxy), -1, -1, -1
+                ),
                 sparse_prompt_embeddings=sparse,
                 dense_prompt_embeddings=dense,
             )

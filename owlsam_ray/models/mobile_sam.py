@@ -1,7 +1,7 @@
-"""MobileSAM: timm's TinyViT with SAM's neck, and transformers' SAM prompt encoder and mask decoder.
+"""MobileSAM: timm's TinyViT with SAM's neck; prompts and masks are those of `sam_decoder`.
 
 Loads the official `mobile_sam.pt` layout strictly, from a pickle without code or from safetensors. Letters as in
-`protocols`; the sam frame has its origin at the picture's top left corner, the padding is right and below.
+`protocols`; the sam frame is that of `sam_frame`.
 
 Source: ChaoningZhang/MobileSAM (Apache-2.0); tests compare with outputs of that code.
 """
@@ -30,6 +30,8 @@ from owlsam_ray.models.mobile_sam_layout import (
     official_name,
     official_shapes,
 )
+from owlsam_ray.models.sam_decoder import BoxDecoder
+from owlsam_ray.models.sam_frame import input_size_hw
 from owlsam_ray.models.weights import check_layout, read_safetensors_shapes
 from owlsam_ray.storage import write_atomic
 
@@ -40,7 +42,7 @@ _MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
 _STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 _HINT = (
     "Wanted: the official mobile_sam.pt (vit_t), a .safetensors file with the same tensor names, or a directory with "
-    f"{CONFIG_FILE} and {WEIGHTS_FILE}."
+    f"{CONFIG_FILE} and {WEIGHTS_FILE}; for SAM ViT-B, L or H set segment.model: sam."
 )
 
 
@@ -56,8 +58,7 @@ class MobileSam:
         for part in (modules.encoder, modules.neck):
             part.to(dtype)
         modules.eval()
-        with torch.inference_mode():
-            self._positions = self._modules.image_positions()
+        self._decoder = BoxDecoder(modules.prompt_encoder, modules.mask_decoder)
 
     @property
     def device(self) -> torch.device:
@@ -101,54 +102,17 @@ class MobileSam:
         embeddings: Tensor = self._modules.neck(features).float()
         return embeddings
 
-    @torch.inference_mode()
     def decode(
-        self, embeddings: Tensor, image_index: Tensor, boxes_xyxy: Tensor, *, best_of_three: bool
+        self,
+        embeddings: Tensor,
+        image_index: Tensor,
+        boxes_xyxy: Tensor,
+        *,
+        multimask: bool,
+        center_point: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Decode one mask per box, of many images at once.
-
-        Args:
-            embeddings: (B, C, h, w) float32 of `encode`.
-            image_index: (M,) int64, the row of `embeddings` that a box belongs to.
-            boxes_xyxy: (M, 4) float32 in the sam frame.
-            best_of_three: take the one of SAM's three masks with the highest predicted IoU (the first of equals).
-
-        Returns:
-            logits: (M, m, m) float32, m = S / 4, on the model's device; predicted_iou: (M,) float32.
-        """
-        masks, quality = self.decode_all(embeddings, image_index, boxes_xyxy, multimask=best_of_three)
-        best = quality.argmax(dim=1)
-        rows = torch.arange(len(best), device=self._device)
-        return masks[rows, best], quality[rows, best]
-
-    @torch.inference_mode()
-    def decode_all(
-        self, embeddings: Tensor, image_index: Tensor, boxes_xyxy: Tensor, *, multimask: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Decode SAM's single mask (K = 1), or its three, per box.
-
-        Args:
-            embeddings: (B, C, h, w) float32 of `encode`.
-            image_index: (M,) int64, the row of `embeddings` that a box belongs to.
-            boxes_xyxy: (M, 4) float32 in the sam frame.
-            multimask: the three masks instead of the single one.
-
-        Returns:
-            logits: (M, K, m, m) float32 on the model's device; predicted_iou: (M, K) float32, in SAM's own order.
-        """
-        count, side = 3 if multimask else 1, self.image_size // 4
-        if len(boxes_xyxy) == 0:  # nothing to reshape by
-            return torch.zeros(0, count, side, side, device=self._device), torch.zeros(0, count, device=self._device)
-        image_index, boxes_xyxy = image_index.to(self._device), boxes_xyxy.to(self._device)
-        sparse, dense = self._modules.prompt_encoder(None, None, boxes_xyxy[:, None], None)
-        masks, quality = self._modules.mask_decoder(
-            image_embeddings=embeddings[image_index],
-            image_positional_embeddings=self._positions.expand(len(boxes_xyxy), -1, -1, -1),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=multimask,
-        )
-        return masks[:, 0], quality[:, 0]  # one prompt per "image" of this call
+        """See `protocols.Segmenter`; m = S / 4."""
+        return self._decoder.decode(embeddings, image_index, boxes_xyxy, multimask=multimask, center_point=center_point)
 
     def export(self, directory: Path) -> None:
         """Write a directory that `load` takes; of a bf16 model the encoder has lost the digits that bf16 drops."""
@@ -224,7 +188,12 @@ def _check_state(state: Mapping[str, Tensor], config: MobileSamConfig, *, source
 
 def _read_config(path: Path) -> MobileSamConfig:
     try:
-        return MobileSamConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(fields, dict) and fields.get("model_type") == "sam":
+            raise WeightsError(
+                f"{path} has model_type sam, and segment.model is mobile_sam: set segment.model: sam for it"
+            )
+        return MobileSamConfig.model_validate(fields)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror}. {_HINT}") from None
     except (ValidationError, ValueError) as error:
@@ -267,27 +236,3 @@ def image_to_sam_frame(pixels: NDArray[np.uint8], *, image_size: int) -> Tensor:
     frame = torch.zeros(3, image_size, image_size)
     frame[:, :height, :width] = (tensor - _MEAN) / _STD
     return frame
-
-
-def input_size_hw(size_hw: tuple[int, ...], image_size: int) -> tuple[int, int]:
-    """(h', w') that a picture of (H, W) fills in the sam frame: the long side becomes `image_size`.
-
-    At least 1 each, so that a hairline picture still has a row or column.
-    Source: segment-anything, `ResizeLongestSide.get_preprocess_shape`.
-    """
-    scale = image_size / max(size_hw)
-    height, width = (max(1, int(length * scale + 0.5)) for length in size_hw)
-    return height, width
-
-
-def boxes_to_sam_frame(
-    boxes_xyxy: NDArray[np.float32], *, size_hw: tuple[int, int], image_size: int
-) -> NDArray[np.float32]:
-    """(N, 4) float32 boxes in original pixels to float32 in the sam frame of a picture of (H, W); N may be 0.
-
-    Source: segment-anything, `ResizeLongestSide.apply_boxes`: each axis by its own rounded factor.
-    """
-    (height, width), (new_height, new_width) = size_hw, input_size_hw(size_hw, image_size)
-    factors = np.array([new_width / width, new_height / height] * 2)
-    scaled: NDArray[np.float32] = (boxes_xyxy * factors).astype(np.float32)
-    return scaled

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.models.tiny_vit import TinyVit
-from torch import Tensor, nn
+from torch import nn
 from transformers import SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig
 from transformers.models.sam.modeling_sam import SamLayerNorm, SamMaskDecoder, SamPromptEncoder
 
@@ -87,15 +87,6 @@ class MobileSamModules(nn.Module):
         sam.mask_decoder_config._attn_implementation = "sdpa"
         self.prompt_encoder = SamPromptEncoder(sam)
         self.mask_decoder = SamMaskDecoder(sam.mask_decoder_config)
-        self._grid = config.image_size // 16
-
-    def image_positions(self) -> Tensor:
-        """(1, C, h, w) float32, h = w = S / 16: SAM's random Fourier features of the cell centres."""
-        frequencies = self.prompt_encoder.shared_embedding
-        centres = torch.arange(self._grid, device=frequencies.positional_embedding.device, dtype=torch.float32) + 0.5
-        rows, columns = torch.meshgrid(centres / self._grid, centres / self._grid, indexing="ij")
-        features: Tensor = frequencies(torch.stack([columns, rows], dim=-1))
-        return features.permute(2, 0, 1)[None]
 
 
 # Heads of the encoder's own classification training: in every official file, used by nobody.

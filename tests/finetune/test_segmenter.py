@@ -25,8 +25,9 @@ from owlsam_ray.finetune.mask_losses import (
 from owlsam_ray.finetune.segmenter import SegmenterSettings, SegmenterTask
 from owlsam_ray.finetune.segmenter_module import random_parts
 from owlsam_ray.masks import tight_box, upsample_logits
-from owlsam_ray.models.mobile_sam import MobileSam, input_size_hw
+from owlsam_ray.models.mobile_sam import MobileSam
 from owlsam_ray.models.mobile_sam_layout import MobileSamConfig
+from owlsam_ray.models.sam_frame import input_size_hw
 from tests.seeded_mobile_sam import TINY, write_tiny
 
 CPU = torch.device("cpu")
@@ -122,7 +123,7 @@ def test_all_four_masks_equal_those_of_inference(tiny_directory: Path, samples: 
         logits, quality = forward(task, batch)
     embeddings = model.encode(batch["pixels"])
     single, multi = (
-        model.decode_all(embeddings, batch["image_index"], batch["boxes"], multimask=multimask)
+        model.decode(embeddings, batch["image_index"], batch["boxes"], multimask=multimask)
         for multimask in (False, True)
     )
     assert logits.shape == (len(batch["boxes"]), 4, TINY.image_size // 4, TINY.image_size // 4)
@@ -172,7 +173,7 @@ def test_export_loads_where_inference_loads(tmp_path: Path, samples: list[Sample
     with torch.no_grad():
         logits, quality = forward(task, batch)
     embeddings = model.encode(batch["pixels"])
-    single, single_quality = model.decode_all(embeddings, batch["image_index"], batch["boxes"], multimask=False)
+    single, single_quality = model.decode(embeddings, batch["image_index"], batch["boxes"], multimask=False)
     torch.testing.assert_close(logits[:, :1], single, rtol=0, atol=1e-4)
     torch.testing.assert_close(quality[:, :1], single_quality, rtol=0, atol=1e-5)
 
@@ -529,7 +530,7 @@ def test_a_training_goes_on_with_larger_pictures(tmp_path: Path, samples: list[S
     larger.module.eval()
     with torch.no_grad():
         logits, _ = forward(larger, batch)
-    single, _ = model.decode_all(model.encode(batch["pixels"]), batch["image_index"], batch["boxes"], multimask=False)
+    single, _ = model.decode(model.encode(batch["pixels"]), batch["image_index"], batch["boxes"], multimask=False)
     assert single.shape[-1] == 24
     torch.testing.assert_close(logits[:, :1], single, rtol=0, atol=1e-4)
 

@@ -1,0 +1,33 @@
+"""Where the weights of a model in Hugging Face layout lie: a directory here, or the hub's cache."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from owlsam_ray.errors import WeightsError
+
+
+def resolve_weights(weights: str, *, setting: str) -> Path:
+    """A local directory as it is; a hub name through the hub's cache.
+
+    Args:
+        weights: as the run file names them.
+        setting: where it does so (`detector.weights`), for messages.
+
+    Raises:
+        WeightsError: there is no such directory, and the hub cannot be reached or knows no such name.
+    """
+    path = Path(weights)
+    if path.is_dir():
+        return path
+    if weights.startswith(("/", ".", "~")) or path.exists():
+        raise WeightsError(f"{setting} {weights} is not a directory in Hugging Face layout")
+    try:
+        return Path(snapshot_download(weights, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"{setting} {weights!r} is neither a directory here nor to be had from the hub ({reason}). Download it "
+            "once where there is a network, and name the directory."
+        ) from None

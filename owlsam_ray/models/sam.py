@@ -1,0 +1,213 @@
+"""SAM ViT-B, L and H through transformers, from directories in Hugging Face layout.
+
+Preprocessing is that of the installed transformers; tests compare with its `SamModel` and `SamProcessor`. Prompts and
+masks are those of `sam_decoder`. Letters as in `protocols`; the sam frame is that of `sam_frame`.
+
+Source: Kirillov et al., Segment Anything (2023); facebook/sam-vit-base, -large, -huge.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+from transformers import SamConfig, SamImageProcessor, SamModel
+
+from owlsam_ray.errors import WeightsError
+from owlsam_ray.models.sam_decoder import BoxDecoder
+from owlsam_ray.models.sam_frame import input_size_hw
+from owlsam_ray.models.weights import check_layout, read_safetensors_shapes
+
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# One tensor under two names; files hold one of them, or both.
+_FREQUENCIES = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
+
+
+class Sam:
+    """The segmenter of `protocols.Segmenter`."""
+
+    def __init__(
+        self, model: SamModel, processor: SamImageProcessor, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Take over a loaded model; see `load`."""
+        self._device, self._dtype = device, dtype
+        self._image_size: int = model.config.vision_config.image_size
+        # One step for rescale and normalisation, on the values of bytes.
+        scale = processor.rescale_factor if processor.do_rescale else 1.0
+        self._mean = torch.tensor(processor.image_mean)[:, None, None] * (1.0 / scale)
+        self._std = torch.tensor(processor.image_std)[:, None, None] * (1.0 / scale)
+        model.eval().requires_grad_(False).to(device)
+        self._vision = model.vision_encoder.to(dtype)
+        self._decoder = BoxDecoder(model.prompt_encoder, model.mask_decoder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._device
+
+    @property
+    def image_size(self) -> int:
+        """Long side of the sam frame in pixels."""
+        return self._image_size
+
+    @staticmethod
+    def load(path: Path, *, device: torch.device, dtype: torch.dtype) -> "Sam":
+        """Load weights strictly.
+
+        Args:
+            path: a directory in Hugging Face layout.
+            device: where to run.
+            dtype: of the image encoder; prompt encoder and mask decoder stay in float32.
+
+        Raises:
+            WeightsError: see `check_weights`.
+        """
+        check_weights(path)
+        model = _build_empty(path)
+        try:
+            state = {name: tensor.float() for name, tensor in load_file(path / _WEIGHTS).items()}
+        except SafetensorError as error:
+            raise WeightsError(
+                f"{path / _WEIGHTS} is not a safetensors file ({error}): export the weights again"
+            ) from None
+        frequencies = next(state[name] for name in _FREQUENCIES if name in state)
+        model.load_state_dict(state | dict.fromkeys(_FREQUENCIES, frequencies), assign=True)
+        return Sam(model, _load_processor(path, model.config), device=device, dtype=dtype)
+
+    def preprocess(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """(H, W, 3) RGB uint8 to (3, S, S) float32: long side to S, normalised, zeros right and below.
+
+        Source: transformers' `SamImageProcessor` (bilinear on uint8, by torchvision).
+        """
+        height, width = input_size_hw(pixels.shape[:2], self._image_size)
+        tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+        resized = resize(tensor, [height, width], interpolation=InterpolationMode.BILINEAR, antialias=True)
+        frame = torch.zeros(3, self._image_size, self._image_size)
+        frame[:, :height, :width] = (resized.float() - self._mean) / self._std
+        return frame
+
+    @torch.inference_mode()
+    def encode(self, batch: Tensor) -> Tensor:
+        """(B, 3, S, S) as `preprocess` gives it to image embeddings (B, C, h, w) float32, h = w = S / 16.
+
+        Runs in the model's dtype and gives float32 on the model's device.
+        """
+        embeddings: Tensor = self._vision(batch.to(self._device, self._dtype)).last_hidden_state.float()
+        return embeddings
+
+    def decode(
+        self,
+        embeddings: Tensor,
+        image_index: Tensor,
+        boxes_xyxy: Tensor,
+        *,
+        multimask: bool,
+        center_point: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See `protocols.Segmenter`; m = S / 4."""
+        return self._decoder.decode(embeddings, image_index, boxes_xyxy, multimask=multimask, center_point=center_point)
+
+
+def check_weights(path: Path) -> None:
+    """Refuse what `load` would refuse, by names and shapes of the file's tensors, without reading them.
+
+    Raises:
+        WeightsError: files are missing or damaged, the directory holds another model, or tensors do not fit (names the
+            first).
+    """
+    model = _build_empty(path)
+    file = path / _WEIGHTS
+    if not file.is_file():
+        other = (
+            "pytorch_model.bin is not loaded, it may hold code: convert it once with "
+            "SamModel.from_pretrained(…).save_pretrained(…)"
+            if (path / "pytorch_model.bin").is_file()
+            else "is it a directory that save_pretrained wrote?"
+        )
+        raise WeightsError(f"{path} holds no {_WEIGHTS}; {other}")
+    found = read_safetensors_shapes(file)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if any(name in found for name in _FREQUENCIES):
+        expected = {name: shape for name, shape in expected.items() if name in found or name not in _FREQUENCIES}
+    check_layout(expected, found, source=str(file), hint=f"Wanted: SamModel as {path / _CONFIG} describes it.")
+    _load_processor(path, model.config)
+
+
+def _build_empty(path: Path) -> SamModel:
+    """The model without values."""
+    with torch.device("meta"):
+        return SamModel(_load_config(path))
+
+
+def _load_config(path: Path) -> SamConfig:
+    file = path / _CONFIG
+    try:
+        fields: Any = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(f"{path} is no model directory: cannot read {_CONFIG} ({error.strerror})") from None
+    except ValueError as error:
+        raise WeightsError(f"{file} is not valid JSON: {error}") from None
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if kind == "mobile_sam":
+        raise WeightsError(f"{path} holds a mobile_sam model, and segment.model is sam: set segment.model: mobile_sam")
+    if kind != "sam":
+        raise WeightsError(f"{file} describes a {kind!r} model, and segment.model is sam: wanted is SAM ViT-B, L or H")
+    try:
+        config = SamConfig.from_dict(fields)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise WeightsError(f"{file} does not describe a SAM: {str(error).splitlines()[0]}") from None
+    _check_sizes(config, file)
+    return config
+
+
+def _check_sizes(config: SamConfig, file: Path) -> None:
+    """The three parts must fit each other, and the stages around them."""
+    vision, prompts, decoder = config.vision_config, config.prompt_encoder_config, config.mask_decoder_config
+    width = vision.output_channels
+    for name, value, wanted in (
+        ("vision_config.patch_size", vision.patch_size, 16),
+        ("prompt_encoder_config.patch_size", prompts.patch_size, 16),
+        ("prompt_encoder_config.image_size", prompts.image_size, vision.image_size),
+        ("prompt_encoder_config.hidden_size", prompts.hidden_size, width),
+        ("mask_decoder_config.hidden_size", decoder.hidden_size, width),
+        ("vision_config.num_pos_feats", 2 * vision.num_pos_feats, width),
+        ("mask_decoder_config.num_multimask_outputs", decoder.num_multimask_outputs, 3),
+    ):
+        if value != wanted:
+            raise WeightsError(f"{file} does not describe a SAM: {name} gives {value} where {wanted} is needed")
+    if not isinstance(vision.image_size, int) or vision.image_size % 16:
+        raise WeightsError(f"{file}: vision_config.image_size {vision.image_size} is not one multiple of 16")
+
+
+def _load_processor(path: Path, config: SamConfig) -> SamImageProcessor:
+    """How pictures become model inputs: as a processor's file in the directory says, else as SAM's own."""
+    side = config.vision_config.image_size
+    for name in _PROCESSOR_FILES:
+        file = path / name
+        if file.is_file():
+            try:
+                fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+                processor = SamImageProcessor(**fields.get("image_processor", fields))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise WeightsError(f"{file} does not describe SAM's preprocessing: {error}") from None
+            asks = {
+                "size.longest_edge": (processor.size["longest_edge"], side),
+                "resample": (int(processor.resample), 2),
+                "do_resize": (processor.do_resize, True),
+                "do_normalize": (processor.do_normalize, True),
+            }
+            for field, (value, wanted) in asks.items():
+                if value != wanted:
+                    raise WeightsError(f"{file} asks for {field} {value}, and this SAM is run with {wanted}: change it")
+            return processor
+    return SamImageProcessor()
