@@ -100,7 +100,7 @@ class VocabularyConfig(Section):
     """How the templates of one name become one query: by averaging text embeddings, or the logits that each gives (as
     OWL-ViT's evaluation does). Both cost the same."""
     canonical: bool = False
-    """Lower case, and spaces for what is no letter, digit or hash: as OWL-ViT's evaluation prepares its prompts."""
+    """Lower case, and spaces for what is no letter, digit, hyphen or hash: as OWL-ViT's evaluation has it."""
     dataset_synonyms: bool = False
     """Ask also for the `synonyms` that the dataset's own categories list (LVIS's do)."""
     exemplars: tuple[Exemplar, ...] = ()

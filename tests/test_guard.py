@@ -96,7 +96,7 @@ def test_every_field_is_in_the_fingerprint_or_on_the_list(config: RunConfig) -> 
     assert set(NON_LABEL_FIELDS) <= {"run", "resources", "reduce", "evaluate", "report", "logging"}
 
 
-@pytest.mark.parametrize("what", ["detector weights", "segmenter weights", "queries", "prompts", "categories"])
+@pytest.mark.parametrize("what", ["detector weights", "segmenter weights", "embeddings", "queries", "categories"])
 def test_what_else_is_in_the_fingerprint(config: RunConfig, tmp_path: Path, what: str) -> None:
     record = planned(config)
     before = parts_of(config, record)
@@ -104,21 +104,21 @@ def test_what_else_is_in_the_fingerprint(config: RunConfig, tmp_path: Path, what
         (tmp_path / "weights" / "model.safetensors").write_bytes(b"other")
     elif what == "segmenter weights":
         (tmp_path / "sam.pt").write_bytes(b"other")
-    elif what == "queries":
+    elif what == "embeddings":
         (tmp_path / "run" / QUERY_FILE).write_bytes(b"other")
-    elif what == "prompts":
-        record = record.model_copy(update={"prompts": ("a", "b")})
+    elif what == "queries":
+        record = record.model_copy(update={"queries": record.queries[1:]})
     else:
         record = record.model_copy(update={"categories": record.categories[:1]})
     guarded = guard_labels(planned(config), before, run_directory(config))
     assert guarded.fingerprint == canonical_hash(before)
-    (tmp_path / "run" / QUERY_FILE).write_bytes(b"other" if what == "queries" else b"queries")
+    (tmp_path / "run" / QUERY_FILE).write_bytes(b"other" if what == "embeddings" else b"queries")
     with pytest.raises(GuardError, match="were made with something else") as caught:
         guard_labels(guarded, parts_of(config, record), run_directory(config))
     assert {
         "detector weights": "weights.detector",
         "segmenter weights": "weights.segmenter",
-        "queries": "query_embeddings",
+        "embeddings": "query_embeddings",
     }.get(what, what) in str(caught.value)
     assert guard_labels(guarded, before, run_directory(config)) == guarded
 

@@ -85,6 +85,31 @@ def reduce(run: Path, manifest: Manifest, threshold: float | None = None) -> Red
     )
 
 
+def test_small_masks_are_left_out_and_counted(tmp_path: Path) -> None:
+    """The mask of every detection has 6 pixels; one detection has none and stays."""
+    manifest = make_run(tmp_path)
+
+    def with_area(pixels: int) -> tuple[ReduceResult, list[int]]:
+        settings = CocoSettings(
+            CATEGORIES, ids_per_image=K, fingerprint="f", provenance={}, min_mask_area=pixels, score_threshold=0.45
+        )
+        result = reduce_coco(str(tmp_path), manifest, settings)
+        tree = json.loads((tmp_path / "coco" / "annotations.json").read_text(encoding="utf-8"))
+        assert tree["info"]["owlsam_ray"]["proof"]["small_left_out"] == result.num_small
+        return result, [annotation["id"] for annotation in tree["annotations"]]
+
+    result, ids = with_area(6)
+    assert (result.num_annotations, result.num_small, ids) == (2, 0, [5, 6])
+    result, ids = with_area(7)
+    assert (result.num_annotations, result.num_small, ids) == (0, 2, [])
+    whole = reduce_coco(
+        str(tmp_path),
+        manifest,
+        CocoSettings(CATEGORIES, ids_per_image=K, fingerprint="f", provenance={}, min_mask_area=7),
+    )
+    assert (whole.num_annotations, whole.num_masks, whole.num_small) == (1, 0, 2)
+
+
 def test_content(tmp_path: Path) -> None:
     result = reduce(tmp_path, make_run(tmp_path))
     tree = json.loads((tmp_path / "coco" / "annotations.json").read_text(encoding="utf-8"))
@@ -98,7 +123,7 @@ def test_content(tmp_path: Path) -> None:
     assert tree["info"]["owlsam_ray"]["proof"] == {
         "images": 5, "ok": 2, "empty": 1, "failed": 2, "annotations": 3,
         "failed_by_reason": {"fetch_failed": 1, "truncated": 1},
-        "flagged_by_reason": {"stated_size_differs": 1},
+        "flagged_by_reason": {"stated_size_differs": 1}, "small_left_out": 0,
     }  # fmt: skip
     first, second, third = tree["annotations"]
     counts = first["segmentation"].pop("counts")
