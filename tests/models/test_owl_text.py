@@ -11,7 +11,7 @@ from transformers import OwlViTForObjectDetection
 from owlsam_ray.errors import InputError
 from owlsam_ray.models import owl_text
 from owlsam_ray.models.owl_text import embed_texts, tokenize
-from owlsam_ray.models.owl_weights import load_tokenizer
+from owlsam_ray.models.owl_weights import OwlModel, load_tokenizer
 from owlsam_ray.settings import VocabularyConfig
 from owlsam_ray.vocabulary import resolve_vocabulary
 from owlsam_ray.vocabulary.canonical import canonical
@@ -107,9 +107,12 @@ def test_many_prompts_and_repeated_ones(directory: Path, monkeypatch: pytest.Mon
     """More than one call takes, in any order, each text once."""
     embedded = []
     forward = owl_text._forward
-    monkeypatch.setattr(
-        owl_text, "_forward", lambda model, ids, mask: embedded.append(len(ids)) or forward(model, ids, mask)
-    )
+
+    def counted(model: OwlModel, ids: Tensor, mask: Tensor) -> Tensor:
+        embedded.append(len(ids))
+        return forward(model, ids, mask)
+
+    monkeypatch.setattr(owl_text, "_forward", counted)
     distinct = [f"thing {number}" for number in range(130)]
     prompts = [*distinct, *reversed(distinct), distinct[5]]
     found = embed_texts(directory, prompts)
