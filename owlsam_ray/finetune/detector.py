@@ -247,7 +247,7 @@ class DetectorTask:
             corners.numpy(),
             scores,
             size_hw=size_hw,
-            prompt_labels=np.arange(len(self.categories)),
+            query_labels=np.arange(len(self.categories)),
             settings=DetectorConfig(weights="-", score_floor=0.01),
         )
         settings = SuppressConfig(strategy="nms", iou_threshold=self.settings.validation_iou)

@@ -21,8 +21,9 @@ from transformers import (
     OwlViTForObjectDetection,
 )
 
-from owlsam_ray.errors import InputError, WeightsError
+from owlsam_ray.errors import WeightsError
 from owlsam_ray.finetune.scratch import OwlVitArchitecture, build_owlvit
+from owlsam_ray.models.owl_text import tokenize
 from owlsam_ray.models.owlvit import Preprocessing, check_weights, load_model, load_processor
 
 _UNUSED = ("logit_scale", "visual_projection.weight")
@@ -113,18 +114,7 @@ class DetectorParts:
             InputError: a prompt is longer than the text tower takes; it is never cut.
         """
         limit = self.module.model.config.text_config.max_position_embeddings
-        tokens = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
-        for prompt, ids in zip(prompts, tokens, strict=True):
-            if len(ids) > limit:
-                raise InputError(
-                    f"the prompt {prompt!r} has {len(ids)} tokens with start and end, and the text tower takes "
-                    f"{limit}: shorten the category's name or detector.template"
-                )
-        padding = self.tokenizer.pad_token_id
-        return (
-            torch.tensor([ids + [padding] * (limit - len(ids)) for ids in tokens]),
-            torch.tensor([[1] * len(ids) + [0] * (limit - len(ids)) for ids in tokens]),
-        )
+        return tokenize(self.tokenizer, prompts, limit, way_out="shorten the category's name or detector.template")
 
 
 def load_parts(weights: Path) -> DetectorParts:
