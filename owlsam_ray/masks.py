@@ -1,4 +1,4 @@
-"""Low-resolution mask logits → RLE; bool mask ↔ RLE, area, tight box.
+"""Low-resolution mask logits → RLE; bool mask ↔ RLE, area, tight box; holes and islands.
 
 Letters: N masks, m side of the low-resolution logits, H W original pixels, S side of the sam frame, h' w' what the
 picture fills of it. RLE is COCO's, column-major, compressed as pycocotools does. Boxes are half-open.
@@ -7,6 +7,7 @@ picture fills of it. RLE is COCO's, column-major, compressed as pycocotools does
 import math
 from collections.abc import Iterator
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
@@ -17,6 +18,8 @@ from owlsam_ray.records import Segment
 
 _BAND = 64
 """Rows of a mask that are transposed together."""
+
+cv2.setNumThreads(1)  # Masks are made in the engine's threads; more were no faster.
 
 
 def upsample_logits(low_res: Tensor, *, size_hw: tuple[int, int], input_hw: tuple[int, int], image_size: int) -> Tensor:
@@ -134,6 +137,80 @@ def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     return (int(columns[0]), top, int(columns[-1]) + 1, bottom)
 
 
+def clean_mask(mask: NDArray[np.bool_], *, fill_holes: int, remove_islands: int) -> NDArray[np.bool_]:
+    """Fill small holes, then remove small islands.
+
+    Pixels that touch at a side or a corner are connected, in islands and in holes alike, as in the source. There, a
+    small piece of background that the picture's border cuts off counts as a hole too; here it does not: a hole has mask
+    all around.
+
+    Args:
+        mask: (H, W); not changed.
+        fill_holes: holes with fewer pixels are filled; 0 fills none.
+        remove_islands: connected parts with fewer pixels are removed, but never the largest (of equally large ones the
+            first by rows); 0 removes none. Filled holes count.
+
+    Returns:
+        (H, W); the mask itself where nothing is to be done.
+
+    Source: segment-anything, `remove_small_regions` and `postprocess_small_regions`.
+    """
+    x0, y0, x1, y1 = tight_box(mask) if fill_holes or remove_islands else (0, 0, 0, 0)
+    if x0 == x1:
+        return mask
+    # A ring of background around the tight box, so that all background that is no hole is one component: the ring's.
+    part = np.zeros((y1 - y0 + 2, x1 - x0 + 2), np.uint8)
+    part[1:-1, 1:-1] = mask[y0:y1, x0:x1]
+    if fill_holes:
+        _fill_holes(part, fill_holes)
+    if remove_islands:
+        _remove_islands(part, remove_islands)
+    cleaned = np.zeros_like(mask)
+    cleaned[y0:y1, x0:x1] = part[1:-1, 1:-1]
+    return cleaned
+
+
+def _fill_holes(part: NDArray[np.uint8], threshold: int) -> None:
+    """Set holes of fewer pixels in a mask of 0 and 1 whose outermost rows and columns are 0."""
+    labels, stats = _components(1 - part)
+    small = stats[:, cv2.CC_STAT_AREA] < threshold
+    small[[0, labels[0, 0]]] = False
+    _paint(part, 1, np.flatnonzero(small), labels, stats)
+
+
+def _remove_islands(part: NDArray[np.uint8], threshold: int) -> None:
+    """Clear connected parts of fewer pixels in a mask of 0 and 1 with a 1 somewhere, but not the largest."""
+    labels, stats = _components(part)
+    areas = stats[:, cv2.CC_STAT_AREA]
+    areas[0] = 0
+    largest = np.flatnonzero(areas == areas.max())
+    if len(largest) > 1:  # the first by rows, whatever order the labels have
+        largest = labels.ravel()[[np.isin(labels, largest).argmax()]]
+    small = areas < threshold
+    small[[0, *largest]] = False
+    _paint(part, 0, np.flatnonzero(small), labels, stats)
+
+
+def _components(part: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(H, W) component of each pixel that is not 0, from 1 on; (L, 5) left, top, width, height, pixels of each."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(part, connectivity=8)
+    return labels, stats
+
+
+def _paint(
+    part: NDArray[np.uint8],
+    value: int,
+    which: NDArray[np.int64],
+    labels: NDArray[np.int32],
+    stats: NDArray[np.int32],
+) -> None:
+    """Set components to a value, each inside its box: small ones in a large mask cost next to nothing."""
+    for label in which.tolist():
+        left, top, width, height, _ = stats[label].tolist()
+        box = (slice(top, top + height), slice(left, left + width))
+        part[box][labels[box] == label] = value
+
+
 def stability_score(low_res: Tensor, *, input_hw: tuple[int, int], image_size: int, offset: float = 1.0) -> Tensor:
     """IoU of each mask at a higher and at a lower threshold.
 
@@ -163,8 +240,10 @@ def segments_from_logits(
     size_hw: tuple[int, int],
     input_hw: tuple[int, int],
     image_size: int,
+    fill_holes: int = 0,
+    remove_islands: int = 0,
 ) -> list[Segment]:
-    """Masks of one image, encoded.
+    """Masks of one image, cleaned and encoded; predicted IoU and stability are those of the logits.
 
     One mask at a time: a picture of 108 megapixels needs 0.5 GB for each, and a result must not depend on its mates.
 
@@ -174,12 +253,15 @@ def segments_from_logits(
         size_hw: (H, W) of the original picture.
         input_hw: (h', w') that the picture fills in the sam frame.
         image_size: S.
+        fill_holes: see `clean_mask`; so `remove_islands`.
+        remove_islands: see there.
 
     Returns:
         N segments in the order of `low_res`; none for N = 0.
     """
     stability = stability_score(low_res, input_hw=input_hw, image_size=image_size)
     masks = logits_to_masks(low_res, size_hw=size_hw, input_hw=input_hw, image_size=image_size)
+    cleaned = (clean_mask(mask, fill_holes=fill_holes, remove_islands=remove_islands) for mask in masks)
     return [
         Segment(
             rle_counts=encode_rle(mask),
@@ -188,5 +270,5 @@ def segments_from_logits(
             predicted_iou=quality,
             stability=stable,
         )
-        for mask, quality, stable in zip(masks, predicted_iou.tolist(), stability.tolist(), strict=True)
+        for mask, quality, stable in zip(cleaned, predicted_iou.tolist(), stability.tolist(), strict=True)
     ]
