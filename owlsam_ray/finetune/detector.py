@@ -250,7 +250,7 @@ class DetectorTask:
             query_labels=np.arange(len(self.categories)),
             settings=DetectorConfig(weights="-", score_floor=0.01),
         )
-        settings = SuppressConfig(strategy="nms", iou_threshold=self.settings.validation_iou)
+        settings = SuppressConfig(strategy="nms", threshold=self.settings.validation_iou)
         return cap_detections(suppress(found, settings), 100)
 
     def export(self, state: Mapping[str, Tensor], directory: Path) -> None:
