@@ -236,6 +236,6 @@ def _picture(
         names=[vocabulary.categories[label].name for label in row.detections.labels[kept].tolist()],
         scores=row.detections.scores[kept].tolist(),
         rles=[None if segment is None else segment.rle_counts for segment in segments],
-        caption=url if alone else url.rsplit("/", 1)[-1],
+        caption=url.rsplit("/", 1)[-1],
         long_side=_SIDES[1] if alone else CELL,
     )

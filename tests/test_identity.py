@@ -13,8 +13,12 @@ from safetensors.torch import load_file
 from owlsam_ray.config import RunConfig, load_config
 from owlsam_ray.engine import load_engine
 from owlsam_ray.masks import decode_rle, segments_from_logits
-from owlsam_ray.models.mobile_sam import MobileSam, boxes_to_sam_frame, input_size_hw
-from owlsam_ray.models.owlvit import OwlVit, embed_prompts
+from owlsam_ray.models.load import find_models
+from owlsam_ray.models.mobile_sam import MobileSam
+from owlsam_ray.models.owl import Owl
+from owlsam_ray.models.owl_text import embed_texts
+from owlsam_ray.models.owl_weights import ready
+from owlsam_ray.models.sam_frame import boxes_to_sam_frame, input_size_hw
 from owlsam_ray.records import EncodedImage, Prediction
 from owlsam_ray.resources import allocate
 from owlsam_ray.schema import predictions_to_table
@@ -22,7 +26,7 @@ from owlsam_ray.stages.decode import decode_image
 from owlsam_ray.stages.detect import cap_detections, select_detections
 from owlsam_ray.stages.segment import decode_boxes, pad_batch
 from owlsam_ray.stages.suppress import suppress
-from tests.runs import TinyRun, coco_bytes
+from tests.runs import CATEGORIES, TinyRun, coco_bytes
 
 
 def test_one_actor_and_large_shards_give_the_bytes_of_two_and_small_ones(tiny: TinyRun, uninterrupted: bytes) -> None:
@@ -49,7 +53,7 @@ def images(tiny: TinyRun) -> list[EncodedImage]:
 
 @pytest.fixture(scope="module")
 def queries(tiny: TinyRun) -> torch.Tensor:
-    return embed_prompts(tiny.root / "owlvit", [f"a {name}" for name in ("cat", "traffic light", "remote", "red ball")])
+    return ready(embed_texts(tiny.root / "owlvit", [f"a {name}" for name in CATEGORIES]))
 
 
 def annotate(
@@ -61,9 +65,10 @@ def annotate(
         load_engine(
             config,
             allocate(config.resources, num_cpus=2, num_gpus=0),
-            detector_weights=tiny.root / "owlvit",
+            models=find_models(config.detector, config.segment),
             query_embeddings=queries,
-            prompt_labels=range(4),
+            query_labels=range(4),
+            category_names=CATEGORIES,
         ) as engine,
         ThreadPoolExecutor(len(shards)) as pool,
     ):
@@ -141,7 +146,7 @@ def test_the_engine_equals_one_image_after_another(
     config = load_config([tiny.run_file])
     allocation = allocate(config.resources, num_cpus=2, num_gpus=0)
     device = torch.device("cpu")
-    detector = OwlVit.load(tiny.root / "owlvit", device=device, dtype=torch.float32)
+    detector = Owl.load(tiny.root / "owlvit", config.detector, device=device, dtype=torch.float32)
     segmenter = MobileSam.load(str(tiny.root / "mobile_sam"), device=device, dtype=torch.float32)
     expected = []
     for image in images[:12]:
@@ -153,22 +158,28 @@ def test_the_engine_equals_one_image_after_another(
             detector.unscale(boxes[0], size_hw).numpy(),
             scores[0].numpy(),
             size_hw=size_hw,
-            prompt_labels=np.arange(4),
+            query_labels=np.arange(4),
             settings=config.detector,
         )
         found = cap_detections(suppress(found, config.suppress), config.detector.max_detections)
         in_frame = boxes_to_sam_frame(found.boxes_xyxy, size_hw=size_hw, image_size=segmenter.image_size)
         embeddings = segmenter.encode(pad_batch([segmenter.preprocess(pixels)], allocation.segmenter_batch))
-        ((logits, quality),) = decode_boxes(
-            segmenter, embeddings, [in_frame], batch_size=allocation.decoder_batch, best_of_three=False
+        (masks,) = decode_boxes(
+            segmenter,
+            embeddings,
+            [in_frame],
+            input_sizes_hw=[input_size_hw(size_hw, segmenter.image_size)],
+            batch_size=allocation.decoder_batch,
+            settings=config.segment,
         )
-        segments = segments_from_logits(
-            logits,
-            quality,
+        distinct = segments_from_logits(
+            masks.logits,
+            masks.predicted_iou,
             size_hw=size_hw,
             input_hw=input_size_hw(size_hw, segmenter.image_size),
             image_size=segmenter.image_size,
         )
+        segments = [distinct[index] for index in masks.index.tolist()]
         expected.append(Prediction(image.image_id, size_hw, found, tuple(segments)))
     assert predictions_to_table(annotate(tiny, queries, [images[:12]])).equals(predictions_to_table(expected))
 
