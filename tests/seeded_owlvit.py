@@ -1,4 +1,4 @@
-"""OwlViT directories without training: B/32 from the shared recipe, and a tiny model with a tokenizer of its own."""
+"""OwlViT and OWLv2 directories without training: the published sizes from the shared recipe, and tiny ones."""
 
 import gzip
 import json
@@ -9,50 +9,66 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection
+from transformers import CLIPTokenizer, Owlv2Config, Owlv2ForObjectDetection, OwlViTConfig, OwlViTForObjectDetection
 
+from owlsam_ray.models.owl_weights import Family, OwlConfig, OwlModel
 from tests.seeded_mobile_sam import load_recipe
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 TINY_SIDE, TINY_PATCH, TINY_POSITIONS = 96, 16, 48
-_PROCESSOR = {
-    "image_processor_type": "OwlViTImageProcessor",
+_CONFIGS: dict[Family, type[OwlConfig]] = {"owlvit": OwlViTConfig, "owlv2": Owlv2Config}
+_MODELS: dict[Family, type[OwlModel]] = {"owlvit": OwlViTForObjectDetection, "owlv2": Owlv2ForObjectDetection}
+_OWLV2_SIDES = {"owlv2-base-patch16": 960, "owlv2-large-patch14": 1008}
+_CLIP_COLOURS: dict[str, Any] = {
     "do_resize": True,
-    "do_center_crop": False,
     "do_rescale": True,
     "do_normalize": True,
     "do_convert_rgb": True,
     "rescale_factor": 1 / 255,
-    "resample": 3,
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
+_PROCESSORS: dict[Family, dict[str, Any]] = {
+    "owlvit": {"image_processor_type": "OwlViTImageProcessor", "do_center_crop": False, "resample": 3},
+    "owlv2": {"image_processor_type": "Owlv2ImageProcessor", "do_pad": True, "resample": 2},
+}
 
 
-def write_full(directory: Path, shared: Path) -> None:
-    """Write OwlViT B/32: the official sizes and tokenizer, tensors of the shared recipe."""
-    vision = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-    text = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048}
-    config = OwlViTConfig(
-        text_config=text | {"vocab_size": 49408, "max_position_embeddings": 16},
-        vision_config=vision | {"image_size": 768, "patch_size": 32},
-        projection_dim=512,
+def write_full(directory: Path, shared: Path, name: str = "owlvit-base-patch32", *, box_spread: float = 1.0) -> None:
+    """Write a published model's sizes and tokenizer with tensors of the shared recipe.
+
+    Args:
+        directory: where to.
+        shared: the reference data.
+        name: a key of `golden/hf_owlvit_keys.json`; OWLv2 has the towers of OwlViT at larger pictures.
+        box_spread: factor on the last layer of the box head; with the recipe's own, boxes hardly depend on the picture.
+    """
+    layouts: Any = json.loads((shared / "golden" / "hf_owlvit_keys.json").read_text())
+    family: Family = "owlv2" if name.startswith("owlv2") else "owlvit"
+    sizes = layouts[name.replace("owlv2", "owlvit")]["config"]
+    side = _OWLV2_SIDES.get(name, sizes["vision"]["image_size"])
+    config = _CONFIGS[family](
+        text_config=sizes["text"],
+        vision_config=sizes["vision"] | {"image_size": side},
+        projection_dim=sizes["projection_dim"],
     )
-    shapes: Any = json.loads((shared / "golden" / "hf_owlvit_keys.json").read_text())["owlvit-base-patch32"]
-    with torch.device("meta"):
-        wanted = {name: list(t.shape) for name, t in OwlViTForObjectDetection(config).state_dict().items()}
-    published = json.dumps(shapes)
-    assert all(name in published for name in wanted), "the installed transformers names tensors otherwise"
-    state = load_recipe(shared).seeded_state_dict(wanted)
-    _write(directory, config, {name: torch.from_numpy(np.asarray(value)) for name, value in state.items()}, side=768)
+    shapes = _shapes(family, config)
+    published = {tensor: tuple(shape) for tensor, shape in layouts[name]["tensors"].items()}
+    assert shapes == published, "the installed transformers names or shapes tensors otherwise"
+    recipe = load_recipe(shared)
+    state = {
+        tensor: torch.from_numpy(np.asarray(recipe.seeded_tensor(tensor, shape))) for tensor, shape in shapes.items()
+    }
+    state["box_head.dense2.weight"] *= box_spread
+    _write(directory, config, state, family=family, side=side)
     full_tokenizer(shared).save_pretrained(directory)
 
 
-def write_tiny(directory: Path, seed: int = 0, *, side: int = TINY_SIDE) -> None:
-    """Write a tiny OwlViT whose scores and boxes depend on the picture; needs no shared data."""
+def write_tiny(directory: Path, seed: int = 0, *, side: int = TINY_SIDE, family: Family = "owlvit") -> None:
+    """Write a tiny model whose scores and boxes depend on the picture; needs no shared data."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     tokenizer = tiny_tokenizer()
-    config = OwlViTConfig(
+    config = _CONFIGS[family](
         text_config=sizes
         | {
             "vocab_size": len(tokenizer),
@@ -63,11 +79,15 @@ def write_tiny(directory: Path, seed: int = 0, *, side: int = TINY_SIDE) -> None
         vision_config=sizes | {"image_size": side, "patch_size": TINY_PATCH},
         projection_dim=32,
     )
-    with torch.device("meta"):
-        shapes = {name: tuple(t.shape) for name, t in OwlViTForObjectDetection(config).state_dict().items()}
+    shapes = _shapes(family, config)
     state = {name: torch.from_numpy(_tiny_tensor(name, shape, seed)) for name, shape in shapes.items()}
-    _write(directory, config, state, side=side)
+    _write(directory, config, state, family=family, side=side)
     tokenizer.save_pretrained(directory)
+
+
+def _shapes(family: Family, config: OwlConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in _MODELS[family](config).state_dict().items()}
 
 
 def full_tokenizer(shared: Path) -> CLIPTokenizer:
@@ -111,10 +131,10 @@ def _tiny_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any
     return np.asarray(values, np.float32)
 
 
-def _write(directory: Path, config: OwlViTConfig, state: dict[str, torch.Tensor], *, side: int) -> None:
+def _write(directory: Path, config: OwlConfig, state: dict[str, torch.Tensor], *, family: Family, side: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / "model.safetensors")
-    config.architectures = ["OwlViTForObjectDetection"]
+    config.architectures = [_MODELS[family].__name__]
     config.save_pretrained(directory)
-    processor = _PROCESSOR | {"size": {"height": side, "width": side}}
+    processor = _PROCESSORS[family] | _CLIP_COLOURS | {"size": {"height": side, "width": side}}
     (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=1), encoding="utf-8")

@@ -28,7 +28,7 @@ from owlsam_ray.finetune.data import Sample
 from owlsam_ray.finetune.detector_module import DetectorModule, load_parts, scratch_parts
 from owlsam_ray.finetune.matching import LossWeights, detection_losses, focal_loss
 from owlsam_ray.finetune.scratch import OwlVitArchitecture
-from owlsam_ray.models.owlvit import resolve_weights
+from owlsam_ray.models.hub import resolve_weights
 from owlsam_ray.records import Detections
 from owlsam_ray.settings import Category, DetectorConfig, Fraction, Name, PositiveInt, Section, SuppressConfig
 from owlsam_ray.stages.detect import cap_detections, select_detections
@@ -49,7 +49,7 @@ class DetectorTraining(Section):
     architecture: OwlVitArchitecture | None = None
     """Or the sizes of an OwlViT that starts from nothing. Exactly one of the two."""
     template: Name = "a photo of a {}"
-    """Prompt of a category, `{}` becomes its name. Must be `vocabulary.template` of the runs to come."""
+    """Prompt of a category, `{}` becomes its name. Must be the one of `vocabulary.templates` of the runs to come."""
     frozen: tuple[Part, ...] = ()
     """Parts that do not learn."""
     text_lr_scale: Weight = 0.01
@@ -110,7 +110,7 @@ class DetectorTask:
         if settings.architecture is not None:
             self.parts = scratch_parts(settings.architecture, prompts, seed=seed)
         else:
-            self.parts = load_parts(resolve_weights(settings.weights or ""))
+            self.parts = load_parts(resolve_weights(settings.weights or "", setting="detector.weights"))
         self.input_ids, self.attention_mask = self.parts.tokenize(prompts)
         model: Any = self.parts.module.model
         for part in settings.frozen:
@@ -138,7 +138,7 @@ class DetectorTask:
         targets = [self._target_boxes(sample) for sample in samples]
         return {
             "image_ids": [sample.image_id for sample in samples],
-            "pixels": torch.stack([self.parts.preprocess(sample.pixels) for sample in samples]),
+            "pixels": torch.stack([self.parts.preprocessing(sample.pixels) for sample in samples]),
             "input_ids": self.input_ids[chosen],
             "attention_mask": self.attention_mask[chosen],
             "boxes": targets,
@@ -147,7 +147,7 @@ class DetectorTask:
 
     def _target_boxes(self, sample: Sample) -> Tensor:
         """(N, 4) float32 cxcywh in units of the detector's square input."""
-        height, width = self.parts.frame_hw((sample.pixels.shape[0], sample.pixels.shape[1]))
+        height, width = self.parts.preprocessing.frame_hw((sample.pixels.shape[0], sample.pixels.shape[1]))
         scaled = torch.from_numpy(sample.boxes_xyxy) / torch.tensor([width, height, width, height])
         return box_convert(scaled, "xyxy", "cxcywh").float()
 
@@ -211,7 +211,7 @@ class DetectorTask:
         found: list[Region] = []
         sizes: dict[int, EvaluatedImage] = {}
         for batch in _in_groups(samples, _VALIDATION_BATCH):
-            pixels = torch.stack([self.parts.preprocess(sample.pixels) for sample in batch]).to(device)
+            pixels = torch.stack([self.parts.preprocessing(sample.pixels) for sample in batch]).to(device)
             outputs = module.propose(pixels, queries)
             boxes, scores = outputs["boxes"].cpu(), outputs["logits"].sigmoid().cpu().numpy()
             for sample, of_image, of_scores in zip(batch, boxes, scores, strict=True):
@@ -241,10 +241,8 @@ class DetectorTask:
     def _detect(self, sample: Sample, boxes: Tensor, scores: NDArray[np.float32]) -> Detections:
         """Proposals of one picture, (P, 4) and (P, Q), to detections in its pixels."""
         size_hw = (sample.pixels.shape[0], sample.pixels.shape[1])
-        height, width = self.parts.frame_hw(size_hw)
-        corners = box_convert(boxes, "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
         found = select_detections(
-            corners.numpy(),
+            self.parts.preprocessing.unscale(boxes, size_hw).numpy(),
             scores,
             size_hw=size_hw,
             query_labels=np.arange(len(self.categories)),

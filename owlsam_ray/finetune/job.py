@@ -70,9 +70,7 @@ def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None]
 def _check(config: FinetuneConfig, store: TrainingStore) -> dict[str, Any]:
     """Tell what is wrong with data, model or directory before Ray starts; returns what cleaning did."""
     training, _ = open_data(config)
-    task = make_task(config, training)
-    if isinstance(task, DetectorTask) and task.parts.is_owlv2:
-        _log.warning("an OWLv2 can be trained and gone on with, but `annotate` does not take one yet")
+    make_task(config, training)  # for its errors
     _log.info("%s", training.report.summary())
     sets = zip(("train", "val"), _files(config), strict=True)
     store.guard(

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Owlv2Config, Owlv2ForObjectDetection, OwlViTConfig, OwlViTForObjectDetection
@@ -29,27 +27,6 @@ _FAMILIES: dict[Family, tuple[type[OwlConfig], type[OwlModel]]] = {
     "owlv2": (Owlv2Config, Owlv2ForObjectDetection),
 }
 _NORM_FLOOR = 1e-6
-
-
-def resolve_weights(weights: str) -> Path:
-    """A local directory as it is; a hub name through the hub's cache.
-
-    Raises:
-        WeightsError: there is no such directory, and the hub cannot be reached or knows no such name.
-    """
-    path = Path(weights)
-    if path.is_dir():
-        return path
-    if weights.startswith(("/", ".", "~")) or path.exists():
-        raise WeightsError(f"detector.weights {weights} is not a directory in Hugging Face layout")
-    try:
-        return Path(snapshot_download(weights, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(
-            f"detector.weights {weights!r} is neither a directory here nor to be had from the hub ({reason}). Download "
-            "it once where there is a network, and name the directory."
-        ) from None
 
 
 def family_of(path: Path) -> Family:

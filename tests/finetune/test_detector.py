@@ -14,8 +14,10 @@ from owlsam_ray.errors import InputError, WeightsError
 from owlsam_ray.finetune.data import Sample
 from owlsam_ray.finetune.detector import DetectorTask, DetectorTraining
 from owlsam_ray.finetune.scratch import word_tokenizer
-from owlsam_ray.models.owlvit import OwlVit, embed_prompts
-from owlsam_ray.settings import Category
+from owlsam_ray.models.owl import Owl
+from owlsam_ray.models.owl_text import embed_texts
+from owlsam_ray.models.owl_weights import ready
+from owlsam_ray.settings import Category, DetectorConfig
 from tests.seeded_owlvit import write_tiny
 
 CPU = torch.device("cpu")
@@ -74,9 +76,9 @@ def test_outputs_are_those_of_inference(tmp_path: Path) -> None:
     sample = make_sample()
     batch = task.collate([sample, make_sample(1)], np.random.default_rng(0))
     outputs = forward(task, batch)
-    inference = OwlVit.load(tmp_path / "weights", device=CPU, dtype=torch.float32)
-    queries = embed_prompts(tmp_path / "weights", [f"a {name}" for name in NAMES])
-    boxes, scores = inference.detect(torch.stack([inference.preprocess(sample.pixels)] * 2), queries)
+    inference = Owl.load(tmp_path / "weights", DetectorConfig(weights="-"), device=CPU, dtype=torch.float32)
+    queries = embed_texts(tmp_path / "weights", [f"a {name}" for name in NAMES])
+    boxes, scores = inference.detect(torch.stack([inference.preprocess(sample.pixels)] * 2), ready(queries))
     assert len(batch["input_ids"]) == len(NAMES)  # all of them: fewer than max_prompts
     torch.testing.assert_close(outputs["boxes"][0], boxes[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(outputs["logits"][0].sigmoid(), scores[0], atol=1e-6, rtol=0)
@@ -88,12 +90,12 @@ def test_export_loads_where_labels_are_made(tmp_path: Path) -> None:
         for parameter in task.module.parameters():
             parameter.add_(0.01)
     task.export(task.module.state_dict(), tmp_path / "out")
-    inference = OwlVit.load(tmp_path / "out", device=CPU, dtype=torch.float32)
-    queries = embed_prompts(tmp_path / "out", ["a cat", "a cup"])
+    inference = Owl.load(tmp_path / "out", DetectorConfig(weights="-"), device=CPU, dtype=torch.float32)
+    queries = embed_texts(tmp_path / "out", ["a cat", "a cup"])
     sample = make_sample()
     with torch.no_grad():
-        ours = task.module.eval().propose(task.parts.preprocess(sample.pixels)[None], queries)
-    boxes, scores = inference.detect(inference.preprocess(sample.pixels)[None], queries)
+        ours = task.module.eval().propose(task.parts.preprocessing(sample.pixels)[None], queries)
+    boxes, scores = inference.detect(inference.preprocess(sample.pixels)[None], ready(queries))
     torch.testing.assert_close(ours["boxes"], boxes, atol=1e-6, rtol=0)
     torch.testing.assert_close(ours["logits"].sigmoid(), scores, atol=1e-6, rtol=0)
 

@@ -20,7 +20,8 @@ from owlsam_ray.finetune.job import make_task, open_data
 from owlsam_ray.finetune.loop import learning_rate
 from owlsam_ray.finetune.store import TrainingStore
 from owlsam_ray.models.mobile_sam import MobileSam
-from owlsam_ray.models.owlvit import OwlVit
+from owlsam_ray.models.owl import Owl
+from owlsam_ray.settings import DetectorConfig
 from tests.finetune.drawn import DETECTOR, SEGMENTER, draw_sets, load_job, run_alone
 
 
@@ -82,7 +83,7 @@ def test_what_is_left_behind_loads_where_labels_are_made(tmp_path: Path, drawn: 
     lines = run_alone(config)
     assert [line["step"] for line in lines if "val/box_ap" in line] == [2, 3]
     assert TrainingStore(config.out or "").checkpoints() == [2, 3]
-    OwlVit.load(tmp_path / "out" / "model", device=torch.device("cpu"), dtype=torch.float32)
+    Owl.load(tmp_path / "out" / "model", DetectorConfig(weights="-"), device=torch.device("cpu"), dtype=torch.float32)
     provenance = json.loads((tmp_path / "out" / "model" / "provenance.json").read_text())
     assert provenance["config"]["optimizer"]["steps"] == 3
     assert provenance["best"]["step"] in (2, 3)
