@@ -7,6 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from owlsam_ray.records import Detections
+from owlsam_ray.settings import SuppressConfig
+
 
 def rle_runs(mask: NDArray[np.bool_]) -> list[int]:
     """COCO's uncompressed RLE: lengths of runs down the columns, beginning with a run of zeros (maybe of length 0)."""
@@ -88,3 +91,47 @@ def masks_whole_tensor(
     cut = frame[:, :, : input_hw[0], : input_hw[1]]
     whole: NDArray[np.bool_] = (torch.nn.functional.interpolate(cut, size_hw, mode="bilinear")[:, 0] > 0).numpy()
     return whole
+
+
+def overlap_plain(a: list[float], b: list[float], kind: str) -> float:
+    """IoU or IoS of two xyxy boxes; 0 when one of them has no area."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return width * height / (areas[0] + areas[1] - width * height if kind == "iou" else min(areas))
+
+
+def suppress_loop(
+    found: Detections, settings: SuppressConfig, thresholds: list[float], score_floor: float
+) -> list[tuple[int, list[float], float, int]]:
+    """Index of the pick, box, score and num_merged of each detection that is left: group by group, pick by pick."""
+    boxes, labels, merged = found.boxes_xyxy.tolist(), found.labels.tolist(), found.num_merged.tolist()
+    scores = found.scores.tolist()
+    sigma = 0.5 if settings.sigma is None else settings.sigma
+    result = []
+    for group in [set(labels)] if settings.across_labels else [{label} for label in set(labels)]:
+        remaining = [i for i in range(len(labels)) if labels[i] in group]
+        while remaining:
+            pick = max(remaining, key=lambda i: scores[i])  # the first of equals
+            remaining.remove(pick)
+            overlaps = {i: overlap_plain(boxes[pick], boxes[i], settings.overlap) for i in remaining}
+            close = [i for i in remaining if overlaps[i] > thresholds[labels[pick]]]
+            box, members = boxes[pick], [pick]
+            if settings.strategy == "soft_nms":
+                for i in close if settings.decay == "linear" else remaining:
+                    # numpy's exp: that of other libraries may differ in the last bit, which can decide a tie.
+                    exponential = float(np.exp(-(overlaps[i] * overlaps[i]) / sigma))
+                    factor = 1 - overlaps[i] if settings.decay == "linear" else exponential
+                    scores[i] *= factor
+                    if factor < 1 and scores[i] <= score_floor:
+                        remaining = [other for other in remaining if other != i]
+            elif settings.strategy in ("nms", "merge"):
+                remaining = [i for i in remaining if i not in close]
+            if settings.strategy == "merge":
+                members = sorted([pick, *close])
+                total = sum(scores[i] for i in members)
+                if total > 0:
+                    box = [sum(scores[i] * boxes[i][corner] for i in members) / total for corner in range(4)]
+            result.append((pick, box, scores[pick], sum(merged[i] for i in members)))
+    return sorted(result, key=lambda row: (-row[2], row[0]))

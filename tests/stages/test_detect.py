@@ -1,4 +1,4 @@
-"""Scores → detections → suppression, against plain loops."""
+"""Scores → detections, against plain loops."""
 
 import random
 from typing import Any
@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 
 from owlsam_ray.boxes import clip_boxes, has_area
 from owlsam_ray.errors import ImageError
-from owlsam_ray.records import Detections
-from owlsam_ray.settings import DetectorConfig, SuppressConfig
+from owlsam_ray.settings import DetectorConfig
 from owlsam_ray.stages.detect import cap_detections, select_detections
-from owlsam_ray.stages.suppress import suppress
 
 LABELS = np.array([0, 0, 1, 2], np.int64)
 SIZE = (40, 60)
@@ -120,7 +118,6 @@ def test_no_box_no_detection() -> None:
         config = settings(labels=labels)
         found = select_detections(none, none, size_hw=SIZE, query_labels=LABELS, settings=config)
         assert len(found) == 0
-        assert len(suppress(found, SuppressConfig())) == 0
 
 
 def test_cap_keeps_the_best() -> None:
@@ -128,47 +125,6 @@ def test_cap_keeps_the_best() -> None:
     assert len(found) > 5
     assert cap_detections(found, 5).scores.tolist() == found.scores[:5].tolist()
     assert len(cap_detections(found, 10_000)) == len(found)
-
-
-def iou(a: NDArray[np.float32], b: NDArray[np.float32]) -> np.float32:
-    """In float32, as torchvision computes it."""
-    width = max(np.float32(0), min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(np.float32(0), min(a[3], b[3]) - max(a[1], b[1]))
-    area = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
-    return width * height / (area[0] + area[1] - width * height)
-
-
-def nms_loop(found: Detections, threshold: float) -> list[int]:
-    kept: list[int] = []
-    for index in range(len(found)):
-        rivals = [k for k in kept if found.labels[k] == found.labels[index]]
-        if all(iou(found.boxes_xyxy[k], found.boxes_xyxy[index]) <= threshold for k in rivals):
-            kept.append(index)
-    return kept
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
-def test_nms_equals_a_loop(threshold: float) -> None:
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    dropped = 0
-    for offset in range(20):
-        found = select_detections(*drawn(seed + offset), size_hw=SIZE, query_labels=LABELS, settings=settings())
-        kept = nms_loop(found, threshold)
-        result = suppress(found, SuppressConfig(iou_threshold=threshold))
-        assert result.boxes_xyxy.tolist() == found.boxes_xyxy[kept].tolist()
-        assert result.labels.tolist() == found.labels[kept].tolist()
-        assert result.scores.tolist() == found.scores[kept].tolist()
-        dropped += len(found) - len(result)
-    assert dropped > 0 or threshold == 1.0
-
-
-def test_labels_do_not_interact_and_equal_scores_keep_the_first() -> None:
-    box = np.array([[1e6, 1e6, 1e6 + 8, 1e6 + 8]] * 3, np.float32)
-    scores, ones = np.full(3, 0.5, np.float32), np.ones(3, np.int64)
-    found = Detections(box, scores, scores, np.array([1, 2, 1]), np.array([4, 5, 6]), ones)
-    assert suppress(found, SuppressConfig(iou_threshold=0.5)).prompt_ids.tolist() == [4, 5]
-    assert suppress(found, SuppressConfig(strategy="none")).prompt_ids.tolist() == [4, 5, 6]
 
 
 def test_clipping() -> None:
