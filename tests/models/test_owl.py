@@ -167,7 +167,7 @@ def test_bf16_equals_transformers_with_its_tower_in_bf16(directory: Path, model:
 
 @pytest.mark.parametrize(("model", "objectness"), [("owlvit", "ignore"), ("owlv2", "ignore"), ("owlv2", "multiply")])
 def test_same_bits_in_any_batch(tmp_path: Path, model: Family, objectness: str) -> None:
-    """64 patches: a multiple of 16, as of most published models. With 36, AVX-512 treats the last ones apart."""
+    """64 patches: a multiple of 16, as of every published model. With 36, AVX-512 treats the last ones apart."""
     write_tiny(tmp_path, side=128, family=model)
     mine = load(tmp_path, model, objectness=objectness)
     batch = torch.stack([mine.preprocess(np.array(draw_image(seed))) for seed in range(4)])
