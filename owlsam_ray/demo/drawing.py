@@ -5,6 +5,7 @@ object covers by at least half and that no later object covers; its box is tight
 """
 
 import colorsys
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -22,11 +23,6 @@ COLOURS = {"red": 0.0, "yellow": 0.15, "green": 0.34, "cyan": 0.5, "blue": 0.64,
 """Name → hue in turns."""
 MIN_SIDE, MAX_OBJECTS = 12, 12
 _SIDES = (256, 384)
-_MIN_VISIBLE = 0.6
-"""Share of an object that later ones may not cover."""
-_MAX_BOX_IOU = 0.5
-"""Of any two boxes, so that suppression cannot be blamed."""
-_TRIES = 4
 
 
 class Split(IntEnum):
@@ -108,6 +104,30 @@ _BY_GROUP = {
 
 
 @dataclass(frozen=True, slots=True)
+class Crowd:
+    """How many objects a picture holds, and how close they come."""
+
+    objects: tuple[int, int] = (1, MAX_OBJECTS)
+    """Fewest and most that are wanted; what finds no place is left out."""
+    max_box_iou: float = 0.5
+    """Of the boxes of any two whole objects; 0.5 so that suppression cannot be blamed."""
+    min_visible: float = 0.6
+    """Share of an object that later ones may not cover."""
+    companions: float = 0.0
+    """Share of objects that get a companion: the next one has the same label and about the same size and place."""
+    withheld: float = 0.25
+    """Share of the test pictures that also show pairs that training withholds."""
+    tries: int = 4
+    """Places that an object looks for."""
+
+
+PLAIN = Crowd()
+"""The drawn dataset."""
+CROWDED = Crowd((12, 24), max_box_iou=0.8, min_visible=0.35, companions=0.9, withheld=0.0, tries=40)
+"""Nearly half of the objects repeat the label before and cover a part of it, for comparing ways of suppression."""
+
+
+@dataclass(frozen=True, slots=True)
 class Drawing:
     """A picture and what is on it."""
 
@@ -119,7 +139,7 @@ class Drawing:
     """(N,) index into `CATEGORIES`."""
 
 
-def draw(seed: int, split: Split, index: int) -> Drawing:
+def draw(seed: int, split: Split, index: int, *, crowd: Crowd = PLAIN) -> Drawing:
     """Draw one picture.
 
     A quarter of the test pictures also shows pairs that training withholds; the other pictures hold seen pairs only.
@@ -128,24 +148,30 @@ def draw(seed: int, split: Split, index: int) -> Drawing:
         seed: of the dataset.
         split: which part; equal indices of two splits are different pictures.
         index: from 0.
+        crowd: how many objects, and how close; the default is what the dataset holds.
     """
     random = np.random.default_rng([seed, int(split), index])
     height, width = (int(side) for side in random.integers(_SIDES[0], _SIDES[1] + 1, 2))
     canvas = _background(random, height, width)
     owner = np.full((height, width), -1, np.int16)
-    mixed = split is Split.TEST and random.random() < 0.25
+    mixed = split is Split.TEST and random.random() < crowd.withheld
     areas: list[int] = []
     labels: list[int] = []
     boxes: list[tuple[int, int, int, int]] = []
+    single = False
     # Crowded pictures teach more in the same time: for training the larger of two draws counts.
-    wanted = random.integers(1, MAX_OBJECTS + 1, 2 if split is Split.TRAIN else 1).max()
+    fewest, most = crowd.objects
+    wanted = random.integers(fewest, most + 1, 2 if split is Split.TRAIN else 1).max()
     for _ in range(int(wanted)):
         group = SEEN
         if mixed and random.random() < 0.5:
             group = WITHHELD_PAIR if random.random() < 0.5 else UNKNOWN_SHAPE
-        label = int(random.choice(_BY_GROUP[group]))
-        for _ in range(_TRIES):
-            placed = _place(random, label, owner, areas, boxes)
+        label, beside = int(random.choice(_BY_GROUP[group])), None
+        # No third one: nobody could tell the one in the middle.
+        if crowd.companions and single and random.random() < crowd.companions:
+            label, beside = labels[-1], boxes[-1]
+        for _ in range(crowd.tries):
+            placed = _place(random, label, owner, areas, boxes, crowd=crowd, beside=beside)
             if placed is not None:
                 top, left, coverage, box = placed
                 inside = owner[top : top + len(coverage), left : left + coverage.shape[1]]
@@ -155,6 +181,7 @@ def draw(seed: int, split: Split, index: int) -> Drawing:
                 boxes.append(box)
                 _paint(random, canvas, label, top, left, coverage)
                 break
+        single = placed is not None and beside is None
     canvas += random.integers(-128, 128, canvas.shape, dtype=np.int8) * np.float32(random.uniform(0.01, 0.09))
     return Drawing(
         pixels=np.clip(canvas, 0, 255).astype(np.uint8),
@@ -169,25 +196,36 @@ def _place(
     owner: NDArray[np.int16],
     areas: list[int],
     boxes: list[tuple[int, int, int, int]],
+    *,
+    crowd: Crowd,
+    beside: tuple[int, int, int, int] | None,
 ) -> tuple[int, int, Floats, tuple[int, int, int, int]] | None:
     """A place for one more object: top, left, its coverage (h, w) in [0, 1], its box; None when it does not fit."""
     height, width = owner.shape
     longest = min(height, width) / 2
-    side = float(np.exp(random.uniform(np.log(MIN_SIDE + 2), np.log(longest))))
+    if beside is None:
+        side = float(np.exp(random.uniform(np.log(MIN_SIDE + 2), np.log(longest))))
+    else:
+        side = math.sqrt((beside[2] - beside[0]) * (beside[3] - beside[1])) * float(np.exp(random.uniform(-0.2, 0.2)))
     stretch = float(np.exp(random.uniform(-0.15, 0.15)))
     w, h = (round(min(max(value, MIN_SIDE + 2), longest)) for value in (side * stretch, side / stretch))
-    left, top = int(random.integers(0, width - w + 1)), int(random.integers(0, height - h + 1))
+    if beside is None:
+        left, top = int(random.integers(0, width - w + 1)), int(random.integers(0, height - h + 1))
+    else:
+        apart_x, apart_y = random.uniform(-0.25, 0.25, 2) * (beside[2] - beside[0], beside[3] - beside[1])
+        left = round(min(max((beside[0] + beside[2] - w) / 2 + apart_x, 0), width - w))
+        top = round(min(max((beside[1] + beside[3] - h) / 2 + apart_y, 0), height - h))
     coverage = _coverage(random, label, h, w)
     mask = coverage >= 0.5
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)
-    if min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE or any(_iou(box, other) > _MAX_BOX_IOU for other in boxes):
+    if min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE or any(_iou(box, other) > crowd.max_box_iou for other in boxes):
         return None
     under = owner[top : top + h, left : left + w]
     covered = np.bincount(under[mask & (under >= 0)], minlength=len(areas))
     for index in np.flatnonzero(covered):
         visible = np.count_nonzero(owner == index) - covered[index]
-        if visible < _MIN_VISIBLE * areas[index]:
+        if visible < crowd.min_visible * areas[index]:
             return None
     return top, left, coverage, box
 
