@@ -16,7 +16,7 @@ from owlsam_ray import storage
 from owlsam_ray.config import ResourcesConfig, RunConfig, absolute, load_tree, validate_tree, with_absolute_paths
 from owlsam_ray.datasets import list_images
 from owlsam_ray.datasets.coco import read_tree
-from owlsam_ray.demo.models import model_settings
+from owlsam_ray.demo.models import check_shipped, model_settings
 from owlsam_ray.engine import load_engine
 from owlsam_ray.errors import ConfigError, ImageError, InputError
 from owlsam_ray.fetch import MEGABYTE, fetch_file
@@ -197,6 +197,7 @@ def _label(images: Sequence[str], config: RunConfig, vocabulary: Vocabulary) -> 
     num_cpus = max(2, len(os.sched_getaffinity(0)))
     allocation = allocate(resources, num_cpus=num_cpus, num_gpus=torch.cuda.device_count())
     torch.set_num_threads(allocation.torch_threads)
+    check_shipped(config.detector.weights, config.segment.weights)
     models = find_models(config.detector, config.segment)
     embeddings = embed_queries(
         vocabulary.queries,

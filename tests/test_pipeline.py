@@ -16,6 +16,7 @@ from owlsam_ray.fetch import FETCHED_SCHEMA
 from owlsam_ray.guard import load_record, load_run_manifest
 from owlsam_ray.ledger import done_shards, read_footer
 from owlsam_ray.manifest import Manifest
+from owlsam_ray.models.load import find_models
 from owlsam_ray.pipeline import ROWS_SCHEMA, FetchShard, Job, ShardSink, build_graph
 from owlsam_ray.resources import allocate
 from owlsam_ray.schema import predictions_to_table
@@ -35,7 +36,7 @@ def job(tiny: TinyRun, uninterrupted: bytes) -> Job:
         record=record,
         manifest=load_run_manifest(str(tiny.root / "uninterrupted"), record),
         allocation=allocate(config.resources, num_cpus=2, num_gpus=0),
-        detector_weights=str(tiny.root / "owlvit"),
+        models=find_models(config.detector, config.segment),
         stop_url=str(tiny.root / "pipeline.stop"),
     )
 
@@ -105,7 +106,7 @@ def test_on_ray(
     def no_text_tower(*arguments: Any, **named: Any) -> None:
         raise AssertionError("the text tower must not run on resume")
 
-    monkeypatch.setattr("owlsam_ray.models.owlvit._text_forward", no_text_tower)
+    monkeypatch.setattr("owlsam_ray.models.owl_text._forward", no_text_tower)
     assert annotate_run(config)["new"] == 0
     for shard in (2, 9):
         Path(run, "predictions", f"shard-{shard:08d}.parquet").unlink()
@@ -115,12 +116,12 @@ def test_on_ray(
 
 
 def test_the_text_tower_runs_once(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pass over the prompts in the first attempt; actors hold no text tower (see `test_owlvit`)."""
+    """One pass over the prompts in the first attempt; actors hold no text tower (see `test_owl`)."""
     from owlsam_ray import annotate
-    from owlsam_ray.models import owlvit
+    from owlsam_ray.models import owl_text
 
     calls: list[int] = []
-    original = owlvit._text_forward
+    original = owl_text._forward
 
     def counted(model: Any, input_ids: Any, attention_mask: Any) -> Any:
         calls.append(len(input_ids))
@@ -132,7 +133,7 @@ def test_the_text_tower_runs_once(tiny: TinyRun, tmp_path: Path, monkeypatch: py
     def no_ray(config: Any) -> Any:
         raise EnoughError
 
-    monkeypatch.setattr(owlvit, "_text_forward", counted)
+    monkeypatch.setattr(owl_text, "_forward", counted)
     monkeypatch.setattr(annotate, "_ray", no_ray)
     config = load_config([tiny.run_file], run=str(tmp_path / "run"))
     for _ in range(3):

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from owlsam_ray.errors import WeightsError
+
 WEIGHTS = Path(__file__).parent / "weights"
 """Checkpoints that were trained on the drawn training split: `detector/` and `segmenter/`."""
 
@@ -15,3 +17,17 @@ def model_settings() -> dict[str, dict[str, Any]]:
         "suppress": {"strategy": "nms", "threshold": 0.6},
         "segment": {"weights": str(WEIGHTS / "segmenter")},
     }
+
+
+def check_shipped(*weights: str) -> None:
+    """Those of these paths that belong to the package are there.
+
+    Raises:
+        WeightsError: names one that is not.
+    """
+    for path in map(Path, weights):
+        if path.parent == WEIGHTS and not (path / "model.safetensors").is_file():
+            raise WeightsError(
+                f"{path} does not hold the demo's checkpoint: install the package again, or give your own with "
+                "--set detector.weights=DIR --set segment.weights=DIR"
+            )

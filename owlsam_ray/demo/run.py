@@ -20,8 +20,8 @@ from owlsam_ray import storage
 from owlsam_ray.config import RunConfig, load_tree, validate_tree, with_absolute_paths
 from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
 from owlsam_ray.demo.drawing import Split
-from owlsam_ray.demo.models import WEIGHTS, model_settings
-from owlsam_ray.errors import ConfigError, GuardError, WeightsError
+from owlsam_ray.demo.models import check_shipped, model_settings
+from owlsam_ray.errors import ConfigError, GuardError
 from owlsam_ray.guard import RUN_FILE, check_writable, plan_run
 from owlsam_ray.resources import export_ray_environment
 
@@ -74,7 +74,7 @@ def run_demo(
     root = Path(directory).expanduser().absolute()
     config = _config(root, overrides)
     logging.getLogger("owlsam_ray").setLevel(config.logging.level.upper())
-    _check_shipped_weights(config)
+    check_shipped(config.detector.weights, config.segment.weights)
     _check_same_pictures(root, num_images, seed)
     check_writable(str(root))
     write_split(root / PICTURES, Split.TEST, num_images, seed=seed)
@@ -158,17 +158,6 @@ def _run_file(config: RunConfig, directory: str) -> str:
 def _yaml(value: Any) -> str:
     """A value in one line."""
     return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=math.inf).strip()[1:-1]
-
-
-def _check_shipped_weights(config: RunConfig) -> None:
-    """The checkpoints that the config takes from the package are there."""
-    for weights in (config.detector.weights, config.segment.weights):
-        path = Path(weights)
-        if path.parent == WEIGHTS and not (path / "model.safetensors").is_file():
-            raise WeightsError(
-                f"{path} does not hold the demo's checkpoint: install the package again, or give your own with "
-                "--set detector.weights=DIR --set segment.weights=DIR"
-            )
 
 
 def _check_same_pictures(root: Path, num_images: int, seed: int) -> None:
