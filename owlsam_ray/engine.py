@@ -306,13 +306,13 @@ class Engine:
         while self._await_batch(to_detect, to_segment):
             # A full encoder batch goes first: it holds the most memory.
             if len(to_segment) >= self._settings.segmenter_batch or not to_detect:
-                batch = to_segment[: self._settings.segmenter_batch]
-                del to_segment[: len(batch)]
-                self._segment(batch)
+                images = to_segment[: self._settings.segmenter_batch]
+                del to_segment[: len(images)]
+                self._segment(images)
             else:
-                batch = to_detect[: self._settings.detector_batch]
-                del to_detect[: len(batch)]
-                to_segment += self._detect(batch)
+                views = to_detect[: self._settings.detector_batch]
+                del to_detect[: len(views)]
+                to_segment += self._detect(views)
 
     def _await_batch(self, to_detect: list[_View], to_segment: list[_Item]) -> bool:
         """Wait until there is a batch to run; False when the engine is closed and nothing is left."""

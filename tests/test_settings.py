@@ -17,7 +17,7 @@ from owlsam_ray.settings import (
     VocabularyConfig,
 )
 
-CAT = {"category": "cat", "image": "cat.jpg"}
+CAT: dict[str, Any] = {"category": "cat", "image": "cat.jpg"}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from owlsam_ray.demo.run import WEIGHTS
+from owlsam_ray.demo.models import WEIGHTS
 from owlsam_ray.finetune.config import load_finetune_config
 from tests.runs import ROOT, environment
 
