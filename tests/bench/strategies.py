@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,22 +89,31 @@ def measure(truth: GroundTruth, regions: Sequence[Region], weights: Ints) -> dic
     return {metric: result[metric] for metric in METRICS}
 
 
-def compare(images: int, *, seed: int, count: int, variants: Sequence[Variant] = VARIANTS) -> dict[str, Any]:
+def compare(
+    images: int,
+    *,
+    seed: int,
+    count: int,
+    companions: float = CROWDED.companions,
+    variants: Sequence[Variant] = VARIANTS,
+) -> dict[str, Any]:
     """All numbers, as JSON values.
 
     Args:
         images: pictures.
         seed: of the pictures and of the resamples.
         count: resamples.
+        companions: share of objects that another one of the same label covers in part.
         variants: with the baseline among them.
     """
     started = time.perf_counter()
     labeller = Labeller()
+    crowd = replace(CROWDED, companions=companions)
     drawings: list[Drawing] = []
     regions: list[list[Region]] = [[] for _ in variants]
     while len(drawings) < images:
         rest = range(len(drawings), min(len(drawings) + _BATCH, images))
-        batch = [draw(seed, Split.TEST, index, crowd=CROWDED) for index in rest]
+        batch = [draw(seed, Split.TEST, index, crowd=crowd) for index in rest]
         for all_of, part in zip(regions, labeller.label(batch, len(drawings) + 1, variants), strict=True):
             all_of += part
         drawings += batch
@@ -119,6 +129,7 @@ def compare(images: int, *, seed: int, count: int, variants: Sequence[Variant] =
         "images": images,
         "seed": seed,
         "resamples": count,
+        "companions": companions,
         "baseline": BASELINE,
         "models": labeller.hashes,
         "pictures": statistics(drawings),
@@ -178,7 +189,7 @@ def _cell(numbers: dict[str, float | None], *, is_baseline: bool) -> str:
         return "–"
     if is_baseline or low is None or high is None:
         return f"{value:.1f}"
-    return f"{value:.1f} [{low:+.1f}, {high:+.1f}]" if low or high else f"{value:.1f} [=]"
+    return f"{value:.1f} [{low:+.2f}, {high:+.2f}]" if low or high else f"{value:.1f} [=]"
 
 
 def _tell(line: str) -> None:
@@ -193,11 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=3, help="of pictures and resamples (default: 3)")
     parser.add_argument("--resamples", type=int, default=1000, help="of the pictures (default: 1000)")
     parser.add_argument("--out", type=Path, help="a JSON file for all numbers")
+    parser.add_argument("--companions", type=float, default=CROWDED.companions, metavar="SHARE",
+                        help="of objects that one of the same label covers in part (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(arguments)
-    if options.images < 1 or options.resamples < 1 or options.seed < 0:
-        parser.error("at least one picture and one resample, and no seed below 0")
+    if options.images < 1 or options.resamples < 1 or options.seed < 0 or not 0 <= options.companions <= 1:
+        parser.error("at least one picture and one resample, no seed below 0, and a share of companions in [0, 1]")
     torch.set_num_threads(1)
-    result = compare(options.images, seed=options.seed, count=options.resamples)
+    result = compare(options.images, seed=options.seed, count=options.resamples, companions=options.companions)
     print(table(result))
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

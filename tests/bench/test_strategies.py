@@ -180,6 +180,12 @@ def test_all_variants_through_the_command(tmp_path: Path, capsys: pytest.Capture
     assert "2/2 pictures" in printed.err
 
 
+def test_without_companions_hardly_anything_is_close(compared: dict[str, Any]) -> None:
+    apart = compare(4, seed=3, count=2, companions=0.0, variants=FEW[:2])
+    assert apart["pictures"]["share_with_close_neighbour_of_same_label"] < 0.05
+    assert compared["pictures"]["share_with_close_neighbour_of_same_label"] > 0.25
+
+
 def test_no_picture_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--images", "0"])
