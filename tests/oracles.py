@@ -93,6 +93,41 @@ def masks_whole_tensor(
     return whole
 
 
+def clean_mask_loop(mask: NDArray[np.bool_], *, fill_holes: int, remove_islands: int) -> NDArray[np.bool_]:
+    """Flood fills: small background parts that do not touch the border become mask, then small parts of the mask go."""
+    height, width = mask.shape
+    result = mask.copy()
+    for part in _parts(~result):
+        inside = all(0 < y < height - 1 and 0 < x < width - 1 for y, x in part)
+        if inside and len(part) < fill_holes:
+            for y, x in part:
+                result[y, x] = True
+    parts = _parts(result)
+    largest = max(parts, key=len, default=[])  # the first of equals
+    for part in parts:
+        if part is not largest and len(part) < remove_islands:
+            for y, x in part:
+                result[y, x] = False
+    return result
+
+
+def _parts(mask: NDArray[np.bool_]) -> list[list[tuple[int, int]]]:
+    """Pixels of each 8-connected part, in order of its first pixel by rows."""
+    left = {(y, x) for y, x in np.argwhere(mask).tolist()}
+    parts = []
+    for start in sorted(left):
+        if start not in left:
+            continue
+        left.remove(start)
+        part = [start]
+        for y, x in part:  # grows while it is walked
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= near
+            part += near
+        parts.append(part)
+    return parts
+
+
 def overlap_plain(a: list[float], b: list[float], kind: str) -> float:
     """IoU or IoS of two xyxy boxes; 0 when one of them has no area."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])

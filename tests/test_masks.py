@@ -1,4 +1,4 @@
-"""Logits → masks → RLE against loops, pycocotools and whole-tensor references."""
+"""Logits → masks → RLE, and cleaned masks, against loops, pycocotools and whole-tensor references."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from owlsam_ray.masks import (
+    clean_mask,
     decode_rle,
     encode_rle,
     logits_to_masks,
@@ -21,6 +22,7 @@ from owlsam_ray.masks import (
 )
 from owlsam_ray.models.sam_frame import input_size_hw
 from tests.oracles import (
+    clean_mask_loop,
     compress_runs,
     masks_whole_tensor,
     rle_runs,
@@ -33,17 +35,30 @@ SIZES = [(48, 64), (100, 37), (128, 128), (200, 333), (1, 70), (70, 1), (9, 300)
 
 
 def named_masks() -> dict[str, NDArray[np.bool_]]:
-    masks = {
-        name: np.zeros((70, 45), np.bool_) for name in ("empty", "full", "pixel", "first", "last", "row", "column")
+    height, width = 70, 45
+    places = {
+        "empty": np.s_[:0],
+        "full": np.s_[:],
+        "inner pixel": np.s_[31, 7],
+        "top left": np.s_[0, 0],
+        "top right": np.s_[0, -1],
+        "bottom left": np.s_[-1, 0],
+        "bottom right": np.s_[-1, -1],
+        "first row": np.s_[0],
+        "last row": np.s_[-1],
+        "part of a row": np.s_[33, 5:40],
+        "first column": np.s_[:, 0],
+        "last column": np.s_[:, -1],
+        "part of a column": np.s_[9:61, 20],
     }
-    masks["full"][:] = True
-    masks["pixel"][31, 7] = True
-    masks["first"][0, 0] = True
-    masks["last"][-1, -1] = True
-    masks["row"][69] = True
-    masks["column"][:, 44] = True
+    masks = {name: np.zeros((height, width), np.bool_) for name in places}
+    for name, place in places.items():
+        masks[name][place] = True
+    masks["all but a pixel"] = ~masks["inner pixel"]
     masks["one by one"] = np.ones((1, 1), np.bool_)
+    masks["one by one, empty"] = np.zeros((1, 1), np.bool_)
     masks["wide"] = np.eye(1, 200, 150, dtype=np.bool_)
+    masks["tall"] = np.eye(200, 1, -150, dtype=np.bool_)
     masks["checkers"] = np.indices((65, 66)).sum(axis=0) % 2 == 0
     return masks
 
@@ -57,14 +72,18 @@ def smooth_logits(count: int, side: int, seed: int) -> Tensor:
 
 
 def check_mask(mask: NDArray[np.bool_]) -> None:
-    counts = encode_rle(mask)
-    assert counts == compress_runs(rle_runs(mask))
-    assert counts == coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
-    decoded = decode_rle(counts, (mask.shape[0], mask.shape[1]))
+    """Against pycocotools, byte for byte, and against loops."""
+    size_hw, counts = (mask.shape[0], mask.shape[1]), encode_rle(mask)
+    official = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    assert counts == official["counts"] == compress_runs(rle_runs(mask))
+    decoded = decode_rle(counts, size_hw)
     assert decoded.dtype == np.bool_
     np.testing.assert_array_equal(decoded, mask)
-    assert mask_area(mask) == sum(map(bool, mask.ravel().tolist()))
-    assert tight_box(mask) == tight_box_loop(mask)
+    np.testing.assert_array_equal(coco_mask.decode({"size": list(size_hw), "counts": counts}), mask)
+    assert mask_area(mask) == coco_mask.area(official) == sum(map(bool, mask.ravel().tolist()))
+    x0, y0, x1, y1 = tight_box(mask)
+    assert [x0, y0, x1 - x0, y1 - y0] == coco_mask.toBbox(official).tolist()
+    assert (x0, y0, x1, y1) == tight_box_loop(mask)
 
 
 @pytest.mark.parametrize("name", named_masks())
@@ -72,12 +91,17 @@ def test_rle_area_and_box_of_special_masks(name: str) -> None:
     check_mask(named_masks()[name])
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(40))
 def test_rle_area_and_box_of_random_masks(seed: int) -> None:
+    """Noise of several densities, and a rectangle somewhere."""
     print(f"seed {seed}")
     random = np.random.default_rng(seed)
     height, width = random.integers(1, 150, 2)
     check_mask(random.random((height, width)) < random.choice([0.001, 0.1, 0.5, 0.95]))
+    rectangle = np.zeros((height, width), np.bool_)
+    (top, bottom), (left, right) = np.sort(random.integers(0, [[height + 1], [width + 1]], (2, 2)))
+    rectangle[top:bottom, left:right] = True
+    check_mask(rectangle)
 
 
 @pytest.mark.parametrize("view", ["transposed", "stepped", "fortran"])
@@ -103,6 +127,96 @@ def test_decoding_equals_pycocotools_on_large_runs() -> None:
     expected = coco_mask.decode({"size": [500, 600], "counts": counts})
     np.testing.assert_array_equal(decode_rle(counts, (500, 600)), expected.astype(np.bool_))
     np.testing.assert_array_equal(mask, expected.astype(np.bool_))
+
+
+def draw(text: str) -> NDArray[np.bool_]:
+    return np.array([[letter == "#" for letter in line] for line in text.split()])
+
+
+def test_small_holes_are_filled() -> None:
+    """Not those that the border cuts, not what is open at a corner, and not those that are large enough."""
+    mask = draw("""
+        ########.##
+        #.####..###
+        ########.##
+        ##..###.###
+        ##..#######
+        ########...
+        .##########
+        """)
+    assert clean_mask(mask, fill_holes=0, remove_islands=0) is mask
+    one = clean_mask(mask, fill_holes=2, remove_islands=0)
+    assert [tuple(place) for place in np.argwhere(one & ~mask).tolist()] == [(1, 1)]
+    all_holes = clean_mask(mask, fill_holes=5, remove_islands=0)
+    added = {tuple(place) for place in np.argwhere(all_holes & ~mask).tolist()}
+    assert added == {(1, 1), (3, 2), (3, 3), (4, 2), (4, 3)}
+    assert (clean_mask(mask, fill_holes=100, remove_islands=0) == all_holes).all()
+    assert (clean_mask(~mask, fill_holes=100, remove_islands=0) == ~mask).all(), "its rings are open or at the border"
+
+
+def test_small_islands_are_removed_but_never_the_largest() -> None:
+    mask = draw("""
+        ##....#
+        ##...#.
+        ....#..
+        #..##..
+        """)
+    assert (clean_mask(mask, fill_holes=0, remove_islands=1) == mask).all()
+    without_dot = clean_mask(mask, fill_holes=0, remove_islands=2)
+    assert [tuple(place) for place in np.argwhere(mask & ~without_dot).tolist()] == [(3, 0)]
+    # Corners connect: the diagonal and the pair below it are one part of five pixels, the square has four.
+    assert without_dot.sum() == 9
+    for threshold in (5, 6, 1000):
+        kept = clean_mask(mask, fill_holes=0, remove_islands=threshold)
+        assert kept.sum() == 5
+        assert kept[2, 4]
+
+
+def test_the_first_of_equally_large_islands_stays() -> None:
+    mask = draw("""
+        .......#.
+        .#.....##
+        ##..##...
+        """)
+    kept = clean_mask(mask, fill_holes=0, remove_islands=50)
+    assert {tuple(place) for place in np.argwhere(kept).tolist()} == {(0, 7), (1, 7), (1, 8)}
+    turned = clean_mask(np.ascontiguousarray(mask[::-1]), fill_holes=0, remove_islands=50)
+    assert {tuple(place) for place in np.argwhere(turned).tolist()} == {(0, 0), (0, 1), (1, 1)}
+
+
+def test_holes_are_filled_before_islands_are_counted() -> None:
+    mask = draw("""
+        ###.....
+        #.#..##.
+        ###..##.
+        .....##.
+        .....##.
+        .....##.
+        """)
+    assert clean_mask(mask, fill_holes=2, remove_islands=9)[:3, :3].all()
+    assert not clean_mask(mask, fill_holes=0, remove_islands=9)[:3, :3].any(), "eight pixels, with the hole nine"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_cleaning_equals_flood_fills(seed: int) -> None:
+    print(f"seed {seed}")
+    random = np.random.default_rng(seed)
+    height, width = random.integers(1, 40, 2)
+    mask = random.random((height, width)) < random.choice([0.05, 0.3, 0.5, 0.7, 0.95])
+    before = mask.copy()
+    for fill_holes, remove_islands in [(0, 3), (3, 0), (2, 2), (5, 20), (20, 5), (10**6, 10**6)]:
+        fast = clean_mask(mask, fill_holes=fill_holes, remove_islands=remove_islands)
+        assert (fast.dtype, fast.shape) == (np.bool_, mask.shape)
+        np.testing.assert_array_equal(fast, clean_mask_loop(mask, fill_holes=fill_holes, remove_islands=remove_islands))
+    np.testing.assert_array_equal(mask, before)
+
+
+@pytest.mark.parametrize("name", named_masks())
+def test_cleaning_of_special_masks(name: str) -> None:
+    mask = named_masks()[name]
+    fast = clean_mask(mask, fill_holes=9, remove_islands=9)
+    np.testing.assert_array_equal(fast, clean_mask_loop(mask, fill_holes=9, remove_islands=9))
+    assert (fast.sum() > 0) == (mask.sum() > 0)
 
 
 def test_tight_box_is_half_open() -> None:

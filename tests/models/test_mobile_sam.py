@@ -19,13 +19,7 @@ from transformers import SamConfig, SamModel, SamVisionConfig
 
 from owlsam_ray.errors import WeightsError
 from owlsam_ray.masks import decode_rle, segments_from_logits
-from owlsam_ray.models.mobile_sam import (
-    MobileSam,
-    boxes_to_sam_frame,
-    check_weights,
-    input_size_hw,
-    save_mobile_sam,
-)
+from owlsam_ray.models.mobile_sam import MobileSam, check_weights, save_mobile_sam
 from owlsam_ray.models.mobile_sam_layout import (
     UNUSED,
     MobileSamConfig,
@@ -34,8 +28,11 @@ from owlsam_ray.models.mobile_sam_layout import (
     official_name,
     official_shapes,
 )
+from owlsam_ray.models.sam_frame import boxes_to_sam_frame, input_size_hw
 from owlsam_ray.models.weights import check_layout, read_safetensors_shapes, sha256_of
 from owlsam_ray.records import Segment
+from owlsam_ray.settings import SegmentConfig
+from owlsam_ray.stages.segment import decode_boxes
 from tests.seeded_mobile_sam import TINY, write_full, write_tiny
 
 CPU = torch.device("cpu")
@@ -126,7 +123,7 @@ def test_embedding_equals_the_official_one(case: GoldenCase) -> None:
 @pytest.mark.parametrize("kind", ["single", "multi"])
 def test_masks_equal_the_official_ones(case: GoldenCase, full: MobileSam, kind: str) -> None:
     zero = torch.zeros(4, dtype=torch.int64)
-    logits, quality = full.decode_all(case.embedding, zero, case.boxes, multimask=kind == "multi")
+    logits, quality = full.decode(case.embedding, zero, case.boxes, multimask=kind == "multi")
     assert logits.shape == (4, 3 if kind == "multi" else 1, 256, 256)
     np.testing.assert_allclose(logits[:, :, ::4, ::4].numpy(), case.arrays[f"{kind}.low_res_s4"], rtol=0, atol=5e-4)
     np.testing.assert_allclose(quality.numpy(), case.arrays[f"{kind}.predicted_iou"], rtol=0, atol=1e-4)
@@ -138,12 +135,19 @@ def test_masks_equal_the_official_ones(case: GoldenCase, full: MobileSam, kind: 
     assert [segment.area for segment in segments] == pytest.approx(areas, rel=1e-3)
 
 
-@pytest.mark.parametrize("best_of_three", [False, True])
-def test_chosen_mask_equals_the_official_one(case: GoldenCase, full: MobileSam, best_of_three: bool) -> None:
-    kind = "multi" if best_of_three else "single"
+@pytest.mark.parametrize("masks", ["single", "best_of_three"])
+def test_chosen_mask_equals_the_official_one(case: GoldenCase, full: MobileSam, masks: str) -> None:
+    kind = "single" if masks == "single" else "multi"
     chosen = case.arrays[f"{kind}.predicted_iou"].argmax(axis=1)
-    zero = torch.zeros(4, dtype=torch.int64)
-    logits, quality = full.decode(case.embedding, zero, case.boxes, best_of_three=best_of_three)
+    (decoded,) = decode_boxes(
+        full,
+        case.embedding,
+        [case.boxes.numpy()],
+        input_sizes_hw=[input_size_hw(case.size_hw, 1024)],
+        batch_size=4,
+        settings=SegmentConfig.model_validate({"weights": "w", "masks": masks}),
+    )
+    logits, quality = decoded.logits, decoded.predicted_iou
     assert (logits.dtype, quality.dtype) == (torch.float32, torch.float32)
     rows = np.arange(4)
     expected = case.arrays[f"{kind}.low_res_s4"][rows, chosen]
@@ -190,26 +194,31 @@ def test_full_size_encoding_does_not_depend_on_batch_mates(full: MobileSam, shar
     assert torch.equal(full.encode(inputs)[1], case.embedding[0])
 
 
-@pytest.mark.parametrize("best_of_three", [False, True])
-def test_boxes_of_several_images_decode_as_one_image_at_a_time(tiny: MobileSam, best_of_three: bool) -> None:
+@pytest.mark.parametrize("center_point", [False, True])
+@pytest.mark.parametrize("multimask", [False, True])
+def test_boxes_of_several_images_decode_as_one_image_at_a_time(
+    tiny: MobileSam, multimask: bool, center_point: bool
+) -> None:
+    kind = {"multimask": multimask, "center_point": center_point}
     embeddings = tiny.encode(torch.stack([tiny.preprocess(drawn(seed, 100, 128)) for seed in range(3)]))
     print("seed 9")
     corners = torch.from_numpy(np.random.default_rng(9).uniform(0, 128, (8, 2, 2)).astype(np.float32)).sort(1).values
     boxes, owner = corners.reshape(8, 4), torch.tensor([2, 0, 1, 1, 0, 2, 2, 0])
-    logits, quality = tiny.decode(embeddings, owner, boxes, best_of_three=best_of_three)
-    assert (logits.shape, quality.shape) == ((8, 32, 32), (8,))
+    logits, quality = tiny.decode(embeddings, owner, boxes, **kind)
+    count = 3 if multimask else 1
+    assert (logits.shape, quality.shape) == ((8, count, 32, 32), (8, count))
     assert not torch.allclose(logits[0], logits[5], atol=0.1), "masks of an image differ from box to box"
     for image in range(3):
         rows = torch.nonzero(owner == image)[:, 0]
         # Filled up to a call of the same shape, as the segment stage does it: the same bits.
         padded = torch.cat([boxes[rows], torch.zeros(8 - len(rows), 4)])
         alone, alone_quality = tiny.decode(
-            embeddings[image : image + 1], torch.zeros(8, dtype=torch.int64), padded, best_of_three=best_of_three
+            embeddings[image : image + 1], torch.zeros(8, dtype=torch.int64), padded, **kind
         )
         assert torch.equal(alone[: len(rows)], logits[rows])
         assert torch.equal(alone_quality[: len(rows)], quality[rows])
         # In a call of another shape the sums may be taken in another order.
-        fewer, _ = tiny.decode(embeddings, torch.full((len(rows),), image), boxes[rows], best_of_three=best_of_three)
+        fewer, _ = tiny.decode(embeddings, torch.full((len(rows),), image), boxes[rows], **kind)
         torch.testing.assert_close(fewer, logits[rows], rtol=0, atol=1e-4)
 
 
@@ -218,13 +227,11 @@ def test_full_size_decoding_of_two_images_equals_one_at_a_time(full: MobileSam, 
     embeddings = torch.cat([case.embedding for case in cases])
     owner = torch.tensor([1, 0, 0, 1])
     boxes = torch.stack([cases[image].boxes[row] for row, image in enumerate(owner.tolist())])
-    together = full.decode(embeddings, owner, boxes, best_of_three=False)
+    together = full.decode(embeddings, owner, boxes, multimask=False)
     for image in (0, 1):
         rows = torch.nonzero(owner == image)[:, 0]
         padded = torch.cat([boxes[rows], torch.zeros(2, 4)])
-        alone = full.decode(
-            embeddings[image : image + 1], torch.zeros(4, dtype=torch.int64), padded, best_of_three=False
-        )
+        alone = full.decode(embeddings[image : image + 1], torch.zeros(4, dtype=torch.int64), padded, multimask=False)
         assert torch.equal(alone[0][:2], together[0][rows])
         assert torch.equal(alone[1][:2], together[1][rows])
 
@@ -232,27 +239,25 @@ def test_full_size_decoding_of_two_images_equals_one_at_a_time(full: MobileSam, 
 def test_no_box_no_mask(tiny: MobileSam) -> None:
     embeddings = tiny.encode(torch.zeros(1, 3, 128, 128))
     none = torch.zeros(0, dtype=torch.int64)
-    logits, quality = tiny.decode(embeddings, none, torch.zeros(0, 4), best_of_three=True)
-    assert (logits.shape, quality.shape) == ((0, 32, 32), (0,))
+    for multimask, count in ((False, 1), (True, 3)):
+        logits, quality = tiny.decode(embeddings, none, torch.zeros(0, 4), multimask=multimask)
+        assert (logits.shape, quality.shape) == ((0, count, 32, 32), (0, count))
 
 
-def test_best_of_three_takes_the_highest_predicted_iou(tiny: MobileSam) -> None:
+def test_the_centre_is_a_prompt_of_its_own(tiny: MobileSam) -> None:
     embeddings = tiny.encode(tiny.preprocess(drawn(4, 128, 128))[None])
     boxes, owner = torch.tensor([[5.0, 5, 90, 60], [40, 40, 128, 128]]), torch.zeros(2, dtype=torch.int64)
-    masks, qualities = tiny.decode_all(embeddings, owner, boxes, multimask=True)
-    logits, quality = tiny.decode(embeddings, owner, boxes, best_of_three=True)
-    for row in range(2):
-        best = max(range(3), key=lambda index: float(qualities[row, index]))
-        assert float(quality[row]) == float(qualities[row, best])
-        assert torch.equal(logits[row], masks[row, best])
+    without, _ = tiny.decode(embeddings, owner, boxes, multimask=False)
+    given, _ = tiny.decode(embeddings, owner, boxes, multimask=False, center_point=True)
+    assert (given - without).abs().amax(dim=(1, 2, 3)).min() > 0.1
 
 
 def test_tiny_masks_are_not_degenerate(tiny: MobileSam) -> None:
     """Other tests rely on it: masks of several areas, no empty or full ones."""
     embeddings = tiny.encode(tiny.preprocess(drawn(11, 96, 128))[None])
     boxes = torch.tensor([[0.0, 0, 128, 96], [0, 0, 64, 48], [64, 48, 128, 96], [50, 30, 60, 40]])
-    logits, quality = tiny.decode(embeddings, torch.zeros(4, dtype=torch.int64), boxes, best_of_three=False)
-    segments = segments_from_logits(logits, quality, size_hw=(96, 128), input_hw=(96, 128), image_size=128)
+    logits, quality = tiny.decode(embeddings, torch.zeros(4, dtype=torch.int64), boxes, multimask=False)
+    segments = segments_from_logits(logits[:, 0], quality[:, 0], size_hw=(96, 128), input_hw=(96, 128), image_size=128)
     shares = [segment.area / (96 * 128) for segment in segments]
     assert 0.02 < min(shares) < max(shares) < 0.98
     assert len(set(shares)) == 4
@@ -323,7 +328,8 @@ def test_names_translate_both_ways(config: MobileSamConfig) -> None:
         ({"prompt_dim": 36}, "prompt_dim 36"),
         ({"decoder_heads": 3}, "prompt_dim 64"),
         ({"depths": (1, 1, 1)}, "depths"),
-        ({"model_type": "sam"}, "model_type"),
+        ({"model_type": "sam"}, r"model_type sam.*set segment\.model: sam"),
+        ({"model_type": "sam2"}, "model_type"),
         ({"colour": 1}, "colour"),
     ],
 )
