@@ -184,10 +184,10 @@ def _remove_islands(part: NDArray[np.uint8], threshold: int) -> None:
     areas = stats[:, cv2.CC_STAT_AREA]
     areas[0] = 0
     largest = np.flatnonzero(areas == areas.max())
-    if len(largest) > 1:  # the first by rows, whatever order the labels have
-        largest = labels.ravel()[[np.isin(labels, largest).argmax()]]
+    # Of equally large ones the first by rows stays, whatever order the labels have.
+    kept = largest[0] if len(largest) == 1 else labels.ravel()[np.isin(labels, largest).argmax()]
     small = areas < threshold
-    small[[0, *largest]] = False
+    small[[0, kept]] = False
     _paint(part, 0, np.flatnonzero(small), labels, stats)
 
 

@@ -1,6 +1,7 @@
 """Logits → masks → RLE, and cleaned masks, against loops, pycocotools and whole-tensor references."""
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ SIZES = [(48, 64), (100, 37), (128, 128), (200, 333), (1, 70), (70, 1), (9, 300)
 
 def named_masks() -> dict[str, NDArray[np.bool_]]:
     height, width = 70, 45
-    places = {
+    places: dict[str, Any] = {
         "empty": np.s_[:0],
         "full": np.s_[:],
         "inner pixel": np.s_[31, 7],
@@ -206,7 +207,8 @@ def test_cleaning_equals_flood_fills(seed: int) -> None:
     before = mask.copy()
     for fill_holes, remove_islands in [(0, 3), (3, 0), (2, 2), (5, 20), (20, 5), (10**6, 10**6)]:
         fast = clean_mask(mask, fill_holes=fill_holes, remove_islands=remove_islands)
-        assert (fast.dtype, fast.shape) == (np.bool_, mask.shape)
+        assert fast.dtype == np.bool_
+        assert fast.shape == mask.shape
         np.testing.assert_array_equal(fast, clean_mask_loop(mask, fill_holes=fill_holes, remove_islands=remove_islands))
     np.testing.assert_array_equal(mask, before)
 

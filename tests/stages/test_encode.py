@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from owlsam_ray import masks
 from owlsam_ray.errors import ImageError
 from owlsam_ray.masks import decode_rle
 from owlsam_ray.models.sam_frame import input_size_hw
@@ -87,7 +88,7 @@ def test_masks_are_cleaned_before_they_are_measured(settings: dict[str, int]) ->
 def test_detections_on_one_box_share_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five detections, of which three have a mask and two of these the same: two masks are made."""
     made: list[NDArray[np.float32]] = []
-    original = encode.segments_from_logits
+    original = masks.segments_from_logits
 
     def count(low_res: Tensor, *args: Any, **kwargs: Any) -> Any:
         made.extend(low_res)
