@@ -154,7 +154,7 @@ class DetectorConfig(Section):
     model: Literal["owlvit", "owlv2"] = "owlvit"
     """Architecture."""
     weights: Name
-    """A directory in Hugging Face layout (safetensors), or a hub name."""
+    """A directory in Hugging Face layout (safetensors), or a hub name, `org/model` or `org/model@revision`."""
     preprocess: Literal["hf", "scenic"] = "hf"
     """`hf`: as the installed transformers prepares pictures for this model (OwlViT's are squashed to a square, OWLv2's
     padded to one); `scenic`: as the original code does, padded right and below for both."""

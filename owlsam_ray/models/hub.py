@@ -12,22 +12,34 @@ def resolve_weights(weights: str, *, setting: str) -> Path:
     """A local directory as it is; a hub name through the hub's cache.
 
     Args:
-        weights: as the run file names them.
+        weights: as the run file names them: a directory, `org/model`, or `org/model@revision`.
         setting: where it does so (`detector.weights`), for messages.
 
     Raises:
-        WeightsError: there is no such directory, and the hub cannot be reached or knows no such name.
+        WeightsError: there is no such directory, and the hub cannot be reached or knows no such name; or the hub's
+            files hold no safetensors.
     """
     path = Path(weights)
     if path.is_dir():
         return path
     if weights.startswith(("/", ".", "~")) or path.exists():
         raise WeightsError(f"{setting} {weights} is not a directory in Hugging Face layout")
+    name, _, revision = weights.partition("@")
     try:
-        return Path(snapshot_download(weights, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        # A pickle is not even downloaded: it may hold code.
+        found = Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.txt", "*.safetensors"])
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
             f"{setting} {weights!r} is neither a directory here nor to be had from the hub ({reason}). Download it "
             "once where there is a network, and name the directory."
         ) from None
+    if not any(found.glob("*.safetensors")):
+        raise WeightsError(
+            f"{setting} {weights!r}: the hub holds no safetensors there, and a pickle is not loaded, since it may hold "
+            "code. Convert it once with from_pretrained(…).save_pretrained(…) (see the README), or name a revision that "
+            "has safetensors: org/model@revision"
+        )
+    return found

@@ -1,6 +1,7 @@
 """Directories as they are, hub names through the cache, anything else with a way out."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,3 +23,19 @@ def test_what_is_not_there_is_told_with_its_setting(
     for name in ("nobody/has-this-model", "not a name"):
         with pytest.raises(WeightsError, match=f"{setting} '{name}' is neither a directory here nor to be had from"):
             resolve_weights(name, setting=setting)
+
+
+def test_a_revision_may_be_named_and_must_hold_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot(name: str, *, revision: str | None, **other: Any) -> str:
+        asked.append((name, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr("owlsam_ray.models.hub.snapshot_download", snapshot)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"detector.weights 'org/model': the hub holds no safetensors there"):
+        resolve_weights("org/model", setting="detector.weights")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert resolve_weights("org/model@refs/pr/9", setting="detector.weights") == tmp_path
+    assert asked == [("org/model", None), ("org/model", "refs/pr/9")]
