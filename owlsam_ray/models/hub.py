@@ -39,7 +39,7 @@ def resolve_weights(weights: str, *, setting: str) -> Path:
     if not any(found.glob("*.safetensors")):
         raise WeightsError(
             f"{setting} {weights!r}: the hub holds no safetensors there, and a pickle is not loaded, since it may hold "
-            "code. Convert it once with from_pretrained(…).save_pretrained(…) (see the README), or name a revision that "
-            "has safetensors: org/model@revision"
+            "code. Convert it once with from_pretrained(…).save_pretrained(…) (see the README), or name a revision "
+            "that has safetensors: org/model@revision"
         )
     return found
