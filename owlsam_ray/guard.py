@@ -28,7 +28,7 @@ from owlsam_ray.vocabulary import Query, resolve_vocabulary
 
 RUN_FILE = "run.json"
 QUERY_FILE = "query_embeddings.safetensors"
-_COMPUTING = ("torch", "torchvision", "transformers", "timm", "pillow")
+_COMPUTING = ("torch", "torchvision", "transformers", "timm", "pillow", "numpy", "scipy", "opencv-python-headless")
 """Packages whose versions may change results in their last bits."""
 
 

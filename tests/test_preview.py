@@ -11,7 +11,7 @@ from PIL import Image
 
 from owlsam_ray import cli
 from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
-from owlsam_ray.demo.drawing import CATEGORIES, Split
+from owlsam_ray.demo.drawing import CATEGORIES, Split, draw
 from owlsam_ray.demo.models import model_settings
 
 NAMES = {category.id: category.name for category in CATEGORIES}
@@ -159,3 +159,28 @@ def test_masks_lie_on_the_objects(
         pictures.append(np.asarray(Image.open(out)).astype(int))
     changed = (np.abs(pictures[0] - pictures[1]).sum(-1) > 0).mean()
     assert 0.01 < changed < 0.8
+
+
+def test_tiles_find_what_the_whole_picture_is_too_small_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nine pictures as one large one: its objects have a third of the size that the detector was trained on."""
+    tiles = [draw(3, Split.TEST, index) for index in range(9)]
+    mosaic = np.zeros((3 * 384, 3 * 384, 3), np.uint8)
+    wanted: set[str] = set()
+    for index, tile in enumerate(tiles):
+        height, width = tile.pixels.shape[:2]
+        top, left = 384 * (index // 3), 384 * (index % 3)
+        mosaic[top : top + height, left : left + width] = tile.pixels
+        seen = [int(label) for label in tile.labels if CATEGORIES[label].supercategory == "seen pair"]
+        wanted |= {CATEGORIES[label].name for label in seen}
+    Image.fromarray(mosaic).save(tmp_path / "mosaic.png")
+    arguments = (str(tmp_path / "mosaic.png"), "--demo", "--min-score", "0.5", "--out", str(tmp_path / "out.png"))
+    arguments += ("--prompts", *sorted(wanted), "--set", "suppress.overlap=ios")
+    boxes = []
+    for setting in ("tiling.size=null", "tiling.size=384"):
+        code, summary, log = call(capsys, *arguments, "--set", setting)
+        assert code == 0, log
+        boxes.append(sum(entry["boxes"] for entry in summary["found"]))
+    objects = sum(len(tile.labels) for tile in tiles)
+    print(f"{objects} objects; boxes without and with tiles: {boxes}")
+    assert boxes[0] < 0.6 * boxes[1]
+    assert 0.7 * objects < boxes[1] < 1.5 * objects
