@@ -27,6 +27,8 @@ from owlsam_ray.stages.detect import cap_detections, select_detections
 from owlsam_ray.stages.segment import decode_boxes, pad_batch
 from owlsam_ray.stages.suppress import suppress
 from tests.runs import CATEGORIES, TinyRun, coco_bytes
+from tests.seeded_owlvit import write_tiny as write_tiny_owl
+from tests.seeded_sam import write_tiny as write_tiny_sam
 
 
 def test_one_actor_and_large_shards_give_the_bytes_of_two_and_small_ones(tiny: TinyRun, uninterrupted: bytes) -> None:
@@ -57,10 +59,16 @@ def queries(tiny: TinyRun) -> torch.Tensor:
 
 
 def annotate(
-    tiny: TinyRun, queries: torch.Tensor, shards: Sequence[Sequence[EncodedImage]], **batches: int
+    tiny: TinyRun,
+    queries: torch.Tensor,
+    shards: Sequence[Sequence[EncodedImage]],
+    *,
+    settings: Sequence[str] = (),
+    **batches: int,
 ) -> list[Prediction]:
     """Label several shards at once with one engine."""
-    config: RunConfig = load_config([tiny.run_file], overrides=[f"resources.{k}={v}" for k, v in batches.items()])
+    sizes = [f"resources.{name}={value}" for name, value in batches.items()]
+    config: RunConfig = load_config([tiny.run_file], overrides=[*settings, *sizes])
     with (
         load_engine(
             config,
@@ -87,6 +95,37 @@ def test_rows_do_not_depend_on_batch_mates(tiny: TinyRun, images: list[EncodedIm
         mixed = {row.image_id: row for row in annotate(tiny, queries, parts)}
         again = predictions_to_table([mixed[row.image_id] for row in whole])
         assert again.equals(predictions_to_table(whole))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["detector.model=owlv2", "detector.objectness=multiply", "segment.model=sam", "segment.masks=most_stable"],
+        ["detector.preprocess=scenic", "detector.image_size=128", "segment.masks=best_of_three", "tiling.size=64"],
+        ["suppress={strategy: soft_nms, threshold: null}", "segment.prompt=box_and_center", "tiling.size=48"],
+        [
+            "suppress={strategy: merge, overlap: ios, across_labels: true}",
+            "segment.fill_holes=9",
+            "segment.min_area=40",
+        ],
+    ],
+)
+def test_other_choices_do_not_depend_on_batch_mates_either(
+    tiny: TinyRun, images: list[EncodedImage], queries: torch.Tensor, tmp_path: Path, settings: list[str]
+) -> None:
+    if "detector.model=owlv2" in settings:
+        write_tiny_owl(tmp_path / "owlv2", family="owlv2", side=128)
+        write_tiny_sam(tmp_path / "sam")
+        settings = [*settings, f"detector.weights={tmp_path / 'owlv2'}", f"segment.weights={tmp_path / 'sam'}"]
+    whole = annotate(tiny, queries, [images[:24]], settings=settings)
+    assert sum(len(row.detections) for row in whole) > 24
+    order = np.random.default_rng(7).permutation(24)
+    parts = [[images[index] for index in part] for part in np.split(order, [5, 11])]
+    mixed = {row.image_id: row for row in annotate(tiny, queries, parts, settings=settings)}
+    again = predictions_to_table([mixed[row.image_id] for row in whole])
+    assert again.equals(predictions_to_table(whole))
+    plain = predictions_to_table(annotate(tiny, queries, [images[:24]]))
+    assert not plain.equals(again), "these settings change nothing"
 
 
 def assert_close(row: Prediction, other: Prediction) -> int:
