@@ -173,8 +173,8 @@ def test_tiles_find_what_the_whole_picture_is_too_small_for(tmp_path: Path, caps
         seen = [int(label) for label in tile.labels if CATEGORIES[label].supercategory == "seen pair"]
         wanted |= {CATEGORIES[label].name for label in seen}
     Image.fromarray(mosaic).save(tmp_path / "mosaic.png")
-    arguments = (str(tmp_path / "mosaic.png"), "--demo", "--min-score", "0.5", "--out", str(tmp_path / "out.png"))
-    arguments += ("--prompts", *sorted(wanted), "--set", "suppress.overlap=ios")
+    demo = ("--demo", "--min-score", "0.5", "--out", str(tmp_path / "out.png"), "--set", "suppress.overlap=ios")
+    arguments = (str(tmp_path / "mosaic.png"), *demo, "--prompts", *sorted(wanted))
     boxes = []
     for setting in ("tiling.size=null", "tiling.size=384"):
         code, summary, log = call(capsys, *arguments, "--set", setting)

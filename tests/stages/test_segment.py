@@ -193,8 +193,8 @@ def test_a_box_gets_the_same_bits_whatever_its_mates(tmp_path: Path, model: str,
         segmenter = MobileSam.load(str(tmp_path), device=cpu, dtype=torch.float32)
     random = np.random.default_rng(3)
     embeddings = torch.randn(3, 64, 8, 8, generator=torch.Generator().manual_seed(3))
-    boxes = [np.sort(random.uniform(0, 128, (count, 2, 2)), axis=1).reshape(-1, 4) for count in (4, 1, 6)]
-    boxes = [each.astype(np.float32) for each in boxes]
+    corners = [np.sort(random.uniform(0, 128, (count, 2, 2)), axis=1) for count in (4, 1, 6)]
+    boxes = [each.reshape(-1, 4).astype(np.float32) for each in corners]
     boxes[2][3] = boxes[2][0]
     sizes = [(128, 128), (64, 128), (128, 100)]
     settings = SegmentConfig.model_validate({"weights": "w", "masks": by})
