@@ -1,5 +1,6 @@
 """A finished run → its label files."""
 
+import logging
 from dataclasses import asdict
 from typing import Any
 
@@ -8,6 +9,8 @@ from owlsam_ray.config import RunConfig
 from owlsam_ray.errors import IncompleteError, InputError
 from owlsam_ray.guard import check_config, check_writable, load_record, load_run_manifest, run_directory
 from owlsam_ray.reduce.coco import CocoSettings, reduce_coco
+
+_log = logging.getLogger(__name__)
 
 
 def reduce_run(config: RunConfig) -> dict[str, Any]:
@@ -51,6 +54,12 @@ def reduce_run(config: RunConfig) -> dict[str, Any]:
             min_mask_area=config.reduce.min_mask_area,
         ),
     )
+    if result.num_small:
+        _log.info(
+            "left out %d annotations whose masks have fewer than %d pixels (reduce.min_mask_area)",
+            result.num_small,
+            config.reduce.min_mask_area,
+        )
     counts = asdict(result)
     counts["images"] = counts.pop("num_images")
     return counts

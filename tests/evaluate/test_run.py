@@ -53,6 +53,7 @@ def run_file(tmp_path: Path) -> Path:
         "detector": {"weights": str(tmp_path / "weights")},
         "segment": {"weights": str(tmp_path / "sam.pt")},
         "resources": {"shard_size": 2},
+        "reduce": {"min_mask_area": 0},
         "evaluate": {"size_edges_px": [32]},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))

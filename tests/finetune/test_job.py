@@ -98,7 +98,7 @@ def _ray_of(pid: int) -> list[str]:
     return found.stdout.split()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_ends_a_training_with_75(tmp_path: Path, drawn: Path, number: signal.Signals) -> None:
     job = write_job(tmp_path, drawn, optimizer={"steps": 100_000}, resources=ALONE)
     process = subprocess.Popen(

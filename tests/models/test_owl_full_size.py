@@ -109,6 +109,7 @@ def test_b32_in_bf16_deviates_as_rounding_explains(write: Callable[[str], Path],
     bf16_deviation(write("owlvit-base-patch32"), "owlvit", real_pictures(shared)["landscape"])
 
 
+@pytest.mark.slow
 def test_b16_equals_transformers(write: Callable[[str], Path], shared: Path) -> None:
     compare(write("owlvit-base-patch16"), "owlvit", {"portrait": real_pictures(shared)["portrait"]})
 
