@@ -188,8 +188,9 @@ def _preview(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     config = preview_config(options.run_files, overrides=options.overrides, prompts=options.prompts, demo=options.demo)
     _start_log(console, config.logging.level)
-    images = expand_images(options.images, config, count=options.max_images)
-    result = preview(images, config, out=absolute(options.out), min_score=options.min_score)
+    out = absolute(options.out)
+    images = expand_images(options.images, config, count=options.max_images, out=out)
+    result = preview(images, config, out=out, min_score=options.min_score)
     found = result.counts(options.min_score)
     table = Table("category", "boxes", "best score", "median score", title=f"{len(images)} picture(s): {options.out}")
     for entry in found:

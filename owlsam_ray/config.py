@@ -21,6 +21,7 @@ from pydantic import (
 
 from owlsam_ray.errors import ConfigError
 from owlsam_ray.settings import (
+    KINDS,
     Auto,
     DataConfig,
     DecodeConfig,
@@ -197,7 +198,7 @@ def load_config(files: Sequence[str | Path], *, overrides: Iterable[str] = (), r
 def _lines(error: ValidationError, prefix: str = "") -> list[str]:
     """One line for each field that does not validate."""
     return [
-        f"  {prefix}{'.'.join(str(part) for part in item['loc']) or '(run file)'}: {item['msg']}"
+        f"  {prefix}{'.'.join(str(part) for part in item['loc'] if part not in KINDS) or '(run file)'}: {item['msg']}"
         + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
         for item in error.errors(include_url=False)
     ]

@@ -96,6 +96,8 @@ def preview_config(
                 "--set detector.weights=… --set segment.weights=…, or --demo for the small models that come with the "
                 "package"
             )
+    if any(not prompt.strip() for prompt in prompts):
+        raise ConfigError("--prompts holds an empty text")
     if prompts:
         repeated = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
         if repeated:
@@ -112,30 +114,45 @@ def preview_config(
     return with_absolute_paths(validate_tree(RunConfig, tree, run_files or ["--set"]))
 
 
-def expand_images(paths: Sequence[str], config: RunConfig, *, count: int) -> list[str]:
+def expand_images(paths: Sequence[str], config: RunConfig, *, count: int, out: str) -> list[str]:
     """Image files as they are; of folders, the image files below them. At most `count`, evenly spread.
 
     Args:
         paths: files, folders or fsspec URLs.
         config: for `data.suffixes`.
         count: pictures.
+        out: the PNG that will be written; one of an earlier call in such a folder is no picture to label.
 
     Raises:
+        ConfigError: `count` is below 1, or `out` is no PNG, or one of the pictures.
         InputError: there is nothing at a path, or a folder holds no image.
     """
+    if count < 1:
+        raise ConfigError(f"--max-images {count}: at least one picture")
+    if "://" in out or not out.lower().endswith(".png"):
+        raise ConfigError(f"--out {out} must be a .png file on this machine")
     found: list[str] = []
     for path in paths:
         url = absolute(path)
         filesystem, inner = storage.open_filesystem(url)
         if filesystem.isdir(inner):
             folder = DataConfig(source="folder", images=url, suffixes=config.data.suffixes)
-            found += [storage.join(url, record.file_name) for record in list_images(folder).records]
+            below = [storage.join(url, record.file_name) for record in list_images(folder).records]
+            found += [each for each in below if not _is_same_file(each, out)]
         elif filesystem.exists(inner):
+            if _is_same_file(url, out):
+                raise ConfigError(f"--out {out} is the picture itself: it would be overwritten")
             found.append(url)
         else:
             raise InputError(f"there is no image or folder at {path}")
+    if not found:
+        raise InputError(f"no image in {', '.join(paths)} but an earlier preview")
     wanted = min(count, len(found))
     return [found[index * len(found) // wanted] for index in range(wanted)]
+
+
+def _is_same_file(url: str, out: str) -> bool:
+    return "://" not in url and os.path.realpath(url) == os.path.realpath(out)
 
 
 def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: float) -> Preview:
@@ -149,9 +166,11 @@ def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: fl
 
     Raises:
         InputError: no picture can be read, or the vocabulary is wrong.
-        ConfigError: `min_score` is below the floor of the settings.
+        ConfigError: `min_score` is no score, or below the floor of the settings.
         WeightsError: the models do not load.
     """
+    if not 0 <= min_score <= 1:
+        raise ConfigError(f"--min-score {min_score:g} is no score: they lie in 0…1")
     if min_score < config.detector.score_floor:
         raise ConfigError(
             f"--min-score {min_score:g} is below detector.score_floor {config.detector.score_floor:g}: such boxes are "

@@ -6,7 +6,16 @@ resolved silently. A default of None stands for a value that only some choices u
 
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -22,6 +31,21 @@ class Section(BaseModel):
 
 
 SectionT = TypeVar("SectionT", bound=Section)
+
+
+KINDS = ("text", "list", "mapping")
+"""Tags of what a value may be: pydantic puts them into the place of an error, where they are no field."""
+
+
+def _by_kind(wanted: str) -> Discriminator:
+    """Which branch of a union a value is meant for, so that only its errors are told; `wanted` if it is for none."""
+
+    def kind(value: Any) -> str:
+        if isinstance(value, str):
+            return "text"
+        return "list" if isinstance(value, (list, tuple)) else "mapping"
+
+    return Discriminator(kind, custom_error_type="kind", custom_error_message=f"Input should be {wanted}")
 
 
 class DataConfig(Section):
@@ -87,13 +111,24 @@ class Exemplar(Section):
         return value
 
 
+_NameOrCategory = Annotated[
+    Annotated[Name, Tag("text")] | Annotated[Category, Tag("mapping")], _by_kind("a name, or {id, name, …}")
+]
+
+
 class VocabularyConfig(Section):
     """What to look for."""
 
-    categories: Literal["coco", "dataset"] | tuple[Category | Name, ...] = "dataset"
+    categories: Annotated[
+        Annotated[Literal["coco", "dataset"], Tag("text")] | Annotated[tuple[_NameOrCategory, ...], Tag("list")],
+        _by_kind("`coco`, `dataset`, or a list of names or {id, name, …}"),
+    ] = "dataset"
     """`coco`: the 80 built-in ones; `dataset`: the source's own list; or a list of names (ids from 1) or of
     {id, name, synonyms, prompts}."""
-    templates: Literal["none", "photo", "clip_best7"] | tuple[Name, ...] = "photo"
+    templates: Annotated[
+        Annotated[Literal["none", "photo", "clip_best7"], Tag("text")] | Annotated[tuple[Name, ...], Tag("list")],
+        _by_kind("`none`, `photo`, `clip_best7`, or a list of texts with a {}"),
+    ] = "photo"
     """Sentences around a name: `none`: the bare name; `photo`: "a photo of a {}"; `clip_best7`: the seven of OWL-ViT's
     evaluation; or your own, `{}` becomes the name. Several are averaged, see `ensemble`."""
     ensemble: Literal["embeddings", "logits"] = "embeddings"

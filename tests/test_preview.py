@@ -128,6 +128,12 @@ def test_the_run_files_choices_are_those_of_the_preview(
         (["--demo", "--prompts", "red circle", "--set", "suppress.sigma=0.5"], "sigma 0.5 belongs to strategy"),
         (["--demo", "--prompts", "red circle", "--set", "suppress.thresholds={blue: 0.5}"], "'blue'"),
         (["--demo", "--prompts", "word " * 40], "tokens with start and end"),
+        (["--demo", "--prompts", "red circle", " "], "--prompts holds an empty text"),
+        (["--demo", "--prompts", "red circle", "--min-score", "nan"], "--min-score nan is no score"),
+        (["--demo", "--prompts", "red circle", "--min-score", "2"], "--min-score 2 is no score"),
+        (["--demo", "--prompts", "red circle", "--max-images", "0"], "--max-images 0: at least one picture"),
+        (["--demo", "--prompts", "red circle", "--out", "sheet.jpg"], "must be a .png file on this machine"),
+        (["--demo", "--prompts", "red circle", "--out", "s3://bucket/sheet.png"], "must be a .png file"),
     ],
 )
 def test_bad_input(drawn: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
@@ -144,6 +150,20 @@ def test_no_picture_at_all(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFi
     code, summary, _ = call(capsys, str(tmp_path / "empty.jpg"), *demo)
     assert (code, "empty_file" in summary["error"]) == (2, True)
     assert not (tmp_path / "out.png").exists()
+
+
+def test_no_picture_is_overwritten_or_labelled_twice(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.open(next((image_root(drawn) / "test").iterdir())).save(tmp_path / "photo.png")
+    before = (tmp_path / "photo.png").read_bytes()
+    demo = ("--demo", "--prompts", "red circle", "--out")
+    code, summary, _ = call(capsys, str(tmp_path / "photo.png"), *demo, str(tmp_path / "x" / ".." / "photo.png"))
+    assert (code, "is the picture itself" in summary["error"]) == (2, True)
+    for _ in range(2):  # the second time the first preview lies in the folder
+        code, summary, _ = call(capsys, str(tmp_path), *demo, str(tmp_path / "preview.png"))
+        assert (code, summary["images"]) == (0, 1)
+    assert (tmp_path / "photo.png").read_bytes() == before
 
 
 def test_masks_lie_on_the_objects(
