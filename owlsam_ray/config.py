@@ -336,14 +336,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "annotations": absolute(config.data.annotations) if config.data.annotations else None,
         }
     )
-    vocabulary = config.vocabulary.model_copy(
-        update={
-            "exemplars": tuple(
-                exemplar.model_copy(update={"image": absolute(exemplar.image)})
-                for exemplar in config.vocabulary.exemplars
-            )
-        }
-    )
+    exemplars = [
+        exemplar.model_copy(update={"image": absolute(exemplar.image)}) for exemplar in config.vocabulary.exemplars
+    ]
+    vocabulary = config.vocabulary.model_copy(update={"exemplars": tuple(exemplars)} if exemplars else {})
     segment_weights = config.segment.weights
     if config.segment.model != "sam":
         segment_weights = absolute(segment_weights)

@@ -269,7 +269,8 @@ class SuppressConfig(Section):
                 raise ValueError(f"strategy: none suppresses nothing, so {name} would have no effect")
             if soft and self.decay != "linear":
                 raise ValueError(
-                    f"exponential decay has no threshold, so {name} would have no effect: set decay: linear, or sigma"
+                    f"exponential decay has no threshold, so {name} would have no effect: leave it out "
+                    "(null), or set decay: linear"
                 )
         if self.thresholds and self.across_labels:
             raise ValueError(

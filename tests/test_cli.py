@@ -103,6 +103,15 @@ def test_plan_twice_and_reduce_too_early(tiny: TinyRun, tmp_path: Path, capsys: 
         ("data.images=/nowhere", "none of 20 images looked up exists"),
         ("detector.weights=/nowhere", "is not a directory in Hugging Face layout"),
         ("segment.weights=/nowhere", "there are no segmenter weights"),
+        (
+            "segment={model: sam, weights: /nowhere}",
+            "segment.weights /nowhere is not a directory in Hugging Face layout",
+        ),
+        ("detector.model=owlv2", "holds an owlvit model, and detector.model is owlv2"),
+        ("detector.image_size=100", "detector.image_size 100 is not a multiple of the patch size 16"),
+        ("suppress.thresholds={dog: 0.5}", "suppress.thresholds names what is no category: 'dog'"),
+        ("vocabulary.exemplars=[{category: cat, image: /nowhere.jpg}]", "/nowhere.jpg of 'cat' is not there"),
+        ("vocabulary.exemplars=[{category: dog, image: /nowhere.jpg}]", "vocabulary.exemplars[0] shows 'dog'"),
         ("run=/proc/nothing", "cannot write to the run directory"),
     ],
 )

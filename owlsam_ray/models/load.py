@@ -8,6 +8,7 @@ from owlsam_ray.models import mobile_sam, owl_weights, sam
 from owlsam_ray.models.hub import resolve_weights
 from owlsam_ray.models.mobile_sam import MobileSam
 from owlsam_ray.models.owl import Owl
+from owlsam_ray.models.owl_preprocess import make_preprocessing
 from owlsam_ray.models.protocols import Detector, Segmenter
 from owlsam_ray.models.sam import Sam
 from owlsam_ray.models.weights import ModelPaths
@@ -19,9 +20,11 @@ def find_models(detector: DetectorConfig, segment: SegmentConfig) -> ModelPaths:
 
     Raises:
         WeightsError: something is missing, damaged, or does not fit the settings.
+        ConfigError: `detector.image_size` is no multiple of the model's patch size.
     """
     detector_path = resolve_weights(detector.weights, setting="detector.weights")
     owl_weights.check_weights(detector_path, detector.model)
+    make_preprocessing(detector_path, detector)
     if segment.model == "sam":
         segmenter_path = resolve_weights(segment.weights, setting="segment.weights")
         sam.check_weights(segmenter_path)
