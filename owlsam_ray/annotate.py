@@ -138,7 +138,12 @@ def _prepare(
 ) -> pipeline.Job:
     """Preflight against the cluster."""
     totals = pipeline.cluster_totals()
-    allocation = allocate(config.resources, num_cpus=totals["num_cpus"], num_gpus=totals["num_gpus"])
+    allocation = allocate(
+        config.resources,
+        num_cpus=totals["num_cpus"],
+        num_gpus=totals["num_gpus"],
+        segmenter=config.segment.model,
+    )
     check_nodes(allocation, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     check_object_store(
         allocation, config.resources, shard_bytes=manifest.max_shard_bytes, store_bytes=totals["store_bytes"]

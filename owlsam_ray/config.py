@@ -57,7 +57,7 @@ class ResourcesConfig(Section):
     detector_batch: PositiveInt | Auto = "auto"
     """Images in one detector call; `auto`: 4 on a CPU, 32 on a GPU."""
     segmenter_batch: PositiveInt | Auto = "auto"
-    """Images in one encoder call; `auto`: 2 on a CPU, 16 on a GPU."""
+    """Images in one encoder call; `auto`: 2 on a CPU, 16 on a GPU (4 with `segment.model: sam`)."""
     decoder_batch: PositiveInt | Auto = "auto"
     """Boxes in one mask decoder call, rounded up to a multiple of 8; `auto`: 16 on a CPU, 128 on a GPU."""
     decode_threads: PositiveInt | Auto = "auto"

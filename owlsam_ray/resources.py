@@ -30,13 +30,16 @@ class Allocation:
     """Threads of one model call on a CPU. The same for any number of actors: with others, last bits differ."""
 
 
-def allocate(resources: ResourcesConfig, *, num_cpus: float, num_gpus: float) -> Allocation:
+def allocate(
+    resources: ResourcesConfig, *, num_cpus: float, num_gpus: float, segmenter: str = "mobile_sam"
+) -> Allocation:
     """Decide every `auto` for a cluster, and check that the result fits it.
 
     Args:
         resources: the settings.
         num_cpus: CPUs that Ray sees.
         num_gpus: GPUs that Ray sees.
+        segmenter: `segment.model`.
 
     Raises:
         PreflightError: actors, fetch and write do not fit together: Ray would wait for ever, without a word.
@@ -54,7 +57,8 @@ def allocate(resources: ResourcesConfig, *, num_cpus: float, num_gpus: float) ->
         cpus_per_actor=cpus,
         gpus_per_actor=gpus,
         detector_batch=_or(resources.detector_batch, 32 if on_gpu else 4),
-        segmenter_batch=_or(resources.segmenter_batch, 16 if on_gpu else 2),
+        # SAM's global attention holds gigabytes of position bias for each image.
+        segmenter_batch=_or(resources.segmenter_batch, (4 if segmenter == "sam" else 16) if on_gpu else 2),
         decoder_batch=math.ceil(_or(resources.decoder_batch, 128 if on_gpu else 16) / 8) * 8,
         threads=_or(resources.decode_threads, max(2, math.floor(cpus))),
         torch_threads=_or(resources.torch_threads, _power_of_two(min(8, num_cpus))),

@@ -33,6 +33,8 @@ def test_defaults_take_every_gpu() -> None:
     assert (allocation.device, allocation.actors, allocation.gpus_per_actor) == ("cuda", 8, 1)
     assert allocation.cpus_per_actor == 7
     assert (allocation.detector_batch, allocation.segmenter_batch) == (32, 16)
+    assert allocate(settings(), num_cpus=64, num_gpus=8, segmenter="sam").segmenter_batch == 4
+    assert allocate(settings(segmenter_batch=9), num_cpus=64, num_gpus=8, segmenter="sam").segmenter_batch == 9
 
 
 def test_two_actors_share_two_cpus_without_equalling_fetch() -> None:
