@@ -21,16 +21,19 @@ from transformers import (
 from tests.seeded_mobile_sam import load_recipe
 
 TINY_SIDE = 128
-# The scale that makes logits of several units, or the stability at ±1 would always be 0 (and the other way round).
+# Scales that make logits of several units: with the plain ones every stability of ViT-B's masks is below 0.13.
 _TINY_LOGITS = 12.0
-_FULL_LOGITS = 1.0
+_FULL_LOGITS = 8.0
 
 
 def write_full(directory: Path, shared: Path) -> None:
     """Write a SAM ViT-B."""
     config = SamConfig()
     recipe = load_recipe(shared)
-    state = {name: torch.from_numpy(recipe.seeded_tensor(name, shape)) for name, shape in _shapes(config).items()}
+    state = {}
+    for name, shape in _shapes(config).items():
+        scale = _FULL_LOGITS if _makes_logits(name) else 1.0
+        state[name] = scale * torch.from_numpy(recipe.seeded_tensor(name, shape))
     _write(directory, config, state)
 
 
@@ -83,6 +86,11 @@ def _write(directory: Path, config: SamConfig, state: dict[str, Tensor]) -> None
     processor(config.vision_config.image_size).image_processor.save_pretrained(directory)
 
 
+def _makes_logits(name: str) -> bool:
+    """Whether the logits of a mask are proportional to this tensor and its mates."""
+    return "output_hypernetworks_mlps" in name and ".proj_out." in name
+
+
 def _tiny_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     random = np.random.default_rng([zlib.crc32(name.encode()), seed])
     values = random.standard_normal(shape)
@@ -90,6 +98,6 @@ def _tiny_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         values = 0.05 * values + (1.0 if name.endswith("weight") else 0.0)  # a 1-d weight is a norm's gain
     elif "positional_embedding" not in name:
         values = values / np.sqrt(np.prod(shape[1:]))
-    if "output_hypernetworks_mlps" in name and ".proj_out." in name:
+    if _makes_logits(name):
         values = _TINY_LOGITS * values
     return torch.from_numpy(np.asarray(values, np.float32))
