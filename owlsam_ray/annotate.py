@@ -28,6 +28,7 @@ from owlsam_ray.guard import (
     RunRecord,
     check_writable,
     fingerprint_parts,
+    forget_plan,
     guard_labels,
     guard_numerics,
     numerics_of,
@@ -74,9 +75,14 @@ def annotate_run(
     # Imported here: with torch they take eight seconds, and a wrong path in the run file is told without them.
     from owlsam_ray.models.load import find_models
 
-    models = find_models(config.detector, config.segment)
-    if record.fingerprint is None:
-        embed_run_queries(config, record, models.detector, run_url)
+    try:
+        models = find_models(config.detector, config.segment)
+        if record.fingerprint is None:
+            embed_run_queries(config, record, models.detector, run_url)
+    except OwlsamError:
+        if planned:  # by this call, for settings that do not work: corrected ones must not be refused
+            forget_plan(run_url)
+        raise
     weights = {"detector": models.detector, "segmenter": models.segmenter}
     record = guard_labels(record, fingerprint_parts(config, record, weights=weights, run_url=run_url), run_url)
 

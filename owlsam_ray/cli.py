@@ -183,6 +183,7 @@ def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _preview(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from rich.table import Table
+    from rich.text import Text
 
     from owlsam_ray.preview import expand_images, preview, preview_config
 
@@ -192,9 +193,11 @@ def _preview(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     images = expand_images(options.images, config, count=options.max_images, out=out)
     result = preview(images, config, out=out, min_score=options.min_score)
     found = result.counts(options.min_score)
-    table = Table("category", "boxes", "best score", "median score", title=f"{len(images)} picture(s): {options.out}")
+    table = Table(
+        "category", "boxes", "best score", "median score", title=Text(f"{len(images)} picture(s): {options.out}")
+    )
     for entry in found:
-        table.add_row(*("–" if value is None else str(value) for value in entry.values()))
+        table.add_row(*(Text("–" if value is None else str(value)) for value in entry.values()))
     console.print(table)
     summary = {"images": len(images), "sheet": result.sheet, "found": found, "failed": result.failed()}
     if summary["failed"]:

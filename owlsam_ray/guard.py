@@ -172,6 +172,11 @@ def plan_run(config: RunConfig) -> tuple[RunRecord, Manifest, bool]:
     return record, manifest, True
 
 
+def forget_plan(run_url: str) -> None:
+    """Undo a plan with which nothing was labelled yet; the next call plans again."""
+    storage.remove(storage.join(run_url, RUN_FILE))
+
+
 def load_run_manifest(run_url: str, record: RunRecord) -> Manifest:
     """The manifest of a planned run, with its hashes verified.
 
@@ -197,13 +202,15 @@ def check_config(config: RunConfig, record: RunRecord) -> None:
     """
     lines = differing_fields(config.label_fields(), record.stored_config().label_fields())
     if lines:
+        unused = f" Nothing is labelled there yet: without its {RUN_FILE} it is planned anew."
         raise GuardError(
             "\n  ".join(
                 [
                     f"the run directory {config.run} was planned with other settings (there -> here):",
                     *lines,
                     "Use another --run directory for these settings, or go back to the old ones. "
-                    "Sections that may change freely: resources, reduce, evaluate, logging.",
+                    "Sections that may change freely: resources, reduce, evaluate, logging."
+                    + (unused if record.fingerprint is None else ""),
                 ]
             )
         )

@@ -32,7 +32,7 @@ from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
 _COLUMNS = 4
 _SIDES = (640, 1600)
 """Least and most pixels of the long side of a picture that stands alone."""
-_SECTIONS = {"vocabulary", "decode", "detector", "tiling", "suppress", "segment", "resources", "logging"}
+_OF_REDUCE = ("reduce", "evaluate", "run")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +85,14 @@ def preview_config(
     """
     if demo and run_files:
         raise ConfigError("--demo and --run-file both choose the models: give one of them")
+    for section in load_tree([], overrides):
+        if section in _OF_REDUCE:
+            raise ConfigError(f"--set {section}…: a preview draws what a run would keep; its threshold is --min-score")
+        if section == "vocabulary" and prompts:
+            raise ConfigError("--prompts and --set vocabulary…: prompts are asked as they stand, so give one of them")
     tree = model_settings() if demo else {}
     for section, values in load_tree(run_files, overrides).items():
-        if section in _SECTIONS or section == "data":
-            tree[section] = tree.get(section, {}) | values if isinstance(values, dict) else values
+        tree[section] = tree.get(section, {}) | values if isinstance(values, dict) else values
     for section in ("detector", "segment"):
         if not isinstance(tree.get(section), dict) or "weights" not in tree[section]:
             raise ConfigError(
@@ -103,10 +107,9 @@ def preview_config(
         if repeated:
             raise ConfigError(f"--prompts names {repeated[0]!r} twice")
         tree["vocabulary"] = {
-            "canonical": tree.get("vocabulary", {}).get("canonical", False),
             "categories": [
                 {"id": number, "name": prompt, "prompts": [prompt]} for number, prompt in enumerate(prompts, start=1)
-            ],
+            ]
         }
     elif not tree.get("data") and "categories" not in tree.get("vocabulary", {}):
         raise ConfigError("nothing to look for: give --prompts, or a run file with vocabulary.categories")
@@ -135,11 +138,15 @@ def expand_images(paths: Sequence[str], config: RunConfig, *, count: int, out: s
     for path in paths:
         url = absolute(path)
         filesystem, inner = storage.open_filesystem(url)
-        if filesystem.isdir(inner):
+        try:
+            is_folder, is_there = filesystem.isdir(inner), filesystem.exists(inner)
+        except OSError as error:
+            raise InputError(f"cannot look at {path}: {error}") from None
+        if is_folder:
             folder = DataConfig(source="folder", images=url, suffixes=config.data.suffixes)
             below = [storage.join(url, record.file_name) for record in list_images(folder).records]
             found += [each for each in below if not _is_same_file(each, out)]
-        elif filesystem.exists(inner):
+        elif is_there:
             if _is_same_file(url, out):
                 raise ConfigError(f"--out {out} is the picture itself: it would be overwritten")
             found.append(url)

@@ -235,6 +235,14 @@ class TilingConfig(Section):
     full_image: bool = True
     """Look at the whole image as well: large objects do not fit a tile."""
 
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        fields = type(self).model_fields
+        for name in ("overlap", "full_image"):
+            if self.size is None and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name}: {getattr(self, name)} without size would have no effect: set tiling.size")
+        return self
+
 
 class SuppressConfig(Section):
     """Overlapping boxes."""
@@ -277,8 +285,9 @@ class SuppressConfig(Section):
                 "thresholds are of single categories, and across_labels compares boxes of different ones: set one "
                 "threshold, or across_labels: false"
             )
-        if self.strategy == "none" and self.across_labels:
-            raise ValueError("strategy: none suppresses nothing, so across_labels would have no effect")
+        if self.strategy == "none" and (self.across_labels or self.overlap != "iou"):
+            name = "across_labels" if self.across_labels else f"overlap: {self.overlap}"
+            raise ValueError(f"strategy: none suppresses nothing, so {name} would have no effect")
         return self
 
 

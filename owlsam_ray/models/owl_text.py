@@ -13,7 +13,10 @@ from torch import Tensor
 from owlsam_ray.errors import InputError
 from owlsam_ray.models.owl_weights import OwlModel, backbone, load_config, load_model, load_tokenizer
 
-WAY_OUT = "shorten the category's name, or set vocabulary.canonical: true, or vocabulary.templates: none"
+WAY_OUT = (
+    "shorten the name or synonym that it comes from; vocabulary.canonical: true and vocabulary.templates: none make "
+    "prompts shorter"
+)
 _PROMPTS_PER_CALL = 64
 
 
