@@ -4,6 +4,7 @@ The path is that of a run, from bytes to RLE, without Ray and without a run dire
 """
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,7 @@ def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: fl
         min_score: labels with a lower score are not drawn.
 
     Raises:
-        InputError: no picture can be read, or the vocabulary is wrong.
+        InputError: no picture can be read, the vocabulary is wrong, or `out` cannot be written.
         ConfigError: `min_score` is no score, or below the floor of the settings.
         WeightsError: the models do not load.
     """
@@ -183,6 +184,7 @@ def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: fl
             f"--min-score {min_score:g} is below detector.score_floor {config.detector.score_floor:g}: such boxes are "
             f"not kept. Give --set detector.score_floor={min_score:g} as well"
         )
+    _check_writable(Path(out).parent)
     vocabulary = resolve_vocabulary(config.vocabulary, _source_categories(config))
     rows = list(zip(images, _label(images, config, vocabulary), strict=True))
     result = Preview(rows, vocabulary, out)
@@ -198,6 +200,16 @@ def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: fl
     side = min(max(max(drawn[0].pixels.shape), _SIDES[0]), _SIDES[1]) if alone else CELL
     write_contact_sheet(drawn, Path(out), columns=_COLUMNS, long_side=side)
     return result
+
+
+def _check_writable(directory: Path) -> None:
+    """Told before the models run, not after."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(f"--out: cannot write to {directory}: {error.strerror or error}") from None
 
 
 def _source_categories(config: RunConfig) -> list[dict[str, Any]]:

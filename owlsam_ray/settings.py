@@ -4,6 +4,7 @@ The rest of a run, where and how fast, stands in `config`. Two settings that con
 resolved silently. A default of None stands for a value that only some choices use; the field's text names it.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -43,7 +44,9 @@ def _by_kind(wanted: str) -> Discriminator:
     def kind(value: Any) -> str:
         if isinstance(value, str):
             return "text"
-        return "list" if isinstance(value, (list, tuple)) else "mapping"
+        if isinstance(value, (list, tuple)):
+            return "list"
+        return "mapping" if isinstance(value, (Mapping, BaseModel)) else "none of these"
 
     return Discriminator(kind, custom_error_type="kind", custom_error_message=f"Input should be {wanted}")
 
@@ -112,7 +115,8 @@ class Exemplar(Section):
 
 
 _NameOrCategory = Annotated[
-    Annotated[Name, Tag("text")] | Annotated[Category, Tag("mapping")], _by_kind("a name, or {id, name, …}")
+    Annotated[Name, Tag("text")] | Annotated[Category, Tag("mapping")],
+    _by_kind("a name (in quotes where YAML would read something else), or {id, name, …}"),
 ]
 
 
@@ -274,7 +278,9 @@ class SuppressConfig(Section):
         if self.threshold is not None or self.thresholds:
             name = "thresholds" if self.thresholds else f"threshold {self.threshold}"
             if self.strategy == "none":
-                raise ValueError(f"strategy: none suppresses nothing, so {name} would have no effect")
+                raise ValueError(
+                    f"strategy: none suppresses nothing, so {name} would have no effect: leave it out (null)"
+                )
             if soft and self.decay != "linear":
                 raise ValueError(
                     f"exponential decay has no threshold, so {name} would have no effect: leave it out "

@@ -135,6 +135,10 @@ def test_the_run_files_choices_are_those_of_the_preview(
         (["--demo", "--prompts", "red circle", "--min-score", "nan"], "--min-score nan is no score"),
         (["--demo", "--prompts", "red circle", "--min-score", "2"], "--min-score 2 is no score"),
         (["--demo", "--prompts", "red circle", "--max-images", "0"], "--max-images 0: at least one picture"),
+        (
+            ["--demo", "--prompts", "red circle", "--out", "/proc/nothing/sheet.png"],
+            "--out: cannot write to /proc/nothing",
+        ),
         (["--demo", "--prompts", "red circle", "--out", "sheet.jpg"], "must be a .png file on this machine"),
         (["--demo", "--prompts", "red circle", "--out", "s3://bucket/sheet.png"], "must be a .png file"),
     ],

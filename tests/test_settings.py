@@ -42,6 +42,7 @@ CAT: dict[str, Any] = {"category": "cat", "image": "cat.jpg"}
         (TilingConfig, {"overlap": 0.5}, "overlap: 0.5 without size"),
         (TilingConfig, {"size": 8}, "greater than or equal to 32"),
         (TilingConfig, {"size": 100, "overlap": 1}, "less than or equal to 0.9"),
+        (VocabularyConfig, {"categories": ["cat", False]}, "a name (in quotes where YAML would read something else)"),
         (VocabularyConfig, {"templates": []}, "templates is empty"),
         (VocabularyConfig, {"templates": ["a {}", "a {}"]}, "the same template twice"),
         (VocabularyConfig, {"templates": ["a thing"]}, "must contain {} exactly once"),
