@@ -125,9 +125,8 @@ def _add_preview_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--min-score",
         type=float,
-        default=0.1,
         metavar="S",
-        help="draw labels from this score (default: %(default)s)",
+        help="draw labels from this score (default: 0.1, or detector.score_floor if that is greater)",
     )
     command.add_argument(
         "--max-images", type=int, default=12, metavar="N", help="pictures of the sheet (default: %(default)s)"

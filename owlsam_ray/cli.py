@@ -191,8 +191,9 @@ def _preview(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     _start_log(console, config.logging.level)
     out = absolute(options.out)
     images = expand_images(options.images, config, count=options.max_images, out=out)
-    result = preview(images, config, out=out, min_score=options.min_score)
-    found = result.counts(options.min_score)
+    min_score = max(0.1, config.detector.score_floor) if options.min_score is None else options.min_score
+    result = preview(images, config, out=out, min_score=min_score)
+    found = result.counts(min_score)
     table = Table(
         "category", "boxes", "best score", "median score", title=Text(f"{len(images)} picture(s): {options.out}")
     )

@@ -4,6 +4,7 @@ Letters: H W pixels, N labels. Everything is drawn at the size of the sheet, so 
 """
 
 import colorsys
+import contextlib
 import io
 import json
 import math
@@ -163,14 +164,15 @@ def write_contact_sheet(images: Sequence[LabelledPicture], path: Path, *, column
     rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
     heights = [max(picture.height for picture in row) + _CAPTION for row in rows]
     sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, sum(heights) + (len(rows) + 1) * _GAP), _PAPER)
-    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT)
+    canvas = ImageDraw.Draw(sheet)
     top = _GAP
     captions = iter(image.caption for image in images)
     for row, height in zip(rows, heights, strict=True):
         for column, picture in enumerate(row):
             left = _GAP + column * (width + _GAP) + (width - picture.width) // 2
             sheet.paste(picture, (left, top))
-            canvas.text((left, top + picture.height + 4), next(captions), fill=_INK, font=font)
+            caption = next(captions)
+            canvas.text((left, top + picture.height + 4), caption, fill=_INK, font=_font(caption, _FONT))
         top += height + _GAP
     data = io.BytesIO()
     sheet.save(data, "PNG")
@@ -252,16 +254,26 @@ def _draw_tags(
     image: Image.Image, texts: list[str], colours: list[Colour], boxes: list[Rectangle], *, font_size: int
 ) -> None:
     """A tag with each text beside its box, where it covers no other tag if there is such a place."""
-    canvas, font = ImageDraw.Draw(image), ImageFont.load_default(font_size)
+    canvas = ImageDraw.Draw(image)
     taken: list[Rectangle] = []
     for text, colour, box in zip(texts, colours, boxes, strict=True):
         others = [other for other in boxes if other is not box]
+        font = _font(text, font_size)
         wide = math.ceil(font.getlength(text)) + 2 * _PAD
         high = font_size + 2 * _PAD
         place = _free_place((wide, high), box, others, taken, image.size)
         taken.append(place)
         canvas.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=colour, outline=_halo(colour))
         canvas.text((place[0] + _PAD, place[1] + high // 2), text, fill=_halo(colour), font=font, anchor="lm")
+
+
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own letters, which are ASCII; for other texts one of the machine's fonts where it has a common one."""
+    if not text.isascii():
+        for name in ("DejaVuSans.ttf", "NotoSans-Regular.ttf"):
+            with contextlib.suppress(OSError):
+                return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
 
 
 def _free_place(

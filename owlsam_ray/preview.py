@@ -93,7 +93,8 @@ def preview_config(
             raise ConfigError("--prompts and --set vocabulary…: prompts are asked as they stand, so give one of them")
     tree = model_settings() if demo else {}
     for section, values in load_tree(run_files, overrides).items():
-        tree[section] = tree.get(section, {}) | values if isinstance(values, dict) else values
+        if section not in _OF_REDUCE:
+            tree[section] = tree.get(section, {}) | values if isinstance(values, dict) else values
     for section in ("detector", "segment"):
         if not isinstance(tree.get(section), dict) or "weights" not in tree[section]:
             raise ConfigError(
@@ -112,7 +113,7 @@ def preview_config(
                 {"id": number, "name": prompt, "prompts": [prompt]} for number, prompt in enumerate(prompts, start=1)
             ]
         }
-    elif not tree.get("data") and "categories" not in tree.get("vocabulary", {}):
+    elif not tree.get("data") and isinstance(given := tree.get("vocabulary", {}), dict) and "categories" not in given:
         raise ConfigError("nothing to look for: give --prompts, or a run file with vocabulary.categories")
     tree.setdefault("data", {"source": "folder", "images": "."})
     return with_absolute_paths(validate_tree(RunConfig, tree, run_files or ["--set"]))

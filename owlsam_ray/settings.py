@@ -268,6 +268,11 @@ class SuppressConfig(Section):
     sigma: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
     """Of exponential decay; default 0.5. Smaller decays more."""
 
+    @field_validator("thresholds", mode="before")
+    @classmethod
+    def _null_unsets_them(cls, value: Any) -> Any:
+        return {} if value is None else value
+
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
         soft = self.strategy == "soft_nms"
