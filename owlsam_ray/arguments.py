@@ -132,7 +132,10 @@ def _add_preview_options(command: argparse.ArgumentParser) -> None:
         "--max-images", type=int, default=12, metavar="N", help="pictures of the sheet (default: %(default)s)"
     )
     command.add_argument(
-        "--out", default="preview.png", metavar="PNG", help="the picture; replaced if there (default: %(default)s)"
+        "--out",
+        default="preview.png",
+        metavar="PNG",
+        help="the picture; an earlier one is replaced (default: %(default)s)",
     )
     _add_overrides(command)
 

@@ -156,6 +156,20 @@ class RunConfig(Section):
                 f"reduce.score_threshold {threshold} is below detector.score_floor {self.detector.score_floor}: "
                 "inference did not keep those boxes"
             )
+        if self.reduce.min_mask_area < self.segment.min_area:
+            raise ValueError(
+                f"reduce.min_mask_area {self.reduce.min_mask_area} is below segment.min_area {self.segment.min_area}: "
+                "inference did not keep those masks. Raise the first, or lower the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tiles_are_merged(self) -> Self:
+        if self.tiling.size is not None and self.suppress.strategy == "none":
+            raise ValueError(
+                "tiling.size with suppress.strategy: none would leave an object once for every tile that sees it: take "
+                "nms or merge, best with suppress.overlap: ios"
+            )
         return self
 
     def label_fields(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -32,6 +33,8 @@ Rectangle = tuple[int, int, int, int]
 
 CELL = 480
 """Long side of a picture on a sheet, in pixels."""
+PREVIEW_MARK = "owlsam-ray"
+"""Stands in every PNG that is written here: such a file may be written again."""
 _GAP, _CAPTION = 12, 22
 _PAPER, _INK = (255, 255, 255), (70, 70, 70)
 _FONT = 14
@@ -144,6 +147,15 @@ def label_picture(
     return LabelledPicture(pixels, boxes_xyxy, tuple(names), np.array(scores, np.float32), masks, caption)
 
 
+def was_drawn_here(path: Path) -> bool:
+    """Whether a file is a PNG of `write_contact_sheet`."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return image.info.get("Software") == PREVIEW_MARK
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
 def write_contact_sheet(images: Sequence[LabelledPicture], path: Path, *, columns: int, long_side: int = CELL) -> None:
     """Draw pictures into a grid, row by row, and write it as PNG, whole or not at all.
 
@@ -175,7 +187,9 @@ def write_contact_sheet(images: Sequence[LabelledPicture], path: Path, *, column
             canvas.text((left, top + picture.height + 4), caption, fill=_INK, font=_font(caption, _FONT))
         top += height + _GAP
     data = io.BytesIO()
-    sheet.save(data, "PNG")
+    mark = PngInfo()
+    mark.add_text("Software", PREVIEW_MARK)
+    sheet.save(data, "PNG", pnginfo=mark)
     storage.write_atomic(str(path), data.getbuffer())
 
 
@@ -189,11 +203,7 @@ def draw_labels(picture: LabelledPicture, *, long_side: int = CELL) -> Image.Ima
     if len(picture.names) == 0:
         return image
     colours = [colour_of(name) for name in picture.names]
-    masks = torch.stack([_scaled(mask, size) for mask in picture.masks])
-    edges = masks & ~_shrunk(masks)
-    canvas = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    canvas = draw_segmentation_masks(canvas, masks, alpha=_MASK_ALPHA, colors=[_pale(colour) for colour in colours])
-    canvas = draw_segmentation_masks(canvas, edges, alpha=1.0, colors=[_halo(colour) for colour in colours])
+    canvas = _draw_masks(torch.from_numpy(np.array(image)).permute(2, 0, 1), picture, colours, size)
     # Around the box, not on it: a line of two pixels hides much of an object of twenty.
     halos, lines = _boxes_on(picture, size, margin=line + 1), _boxes_on(picture, size, margin=line)
     canvas = draw_bounding_boxes(canvas, halos, colors=[_halo(colour) for colour in colours], width=line + 1)
@@ -203,6 +213,29 @@ def draw_labels(picture: LabelledPicture, *, long_side: int = CELL) -> Image.Ima
     outer = [(x0, y0, x1 + 1, y1 + 1) for x0, y0, x1, y1 in halos.tolist()]
     _draw_tags(image, texts, colours, outer, font_size=font_size)
     return image
+
+
+def _draw_masks(canvas: Tensor, picture: LabelledPicture, colours: Sequence[Colour], size: tuple[int, int]) -> Tensor:
+    """(3, h, w) uint8 with the masks over it, the best one on top.
+
+    One by one: drawn in one call, torchvision paints black where masks overlap, and a float copy of each is in memory.
+    A pixel is made pale once; a mask that several labels share is drawn for the best of them.
+    """
+    covered = torch.zeros(canvas.shape[1:], dtype=torch.bool)
+    edges: list[tuple[Tensor, Colour]] = []
+    seen: set[bytes] = set()
+    for mask, colour in zip(picture.masks, colours, strict=True):
+        scaled, key = _scaled(mask, size), mask.tobytes()
+        if key in seen or not scaled.any():
+            continue
+        seen.add(key)
+        visible = scaled & ~covered
+        covered |= scaled
+        canvas = draw_segmentation_masks(canvas, visible[None], alpha=_MASK_ALPHA, colors=[_pale(colour)])
+        edges.append((scaled & ~_shrunk(scaled[None])[0], colour))
+    for edge, colour in reversed(edges):
+        canvas = draw_segmentation_masks(canvas, edge[None], alpha=1.0, colors=[_halo(colour)])
+    return canvas
 
 
 def colour_of(name: str) -> Colour:

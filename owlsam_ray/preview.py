@@ -22,7 +22,7 @@ from owlsam_ray.engine import load_engine
 from owlsam_ray.errors import ConfigError, ImageError, InputError
 from owlsam_ray.fetch import MEGABYTE, fetch_file
 from owlsam_ray.models.load import find_models
-from owlsam_ray.pictures import CELL, LabelledPicture, label_picture, write_contact_sheet
+from owlsam_ray.pictures import CELL, LabelledPicture, label_picture, was_drawn_here, write_contact_sheet
 from owlsam_ray.queries import embed_queries
 from owlsam_ray.records import EncodedImage, Prediction
 from owlsam_ray.resources import allocate
@@ -136,6 +136,8 @@ def expand_images(paths: Sequence[str], config: RunConfig, *, count: int, out: s
         raise ConfigError(f"--max-images {count}: at least one picture")
     if "://" in out or not out.lower().endswith(".png"):
         raise ConfigError(f"--out {out} must be a .png file on this machine")
+    if os.path.lexists(out) and not was_drawn_here(Path(out)):
+        raise ConfigError(f"--out {out} is there and no earlier preview: it would be overwritten. Take another name")
     found: list[str] = []
     for path in paths:
         url = absolute(path)

@@ -242,7 +242,7 @@ def with_square(image_id: int, x: int, y: int, side: int = 8) -> EncodedImage:
 
 
 def test_tiles_see_small_objects_at_their_own_size_and_merge_into_one_box() -> None:
-    """37 tiles of many images share batches, and cut squares vanish in the whole ones."""
+    """25 views of each image share batches, and cut squares vanish in the whole ones."""
     places = [(3, 5), (100, 40), (290, 190), (60, 61), (155, 100)]
     tiling = TilingConfig(size=64, overlap=0.25)
     suppress = SuppressConfig(overlap="ios", threshold=0.9)

@@ -178,3 +178,13 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "1.png").unlink()
     with pytest.raises(InputError, match=r"1\.png"):
         read_labelled(str(file), str(tmp_path), min_score=0.0)
+
+
+def test_masks_that_overlap_are_neither_black_nor_bleached_twice() -> None:
+    """Two labels on one box share a mask; a third one lies across it."""
+    alone = np.asarray(draw_labels(picture([(60, 100, 180, 220)], ["red thing"])))
+    shared = np.asarray(draw_labels(picture([(60, 100, 180, 220)] * 2, ["red thing", "blue thing"])))
+    assert (shared[300, 240] == alone[300, 240]).all()
+    crossed = np.asarray(draw_labels(picture([(60, 100, 180, 220), (80, 60, 160, 230)], ["red thing", "blue thing"])))
+    assert (crossed[300, 240] == alone[300, 240]).all()
+    assert crossed[270:340, 210:270].min() > 100

@@ -166,7 +166,11 @@ def test_no_picture_is_overwritten_or_labelled_twice(
     before = (tmp_path / "photo.png").read_bytes()
     demo = ("--demo", "--prompts", "red circle", "--out")
     code, summary, _ = call(capsys, str(tmp_path / "photo.png"), *demo, str(tmp_path / "x" / ".." / "photo.png"))
-    assert (code, "is the picture itself" in summary["error"]) == (2, True)
+    assert (code, "would be overwritten" in summary["error"]) == (2, True)
+    (tmp_path / "other.png").write_bytes(before)
+    code, summary, _ = call(capsys, str(tmp_path), *demo, str(tmp_path / "other.png"))
+    assert (code, "is there and no earlier preview" in summary["error"]) == (2, True)
+    (tmp_path / "other.png").unlink()
     for _ in range(2):  # the second time the first preview lies in the folder
         code, summary, _ = call(capsys, str(tmp_path), *demo, str(tmp_path / "preview.png"))
         assert (code, summary["images"]) == (0, 1)

@@ -29,7 +29,7 @@ class Detector(Protocol):
         Args:
             batch: (B, 3, S, S) as `preprocess` gives it, on any device.
             query_embeddings: (Q, D) float32, ready to be multiplied with the embedding of a box: already of length 1,
-                or shorter where logits are averaged (`models.owl_queries`). They are not normalised again.
+                or shorter where logits are averaged (`queries`). They are not normalised again.
 
         Returns:
             boxes_cxcywh: (B, P, 4) float32 on the CPU, in units of the detector's square input, so around 0…1.

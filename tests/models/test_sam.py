@@ -177,13 +177,15 @@ def full_directory(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.mark.parametrize(
     "picture",
-    ["landscape", pytest.param("portrait", marks=pytest.mark.slow), pytest.param("tiny", marks=pytest.mark.slow)],
+    ["landscape", *(pytest.param(name, marks=pytest.mark.slow) for name in ("portrait", "square", "tiny"))],
 )
 def test_vit_b_equals_transformers(full_directory: Path, shared: Path, picture: str) -> None:
     name = "000000000872" if picture == "portrait" else "000000000208"
     image = Image.open(shared / "data" / "coco_mini" / "images" / f"{name}.jpg").convert("RGB")
     if picture == "tiny":
         image = image.resize((40, 30))
+    if picture == "square":
+        image = image.crop((100, 0, 580, 480))
     pixels = np.array(image)
     assert (pixels.shape[0] > pixels.shape[1]) == (picture == "portrait")
     both = Both(full_directory, pixels, boxes_of(pixels)[1:])
