@@ -97,7 +97,8 @@ class ReduceConfig(Section):
     score_threshold: Fraction | None = None
     """Annotations are kept when their score is greater; not below `detector.score_floor`."""
     min_mask_area: Annotated[int, Field(ge=0)] = 500
-    """Annotations whose mask has fewer pixels are left out; 0 keeps all. Those without a mask stay."""
+    """Annotations whose mask has fewer pixels are left out; 0 keeps all that `segment.min_area` kept. Those
+    without a mask stay."""
     max_failed: Annotated[int, Field(ge=0)] | Fraction = 0.01
     """Failed images that are put up with: a count (integer) or a share (with a decimal point)."""
 
@@ -156,11 +157,6 @@ class RunConfig(Section):
                 f"reduce.score_threshold {threshold} is below detector.score_floor {self.detector.score_floor}: "
                 "inference did not keep those boxes"
             )
-        if self.reduce.min_mask_area < self.segment.min_area:
-            raise ValueError(
-                f"reduce.min_mask_area {self.reduce.min_mask_area} is below segment.min_area {self.segment.min_area}: "
-                "inference did not keep those masks. Raise the first, or lower the second"
-            )
         return self
 
     @model_validator(mode="after")
@@ -168,7 +164,7 @@ class RunConfig(Section):
         if self.tiling.size is not None and self.suppress.strategy == "none":
             raise ValueError(
                 "tiling.size with suppress.strategy: none would leave an object once for every tile that sees it: take "
-                "nms or merge, best with suppress.overlap: ios"
+                "nms, soft_nms or merge"
             )
         return self
 

@@ -199,6 +199,7 @@ class Engine:
 
     def _acquire(self, permits: threading.Semaphore) -> None:
         """Wait for a permit, or for the end of the engine."""
+        self._raise_if_broken()
         while not permits.acquire(timeout=1.0):
             self._raise_if_broken()
         self._raise_if_broken()
@@ -221,6 +222,7 @@ class Engine:
 
     def _decode(self, item: _Item) -> None:
         """Decode an image, and hand its views to the model thread one by one."""
+        self._raise_if_broken()  # nobody waits for it any more
         try:
             pixels = self._read(item)
         except ImageError as error:
@@ -386,6 +388,7 @@ class Engine:
             thresholds=settings.label_thresholds,
             score_floor=settings.detector.score_floor,
         )
+        item.found.clear()
         item.detections = cap_detections(found, settings.detector.max_detections)
         item.masked = np.flatnonzero(item.detections.scores >= settings.segment.score_floor)
 

@@ -235,7 +235,8 @@ class TilingConfig(Section):
     """Side of a tile in original pixels; default: no tiles. Images that fit one tile are not cut."""
     overlap: Annotated[float, Field(ge=0.0, le=0.9, allow_inf_nan=False)] = 0.25
     """Share of a tile's side that neighbours have in common, at least: more than the largest object that only tiles can
-    find. A box that a tile's border cuts lies inside the whole one, so `suppress.overlap: ios` removes it."""
+    find. Of a piece that a tile's border cuts and the whole object, nms with `suppress.overlap: ios` leaves the one
+    that scores higher; with `iou` both often stay."""
     full_image: bool = True
     """Look at the whole image as well: large objects do not fit a tile."""
 
@@ -295,6 +296,11 @@ class SuppressConfig(Section):
             raise ValueError(
                 "thresholds are of single categories, and across_labels compares boxes of different ones: set one "
                 "threshold, or across_labels: false"
+            )
+        if self.strategy == "merge" and self.overlap == "ios":
+            raise ValueError(
+                "strategy: merge averages boxes, and overlap: ios puts parts together with wholes: the mean would be "
+                "the box of neither. Take overlap: iou, or strategy: nms"
             )
         if self.strategy == "none" and (self.across_labels or self.overlap != "iou"):
             name = "across_labels" if self.across_labels else f"overlap: {self.overlap}"

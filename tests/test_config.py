@@ -55,7 +55,6 @@ def test_local_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: 
         ("resources.actors=zero", ["resources.actors", "zero"]),
         ("vocabulary.templates='two {} and {}'", ["templates", "exactly once"]),
         ("vocabulary.templates=nothing", ["templates"]),
-        ("segment={min_area: 1000}", ["reduce.min_mask_area 500 is below segment.min_area 1000"]),
         ("vocabulary.categories=['']", ["vocabulary.categories"]),
         ("data.source=coco", ["data.annotations"]),
         ("data.annotations=a.json", ["source: coco"]),

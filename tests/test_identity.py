@@ -104,7 +104,7 @@ def test_rows_do_not_depend_on_batch_mates(tiny: TinyRun, images: list[EncodedIm
         ["detector.preprocess=scenic", "detector.image_size=128", "segment.masks=best_of_three", "tiling.size=64"],
         ["suppress={strategy: soft_nms, threshold: null}", "segment.prompt=box_and_center", "tiling.size=48"],
         [
-            "suppress={strategy: merge, overlap: ios, across_labels: true}",
+            "suppress={strategy: merge, across_labels: true}",
             "segment.fill_holes=9",
             "segment.min_area=40",
         ],

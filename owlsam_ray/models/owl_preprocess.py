@@ -202,9 +202,9 @@ def load_processor(path: Path) -> Processor:
                 raise WeightsError(f"{file} describes no image processor: {error}") from None
             if processor.do_center_crop:
                 raise WeightsError(f"{file} asks for a centre crop, which would cut objects off: set it to false")
-            for name in ("do_resize", "do_pad", "do_rescale", "do_normalize") if owlv2 else ():
+            for name in ("do_resize", "do_normalize", *(("do_pad", "do_rescale") if owlv2 else ())):
                 if not getattr(processor, name):
-                    raise WeightsError(f"{file} sets {name} to false, and every OWLv2 needs it: set it to true")
+                    raise WeightsError(f"{file} sets {name} to false, and the model needs it: set it to true")
             return processor
     raise WeightsError(f"{path} holds no {' or '.join(_PROCESSOR_FILES)}")
 

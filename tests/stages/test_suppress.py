@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nms-across": {"threshold": 0.25, "across_labels": True},
     "nms-each": EACH,
     "merge": {"strategy": "merge", "threshold": 0.25},
-    "merge-ios-across": {"strategy": "merge", "threshold": 0.5, "overlap": "ios", "across_labels": True},
+    "merge-across": {"strategy": "merge", "threshold": 0.5, "across_labels": True},
     "merge-each": {"strategy": "merge"} | EACH,
     "soft": {"strategy": "soft_nms"},
     "soft-ios-across": {"strategy": "soft_nms", "sigma": 0.3, "overlap": "ios", "across_labels": True},
