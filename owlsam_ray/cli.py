@@ -200,11 +200,12 @@ def _preview(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     for entry in found:
         table.add_row(*(Text("–" if value is None else str(value)) for value in entry.values()))
     console.print(table)
-    summary = {"images": len(images), "sheet": result.sheet, "found": found, "failed": result.failed()}
-    if summary["failed"]:
-        failed = [f"{url}: {reason}" for url, reason in result.failed().items()]
+    failed = result.failed()
+    summary = {"images": len(images), "sheet": result.sheet, "found": found, "failed": failed}
+    if failed:
+        first = ": ".join(next(iter(failed.items())))
         raise FailedImagesError(
-            f"{len(failed)} of {len(images)} pictures failed, the first: {failed[0]}. The others are drawn.", summary
+            f"{len(failed)} of {len(images)} pictures failed, the first: {first}. The others are drawn.", summary
         )
     return summary
 

@@ -322,11 +322,8 @@ def check_writable(run_url: str) -> None:
     Raises:
         InputError: that does not work; names the directory and the reason.
     """
-    probe = storage.join(run_url, f"{storage.TEMPORARY_PREFIX}probe")
     try:
-        storage.make_directory(run_url)
-        storage.write_atomic(probe, b"owlsam")
-        storage.remove(probe)
+        storage.try_writing(run_url)
     except OSError as error:
         raise InputError(
             f"cannot write to the run directory {run_url}: {error.strerror or error}. Free space or fix its "

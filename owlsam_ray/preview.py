@@ -4,7 +4,6 @@ The path is that of a run, from bytes to RLE, without Ray and without a run dire
 """
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,12 +188,13 @@ def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: fl
         )
     _check_writable(Path(out).parent)
     vocabulary = resolve_vocabulary(config.vocabulary, _source_categories(config))
-    rows = list(zip(images, _label(images, config, vocabulary), strict=True))
+    encoded = [_encoded(number, url, config) for number, url in enumerate(images)]
+    rows = list(zip(images, _label(encoded, config, vocabulary), strict=True))
     result = Preview(rows, vocabulary, out)
     alone = len(images) == 1
     drawn = [
-        _picture(url, row, config, vocabulary, min_score=min_score, alone=alone)
-        for url, row in rows
+        _picture(url, image, row, config, vocabulary, min_score=min_score, alone=alone)
+        for (url, row), image in zip(rows, encoded, strict=True)
         if row.failure is None
     ]
     if not drawn:
@@ -208,9 +208,7 @@ def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: fl
 def _check_writable(directory: Path) -> None:
     """Told before the models run, not after."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        storage.try_writing(str(directory))
     except OSError as error:
         raise InputError(f"--out: cannot write to {directory}: {error.strerror or error}") from None
 
@@ -223,7 +221,7 @@ def _source_categories(config: RunConfig) -> list[dict[str, Any]]:
     return categories
 
 
-def _label(images: Sequence[str], config: RunConfig, vocabulary: Vocabulary) -> list[Prediction]:
+def _label(images: Sequence[EncodedImage], config: RunConfig, vocabulary: Vocabulary) -> list[Prediction]:
     """The same steps as an actor's, with one picture a call: nothing is padded for nothing."""
     given = config.resources
     resources = ResourcesConfig(
@@ -254,7 +252,7 @@ def _label(images: Sequence[str], config: RunConfig, vocabulary: Vocabulary) -> 
         query_labels=vocabulary.query_labels,
         category_names=[category.name for category in vocabulary.categories],
     ) as engine:
-        predictions, _ = engine.annotate([_encoded(number, url, config) for number, url in enumerate(images)])
+        predictions, _ = engine.annotate(images)
     return predictions
 
 
@@ -266,10 +264,16 @@ def _encoded(number: int, url: str, config: RunConfig) -> EncodedImage:
 
 
 def _picture(
-    url: str, row: Prediction, config: RunConfig, vocabulary: Vocabulary, *, min_score: float, alone: bool
+    url: str,
+    image: EncodedImage,
+    row: Prediction,
+    config: RunConfig,
+    vocabulary: Vocabulary,
+    *,
+    min_score: float,
+    alone: bool,
 ) -> LabelledPicture:
-    data = fetch_file(url, max_bytes=config.decode.max_file_mb * MEGABYTE)
-    pixels = decode_image(data, stated_hw=None, max_pixels=config.decode.max_pixels).pixels
+    pixels = decode_image(image.data or b"", stated_hw=None, max_pixels=config.decode.max_pixels).pixels
     kept = np.flatnonzero(row.detections.scores >= min_score)
     segments = [row.segments[index] for index in kept.tolist()]
     return label_picture(

@@ -114,6 +114,16 @@ class Exemplar(Section):
         return value
 
 
+def check_template(template: str) -> None:
+    """One hole for the name, and no other brace.
+
+    Raises:
+        ValueError: it has none, or more.
+    """
+    if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
+        raise ValueError(f"template {template!r} must contain {{}} exactly once and no other brace")
+
+
 _NameOrCategory = Annotated[
     Annotated[Name, Tag("text")] | Annotated[Category, Tag("mapping")],
     _by_kind("a name (in quotes where YAML would read something else), or {id, name, …}"),
@@ -160,8 +170,7 @@ class VocabularyConfig(Section):
         if not value:
             raise ValueError("templates is empty: take `none` for the bare names")
         for template in value:
-            if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
-                raise ValueError(f"template {template!r} must contain {{}} exactly once and no other brace")
+            check_template(template)
         if len(set(value)) < len(value):
             raise ValueError("templates holds the same template twice")
         return value

@@ -82,6 +82,18 @@ def make_directory(url: str) -> None:
     filesystem.makedirs(path, exist_ok=True)
 
 
+def try_writing(url: str) -> None:
+    """Make a directory, and write and delete a file in it.
+
+    Raises:
+        OSError: that does not work.
+    """
+    probe = join(url, f"{TEMPORARY_PREFIX}probe")
+    make_directory(url)
+    write_atomic(probe, b"owlsam")
+    remove(probe)
+
+
 def remove(url: str) -> None:
     """Delete a file; nothing happens when it is not there."""
     filesystem, path = open_filesystem(url)

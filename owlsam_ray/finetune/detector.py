@@ -30,7 +30,16 @@ from owlsam_ray.finetune.matching import LossWeights, detection_losses, focal_lo
 from owlsam_ray.finetune.scratch import OwlVitArchitecture
 from owlsam_ray.models.hub import resolve_weights
 from owlsam_ray.records import Detections
-from owlsam_ray.settings import Category, DetectorConfig, Fraction, Name, PositiveInt, Section, SuppressConfig
+from owlsam_ray.settings import (
+    Category,
+    DetectorConfig,
+    Fraction,
+    Name,
+    PositiveInt,
+    Section,
+    SuppressConfig,
+    check_template,
+)
 from owlsam_ray.stages.detect import cap_detections, select_detections
 from owlsam_ray.stages.suppress import suppress
 from owlsam_ray.storage import write_atomic
@@ -81,8 +90,7 @@ class DetectorTraining(Section):
     def _one_start(self) -> Self:
         if (self.weights is None) == (self.architecture is None):
             raise ValueError("detector needs either weights (to go on with) or architecture (to start from nothing)")
-        if self.template.count("{}") != 1 or set(self.template.replace("{}", "")) & set("{}"):
-            raise ValueError(f"template {self.template!r} must contain {{}} exactly once and no other brace")
+        check_template(self.template)
         return self
 
 

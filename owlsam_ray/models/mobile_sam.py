@@ -46,29 +46,19 @@ _HINT = (
 )
 
 
-class MobileSam:
+class MobileSam(BoxDecoder):
     """The segmenter of `protocols.Segmenter`."""
 
     def __init__(
         self, modules: MobileSamModules, config: MobileSamConfig, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         """Take over loaded modules; see `load`."""
-        self._config, self._device, self._dtype = config, device, dtype
+        self._config, self._dtype = config, dtype
         self._modules = modules.to(device).requires_grad_(False)
         for part in (modules.encoder, modules.neck):
             part.to(dtype)
         modules.eval()
-        self._decoder = BoxDecoder(modules.prompt_encoder, modules.mask_decoder)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model runs."""
-        return self._device
-
-    @property
-    def image_size(self) -> int:
-        """Long side of the sam frame in pixels."""
-        return self._config.image_size
+        super().__init__(modules.prompt_encoder, modules.mask_decoder, image_size=config.image_size)
 
     @staticmethod
     def load(weights: str, *, device: torch.device, dtype: torch.dtype) -> "MobileSam":
@@ -98,21 +88,9 @@ class MobileSam:
 
         Runs in the model's dtype and gives float32 on the model's device.
         """
-        features = self._modules.encoder.forward_features(batch.to(self._device, self._dtype))
+        features = self._modules.encoder.forward_features(batch.to(self.device, self._dtype))
         embeddings: Tensor = self._modules.neck(features).float()
         return embeddings
-
-    def decode(
-        self,
-        embeddings: Tensor,
-        image_index: Tensor,
-        boxes_xyxy: Tensor,
-        *,
-        multimask: bool,
-        center_point: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """See `protocols.Segmenter`; m = S / 4."""
-        return self._decoder.decode(embeddings, image_index, boxes_xyxy, multimask=multimask, center_point=center_point)
 
     def export(self, directory: Path) -> None:
         """Write a directory that `load` takes; of a bf16 model the encoder has lost the digits that bf16 drops."""

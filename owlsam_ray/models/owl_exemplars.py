@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.ops import box_iou, generalized_box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from owlsam_ray.models.owl import Owl
 
@@ -48,8 +48,7 @@ def exemplar_embedding(
     embeddings, boxes_cxcywh, objectness = detector.class_embeddings(detector.preprocess(pixels)[None])
     if box_xyxy is None and objectness is not None:
         return embeddings[0, objectness[0].argmax()].clone()
-    cx, cy, w, h = boxes_cxcywh[0].unbind(-1)
-    proposed = torch.stack([cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h], dim=-1)
+    proposed = box_convert(boxes_cxcywh[0], "cxcywh", "xyxy")
     # The square in original pixels: the corner of the box that fills it.
     square = detector.unscale(torch.tensor([[0.5, 0.5, 1.0, 1.0]]), size_hw)[0, 2:].repeat(2)
     wanted = torch.tensor([box_xyxy or (0, 0, size_hw[1], size_hw[0])], dtype=torch.float32) / square

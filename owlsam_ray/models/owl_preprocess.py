@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor
+from torchvision.ops import box_convert
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from transformers import Owlv2ImageProcessor, OwlViTImageProcessor
@@ -65,8 +66,7 @@ class Preprocessing(ABC):
             (N, 4) xyxy float32 in original pixels, not clipped.
         """
         height, width = self.frame_hw(size_hw)
-        cx, cy, w, h = boxes_cxcywh.unbind(-1)
-        corners = torch.stack([cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h], dim=-1)
+        corners: Tensor = box_convert(boxes_cxcywh, "cxcywh", "xyxy")
         return corners * torch.tensor([width, height, width, height], dtype=torch.float32)
 
 

@@ -4,7 +4,6 @@ Both families have the same towers and heads under other names; OWLv2 has an obj
 this project tells them apart by the classes of transformers.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Owlv2Config, Owlv2ForObjectDetection, OwlViTConfig, OwlViTForObjectDetection
 
 from owlsam_ray.errors import WeightsError
-from owlsam_ray.models.weights import check_layout, read_safetensors_shapes
+from owlsam_ray.models.weights import check_layout, find_safetensors, read_config, read_safetensors_shapes
 
 Family = Literal["owlvit", "owlv2"]
 OwlModel: TypeAlias = OwlViTForObjectDetection | Owlv2ForObjectDetection
@@ -63,16 +62,8 @@ def check_weights(path: Path, model: Family) -> None:
         raise WeightsError(
             f"{path} holds an {family} model, and detector.model is {model}: set `detector.model: {family}`"
         )
-    file = path / _WEIGHTS
     name = _FAMILIES[family][1].__name__
-    if not file.is_file():
-        other = (
-            "pytorch_model.bin is not loaded, it may hold code: convert it once with "
-            f"{name}.from_pretrained(…).save_pretrained(…)"
-            if (path / "pytorch_model.bin").is_file()
-            else "is it a directory that save_pretrained wrote?"
-        )
-        raise WeightsError(f"{path} holds no {_WEIGHTS}; {other}")
+    file = find_safetensors(path, name)
     if not any((path / tokenizer).is_file() for tokenizer in _TOKENIZER_FILES):
         raise WeightsError(f"{path} holds no tokenizer ({' or '.join(_TOKENIZER_FILES)})")
     expected = {name: tuple(tensor.shape) for name, tensor in _build_empty(path).state_dict().items()}
@@ -111,12 +102,7 @@ def ready(queries: Tensor) -> Tensor:
 
 
 def _read_config(path: Path) -> tuple[Family, dict[str, Any]]:
-    try:
-        fields: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WeightsError(f"{path} is no model directory: cannot read config.json ({error.strerror})") from None
-    except ValueError as error:
-        raise WeightsError(f"{path / 'config.json'} is not valid JSON: {error}") from None
+    fields = read_config(path)
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if kind not in _FAMILIES:
         raise WeightsError(f"{path / 'config.json'} describes a {kind!r} model, not an owlvit or owlv2 one")

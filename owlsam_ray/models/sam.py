@@ -24,7 +24,7 @@ from transformers import SamConfig, SamImageProcessor, SamModel
 from owlsam_ray.errors import WeightsError
 from owlsam_ray.models.sam_decoder import BoxDecoder
 from owlsam_ray.models.sam_frame import input_size_hw
-from owlsam_ray.models.weights import check_layout, read_safetensors_shapes
+from owlsam_ray.models.weights import check_layout, find_safetensors, read_config, read_safetensors_shapes
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -33,32 +33,21 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _FREQUENCIES = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
 
 
-class Sam:
+class Sam(BoxDecoder):
     """The segmenter of `protocols.Segmenter`."""
 
     def __init__(
         self, model: SamModel, processor: SamImageProcessor, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         """Take over a loaded model; see `load`."""
-        self._device, self._dtype = device, dtype
-        self._image_size: int = model.config.vision_config.image_size
+        self._dtype = dtype
         # One step for rescale and normalisation, on the values of bytes.
         scale = processor.rescale_factor if processor.do_rescale else 1.0
         self._mean = torch.tensor(processor.image_mean)[:, None, None] * (1.0 / scale)
         self._std = torch.tensor(processor.image_std)[:, None, None] * (1.0 / scale)
         model.eval().requires_grad_(False).to(device)
         self._vision = model.vision_encoder.to(dtype)
-        self._decoder = BoxDecoder(model.prompt_encoder, model.mask_decoder)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model runs."""
-        return self._device
-
-    @property
-    def image_size(self) -> int:
-        """Long side of the sam frame in pixels."""
-        return self._image_size
+        super().__init__(model.prompt_encoder, model.mask_decoder, image_size=model.config.vision_config.image_size)
 
     @staticmethod
     def load(path: Path, *, device: torch.device, dtype: torch.dtype) -> "Sam":
@@ -102,20 +91,8 @@ class Sam:
 
         Runs in the model's dtype and gives float32 on the model's device.
         """
-        embeddings: Tensor = self._vision(batch.to(self._device, self._dtype)).last_hidden_state.float()
+        embeddings: Tensor = self._vision(batch.to(self.device, self._dtype)).last_hidden_state.float()
         return embeddings
-
-    def decode(
-        self,
-        embeddings: Tensor,
-        image_index: Tensor,
-        boxes_xyxy: Tensor,
-        *,
-        multimask: bool,
-        center_point: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """See `protocols.Segmenter`; m = S / 4."""
-        return self._decoder.decode(embeddings, image_index, boxes_xyxy, multimask=multimask, center_point=center_point)
 
 
 def check_weights(path: Path) -> None:
@@ -126,15 +103,7 @@ def check_weights(path: Path) -> None:
             first).
     """
     model = _build_empty(path)
-    file = path / _WEIGHTS
-    if not file.is_file():
-        other = (
-            "pytorch_model.bin is not loaded, it may hold code: convert it once with "
-            "SamModel.from_pretrained(…).save_pretrained(…)"
-            if (path / "pytorch_model.bin").is_file()
-            else "is it a directory that save_pretrained wrote?"
-        )
-        raise WeightsError(f"{path} holds no {_WEIGHTS}; {other}")
+    file = find_safetensors(path, "SamModel")
     found = read_safetensors_shapes(file)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if any(name in found for name in _FREQUENCIES):
@@ -151,12 +120,7 @@ def _build_empty(path: Path) -> SamModel:
 
 def _load_config(path: Path) -> SamConfig:
     file = path / _CONFIG
-    try:
-        fields: Any = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WeightsError(f"{path} is no model directory: cannot read {_CONFIG} ({error.strerror})") from None
-    except ValueError as error:
-        raise WeightsError(f"{file} is not valid JSON: {error}") from None
+    fields = read_config(path)
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if kind == "mobile_sam":
         raise WeightsError(f"{path} holds a mobile_sam model, and segment.model is sam: set segment.model: mobile_sam")

@@ -15,13 +15,24 @@ UPSCALING = 4
 
 
 class BoxDecoder:
-    """Image embeddings and boxes to low-resolution mask logits."""
+    """What every `protocols.Segmenter` of the family is but for its picture side: `preprocess` and `encode`."""
 
-    def __init__(self, prompt_encoder: SamPromptEncoder, mask_decoder: SamMaskDecoder) -> None:
+    def __init__(self, prompt_encoder: SamPromptEncoder, mask_decoder: SamMaskDecoder, *, image_size: int) -> None:
         """Take over modules that are in float32, in evaluation mode, and on their device."""
         self._prompt_encoder, self._mask_decoder = prompt_encoder, mask_decoder
+        self._image_size = image_size
         with torch.inference_mode():
             self._positions = image_positions(prompt_encoder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._positions.device
+
+    @property
+    def image_size(self) -> int:
+        """Long side of the sam frame in pixels."""
+        return self._image_size
 
     @torch.inference_mode()
     def decode(
@@ -31,13 +42,13 @@ class BoxDecoder:
         boxes_xyxy: Tensor,
         *,
         multimask: bool,
-        center_point: bool,
+        center_point: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See `protocols.Segmenter.decode`; m = 4 h. No box, no call.
 
         The centre of a box goes before its corners, as in SAM's own order of points and boxes.
         """
-        device = self._positions.device
+        device = self.device
         if len(boxes_xyxy) == 0:  # nothing to reshape by
             count, side = 3 if multimask else 1, UPSCALING * self._positions.shape[-1]
             return torch.zeros(0, count, side, side, device=device), torch.zeros(0, count, device=device)

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from owlsam_ray.errors import WeightsError
 
@@ -45,6 +46,43 @@ def sha256_of(path: Path) -> str:
 def _sha256_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_config(path: Path) -> Any:
+    """The `config.json` of a directory in Hugging Face layout, as plain values.
+
+    Raises:
+        WeightsError: it cannot be read, or is not valid JSON.
+    """
+    file = path / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(f"{path} is no model directory: cannot read {file.name} ({error.strerror})") from None
+    except ValueError as error:
+        raise WeightsError(f"{file} is not valid JSON: {error}") from None
+
+
+def find_safetensors(path: Path, model_class: str) -> Path:
+    """The weight file of a directory in Hugging Face layout.
+
+    Args:
+        path: the directory.
+        model_class: of transformers, which converts other files.
+
+    Raises:
+        WeightsError: there is none; says how to make one of a pickle.
+    """
+    file = path / "model.safetensors"
+    if not file.is_file():
+        other = (
+            "pytorch_model.bin is not loaded, it may hold code: convert it once with "
+            f"{model_class}.from_pretrained(…).save_pretrained(…)"
+            if (path / "pytorch_model.bin").is_file()
+            else "is it a directory that save_pretrained wrote?"
+        )
+        raise WeightsError(f"{path} holds no {file.name}; {other}")
+    return file
 
 
 def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
