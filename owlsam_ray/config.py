@@ -1,8 +1,8 @@
 """The one typed tree that describes a run.
 
 Order of precedence: defaults < YAML files from left to right < `--set a.b=value`. No environment variable is read.
-Sections named in `NON_LABEL_FIELDS` say where and how fast a run goes; everything else can change labels and is part of
-the label fingerprint (law 3).
+Sections named in `NON_LABEL_FIELDS` say which images, where and how fast; everything else can change labels and is part
+of the label fingerprint (law 3).
 """
 
 import os
@@ -37,8 +37,61 @@ from owlsam_ray.settings import (
     VocabularyConfig,
 )
 
-NON_LABEL_FIELDS = frozenset({"run", "resources", "reduce", "evaluate", "report", "logging"})
-"""Top-level fields that cannot change what the shards hold."""
+NON_LABEL_FIELDS = frozenset({"run", "data", "plan", "storage", "resources", "reduce", "evaluate", "report", "logging"})
+"""Top-level fields that cannot change the labels of an image. Which images there are, and where, stands in the manifest:
+the layout hash guards it, so that a run can be extended by files that `data` did not name before."""
+FREE_FIELDS = NON_LABEL_FIELDS - {"data"}
+"""Top-level fields that may change on a planned run."""
+
+
+class PlanConfig(Section):
+    """Which of the images, and how the listing is made. Frozen by `plan`: the layout hash covers what it chose."""
+
+    limit: PositiveInt | None = None
+    """The first so many images of the listing."""
+    sample: PositiveInt | None = None
+    """So many images by chance, in the listing's order. A larger sample with the same seed holds the smaller one."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the sample."""
+    splits: tuple[Name, ...] = ()
+    """Only images of these splits: the first folder of their names (`val2017`, `patch8`), or a table's split column."""
+    categories: tuple[Annotated[int, Field(ge=0)] | Name, ...] = ()
+    """Only images with an annotation of one of these categories (names or ids of the dataset's own list)."""
+    verify: Literal["none", "exists", "decode"] = "none"
+    """Look at every image before the layout is frozen: `exists` asks the storage for each, `decode` reads it whole."""
+    duplicates: Literal["refuse", "first"] = "refuse"
+    """What to do with an image that is listed twice: refuse the listing, or keep its first place."""
+    damaged_files: Literal["refuse", "keep_whole"] = "refuse"
+    """What to do with tar files that are cut or damaged: refuse them, or plan the members before the damage."""
+    workers: PositiveInt | Auto = "auto"
+    """Processes that list tables and tar files; `auto`: one per CPU."""
+    part_images: PositiveInt = 1_000_000
+    """Images in one part of the manifest."""
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.limit is not None and self.sample is not None:
+            raise ValueError("plan.limit and plan.sample both choose among the images: give one of them")
+        return self
+
+
+class StorageConfig(Section):
+    """How storage is asked."""
+
+    retries: Annotated[int, Field(ge=0)] = 6
+    """Further tries after throttling, a server error, a cut connection or a timeout."""
+    backoff_s: Annotated[float, Field(gt=0)] = 0.5
+    """Seconds before the first further try; doubled each time, with jitter."""
+    max_backoff_s: Annotated[float, Field(gt=0)] = 30.0
+    """Most seconds between two tries."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds until a connection or an answer is given up."""
+    concurrency: PositiveInt = 64
+    """Open connections of one process."""
+
+    def policy(self) -> StoragePolicy:
+        """As `storage.configure` takes it."""
+        return StoragePolicy(**self.model_dump())
 
 
 class ResourcesConfig(Section):
@@ -144,6 +197,8 @@ class RunConfig(Section):
     tiling: TilingConfig = TilingConfig()
     suppress: SuppressConfig = SuppressConfig()
     segment: SegmentConfig
+    plan: PlanConfig = PlanConfig()
+    storage: StorageConfig = StorageConfig()
     resources: ResourcesConfig = ResourcesConfig()
     reduce: ReduceConfig = ReduceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -171,6 +226,10 @@ class RunConfig(Section):
     def label_fields(self) -> dict[str, Any]:
         """The part that can change labels, as plain JSON values."""
         return self.model_dump(mode="json", exclude=set(NON_LABEL_FIELDS))
+
+    def frozen_fields(self) -> dict[str, Any]:
+        """The part that a plan freezes: what can change labels, and which images there are."""
+        return self.model_dump(mode="json", exclude=set(FREE_FIELDS))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -342,8 +401,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """A config whose local paths are absolute; URLs and hub names stay."""
     data = config.data.model_copy(
         update={
-            "images": absolute(config.data.images),
+            "images": absolute(config.data.images) if config.data.images else None,
             "annotations": absolute(config.data.annotations) if config.data.annotations else None,
+            "files": tuple(absolute(file) for file in config.data.files),
         }
     )
     exemplars = [

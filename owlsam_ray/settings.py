@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -51,24 +52,75 @@ def _by_kind(wanted: str) -> Discriminator:
     return Discriminator(kind, custom_error_type="kind", custom_error_message=f"Input should be {wanted}")
 
 
+class ColumnsConfig(Section):
+    """Which columns of a table say what. A dot goes into a structure: `image.bytes`."""
+
+    uri: Name | None = None
+    """Where the image lies: a URL, or a path below `data.images`. Default: `uri`, unless `bytes` is given."""
+    bytes: Name | None = None
+    """The encoded image itself, in Parquet tables only."""
+    id: Name | None = None
+    """Integers, unique over all tables; default: images are numbered from 1."""
+    file_name: Name | None = None
+    """Name in the output; default: from the URI, or table and row number for `bytes`."""
+    height: Name | None = None
+    """Pixels; only with `width`."""
+    width: Name | None = None
+    """Pixels; only with `height`."""
+    num_bytes: Name | None = None
+    """Encoded size, which helps to cut shards of equal weight."""
+    split: Name | None = None
+    """What `plan.splits` selects by; default: the first folder of the file name."""
+    extra: tuple[Name, ...] = ()
+    """Columns that are carried into the image records of the output."""
+
+    @model_validator(mode="after")
+    def _sizes_are_pairs(self) -> Self:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("columns.height and columns.width go together: give both, or neither")
+        if self.uri is not None and self.bytes is not None:
+            raise ValueError("columns.uri and columns.bytes both say where the image is: give one of them")
+        return self
+
+
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 class DataConfig(Section):
     """Which images."""
 
-    source: Literal["coco", "folder"]
-    """`coco`: a COCO JSON file lists them; `folder`: every image file under `images`."""
-    images: Name
-    """Root of the image files: a directory or any fsspec URL."""
+    source: Literal["coco", "lvis", "objects365", "folder", "table", "webdataset"]
+    """`coco`, `lvis`, `objects365`: a JSON file lists them; `folder`: every image file under `images`; `table`: rows of
+    Parquet, CSV or JSONL files; `webdataset`: members of tar files."""
+    images: Name | None = None
+    """Root of the image files: a directory or any fsspec URL. A table with full URLs needs none, tar files neither."""
     annotations: Name | None = None
-    """The COCO JSON file (its annotations, if any, are not read)."""
+    """The JSON file of `coco`, `lvis` or `objects365` (its annotations, if any, are not read)."""
+    files: Annotated[tuple[Name, ...], BeforeValidator(_one_or_more)] = ()
+    """The tables or tar files: paths or fsspec URLs, with `*`, `?`, `[0-9]`, `**` and `{000..127}`."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Of `table`."""
     suffixes: tuple[Name, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-    """File name endings that `folder` takes, in any case."""
+    """Endings, in any case, of the files that `folder` takes, and of the members that `webdataset` takes."""
 
     @model_validator(mode="after")
-    def _annotations_belong_to_coco(self) -> Self:
-        if self.source == "coco" and self.annotations is None:
-            raise ValueError("source: coco needs data.annotations, the COCO JSON file")
-        if self.source == "folder" and self.annotations is not None:
-            raise ValueError("source: folder takes no data.annotations; did you mean source: coco?")
+    def _fields_belong_to_the_source(self) -> Self:
+        by_json, by_files = self.source in ("coco", "lvis", "objects365"), self.source in ("table", "webdataset")
+        if by_json and self.annotations is None:
+            raise ValueError(f"source: {self.source} needs data.annotations, the JSON file")
+        if not by_json and self.annotations is not None:
+            raise ValueError(f"source: {self.source} takes no data.annotations; did you mean source: coco?")
+        if by_files and not self.files:
+            raise ValueError(f"source: {self.source} needs data.files, the {'tables' if self.source == 'table' else 'tar files'}")
+        if not by_files and self.files:
+            raise ValueError(f"source: {self.source} takes no data.files; did you mean source: table or webdataset?")
+        if not by_files and self.images is None:
+            raise ValueError(f"source: {self.source} needs data.images, the root of the image files")
+        if self.source == "webdataset" and self.images is not None:
+            raise ValueError("source: webdataset takes no data.images: the images are members of data.files")
+        if self.source != "table" and self.columns != ColumnsConfig():
+            raise ValueError(f"data.columns is for source: table, not for {self.source}")
         return self
 
 

@@ -2,18 +2,21 @@
 
 from owlsam_ray.datasets.coco import list_coco
 from owlsam_ray.datasets.folder import list_folder
-from owlsam_ray.datasets.source import ImageRecord, Source
+from owlsam_ray.datasets.source import Container, ImageRecord, Listing, ListingOptions
 from owlsam_ray.settings import DataConfig
 
-__all__ = ["ImageRecord", "Source", "list_images"]
+__all__ = ["Container", "ImageRecord", "Listing", "ListingOptions", "list_images"]
 
-_SOURCES = {"coco": list_coco, "folder": list_folder}
+_SOURCES = {
+    "coco": list_coco,
+    "folder": list_folder,
+}
 
 
-def list_images(config: DataConfig) -> Source:
+def list_images(config: DataConfig, options: ListingOptions = ListingOptions()) -> Listing:
     """List the images that a config names.
 
     Raises:
-        InputError: see the sources.
+        InputError: see the sources; what stands in their tables is checked while these are read.
     """
-    return _SOURCES[config.source](config)
+    return _SOURCES[config.source](config, options)

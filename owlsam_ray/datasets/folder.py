@@ -4,13 +4,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from owlsam_ray import storage
-from owlsam_ray.datasets.source import ImageRecord, Source, file_name_error, raise_offences
+from owlsam_ray.datasets.source import (
+    ImageRecord,
+    Listing,
+    ListingOptions,
+    file_name_error,
+    raise_offences,
+    tables_of,
+)
 from owlsam_ray.errors import InputError
 from owlsam_ray.settings import DataConfig
 
 
-def list_folder(config: DataConfig) -> Source:
-    """List image files recursively, ordered by their full relative path; ids count from 1 in that order.
+def list_folder(config: DataConfig, options: ListingOptions = ListingOptions()) -> Listing:
+    """List image files recursively, ordered by their full relative path.
 
     Files and folders whose name begins with a dot are left out. Linked folders are not entered, so a loop of links does
     no harm; linked files are taken.
@@ -18,7 +25,7 @@ def list_folder(config: DataConfig) -> Source:
     Raises:
         InputError: the folder does not exist, or holds no image file; a name is not valid Unicode.
     """
-    root = config.images
+    root = config.images or ""
     filesystem, path = storage.open_filesystem(root)
     if not filesystem.exists(path):
         raise InputError(f"data.images {root} does not exist")
@@ -40,12 +47,8 @@ def list_folder(config: DataConfig) -> Source:
     found.sort()
     offences = [f"{name!r}: {reason}" for name, _ in found if (reason := file_name_error(name)) is not None]
     raise_offences(root, offences, "Rename these files.")
-    return Source(
-        records=[
-            ImageRecord(image_id=number, file_name=name, num_bytes=num_bytes)
-            for number, (name, num_bytes) in enumerate(found, start=1)
-        ]
-    )
+    records = (ImageRecord(image_id=None, file_name=name, num_bytes=num_bytes) for name, num_bytes in found)
+    return Listing(tables=tables_of(records, root), total=len(found), has_ids=False)
 
 
 def _walk(filesystem: Any, root: str) -> Iterator[tuple[str, int | None]]:

@@ -1,20 +1,67 @@
-"""What every source gives: a listing of images, and what the output carries over from it."""
+"""What every source gives: a stream of images in a fixed order, and what the output carries over from it.
 
-from collections.abc import Sequence
+A listing of millions of images is never whole in memory: it is a stream of Arrow tables, some thousand rows each, that
+the plan spools to a disk before it freezes ids and shards.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from owlsam_ray.errors import InputError
 
 MAX_IMAGE_ID = 2**53
 """Ids stay below, so that every JSON reader takes them as they are."""
 
+LISTING_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.int64()),  # null in all rows: the plan numbers the images
+        pa.field("file_name", pa.string(), nullable=False),  # full relative path, never a basename
+        pa.field("uri", pa.string(), nullable=False),  # of the file that holds the image
+        pa.field("container", pa.string()),  # null: the file is the image; or a `Container`
+        pa.field("member", pa.string()),  # tar: name; parquet: column, with dots into structures
+        pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet: row of the file
+        pa.field("length", pa.int64()),  # tar: bytes of the image
+        pa.field("num_bytes", pa.int64()),  # encoded size, where the listing tells it
+        pa.field("height", pa.int32()),  # as the source states it
+        pa.field("width", pa.int32()),
+        pa.field("split", pa.string()),  # null: the first folder of the file name, if it has one
+        pa.field("extra", pa.string()),  # JSON object: the source's other fields of the image record
+    ]
+)
+
+BATCH_ROWS = 8192
+"""Rows of a table of a listing, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListingOptions:
+    """How a listing is made; nothing here changes which images it holds, but for damaged files."""
+
+    workers: int = 1
+    """Processes that list tables and tar files."""
+    keep_whole: bool = False
+    """Of a cut or damaged tar file, list the members before the damage instead of refusing it."""
+
+
+class Container(StrEnum):
+    """What kind of file an image lies in, when it is no file of its own."""
+
+    TAR = "tar"
+    PARQUET = "parquet"
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
     """One image of a listing."""
 
-    image_id: int
+    image_id: int | None
+    """None: the plan numbers the images."""
     file_name: str
     """Full path relative to the root of the images."""
     height: int | None = None
@@ -27,13 +74,78 @@ class ImageRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A listing in its final order, with unique ids and unique file names."""
+class Listing:
+    """Images in their final order. Whether ids and names repeat over tables is for the plan to find out."""
 
-    records: Sequence[ImageRecord]
+    tables: Iterator[pa.Table]
+    """`LISTING_SCHEMA`, can be read once. Raises `InputError` where the source is wrong, at the latest at its end."""
+    total: int | None = None
+    """Images, where that is known before they are listed."""
+    has_ids: bool = True
+    """Whether the source gives ids; without, `image_id` is null in all rows."""
     info: dict[str, Any] = field(default_factory=dict)
     licenses: list[Any] = field(default_factory=list)
     categories: list[dict[str, Any]] = field(default_factory=list)
+    """As in COCO's format; known before the first table is read."""
+    annotated: Callable[[], Iterator[pa.Table]] | None = None
+    """Streams (image_id, category_id) of every annotation; None for sources without annotations."""
+
+
+def tables_of(records: Iterable[ImageRecord], root: str, *, rows: int = BATCH_ROWS) -> Iterator[pa.Table]:
+    """Records as tables of a listing.
+
+    Args:
+        records: in order.
+        root: path or URL that their names are below.
+        rows: of a table.
+    """
+    pending: list[ImageRecord] = []
+    for record in records:
+        pending.append(record)
+        if len(pending) == rows:
+            yield _table(pending, root)
+            pending = []
+    if pending:
+        yield _table(pending, root)
+
+
+def _table(records: Sequence[ImageRecord], root: str) -> pa.Table:
+    names = pa.array([record.file_name for record in records], pa.string())
+    return listing_table(
+        {
+            "image_id": [record.image_id for record in records],
+            "file_name": names,
+            "uri": below(root, names),
+            "num_bytes": [record.num_bytes for record in records],
+            "height": [record.height for record in records],
+            "width": [record.width for record in records],
+            "extra": [json.dumps(record.extra) if record.extra else None for record in records],
+        }
+    )
+
+
+def listing_table(columns: dict[str, Any]) -> pa.Table:
+    """Columns as a table of `LISTING_SCHEMA`; those that are not given are null.
+
+    Args:
+        columns: lists or Arrow arrays of one length by name; at least `file_name` and `uri`.
+    """
+    rows = len(columns["file_name"])
+    arrays = []
+    for name, kind in zip(LISTING_SCHEMA.names, LISTING_SCHEMA.types, strict=True):
+        values = columns.get(name)
+        if values is None:
+            arrays.append(pa.nulls(rows, kind))
+        elif isinstance(values, pa.Array | pa.ChunkedArray):
+            arrays.append(values.cast(kind))
+        else:
+            arrays.append(pa.array(values, kind))
+    return pa.table(arrays, schema=LISTING_SCHEMA)
+
+
+def below(root: str, names: pa.Array) -> pa.Array:
+    """Names joined to a root, as `storage.join` does it."""
+    return pc.binary_join_element_wise(pa.scalar(f"{root.rstrip('/')}/"), names, "")
 
 
 def file_name_error(name: object) -> str | None:
@@ -49,6 +161,16 @@ def file_name_error(name: object) -> str | None:
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         return "file_name is not valid Unicode"
     return None
+
+
+_BAD_NAME = r"^$|[\\\x00]|://|^/|//|/$|(^|/)\.\.?(/|$)"
+"""What `file_name_error` refuses, for RE2; an Arrow string is valid Unicode anyway."""
+
+
+def bad_names(names: pa.Array) -> pa.Array:
+    """Positions (int64, rising) of the names that `file_name_error` refuses; a null is refused as well."""
+    bad = pc.fill_null(pc.match_substring_regex(names, _BAD_NAME), True)
+    return pc.indices_nonzero(bad).cast(pa.int64())
 
 
 def raise_offences(where: str, offences: Sequence[str], way_out: str, *, use: str = "labelled") -> None:
