@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all, on a disk or any fsspec URL.
+"""Files that get their name only when they are whole.
 
 On a local file system a file is written under a temporary name, synced and renamed; on an object store it is one PUT,
 which is atomic there. Nothing is renamed on an object store: a rename there is a copy and a delete, and a crash between
@@ -12,74 +12,25 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from typing import IO, Any
-
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
+from typing import IO
 
 from owlsam_ray.errors import InputError
+from owlsam_ray.storage.asking import ask, is_local, join, open_filesystem, open_url
+from owlsam_ray.storage.clients import Client
+from owlsam_ray.storage.listing import TEMPORARY_PREFIX
 
-TEMPORARY_PREFIX = ".tmp-"
-
-
-def open_filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path inside it.
-
-    Raises:
-        InputError: the scheme is unknown, or its package is not installed.
-    """
-    if "://" not in url:
-        # Not by `url_to_fs`: it takes `::` in the name of a file for a chain of file systems.
-        return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"cannot open {url!r}: {error}") from None
-    return filesystem, str(path)
-
-
-def is_local(filesystem: Any) -> bool:
-    """Whether files can be synced and renamed."""
-    return isinstance(filesystem, LocalFileSystem)
-
-
-def join(root: str, *names: str) -> str:
-    """A path or URL below another."""
-    return "/".join([root.rstrip("/") or "/", *names]) if root != "/" else "/" + "/".join(names)
-
-
-def exists(url: str) -> bool:
-    """Whether a file or directory is there."""
-    filesystem, path = open_filesystem(url)
-    return bool(filesystem.exists(path))
-
-
-def read_bytes(url: str) -> bytes:
-    """A whole file.
-
-    Raises:
-        FileNotFoundError, OSError: as the file system gives them.
-    """
-    filesystem, path = open_filesystem(url)
-    return bytes(filesystem.cat_file(path))
-
-
-def list_names(url: str) -> list[str]:
-    """Sorted base names of the files in a directory; none when it does not exist. Temporary files are left out."""
-    filesystem, path = open_filesystem(url)
-    filesystem.invalidate_cache(path)
-    try:
-        entries = filesystem.ls(path, detail=False)
-    except FileNotFoundError:
-        return []
-    names = (str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
-    return sorted(name for name in names if name and not name.startswith(TEMPORARY_PREFIX))
+_LARGE = 50 * 2**20
+"""From here on gcsfs, and from twice as much s3fs, uploads in parts."""
 
 
 def make_directory(url: str) -> None:
-    """Make a directory and its parents where the file system has such a thing."""
-    filesystem, path = open_filesystem(url)
-    filesystem.makedirs(path, exist_ok=True)
+    """Make a directory and its parents where the file system has such a thing; on an object store nothing happens.
+
+    A bucket is never made: it would be one in a wrong place, or for a misspelled name.
+    """
+    client, path = open_url(url)
+    if client.kind == "other":
+        client.filesystem.makedirs(path, exist_ok=True)
 
 
 def try_writing(url: str) -> None:
@@ -96,9 +47,9 @@ def try_writing(url: str) -> None:
 
 def remove(url: str) -> None:
     """Delete a file; nothing happens when it is not there."""
-    filesystem, path = open_filesystem(url)
+    client, path = open_url(url)
     with contextlib.suppress(FileNotFoundError):
-        filesystem.rm_file(path)
+        ask(client, url, lambda: client.filesystem.rm_file(path))
 
 
 def write_atomic(url: str, data: bytes | memoryview) -> None:
@@ -107,12 +58,19 @@ def write_atomic(url: str, data: bytes | memoryview) -> None:
     Raises:
         OSError: no space, no permission, …; nothing is left behind under any name.
     """
-    filesystem, path = open_filesystem(url)
-    if is_local(filesystem):
+    client, path = _open_for(url, num_bytes=len(data))
+    if is_local(client.filesystem):
         with open_atomic(url) as file:
             file.write(data)
     else:
-        filesystem.pipe_file(path, bytes(data))
+        ask(client, url, lambda: client.filesystem.pipe_file(path, bytes(data)))
+
+
+def _open_for(url: str, *, num_bytes: int) -> tuple[Client, str]:
+    client, path = open_url(url, in_parts=num_bytes >= _LARGE)
+    if client.kind == "http":
+        raise InputError(f"cannot write to {url}: web servers are read only here")
+    return client, path
 
 
 @contextlib.contextmanager
@@ -121,12 +79,13 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
 
     For an object store the bytes are spooled to a local temporary file first.
     """
-    filesystem, path = open_filesystem(url)
-    if not is_local(filesystem):
+    client, path = _open_for(url, num_bytes=0)
+    if not is_local(client.filesystem):
         with tempfile.NamedTemporaryFile(prefix="owlsam-") as spool:
             yield spool
             spool.flush()
-            filesystem.put_file(spool.name, path)
+            client, path = _open_for(url, num_bytes=os.path.getsize(spool.name))
+            ask(client, url, lambda: client.filesystem.put_file(spool.name, path))
         return
     directory, name = os.path.split(path)
     os.makedirs(directory, exist_ok=True)

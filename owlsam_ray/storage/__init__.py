@@ -1,0 +1,45 @@
+"""Files that exist whole or not at all, on a disk or any fsspec URL, asked again when storage is busy.
+
+Every request to a remote store is repeated after throttling, server errors, cut connections and timeouts, as
+`configure` says. What fails for good leaves as an `OSError` (`FileNotFoundError` for 404, `PermissionError` for 403,
+`TimeoutError`) that names URL, host, answer and tries; without credentials, or with a URL that no library takes, as an
+`InputError`. Listings are never taken from a cache.
+"""
+
+from owlsam_ray.storage.asking import StoragePolicy, configure, forget_clients, is_local, join, open_filesystem
+from owlsam_ray.storage.listing import TEMPORARY_PREFIX, list_names, walk_files
+from owlsam_ray.storage.reading import exists, is_directory, num_bytes, open_input, read_bytes, read_range
+from owlsam_ray.storage.writing import (
+    free_bytes,
+    make_directory,
+    open_atomic,
+    remove,
+    remove_stale_temporaries,
+    try_writing,
+    write_atomic,
+)
+
+__all__ = [
+    "TEMPORARY_PREFIX",
+    "StoragePolicy",
+    "configure",
+    "exists",
+    "forget_clients",
+    "free_bytes",
+    "is_directory",
+    "is_local",
+    "join",
+    "list_names",
+    "make_directory",
+    "num_bytes",
+    "open_atomic",
+    "open_filesystem",
+    "open_input",
+    "read_bytes",
+    "read_range",
+    "remove",
+    "remove_stale_temporaries",
+    "try_writing",
+    "walk_files",
+    "write_atomic",
+]

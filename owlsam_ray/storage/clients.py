@@ -1,0 +1,125 @@
+"""The client libraries of object stores and web servers: how they are opened.
+
+s3fs, botocore and gcsfs try again by themselves, each with waits of its own, and fsspec's HTTP never does. Here they
+are told not to, so that the tries of `asking` are the only ones and do not multiply. Only uploads in parts are left to
+them (`in_parts`): they repeat a part, `asking` could only repeat the whole file.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import fsspec
+
+Kind = Literal["s3", "gs", "http", "other"]
+KINDS: dict[str, Kind] = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
+"""By URL scheme; the file systems that are asked over a network in a way that is known here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """An open file system."""
+
+    kind: Kind
+    filesystem: Any
+    errors: tuple[type[Exception], ...]
+    """What its operations may raise besides programming errors."""
+
+    @property
+    def host(self) -> str | None:
+        """Its endpoint, where that is not part of the URL and not the provider's own."""
+        if self.kind == "s3":
+            endpoint = getattr(getattr(getattr(self.filesystem, "_s3", None), "meta", None), "endpoint_url", None)
+        else:
+            endpoint = self.filesystem.base if self.kind == "gs" else None
+        return None if endpoint is None or "amazonaws.com" in endpoint or "googleapis.com" in endpoint else endpoint
+
+
+def open_client(protocol: str, *, timeout_s: float, concurrency: int, tries: int, in_parts: bool = False) -> Client:
+    """The file system of a URL scheme. The same one for the same arguments, except with `in_parts`.
+
+    Args:
+        protocol: URL scheme.
+        timeout_s: until a connection, or an answer, is given up.
+        concurrency: connections that may be open at once.
+        tries: of one request; only taken up with `in_parts`.
+        in_parts: for a large upload: every part is repeated by itself.
+
+    Raises:
+        ValueError, ImportError: the scheme is unknown, or its package is not installed.
+    """
+    kind = KINDS.get(protocol, "other")
+    if kind == "s3":
+        return _open_s3(protocol, timeout_s, concurrency, tries if in_parts else None)
+    if kind == "gs":
+        return _open_gs(protocol, timeout_s, concurrency, in_parts)
+    if kind == "http":
+        return _open_http(protocol, timeout_s, concurrency)
+    return Client(kind, fsspec.filesystem(protocol), (OSError,))
+
+
+def _open_s3(protocol: str, timeout_s: float, concurrency: int, tries: int | None) -> Client:
+    filesystem = fsspec.filesystem(
+        protocol,
+        use_listings_cache=False,
+        skip_instance_cache=tries is not None,
+        config_kwargs={
+            "connect_timeout": timeout_s,
+            "read_timeout": timeout_s,
+            "max_pool_connections": concurrency,
+            "retries": {"mode": "standard", "total_max_attempts": tries or 1},
+        },
+    )
+    from aiohttp import ClientError as WebError
+    from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+
+    if tries is None:
+        filesystem.retries = 1  # s3fs counts the first try
+    return Client("s3", filesystem, (OSError, ValueError, BotoCoreError, ClientError, WebError))
+
+
+def _open_gs(protocol: str, timeout_s: float, concurrency: int, in_parts: bool) -> Client:
+    implementation = fsspec.get_filesystem_class(protocol)
+    import aiohttp
+    from gcsfs.retry import ChecksumError, HttpError, NonRetryableError  # type: ignore[import-untyped]
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+
+    filesystem = implementation(use_listings_cache=False, skip_instance_cache=in_parts)
+    if filesystem.session is None and not filesystem.session_kwargs:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+        filesystem.session_kwargs = {"timeout": timeout}
+        if concurrency > _AIOHTTP_CONNECTIONS:
+            filesystem.session_kwargs["connector"] = fsspec.asyn.sync(filesystem.loop, _connector, concurrency)
+    # Its six tries cannot be set: the function below them is called. A release without it keeps its own tries.
+    single = getattr(implementation._request, "__wrapped__", None)
+    if single is not None and not in_parts:
+        filesystem._request = functools.partial(single, filesystem)
+    errors = (aiohttp.ClientError, HttpError, ChecksumError, NonRetryableError, GoogleAPIError, GoogleAuthError)
+    return Client("gs", filesystem, (OSError, ValueError, *errors))
+
+
+def _open_http(protocol: str, timeout_s: float, concurrency: int) -> Client:
+    implementation = fsspec.get_filesystem_class(protocol)
+    import aiohttp
+
+    settings = {"timeout_s": timeout_s, "concurrency": concurrency}
+    filesystem = implementation(get_client=_web_session, client_kwargs=settings)
+    return Client("http", filesystem, (OSError, ValueError, aiohttp.ClientError))
+
+
+_AIOHTTP_CONNECTIONS = 100
+"""Its own limit."""
+
+
+async def _connector(concurrency: int) -> Any:
+    import aiohttp
+
+    return aiohttp.TCPConnector(limit=concurrency)
+
+
+async def _web_session(*, loop: Any, timeout_s: float, concurrency: int) -> Any:
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+    return aiohttp.ClientSession(loop=loop, connector=await _connector(concurrency), timeout=timeout)

@@ -1,0 +1,148 @@
+"""Single requests, where fsspec's common interface needs several, goes by a cache, or hides an error."""
+
+import errno
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+
+from owlsam_ray.storage.clients import Client
+
+
+def read_range(client: Client, path: str, start: int, length: int) -> bytes:
+    """At most `length` bytes from `start`; fewer where the file ends. One request."""
+    if length <= 0:
+        return b""
+    if client.kind == "gs":
+        wanted = {"Range": f"bytes={start}-{start + length - 1}"}
+        headers, data = client.filesystem.call("GET", client.filesystem.url(path), headers=wanted)
+        # Stored compressed, files are sent whole and unpacked.
+        return bytes(data) if "Content-Range" in headers else bytes(data[start : start + length])
+    if client.kind == "http":
+        return fsspec.asyn.sync(client.filesystem.loop, _read_web, client.filesystem, path, start, length)
+    return bytes(client.filesystem.cat_file(path, start=start, end=start + length))
+
+
+_SKIPPED_AT_MOST = 16 * 2**20
+
+
+async def _read_web(filesystem: Any, url: str, start: int, length: int) -> bytes:
+    """A range is only asked for where it does not begin the file: not every server knows ranges."""
+    session = await filesystem.set_session()
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-{start + length - 1}"
+    async with session.get(_encoded(url), headers=headers) as response:
+        response.raise_for_status()
+        skip = start if response.status != 206 else 0
+        if skip > _SKIPPED_AT_MOST:
+            raise OSError(errno.EOPNOTSUPP, "the server sends whole files only, no ranges")
+        data = bytearray()
+        async for chunk in response.content.iter_chunked(2**18):
+            data += chunk[skip:]
+            skip = max(0, skip - len(chunk))
+            if len(data) >= length:
+                break
+        return bytes(data[:length])
+
+
+def _encoded(url: str) -> Any:
+    """A URL as aiohttp takes it. One that needs no quoting goes out as it is: it may be signed."""
+    import yarl
+
+    return yarl.URL(url, encoded=re.search(r"""[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]""", url) is None)
+
+
+def file_size(client: Client, path: str) -> int:
+    """Bytes of a file; one request.
+
+    Raises:
+        FileNotFoundError: there is none; a directory is none.
+    """
+    filesystem = client.filesystem
+    if client.kind == "http":
+        return fsspec.asyn.sync(filesystem.loop, _web_size, filesystem, path)
+    if client.kind == "other":
+        entry = filesystem.info(path)
+        if entry["type"] != "file":
+            raise FileNotFoundError(path)
+        return int(entry["size"])
+    bucket, key, _ = filesystem.split_path(path)
+    if not key:
+        raise FileNotFoundError(path)
+    if client.kind == "s3":
+        return int(filesystem.call_s3("head_object", Bucket=bucket, Key=key)["ContentLength"])
+    return int(filesystem.call("GET", "b/{}/o/{}", bucket, key, json_out=True).get("size", 0))
+
+
+async def _web_size(filesystem: Any, url: str) -> int:
+    session = await filesystem.set_session()
+    headers = {"Accept-Encoding": "identity"}
+    async with session.head(_encoded(url), headers=headers, allow_redirects=True) as response:
+        if response.status < 400 and "Content-Length" in response.headers:
+            return int(response.headers["Content-Length"])
+    # Some servers answer GET only.
+    async with session.get(_encoded(url), headers=headers) as response:
+        response.raise_for_status()
+        if response.content_length is not None:
+            return int(response.content_length)
+        return len(await response.read())
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A part of a listing, as an object store gives it."""
+
+    files: list[tuple[str, int]]
+    """Keys in the bucket, and bytes."""
+    folders: list[str]
+    """Prefixes in the bucket that end in a slash."""
+    next_token: str | None
+
+
+def list_page(client: Client, bucket: str, prefix: str, *, deep: bool, token: str | None, limit: int = 1000) -> Page:
+    """One page of the keys that begin with a prefix, `deep` or only up to the next slash; one request."""
+    if client.kind == "s3":
+        options: dict[str, Any] = {} if deep else {"Delimiter": "/"}
+        if token is not None:
+            options["ContinuationToken"] = token
+        answer = client.filesystem.call_s3(
+            "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=limit, **client.filesystem.req_kw, **options
+        )
+        return Page(
+            [(entry["Key"], int(entry["Size"])) for entry in answer.get("Contents", [])],
+            [entry["Prefix"] for entry in answer.get("CommonPrefixes", [])],
+            answer.get("NextContinuationToken") if answer.get("IsTruncated") else None,
+        )
+    answer = client.filesystem.call(
+        "GET",
+        "b/{}/o",
+        bucket,
+        prefix=prefix or None,
+        delimiter=None if deep else "/",
+        maxResults=limit,
+        pageToken=token,
+        json_out=True,
+    )
+    return Page(
+        [(entry["name"], int(entry.get("size", 0))) for entry in answer.get("items", [])],
+        list(answer.get("prefixes", [])),
+        answer.get("nextPageToken"),
+    )
+
+
+def walk_local(filesystem: Any, root: str) -> Iterator[tuple[str, int | None]]:
+    """Relative path and size of every file below a directory of a file system with real directories.
+
+    Names that begin with a dot are left out, linked directories are not entered.
+    """
+    prefix = root.rstrip("/") + "/"
+    for folder, folders, files in filesystem.walk(root, detail=True, on_error="raise"):
+        for name in [name for name, entry in folders.items() if name.startswith(".") or entry.get("islink")]:
+            del folders[name]
+        below = f"{folder.rstrip('/')}/"[len(prefix) :]
+        for name, entry in files.items():
+            if not name.startswith("."):
+                yield below + name, entry.get("size")
