@@ -119,6 +119,8 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
             tries=policy.retries + 1,
             in_parts=in_parts,
         )
+        if scheme[1] == "memory":  # it takes a name with `::` for a chain as well
+            return client, "/" + url.removeprefix("memory://").strip("/")
         return client, str(client.filesystem._strip_protocol(url))
     except (ValueError, ImportError) as error:
         raise InputError(f"cannot open {url!r}: {error}") from None
@@ -177,7 +179,7 @@ def _raise(client: Client, url: str, failure: _TroubleError, num_tries: int) -> 
     if trouble.kind == "bad_request":
         raise InputError(f"cannot open {url!r}: {trouble.what}")
     numbers = {"missing": errno.ENOENT, "forbidden": errno.EACCES, "expired": errno.EKEYEXPIRED, "beyond": errno.EINVAL}
-    number = numbers.get(trouble.kind, errno.ETIMEDOUT if isinstance(error, TimeoutError) else errno.EIO)
+    number = numbers.get(trouble.kind, errno.ETIMEDOUT if "Timeout" in type(error).__name__ else errno.EIO)
     raise OSError(number, message)
 
 

@@ -14,6 +14,7 @@ import fsspec
 Kind = Literal["s3", "gs", "http", "other"]
 KINDS: dict[str, Kind] = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
 """By URL scheme; the file systems that are asked over a network in a way that is known here."""
+_SLOWEST_BYTES_PER_S = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,15 @@ class Client:
     filesystem: Any
     errors: tuple[type[Exception], ...]
     """What its operations may raise besides programming errors."""
+    timeout_s: float = 0.0
+
+    def deadline_s(self, num_bytes: int = 0) -> float:
+        """Seconds that a whole request may take, with so many bytes in or out.
+
+        The libraries watch for silence only, and not always: aiohttp waits for ever for a `100 Continue`, and for what
+        should come after one that comes late.
+        """
+        return 2 * self.timeout_s + num_bytes / _SLOWEST_BYTES_PER_S
 
     @property
     def host(self) -> str | None:
@@ -75,7 +85,7 @@ def _open_s3(protocol: str, timeout_s: float, concurrency: int, tries: int | Non
 
     if tries is None:
         filesystem.retries = 1  # s3fs counts the first try
-    return Client("s3", filesystem, (OSError, ValueError, BotoCoreError, ClientError, WebError))
+    return Client("s3", filesystem, (OSError, ValueError, BotoCoreError, ClientError, WebError), timeout_s)
 
 
 def _open_gs(protocol: str, timeout_s: float, concurrency: int, in_parts: bool) -> Client:
@@ -86,17 +96,16 @@ def _open_gs(protocol: str, timeout_s: float, concurrency: int, in_parts: bool) 
     from google.auth.exceptions import GoogleAuthError
 
     filesystem = implementation(use_listings_cache=False, skip_instance_cache=in_parts)
-    if filesystem.session is None and not filesystem.session_kwargs:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-        filesystem.session_kwargs = {"timeout": timeout}
-        if concurrency > _AIOHTTP_CONNECTIONS:
-            filesystem.session_kwargs["connector"] = fsspec.asyn.sync(filesystem.loop, _connector, concurrency)
+    # As an argument a timeout would have to be seconds for a whole request; None, its default, is no timeout at all.
+    filesystem.requests_timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+    if filesystem.session is None and not filesystem.session_kwargs and concurrency > _AIOHTTP_CONNECTIONS:
+        filesystem.session_kwargs = {"connector": fsspec.asyn.sync(filesystem.loop, _connector, concurrency)}
     # Its six tries cannot be set: the function below them is called. A release without it keeps its own tries.
     single = getattr(implementation._request, "__wrapped__", None)
     if single is not None and not in_parts:
         filesystem._request = functools.partial(single, filesystem)
     errors = (aiohttp.ClientError, HttpError, ChecksumError, NonRetryableError, GoogleAPIError, GoogleAuthError)
-    return Client("gs", filesystem, (OSError, ValueError, *errors))
+    return Client("gs", filesystem, (OSError, ValueError, *errors), timeout_s)
 
 
 def _open_http(protocol: str, timeout_s: float, concurrency: int) -> Client:
@@ -105,7 +114,7 @@ def _open_http(protocol: str, timeout_s: float, concurrency: int) -> Client:
 
     settings = {"timeout_s": timeout_s, "concurrency": concurrency}
     filesystem = implementation(get_client=_web_session, client_kwargs=settings)
-    return Client("http", filesystem, (OSError, ValueError, aiohttp.ClientError))
+    return Client("http", filesystem, (OSError, ValueError, aiohttp.ClientError), timeout_s)
 
 
 _AIOHTTP_CONNECTIONS = 100

@@ -15,16 +15,22 @@ def read_range(client: Client, path: str, start: int, length: int) -> bytes:
     """At most `length` bytes from `start`; fewer where the file ends. One request."""
     if length <= 0:
         return b""
+    deadline = client.deadline_s(length)
     if client.kind == "gs":
         wanted = {"Range": f"bytes={start}-{start + length - 1}"}
-        headers, data = client.filesystem.call("GET", client.filesystem.url(path), headers=wanted)
+        headers, data = client.filesystem.call("GET", client.filesystem.url(path), headers=wanted, timeout=deadline)
         # Stored compressed, files are sent whole and unpacked.
         return bytes(data) if "Content-Range" in headers else bytes(data[start : start + length])
     if client.kind == "http":
-        return fsspec.asyn.sync(client.filesystem.loop, _read_web, client.filesystem, path, start, length)
-    return bytes(client.filesystem.cat_file(path, start=start, end=start + length))
+        return fsspec.asyn.sync(
+            client.filesystem.loop, _read_web, client.filesystem, path, start, length, timeout=deadline
+        )
+    options = {"timeout": deadline} if client.kind == "s3" else {}
+    return bytes(client.filesystem.cat_file(path, start=start, end=start + length, **options))
 
 
+_PAGE_BYTES = 2**20
+"""A page of a listing is no larger, about."""
 _SKIPPED_AT_MOST = 16 * 2**20
 
 
@@ -63,7 +69,7 @@ def file_size(client: Client, path: str) -> int:
     """
     filesystem = client.filesystem
     if client.kind == "http":
-        return fsspec.asyn.sync(filesystem.loop, _web_size, filesystem, path)
+        return fsspec.asyn.sync(filesystem.loop, _web_size, filesystem, path, timeout=client.deadline_s(_PAGE_BYTES))
     if client.kind == "other":
         entry = filesystem.info(path)
         if entry["type"] != "file":
@@ -72,9 +78,10 @@ def file_size(client: Client, path: str) -> int:
     bucket, key, _ = filesystem.split_path(path)
     if not key:
         raise FileNotFoundError(path)
+    deadline = client.deadline_s()
     if client.kind == "s3":
-        return int(filesystem.call_s3("head_object", Bucket=bucket, Key=key)["ContentLength"])
-    return int(filesystem.call("GET", "b/{}/o/{}", bucket, key, json_out=True).get("size", 0))
+        return int(filesystem.call_s3("head_object", Bucket=bucket, Key=key, timeout=deadline)["ContentLength"])
+    return int(filesystem.call("GET", "b/{}/o/{}", bucket, key, json_out=True, timeout=deadline).get("size", 0))
 
 
 async def _web_size(filesystem: Any, url: str) -> int:
@@ -104,12 +111,13 @@ class Page:
 
 def list_page(client: Client, bucket: str, prefix: str, *, deep: bool, token: str | None, limit: int = 1000) -> Page:
     """One page of the keys that begin with a prefix, `deep` or only up to the next slash; one request."""
+    deadline = client.deadline_s(_PAGE_BYTES)
     if client.kind == "s3":
-        options: dict[str, Any] = {} if deep else {"Delimiter": "/"}
+        options: dict[str, Any] = client.filesystem.req_kw | ({} if deep else {"Delimiter": "/"})
         if token is not None:
             options["ContinuationToken"] = token
         answer = client.filesystem.call_s3(
-            "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=limit, **client.filesystem.req_kw, **options
+            "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=limit, timeout=deadline, **options
         )
         return Page(
             [(entry["Key"], int(entry["Size"])) for entry in answer.get("Contents", [])],
@@ -125,6 +133,7 @@ def list_page(client: Client, bucket: str, prefix: str, *, deep: bool, token: st
         maxResults=limit,
         pageToken=token,
         json_out=True,
+        timeout=deadline,
     )
     return Page(
         [(entry["name"], int(entry.get("size", 0))) for entry in answer.get("items", [])],

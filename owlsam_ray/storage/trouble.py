@@ -42,6 +42,8 @@ def understand(error: BaseException) -> Trouble:
     if status is not None:
         what = " ".join(f"{status} {code if code != str(status) else ''}".split())
         return Trouble(_kind_of_status(status, code, message), _in_one_line(f"{what}: {message}" if message else what))
+    if isinstance(error, FileNotFoundError):
+        return Trouble("missing", "there is no such file")
     names = {kind.__name__ for kind in type(error).__mro__}
     what = _in_one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
     kind: TroubleKind = "as_is"

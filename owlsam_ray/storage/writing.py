@@ -49,7 +49,7 @@ def remove(url: str) -> None:
     """Delete a file; nothing happens when it is not there."""
     client, path = open_url(url)
     with contextlib.suppress(FileNotFoundError):
-        ask(client, url, lambda: client.filesystem.rm_file(path))
+        ask(client, url, lambda: client.filesystem.rm_file(path, **_deadline(client)))
 
 
 def write_atomic(url: str, data: bytes | memoryview) -> None:
@@ -63,7 +63,12 @@ def write_atomic(url: str, data: bytes | memoryview) -> None:
         with open_atomic(url) as file:
             file.write(data)
     else:
-        ask(client, url, lambda: client.filesystem.pipe_file(path, bytes(data)))
+        ask(client, url, lambda: client.filesystem.pipe_file(path, bytes(data), **_deadline(client, len(data))))
+
+
+def _deadline(client: Client, num_bytes: int = 0) -> dict[str, float]:
+    """As fsspec's file systems over networks take it."""
+    return {} if client.kind == "other" else {"timeout": client.deadline_s(num_bytes)}
 
 
 def _open_for(url: str, *, num_bytes: int) -> tuple[Client, str]:
@@ -84,8 +89,9 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
         with tempfile.NamedTemporaryFile(prefix="owlsam-") as spool:
             yield spool
             spool.flush()
-            client, path = _open_for(url, num_bytes=os.path.getsize(spool.name))
-            ask(client, url, lambda: client.filesystem.put_file(spool.name, path))
+            size = os.path.getsize(spool.name)
+            client, path = _open_for(url, num_bytes=size)
+            ask(client, url, lambda: client.filesystem.put_file(spool.name, path, **_deadline(client, size)))
         return
     directory, name = os.path.split(path)
     os.makedirs(directory, exist_ok=True)
