@@ -32,12 +32,12 @@ from owlsam_ray.guard import (
     guard_labels,
     guard_numerics,
     numerics_of,
-    plan_run,
     run_directory,
 )
 from owlsam_ray.ledger import PREDICTIONS, Tally
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.models.weights import ModelPaths
+from owlsam_ray.plan import plan_run
 from owlsam_ray.progress import ProgressWatcher
 from owlsam_ray.resources import allocate, check_nodes, check_object_store
 
@@ -65,12 +65,14 @@ def annotate_run(
         OwlsamError: see `errors` for the kinds and their exit codes.
     """
     run_url = run_directory(config)
-    for url in (run_url, config.data.images):
-        if url.startswith("memory:"):
+    storage.configure(config.storage.policy())
+    for url in (run_url, config.data.images, *config.data.files):
+        if url is not None and url.startswith("memory:"):
             raise PreflightError(f"{url} lives in one process, and Ray's actors are others: use a disk or object store")
     check_writable(run_url)
-    record, manifest, planned = plan_run(config)
-    if planned:
+    plan = plan_run(config)
+    record, manifest = plan.record, plan.manifest
+    if plan.new:
         _log.info("planned %d images in %d shards", manifest.num_images, manifest.num_shards)
     # Imported here: with torch they take eight seconds, and a wrong path in the run file is told without them.
     from owlsam_ray.models.load import find_models
@@ -79,8 +81,8 @@ def annotate_run(
         models = find_models(config.detector, config.segment)
         if record.fingerprint is None:
             embed_run_queries(config, record, models.detector, run_url)
-    except OwlsamError:
-        if planned:  # by this call, for settings that do not work: corrected ones must not be refused
+    except (OwlsamError, OSError):
+        if plan.new:  # by this call, for settings that do not work: corrected ones must not be refused
             forget_plan(run_url)
         raise
     weights = {"detector": models.detector, "segmenter": models.segmenter}

@@ -16,7 +16,13 @@ _EXIT_CODES = """exit codes:
 _EXAMPLES = {
     "plan": """examples:
   owlsam plan jobs/coco.yaml --run runs/coco
-  owlsam plan jobs/coco.yaml site.yaml --run s3://bucket/runs/coco --set resources.shard_size=512""",
+  owlsam plan jobs/coco.yaml site.yaml --run s3://bucket/runs/coco --set resources.shard_size=512
+  owlsam plan run.yaml --run runs/try --sample 1000 --seed 7      # a slice, to try it
+  owlsam plan run.yaml --run runs/try --sample 10000 --seed 7 --extend   # nine thousand more
+  owlsam plan run.yaml --run runs/try --extend                    # all the rest, or what is new by now
+  owlsam plan jobs/coco.yaml --run runs/dogs --categories dog cat --verify exists
+
+Images are listed once; `annotate` labels what is planned. --extend adds shards and leaves the old ones as they are.""",
     "annotate": """examples:
   owlsam annotate jobs/coco.yaml --run runs/coco
   owlsam annotate jobs/coco.yaml --run runs/coco --set resources.actors=2 --set resources.detector_batch=16
@@ -140,6 +146,26 @@ def _add_preview_options(command: argparse.ArgumentParser) -> None:
     _add_overrides(command)
 
 
+def _add_plan_options(command: argparse.ArgumentParser) -> None:
+    _add_run_options(command)
+    command.add_argument(
+        "--extend", action="store_true", help="add the images that a planned run does not have yet, as further shards"
+    )
+    command.add_argument("--verify", choices=("none", "exists", "decode"), help="look at every image first")
+    _add_selection(command)
+
+
+def _add_selection(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("which of the images (over the section `plan` of the run file)")
+    group.add_argument("--limit", type=int, metavar="N", help="the first N")
+    group.add_argument("--sample", type=int, metavar="N", help="N by chance; a larger sample holds the smaller one")
+    group.add_argument("--seed", type=int, metavar="S", help="of the sample (default: 0)")
+    group.add_argument("--splits", nargs="+", metavar="NAME", help="only of these splits: val2017, patch8, …")
+    group.add_argument(
+        "--categories", nargs="+", metavar="NAME", help="only images with an annotation of one of these categories"
+    )
+
+
 def _add_annotate_options(command: argparse.ArgumentParser) -> None:
     _add_run_options(command)
     command.add_argument(
@@ -181,6 +207,7 @@ def _add_demo_options(command: argparse.ArgumentParser) -> None:
 
 
 _ADD_OPTIONS = {
+    "plan": _add_plan_options,
     "preview": _add_preview_options,
     "annotate": _add_annotate_options,
     "evaluate": _add_evaluate_options,

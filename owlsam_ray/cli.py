@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
+from owlsam_ray import storage
 from owlsam_ray.arguments import make_parser
 from owlsam_ray.config import RunConfig, absolute, load_config, load_evaluate_settings
 from owlsam_ray.errors import (
@@ -45,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "evaluate" and not options.run_files:
             summary |= _evaluate_files(options, console)
         else:
-            config = load_config(options.run_files, overrides=options.overrides, run=options.run)
+            config = load_config(options.run_files, overrides=_all_overrides(options), run=options.run)
             _start_log(console, config.logging.level)
+            storage.configure(config.storage.policy())
             summary["run"] = config.run
             summary |= _COMMANDS[options.command](config, options, console)
         code = ExitCode.COMPLETE
@@ -66,6 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(code)
 
 
+def _all_overrides(options: argparse.Namespace) -> list[str]:
+    """`--set`, and the options that stand for settings of the section `plan`."""
+    named = {name: getattr(options, name, None) for name in ("limit", "sample", "seed", "splits", "verify")}
+    wanted: list[str] | None = getattr(options, "categories", None)
+    if wanted is not None:
+        named["categories"] = [int(each) if each.isdecimal() else each for each in wanted]
+    return [
+        *options.overrides,
+        *(f"plan.{name}={json.dumps(value)}" for name, value in named.items() if value is not None),
+    ]
+
+
 def _tell(error: OwlsamError, summary: dict[str, Any]) -> ExitCode:
     message = str(error.args[0]) if error.args else type(error).__name__
     logging.getLogger("owlsam_ray").error("%s", message)
@@ -74,19 +88,30 @@ def _tell(error: OwlsamError, summary: dict[str, Any]) -> ExitCode:
 
 
 def _plan(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from owlsam_ray.guard import check_writable, plan_run, run_directory
+    from owlsam_ray.guard import check_writable, run_directory
+    from owlsam_ray.plan import plan_run
+    from owlsam_ray.progress import CountDisplay
 
     check_writable(run_directory(config))
-    record, manifest, created = plan_run(config)
-    if not created:
-        logging.getLogger(__name__).info("already planned: kept as it is")
+    with CountDisplay(console, interval_s=config.logging.progress_s) as display:
+        plan = plan_run(config, extend=options.extend, show=display.show)
+    if not plan.new:
+        logging.getLogger(__name__).info(
+            "nothing to add: every image of the listing is planned already"
+            if options.extend
+            else "already planned: kept as it is"
+        )
     return {
-        "planned": created,
-        "images": manifest.num_images,
-        "shards": manifest.num_shards,
-        "shard_size": manifest.parts[-1].shard_size,
-        "categories": len(record.categories),
-        "layout_hash": record.layout_hash[:16],
+        "planned": plan.new > 0,
+        "new": plan.new,
+        "images": plan.manifest.num_images,
+        "shards": plan.manifest.num_shards,
+        "shard_size": plan.manifest.parts[-1].shard_size,
+        "parts": len(plan.manifest.parts),
+        "listed": plan.listed,
+        "repeated": plan.repeated,
+        "categories": len(plan.record.categories),
+        "layout_hash": plan.record.layout_hash[:16],
     }
 
 

@@ -36,10 +36,11 @@ from owlsam_ray.settings import (
     TilingConfig,
     VocabularyConfig,
 )
+from owlsam_ray.storage import StoragePolicy
 
 NON_LABEL_FIELDS = frozenset({"run", "data", "plan", "storage", "resources", "reduce", "evaluate", "report", "logging"})
-"""Top-level fields that cannot change the labels of an image. Which images there are, and where, stands in the manifest:
-the layout hash guards it, so that a run can be extended by files that `data` did not name before."""
+"""Top-level fields that cannot change the labels of an image. Which images there are, and where, stands in the
+manifest: the layout hash guards it, so that a run can be extended by files that `data` did not name before."""
 FREE_FIELDS = NON_LABEL_FIELDS - {"data"}
 """Top-level fields that may change on a planned run."""
 

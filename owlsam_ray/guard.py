@@ -9,6 +9,7 @@ import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from owlsam_ray import __version__, storage
 from owlsam_ray.config import RunConfig, config_from_stored, differing_fields
-from owlsam_ray.datasets import list_images
 from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError
-from owlsam_ray.manifest import Manifest, load_manifest, write_part
+from owlsam_ray.manifest import Manifest, load_manifest
 from owlsam_ray.models.weights import sha256_of
 from owlsam_ray.resources import Allocation
 from owlsam_ray.schema import SCHEMA_VERSION
 from owlsam_ray.settings import Category
-from owlsam_ray.stages.suppress import label_thresholds
-from owlsam_ray.vocabulary import Query, resolve_vocabulary
+from owlsam_ray.vocabulary import Query, Vocabulary
 
 RUN_FILE = "run.json"
 QUERY_FILE = "query_embeddings.safetensors"
@@ -48,7 +47,9 @@ class RunRecord(BaseModel):
     ids_per_image: int
     """K: an annotation's id is image ordinal × K + det_index."""
     layout_hash: str
-    """Of the manifest, at plan."""
+    """Of the manifest, at plan or at the last extension."""
+    num_parts: int | None = None
+    """Parts of the manifest that count; None, in runs of 0.1: all."""
     fingerprint: str | None = None
     """The label fingerprint, set by the first attempt."""
     fingerprint_parts: dict[str, Any] | None = None
@@ -127,51 +128,6 @@ def save_record(run_url: str, record: RunRecord) -> None:
     storage.write_atomic(storage.join(run_url, RUN_FILE), data)
 
 
-def plan_run(config: RunConfig) -> tuple[RunRecord, Manifest, bool]:
-    """List the images once and freeze the layout; an existing plan is checked and kept.
-
-    Returns:
-        The record, the manifest, and whether they were made now.
-
-    Raises:
-        InputError: the dataset or the vocabulary is wrong, a threshold is for a category that is not in it, or the
-            directory holds something else.
-        GuardError: the directory was planned with other settings.
-    """
-    run_url = run_directory(config)
-    record = load_record(run_url)
-    if record is not None:
-        check_config(config, record)
-        return record, load_run_manifest(run_url, record), False
-    if storage.list_names(storage.join(run_url, "predictions")):
-        raise GuardError(
-            f"{run_url} holds predictions but no {RUN_FILE}: restore that file, or choose another directory"
-        )
-    source = list_images(config.data)
-    vocabulary = resolve_vocabulary(config.vocabulary, source.categories)
-    label_thresholds(config.suppress, [category.name for category in vocabulary.categories])
-    # A plan that was killed between the manifest and run.json is simply done again: nothing was labelled with it.
-    for name in storage.list_names(storage.join(run_url, "manifest")):
-        storage.remove(storage.join(run_url, "manifest", name))
-    manifest = write_part(
-        run_url,
-        source,
-        config.data,
-        shard_size_setting=config.resources.shard_size,
-        shard_max_mb=config.resources.shard_max_mb,
-    )
-    record = RunRecord(
-        owlsam_version=__version__,
-        config=config.model_dump(mode="json", exclude={"run"}),
-        categories=vocabulary.categories,
-        queries=vocabulary.queries,
-        ids_per_image=config.detector.max_detections,
-        layout_hash=manifest.layout_hash,
-    )
-    save_record(run_url, record)
-    return record, manifest, True
-
-
 def forget_plan(run_url: str) -> None:
     """Undo a plan with which nothing was labelled yet; the next call plans again."""
     storage.remove(storage.join(run_url, RUN_FILE))
@@ -183,7 +139,7 @@ def load_run_manifest(run_url: str, record: RunRecord) -> Manifest:
     Raises:
         GuardError: it is missing, or not the one that the run was planned with.
     """
-    manifest = load_manifest(run_url, verify=True)
+    manifest = load_manifest(run_url, verify=True, num_parts=record.num_parts)
     if manifest is None:
         raise GuardError(f"{run_url}/manifest is missing: restore it, or plan again in another directory")
     if manifest.layout_hash != record.layout_hash:
@@ -194,13 +150,21 @@ def load_run_manifest(run_url: str, record: RunRecord) -> Manifest:
     return manifest
 
 
-def check_config(config: RunConfig, record: RunRecord) -> None:
-    """Refuse another config on a planned run, naming every label field that differs.
+def check_config(config: RunConfig, record: RunRecord, *, data_too: bool = True) -> None:
+    """Refuse another config on a planned run, naming every frozen field that differs.
+
+    Args:
+        config: of this call.
+        record: of the run.
+        data_too: the section `data` must be the same as well; not so when a run is extended.
 
     Raises:
         GuardError: with one line per field.
     """
-    lines = differing_fields(config.label_fields(), record.stored_config().label_fields())
+    ours, theirs = config.frozen_fields(), record.stored_config().frozen_fields()
+    if not data_too:
+        theirs["data"] = ours["data"]
+    lines = differing_fields(ours, theirs)
     if lines:
         unused = f" Nothing is labelled there yet: without its {RUN_FILE} it is planned anew."
         raise GuardError(
@@ -209,11 +173,30 @@ def check_config(config: RunConfig, record: RunRecord) -> None:
                     f"the run directory {config.run} was planned with other settings (there -> here):",
                     *lines,
                     "Use another --run directory for these settings, or go back to the old ones. "
-                    "Sections that may change freely: resources, reduce, evaluate, logging."
+                    "Sections that may change freely: plan, storage, resources, reduce, evaluate, logging."
                     + (unused if record.fingerprint is None else ""),
                 ]
             )
         )
+
+
+def check_same_vocabulary(vocabulary: Vocabulary, record: RunRecord, run_url: str) -> None:
+    """Refuse to extend a run by a dataset that asks for other things.
+
+    Raises:
+        GuardError: names the first category or prompt that differs.
+    """
+    for what, ours, theirs in (
+        ("categories", vocabulary.categories, record.categories),
+        ("queries", vocabulary.queries, record.queries),
+    ):
+        if tuple(ours) != tuple(theirs):
+            pairs = zip_longest(theirs, ours)
+            there, here = next((a, b) for a, b in pairs if a != b)
+            raise GuardError(
+                f"{run_url} cannot be extended by a dataset with other {what} ({len(theirs)} -> {len(ours)}); the "
+                f"first that differs: {there!r} -> {here!r}. Use another --run directory."
+            )
 
 
 def fingerprint_parts(

@@ -5,27 +5,25 @@ written afterwards: it makes the part, and holds its hash. Ordinals are 1-based 
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from owlsam_ray import storage
-from owlsam_ray.datasets import ImageRecord, Source
+from owlsam_ray.datasets.source import encoded_bytes
 from owlsam_ray.errors import GuardError, InputError
 from owlsam_ray.schema import MANIFEST_SCHEMA
-from owlsam_ray.settings import DataConfig
 
 MANIFEST = "manifest"
 _SMALLEST_SHARD, _LARGEST_SHARD, _SHARDS_WANTED = 8, 1024, 64
-_BYTES_PER_PIXEL = 0.5
-"""Encoded size of a photograph where only its pixels are known: on the safe side of JPEG's usual 0.2 to 0.4."""
-_UNKNOWN_BYTES = 200_000
 
 
 @validated_dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ class ManifestPart:
     max_shard_bytes: int
     """Encoded bytes of the largest shard, estimated where the listing does not tell."""
     source: dict[str, Any]
-    """What the output carries over: info, licenses, categories."""
+    """What the output carries over: info, licenses, categories. Of the first part of a plan; empty in further ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,18 @@ class Manifest:
         filesystem, path = storage.open_filesystem(url)
         with filesystem.open(path, "rb") as file:
             reader = pq.ParquetFile(file, metadata=_footer(url, part.sha256))
-            return reader.read_row_group(shard - part.first_shard)
+            table = reader.read_row_group(shard - part.first_shard)
+        if "container" not in table.column_names:  # before 0.2 every image was a file of its own
+            table = table.append_column("container", pa.nulls(table.num_rows, pa.string()))
+        return table.select(MANIFEST_SCHEMA.names)
+
+    def iter_images(self) -> Iterator[pa.Table]:
+        """(image_id, file_name) of all images, in order, a row group at a time."""
+        for part in self.parts:
+            filesystem, path = storage.open_filesystem(storage.join(self.run_url, MANIFEST, part.file))
+            with filesystem.open(path, "rb") as file:
+                for batch in pq.ParquetFile(file).iter_batches(columns=["image_id", "file_name"], batch_size=65536):
+                    yield pa.Table.from_batches([batch])
 
     def _part_of(self, shard: int) -> ManifestPart:
         for part in self.parts:
@@ -128,64 +137,128 @@ def shard_size(num_images: int, setting: int | str, *, mean_bytes: float | None 
     return max(1, size)
 
 
-def write_part(
-    run_url: str, source: Source, data: DataConfig, *, shard_size_setting: int | str, shard_max_mb: int
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How rows are cut into shards and parts."""
+
+    shard_size: int
+    """Images in a shard."""
+    part_images: int = 1_000_000
+    """Images in a part; rounded down to whole shards."""
+
+
+def write_parts(
+    run_url: str, tables: Iterable[pa.Table], layout: Layout, *, source: dict[str, Any], before: Manifest | None = None
 ) -> Manifest:
-    """Freeze a listing as the first part of a manifest.
+    """Freeze images as further parts of a manifest.
 
     Args:
-        run_url: the run directory; a half-written part of an earlier try is replaced.
-        source: the listing.
-        data: where the files lie.
-        shard_size_setting: see `shard_size`.
-        shard_max_mb: see `shard_size`.
+        run_url: the run directory. Parts beyond those of `before`, of a try that did not end, are replaced.
+        tables: the images in their order, `datasets.LISTING_SCHEMA`; a null `image_id` becomes the image's ordinal.
+        layout: shards and parts.
+        source: what the output carries over: info, licenses, categories.
+        before: the manifest that is extended; None for the first plan.
+
+    Returns:
+        The whole manifest.
 
     Raises:
-        InputError: the listing is empty.
-        GuardError: the run has a manifest already.
+        InputError: there is no image.
         OSError: storage refused.
     """
-    if load_manifest(run_url, verify=False) is not None:
-        raise GuardError(f"{run_url} has a manifest already")
-    records = source.records
-    if not records:
+    parts = list(before.parts) if before is not None else []
+    for name in storage.list_names(storage.join(run_url, MANIFEST)):
+        if name.split(".")[0] not in {part.file.split(".")[0] for part in parts}:
+            storage.remove(storage.join(run_url, MANIFEST, name))
+    shards_per_part = max(1, layout.part_images // layout.shard_size)
+    shards = _shards(tables, layout.shard_size)
+    first = len(parts)
+    while (head := next(shards, None)) is not None:
+        rest = itertools.islice(shards, shards_per_part - 1)
+        parts.append(_write_part(run_url, itertools.chain([head], rest), parts, layout, source))
+        source = {}
+    if len(parts) == first:
         raise InputError("there is no image to plan")
-    sizes = [_num_bytes(record) for record in records]
-    size = shard_size(len(records), shard_size_setting, mean_bytes=sum(sizes) / len(sizes), shard_max_mb=shard_max_mb)
-    url = storage.join(run_url, MANIFEST, "part-0000.parquet")
+    return Manifest(run_url, tuple(parts))
+
+
+def _shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `size` rows; the last one may be shorter."""
+    waiting: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        waiting.append(table)
+        count += table.num_rows
+        if count < size:
+            continue
+        joined = pa.concat_tables(waiting)
+        whole = count - count % size
+        for start in range(0, whole, size):
+            yield joined.slice(start, size)
+        waiting, count = [joined.slice(whole)], count - whole
+    if count:
+        yield pa.concat_tables(waiting)
+
+
+def _write_part(
+    run_url: str, shards: Iterable[pa.Table], before: list[ManifestPart], layout: Layout, source: dict[str, Any]
+) -> ManifestPart:
+    """Write one part: the Parquet file first, then its sidecar, which makes it valid."""
+    name = f"part-{len(before):04d}"
+    url = storage.join(run_url, MANIFEST, f"{name}.parquet")
+    first_ordinal = 1 + sum(part.num_rows for part in before)
+    first_shard = sum(part.num_shards for part in before)
+    num_rows = num_shards = max_bytes = 0
     with storage.open_atomic(url) as file, pq.ParquetWriter(file, MANIFEST_SCHEMA, compression="zstd") as writer:
-        for shard, start in enumerate(range(0, len(records), size)):
-            writer.write_table(_rows(records[start : start + size], shard, data.images), row_group_size=size)
+        for listed in shards:
+            rows = _rows(listed, first_shard + num_shards, first_ordinal + num_rows)
+            writer.write_table(rows, row_group_size=layout.shard_size)
+            num_rows, num_shards = num_rows + rows.num_rows, num_shards + 1
+            max_bytes = max(max_bytes, int(encoded_bytes(listed).sum()))
     part = ManifestPart(
-        file="part-0000.parquet",
+        file=f"{name}.parquet",
         sha256=_sha256(url),
-        num_rows=len(records),
-        first_ordinal=1,
-        first_shard=0,
-        num_shards=-(-len(records) // size),
-        shard_size=size,
-        max_shard_bytes=max(sum(sizes[start : start + size]) for start in range(0, len(sizes), size)),
-        source={"info": source.info, "licenses": source.licenses, "categories": source.categories},
+        num_rows=num_rows,
+        first_ordinal=first_ordinal,
+        first_shard=first_shard,
+        num_shards=num_shards,
+        shard_size=layout.shard_size,
+        max_shard_bytes=max_bytes,
+        source=source,
     )
-    sidecar = json.dumps(asdict(part), indent=1).encode()
-    storage.write_atomic(storage.join(run_url, MANIFEST, "part-0000.json"), sidecar)
-    return Manifest(run_url, (part,))
+    storage.write_atomic(storage.join(run_url, MANIFEST, f"{name}.json"), json.dumps(asdict(part), indent=1).encode())
+    return part
 
 
-def load_manifest(run_url: str, *, verify: bool) -> Manifest | None:
+def _rows(listed: pa.Table, shard: int, first_ordinal: int) -> pa.Table:
+    """Rows of a listing as rows of the manifest."""
+    ids = listed["image_id"]
+    if ids.null_count:
+        ids = pa.array(np.arange(first_ordinal, first_ordinal + listed.num_rows), pa.int64())
+    columns = {"image_id": ids, "shard": pa.array(np.full(listed.num_rows, shard), pa.int64())}
+    return pa.table(
+        [columns.get(name, listed[name] if name not in columns else None) for name in MANIFEST_SCHEMA.names],
+        schema=MANIFEST_SCHEMA,
+    )
+
+
+def load_manifest(run_url: str, *, verify: bool, num_parts: int | None = None) -> Manifest | None:
     """The manifest of a run directory; None when it has none, or only a half-written one.
 
     Args:
         run_url: the run directory.
         verify: compare each part's bytes with its hash.
+        num_parts: look at the first so many parts only: further ones are of an extension that did not end.
 
     Raises:
         GuardError: a part is missing, damaged or changed; names it.
     """
-    parts = []
+    parts: list[ManifestPart] = []
     for name in storage.list_names(storage.join(run_url, MANIFEST)):
         if not name.endswith(".json"):
             continue
+        if len(parts) == num_parts:
+            break
         url = storage.join(run_url, MANIFEST, name)
         try:
             part = ManifestPart(**json.loads(storage.read_bytes(url)))
@@ -217,28 +290,3 @@ def _sha256(url: str) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _num_bytes(record: ImageRecord) -> int:
-    """Encoded size of an image: known, or estimated from its pixels, or a usual one."""
-    if record.num_bytes is not None:
-        return record.num_bytes
-    if record.height is not None and record.width is not None:
-        return int(record.height * record.width * _BYTES_PER_PIXEL)
-    return _UNKNOWN_BYTES
-
-
-def _rows(records: Any, shard: int, root: str) -> pa.Table:
-    columns: dict[str, list[Any]] = {
-        "image_id": [record.image_id for record in records],
-        "file_name": [record.file_name for record in records],
-        "uri": [storage.join(root, record.file_name) for record in records],
-        "member": [None] * len(records),
-        "offset": [None] * len(records),
-        "length": [None] * len(records),
-        "shard": [shard] * len(records),
-        "height": [record.height for record in records],
-        "width": [record.width for record in records],
-        "extra": [json.dumps(record.extra) if record.extra else None for record in records],
-    }
-    return pa.table(columns, schema=MANIFEST_SCHEMA)

@@ -149,3 +149,56 @@ class LazyDisplay:
             self._task = self._progress.add_task("annotate", total=state["images"], line=line)
             self._progress.start()
         self._progress.update(self._task, completed=state["done"], line=line)
+
+
+class CountDisplay:
+    """Images counted in one step after another: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, *, interval_s: float) -> None:
+        """Prepare to show.
+
+        Args:
+            console: where to.
+            interval_s: seconds between two lines.
+        """
+        self._interval_s = interval_s
+        self._bar = (
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]} images/s"),
+                TimeElapsedColumn(),
+                console=console,
+            )
+            if console.is_terminal
+            else None
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._starts: dict[str, float] = {}
+        self._told = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, what: str, done: int, total: int | None) -> None:
+        """Tell that so many images are `what`."""
+        now = time.monotonic()
+        start = self._starts.setdefault(what, now)
+        rate = done / (now - start) if now > start else 0.0
+        if self._bar is not None:
+            if what not in self._tasks:
+                self._tasks[what] = self._bar.add_task(what, total=total, rate="")
+            self._bar.update(self._tasks[what], completed=done, total=total, rate=f"{rate:,.0f}")
+        elif now - self._told >= self._interval_s:
+            self._told = now
+            left = f" of {total:,} · ETA {duration((total - done) / rate)}" if total is not None and rate > 0 else ""
+            _log.info("%s %s%s · %s images/s", what, f"{done:,}", left, f"{rate:,.0f}")

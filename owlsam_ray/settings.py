@@ -112,7 +112,9 @@ class DataConfig(Section):
         if not by_json and self.annotations is not None:
             raise ValueError(f"source: {self.source} takes no data.annotations; did you mean source: coco?")
         if by_files and not self.files:
-            raise ValueError(f"source: {self.source} needs data.files, the {'tables' if self.source == 'table' else 'tar files'}")
+            raise ValueError(
+                f"source: {self.source} needs data.files, the {'tables' if self.source == 'table' else 'tar files'}"
+            )
         if not by_files and self.files:
             raise ValueError(f"source: {self.source} takes no data.files; did you mean source: table or webdataset?")
         if not by_files and self.images is None:

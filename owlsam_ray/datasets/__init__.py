@@ -2,7 +2,7 @@
 
 from owlsam_ray.datasets.coco import list_coco
 from owlsam_ray.datasets.folder import list_folder
-from owlsam_ray.datasets.source import Container, ImageRecord, Listing, ListingOptions
+from owlsam_ray.datasets.source import DEFAULTS, Container, ImageRecord, Listing, ListingOptions
 from owlsam_ray.settings import DataConfig
 
 __all__ = ["Container", "ImageRecord", "Listing", "ListingOptions", "list_images"]
@@ -13,7 +13,7 @@ _SOURCES = {
 }
 
 
-def list_images(config: DataConfig, options: ListingOptions = ListingOptions()) -> Listing:
+def list_images(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
     """List the images that a config names.
 
     Raises:

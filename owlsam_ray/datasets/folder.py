@@ -5,6 +5,7 @@ from typing import Any
 
 from owlsam_ray import storage
 from owlsam_ray.datasets.source import (
+    DEFAULTS,
     ImageRecord,
     Listing,
     ListingOptions,
@@ -16,7 +17,7 @@ from owlsam_ray.errors import InputError
 from owlsam_ray.settings import DataConfig
 
 
-def list_folder(config: DataConfig, options: ListingOptions = ListingOptions()) -> Listing:
+def list_folder(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
     """List image files recursively, ordered by their full relative path.
 
     Files and folders whose name begins with a dot are left out. Linked folders are not entered, so a loop of links does

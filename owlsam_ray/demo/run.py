@@ -22,7 +22,8 @@ from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
 from owlsam_ray.demo.drawing import Split
 from owlsam_ray.demo.models import check_shipped, model_settings
 from owlsam_ray.errors import ConfigError, GuardError
-from owlsam_ray.guard import RUN_FILE, check_writable, plan_run
+from owlsam_ray.guard import RUN_FILE, check_writable
+from owlsam_ray.plan import plan_run
 from owlsam_ray.resources import export_ray_environment
 
 CONFIG_FILE, SHEET_FILE, PICTURES = "run.yaml", "contact_sheet.png", "drawn"
@@ -215,7 +216,7 @@ def _draw_sheet(config: RunConfig, root: Path) -> None:
 
     pictures = read_labelled(
         str(root / "coco" / "annotations.json"),
-        config.data.images,
+        config.data.images or "",
         min_score=config.evaluate.score_threshold,
         count=_SHEET_PICTURES,
     )

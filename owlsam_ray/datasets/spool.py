@@ -1,0 +1,182 @@
+"""A listing on a local disk: which images are wanted, whether any repeats, and the rows again in their order.
+
+In memory an image costs 16 bytes for the digest of its name and 8 for its id; everything else waits in a temporary
+file.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from owlsam_ray.datasets.source import LISTING_SCHEMA, Listing, encoded_bytes
+
+_DIGEST_BYTES = 16
+"""So many that two names out of 10⁸ share a digest with a probability below 10⁻²²."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which images of a listing are wanted."""
+
+    limit: int | None = None
+    """The first so many of those that pass the filters."""
+    sample: int | None = None
+    """So many of those that pass the filters, by chance."""
+    seed: int = 0
+    splits: tuple[str, ...] = ()
+    """None given: all."""
+    image_ids: NDArray[np.int64] | None = None
+    """Rising; None: all."""
+
+
+@dataclass(slots=True)
+class Spool:
+    """N rows of a listing that passed the filters, in its order."""
+
+    path: Path
+    starts: NDArray[np.int64]
+    """First row of each batch of the file, and N at the end."""
+    digests: NDArray[np.bytes_]
+    """(N,) 16-byte digests of the file names."""
+    ids: NDArray[np.int64] | None
+    """(N,) ids; None when the source gives none."""
+    mean_bytes: float
+    """Of an encoded image, estimated where the listing does not tell."""
+    num_listed: int
+    """Rows before the filters; those up to the limit, where reading stopped there."""
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def tables(self, wanted: NDArray[np.bool_]) -> Iterator[pa.Table]:
+        """The rows of `LISTING_SCHEMA` that are wanted, in order; (N,) mask."""
+        with pa.OSFile(str(self.path)) as file, pa.ipc.open_file(file) as reader:
+            for batch in range(reader.num_record_batches):
+                mask = wanted[self.starts[batch] : self.starts[batch + 1]]
+                if mask.any():
+                    yield pa.Table.from_batches([reader.get_batch(batch)]).filter(pa.array(mask))
+
+    def rows_at(self, positions: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """A few rows as plain values, by position."""
+        rows = []
+        with pa.OSFile(str(self.path)) as file, pa.ipc.open_file(file) as reader:
+            for position in positions.tolist():
+                batch = int(np.searchsorted(self.starts, position, side="right")) - 1
+                rows += reader.get_batch(batch).slice(position - int(self.starts[batch]), 1).to_pylist()
+        return rows
+
+
+def spool_listing(
+    listing: Listing,
+    path: Path,
+    selection: Selection,
+    *,
+    stop_at_limit: bool,
+    show: Callable[[int, int | None], None] = lambda done, total: None,
+) -> Spool:
+    """Read a listing to its end, or to the limit, and keep what passes the filters.
+
+    Args:
+        listing: is used up.
+        path: of the temporary file.
+        selection: its splits and ids are looked at here, its limit when reading may stop there.
+        stop_at_limit: read no further once `selection.limit` rows passed.
+        show: called with the rows read and the total where it is known.
+
+    Raises:
+        InputError: whatever the source finds wrong.
+        OSError: the temporary file cannot be written.
+    """
+    starts, digests, ids, listed, kept, encoded = [0], [], [], 0, 0, 0
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    limit = selection.limit if stop_at_limit else None
+    with (
+        contextlib.closing(listing.tables) if hasattr(listing.tables, "close") else contextlib.nullcontext(),
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_file(file, LISTING_SCHEMA, options=options) as writer,
+    ):
+        for table in listing.tables:
+            listed += table.num_rows
+            table = _filtered(table, selection)
+            if limit is not None:
+                table = table.slice(0, limit - kept)
+            if table.num_rows:
+                batch = table.combine_chunks().to_batches()[0]
+                writer.write_batch(batch)
+                kept += batch.num_rows
+                starts.append(kept)
+                encoded += int(encoded_bytes(table).sum())
+                digests.append(digests_of(batch.column("file_name")))
+                if listing.has_ids:
+                    ids.append(batch.column("image_id").to_numpy())
+            show(listed, listing.total)
+            if kept == limit:
+                break
+    return Spool(
+        path=path,
+        starts=np.array(starts, np.int64),
+        digests=np.concatenate([*digests, np.empty(0, f"S{_DIGEST_BYTES}")]),
+        ids=np.concatenate([*ids, np.empty(0, np.int64)]) if listing.has_ids else None,
+        mean_bytes=encoded / max(kept, 1),
+        num_listed=listed,
+    )
+
+
+def digests_of(names: pa.Array) -> NDArray[np.bytes_]:
+    """(N,) 16-byte digests of N names."""
+    blake2b = hashlib.blake2b
+    joined = b"".join(blake2b(name.encode(), digest_size=_DIGEST_BYTES).digest() for name in names.to_pylist())
+    return np.frombuffer(joined, f"S{_DIGEST_BYTES}")
+
+
+def sample_mask(digests: NDArray[np.bytes_], count: int, seed: int) -> NDArray[np.bool_]:
+    """(N,) which of N images a sample holds.
+
+    An image's rank depends on its name and the seed alone, and the lowest ranks are taken (bottom-k sampling): so a
+    larger sample holds the smaller one, and new images disturb the choice among the old ones as little as they can.
+
+    Args:
+        digests: (N,) of the names, distinct.
+        count: all are taken when there are no more.
+        seed: another one gives another sample.
+    """
+    if count >= len(digests):
+        return np.ones(len(digests), np.bool_)
+    words = np.frombuffer(digests.tobytes(), np.uint64).reshape(-1, 2)
+    # The finaliser of splitmix64 (Steele, Lea, Flood 2014) mixes the seed in.
+    ranks = words[:, 0] ^ np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
+    with np.errstate(over="ignore"):
+        ranks = (ranks ^ (ranks >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        ranks = (ranks ^ (ranks >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    ranks ^= ranks >> np.uint64(31)
+    mask = np.zeros(len(digests), np.bool_)
+    mask[np.argpartition(ranks, count)[:count]] = True
+    return mask
+
+
+def repeats(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions whose value stands at an earlier position as well, rising, and for each of them the first position."""
+    order = np.argsort(values, kind="stable")
+    again = np.concatenate([[False], values[order[1:]] == values[order[:-1]]]) if len(order) else np.zeros(0, np.bool_)
+    heads = np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))
+    later, first = order[again], order[heads[again]]
+    rising = np.argsort(later)
+    return later[rising].astype(np.int64), first[rising].astype(np.int64)
+
+
+def _filtered(table: pa.Table, selection: Selection) -> pa.Table:
+    if selection.splits:
+        folder = pc.struct_field(pc.extract_regex(table["file_name"], r"^(?P<first>[^/]+)/"), "first")
+        split = pc.coalesce(table["split"], folder)
+        table = table.filter(pc.is_in(split, value_set=pa.array(selection.splits, pa.string())))
+    if selection.image_ids is not None:
+        table = table.filter(pc.is_in(table["image_id"], value_set=pa.array(selection.image_ids)))
+    return table

@@ -1,0 +1,310 @@
+"""Which images a run labels, in which shards: listed once, then only appended to.
+
+A listing streams through a temporary file on this machine's disk, where repeated images are found and a selection is
+made; only then are ids and shards frozen. `run.json` is written last and says how many parts of the manifest count, so
+that a plan or an extension that is killed leaves nothing that another call would take for whole.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from owlsam_ray import __version__, storage
+from owlsam_ray.config import PlanConfig, RunConfig
+from owlsam_ray.datasets import Listing, ListingOptions, list_images
+from owlsam_ray.datasets.source import raise_offences
+from owlsam_ray.datasets.spool import Selection, Spool, digests_of, repeats, sample_mask, spool_listing
+from owlsam_ray.errors import GuardError, InputError
+from owlsam_ray.guard import (
+    RUN_FILE,
+    RunRecord,
+    check_config,
+    check_same_vocabulary,
+    load_record,
+    load_run_manifest,
+    run_directory,
+    save_record,
+)
+from owlsam_ray.manifest import Layout, Manifest, shard_size, write_parts
+from owlsam_ray.stages.suppress import label_thresholds
+from owlsam_ray.vocabulary import resolve_vocabulary
+
+_log = logging.getLogger(__name__)
+
+Show = Callable[[str, int, int | None], None]
+"""Called with what is done (`listed`, `verified`, `planned`), how many images, and of how many where that is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A planned run."""
+
+    record: RunRecord
+    manifest: Manifest
+    new: int
+    """Images that this call added; 0: it was planned already."""
+    listed: int | None = None
+    """Images in the listing, as far as it was read; None when this call did not list."""
+    repeated: int = 0
+    """Images of the listing that were left out because they stand in it twice (`plan.duplicates: first`)."""
+
+
+def _silent(what: str, done: int, total: int | None) -> None:
+    pass
+
+
+def plan_run(config: RunConfig, *, extend: bool = False, show: Show = _silent) -> Plan:
+    """List the images once and freeze the layout; an existing plan is checked and kept.
+
+    Args:
+        config: of the run.
+        extend: add the images of the listing that the run does not have yet, as further shards. Old shards stay as they
+            are; images that are no longer listed stay as well.
+        show: progress.
+
+    Raises:
+        InputError: the dataset or the vocabulary is wrong, a threshold is for a category that is not in it, or there is
+            nothing to extend.
+        GuardError: the directory was planned with other settings, or holds something else; or the listing contradicts
+            the images that are planned already.
+    """
+    run_url = run_directory(config)
+    record = load_record(run_url)
+    if record is None:
+        if extend:
+            raise InputError(f"{run_url} holds no plan to extend (no {RUN_FILE}): call `owlsam plan` without --extend")
+        if storage.list_names(storage.join(run_url, "predictions")):
+            raise GuardError(
+                f"{run_url} holds predictions but no {RUN_FILE}: restore that file, or choose another directory"
+            )
+        return _freeze(config, show=show)
+    check_config(config, record, data_too=not extend)
+    manifest = load_run_manifest(run_url, record)
+    if extend:
+        return _freeze(config, show=show, before=Plan(record, manifest, 0))
+    _tell_other_selection(config.plan, record)
+    return Plan(record, manifest, 0)
+
+
+def _freeze(config: RunConfig, *, show: Show, before: Plan | None = None) -> Plan:
+    """List, select, write the parts, and make them count."""
+    run_url = run_directory(config)
+    listing = list_dataset(config)
+    vocabulary = resolve_vocabulary(config.vocabulary, listing.categories)
+    label_thresholds(config.suppress, [category.name for category in vocabulary.categories])
+    if before is not None:
+        check_same_vocabulary(vocabulary, before.record, run_url)
+    with tempfile.TemporaryDirectory(prefix="owlsam-plan-") as folder:
+        spool, wanted, repeated = select_images(
+            listing, config.plan, Path(folder), show=show, before=before.manifest if before else None
+        )
+        count = int(wanted.sum())
+        if count == 0 and before is not None:
+            return Plan(before.record, before.manifest, 0, listed=spool.num_listed, repeated=repeated)
+        if count == 0:
+            raise InputError(_nothing_left(config.plan, spool.num_listed))
+        size = shard_size(
+            count,
+            config.resources.shard_size,
+            mean_bytes=spool.mean_bytes,
+            shard_max_mb=config.resources.shard_max_mb,
+        )
+        manifest = write_parts(
+            run_url,
+            _counted(spool.tables(wanted), "planned", count, show),
+            Layout(shard_size=size, part_images=config.plan.part_images),
+            source={"info": listing.info, "licenses": listing.licenses, "categories": listing.categories},
+            before=before.manifest if before else None,
+        )
+    fields = {
+        "config": config.model_dump(mode="json", exclude={"run"}),
+        "layout_hash": manifest.layout_hash,
+        "num_parts": len(manifest.parts),
+    }
+    if before is None:
+        record = RunRecord(
+            owlsam_version=__version__,
+            categories=vocabulary.categories,
+            queries=vocabulary.queries,
+            ids_per_image=config.detector.max_detections,
+            **fields,
+        )
+    else:
+        record = before.record.model_copy(update=fields)
+    save_record(run_url, record)
+    return Plan(record, manifest, count, listed=spool.num_listed, repeated=repeated)
+
+
+def list_dataset(config: RunConfig) -> Listing:
+    """The listing that a config names, before any selection.
+
+    Raises:
+        InputError: see the sources.
+    """
+    workers = config.plan.workers if config.plan.workers != "auto" else len(os.sched_getaffinity(0))
+    return list_images(
+        config.data, ListingOptions(workers=workers, keep_whole=config.plan.damaged_files == "keep_whole")
+    )
+
+
+def select_images(
+    listing: Listing, plan: PlanConfig, folder: Path, *, show: Show = _silent, before: Manifest | None = None
+) -> tuple[Spool, NDArray[np.bool_], int]:
+    """Spool a listing and choose among its images.
+
+    Args:
+        listing: is used up.
+        plan: the choice.
+        folder: for temporary files.
+        show: progress.
+        before: a manifest whose images are not chosen again.
+
+    Returns:
+        N spooled images; (N,) which of them are chosen; how many were left out because they are listed twice.
+
+    Raises:
+        InputError: the source is wrong; images repeat; categories are asked for that the dataset does not have.
+        GuardError: the listing contradicts `before`.
+    """
+    keep_first = plan.duplicates == "first"
+    selection = Selection(
+        limit=plan.limit,
+        sample=plan.sample,
+        seed=plan.seed,
+        splits=plan.splits,
+        image_ids=_annotated_images(listing, plan.categories) if plan.categories else None,
+    )
+    spool = spool_listing(
+        listing,
+        folder / "listing.arrow",
+        selection,
+        stop_at_limit=not keep_first,
+        show=lambda done, total: show("listed", done, total),
+    )
+    distinct = _check_repeats(spool, keep_first=keep_first)
+    wanted = distinct.copy()
+    if plan.limit is not None:
+        wanted &= np.cumsum(distinct) <= plan.limit
+    if plan.sample is not None:
+        wanted[np.flatnonzero(distinct)] = sample_mask(spool.digests[distinct], plan.sample, plan.seed)
+    if before is not None:
+        wanted &= ~_already_planned(spool, before)
+    return spool, wanted, int((~distinct).sum())
+
+
+def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[np.int64]:
+    """Rising ids of the images with an annotation of one of these categories."""
+    if listing.annotated is None:
+        raise InputError("plan.categories selects by annotations, and this dataset has none: leave it out")
+    ids = {entry.get("name"): entry.get("id") for entry in listing.categories}
+    known = set(ids.values())
+    unknown = [each for each in wanted if each not in ids and each not in known]
+    if unknown:
+        names = ", ".join(repr(name) for name in list(ids)[:5])
+        raise InputError(
+            f"plan.categories names {unknown[0]!r}, which is not among the {len(ids)} categories of the dataset "
+            f"({names}, …)"
+        )
+    chosen = np.array(sorted({ids.get(each, each) for each in wanted}), np.int64)
+    found = [np.empty(0, np.int64)]
+    for table in listing.annotated():
+        hits = np.isin(table["category_id"].to_numpy(), chosen)
+        found.append(np.unique(table["image_id"].to_numpy()[hits]))
+    return np.unique(np.concatenate(found))
+
+
+def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
+    """(N,) whether an image is there for the first time.
+
+    Raises:
+        InputError: one is there twice, and may not be; or two have the same id.
+    """
+    distinct = np.ones(len(spool), np.bool_)
+    later, first = repeats(spool.digests)
+    distinct[later] = False
+    offences = []
+    if spool.ids is not None:
+        again, earlier = repeats(np.where(distinct, spool.ids, -1 - np.arange(len(spool))))
+        pairs = zip(spool.rows_at(again[:5]), spool.rows_at(earlier[:5]), strict=True)
+        offences += [
+            f"id {row['image_id']} is given to both {other['file_name']!r} and {row['file_name']!r}"
+            for row, other in pairs
+        ]
+        offences += ["another id that is given twice"] * max(0, len(again) - 5)
+    if len(later) and not keep_first:
+        pairs = zip(spool.rows_at(later[:5]), spool.rows_at(first[:5]), strict=True)
+        offences += [f"{row['file_name']!r} is listed twice{_ids(other, row)}" for row, other in pairs]
+        offences += ["another image that is listed twice"] * max(0, len(later) - 5)
+    raise_offences(
+        "the listing",
+        offences,
+        "Mend the dataset: ids and file names must be unique. With plan.duplicates=first an image that is listed twice "
+        "counts once.",
+    )
+    return distinct
+
+
+def _ids(row: dict[str, Any], other: dict[str, Any]) -> str:
+    return "" if row["image_id"] is None else f", as id {row['image_id']} and as id {other['image_id']}"
+
+
+def _already_planned(spool: Spool, manifest: Manifest) -> NDArray[np.bool_]:
+    """(N,) whether an image of the listing stands in a manifest.
+
+    Raises:
+        GuardError: an image has another id there, or an id another image.
+    """
+    digests, ids = [], []
+    for table in manifest.iter_images():
+        digests.append(digests_of(table["file_name"]))
+        ids.append(table["image_id"].to_numpy())
+    planned, planned_ids = np.concatenate(digests), np.concatenate(ids)
+    order = np.argsort(planned)
+    place = np.minimum(np.searchsorted(planned, spool.digests, sorter=order), len(planned) - 1)
+    old: NDArray[np.bool_] = planned[order[place]] == spool.digests
+    if spool.ids is None:
+        return old
+    moved = np.flatnonzero(old & (planned_ids[order[place]] != spool.ids))
+    taken = np.flatnonzero(~old & np.isin(spool.ids, planned_ids))
+    for positions, what in ((moved, "has another id in the run"), (taken, "has the id of another image of the run")):
+        if len(positions):
+            row = spool.rows_at(positions[:1])[0]
+            raise GuardError(
+                f"{len(positions)} images of the listing contradict the plan of {manifest.run_url}: "
+                f"{row['file_name']!r} (id {row['image_id']}) {what}. Mend the listing, or use another directory."
+            )
+    return old
+
+
+def _counted(tables: Iterable[pa.Table], what: str, total: int, show: Show) -> Iterator[pa.Table]:
+    done = 0
+    for table in tables:
+        yield table
+        done += table.num_rows
+        show(what, done, total)
+
+
+def _nothing_left(plan: PlanConfig, listed: int) -> str:
+    chosen = plan.model_dump(mode="json", include={"splits", "categories"}, exclude_defaults=True)
+    if chosen and listed:
+        return f"none of {listed} images passes {', '.join(f'plan.{key}={value}' for key, value in chosen.items())}"
+    return "there is no image to plan"
+
+
+def _tell_other_selection(plan: PlanConfig, record: RunRecord) -> None:
+    """Say so when a plan that is kept was made with another selection than is asked for now."""
+    fields = {"limit", "sample", "seed", "splits", "categories"}
+    before = record.stored_config().plan.model_dump(mode="json", include=fields, exclude_defaults=True)
+    if plan.model_dump(mode="json", include=fields, exclude_defaults=True) != before:
+        _log.warning(
+            "the run was planned with the selection %s, which is kept; `owlsam plan --extend` adds what it lacks",
+            before or "of all images",
+        )
