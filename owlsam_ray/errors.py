@@ -4,6 +4,7 @@ OwlsamError
 ├── ImageError              fails one image; becomes a row, never stops the run
 ├── ConfigError         2   the run file or the command line
 ├── InputError          2   the dataset, the vocabulary, a path
+│   └── StorageSetupError   no credentials, or no package, to ask a storage with
 ├── WeightsError        2   weights that are missing or of another layout
 ├── TrainingError       5   a training that cannot go on: a loss that is not finite
 ├── PreflightError      2   the run cannot start on these resources (law 10)
@@ -70,6 +71,10 @@ class ConfigError(OwlsamError):
 
 class InputError(OwlsamError):
     """The dataset, the vocabulary or a path is wrong."""
+
+
+class StorageSetupError(InputError):
+    """No credentials, or no package, to ask a storage with on this machine; no property of a file."""
 
 
 class WeightsError(OwlsamError):

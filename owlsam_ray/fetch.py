@@ -1,14 +1,34 @@
-"""Shard number → encoded bytes of its images, through fsspec. Whatever goes wrong with one file becomes a reason."""
+"""Shard number → encoded bytes of its images, from any storage. Whatever goes wrong with one image becomes a reason.
+
+Images in tar and Parquet files are read with their neighbours (`packed.py`).
+"""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from owlsam_ray import storage
+from owlsam_ray.datasets import Container
 from owlsam_ray.errors import FailureClass, ImageError, InputError
 from owlsam_ray.manifest import Manifest
+from owlsam_ray.packed import (
+    MEGABYTE as MEGABYTE,
+)
+from owlsam_ray.packed import (
+    Cell,
+    Member,
+    Outcome,
+    Outcomes,
+    image_error,
+    parquet_tasks,
+    tar_tasks,
+    too_large,
+)
 from owlsam_ray.records import EncodedImage
 
 FETCHED_SCHEMA = pa.schema(
@@ -24,35 +44,84 @@ FETCHED_SCHEMA = pa.schema(
     ]
 )
 
-MEGABYTE = 10**6
-
 
 def fetch_shard(manifest: Manifest, shard: int, *, threads: int, max_file_mb: int) -> pa.Table:
-    """Read the files of one shard.
+    """Read the images of one shard.
 
     Args:
         manifest: of the run.
         shard: its number.
-        threads: files read at once.
-        max_file_mb: larger files fail as `too_large`, and are read no further.
+        threads: requests at once.
+        max_file_mb: larger images fail as `too_large`, and are read no further.
 
     Returns:
         `FETCHED_SCHEMA`, one row per image in manifest order.
+
+    Raises:
+        StorageSetupError: no credentials, or no package, to ask the storage with; no property of an image.
+        OSError: the manifest cannot be read.
     """
     rows = manifest.read_shard(shard).to_pylist()
-    with ThreadPoolExecutor(max(1, min(threads, len(rows)))) as pool:
-        fetched = list(pool.map(lambda row: _fetch(row, max_file_mb * MEGABYTE), rows))
+    fetched = fetch_rows(rows, threads=threads, max_bytes=max_file_mb * MEGABYTE)
+    failures = [outcome if isinstance(outcome, ImageError) else None for outcome in fetched]
     columns: dict[str, list[Any]] = {
         "shard": [shard] * len(rows),
         "shard_rows": [len(rows)] * len(rows),
         "image_id": [row["image_id"] for row in rows],
         "height": [row["height"] for row in rows],
         "width": [row["width"] for row in rows],
-        "data": [data for data, _, _ in fetched],
-        "reason": [reason for _, reason, _ in fetched],
-        "status_class": [failure_class for _, _, failure_class in fetched],
+        "data": [None if isinstance(outcome, ImageError) else outcome for outcome in fetched],
+        "reason": [failure.reason if failure else None for failure in failures],
+        "status_class": [str(failure.failure_class) if failure else None for failure in failures],
     }
     return pa.table(columns, schema=FETCHED_SCHEMA)
+
+
+def fetch_rows(rows: Sequence[dict[str, Any]], *, threads: int, max_bytes: int) -> list[Outcome]:
+    """Read images wherever they lie.
+
+    Args:
+        rows: of a manifest or a listing: `uri`, `container`, `member`, `offset`, `length`.
+        threads: requests at once.
+        max_bytes: larger images fail as `too_large`, and are read no further.
+
+    Returns:
+        For each row the encoded image, or the error that it fails with.
+
+    Raises:
+        StorageSetupError: no credentials, or no package, to ask the storage with.
+    """
+    outcomes: list[Outcome | None] = [None] * len(rows)
+    with ThreadPoolExecutor(max(1, min(threads, len(rows)))) as pool:
+        tasks = [pool.submit(task) for task in _tasks(rows, max_bytes, pool)]
+        for task in tasks:
+            for position, outcome in task.result():
+                outcomes[position] = outcome
+    return [outcome if outcome is not None else ImageError("missing") for outcome in outcomes]
+
+
+def _tasks(rows: Sequence[dict[str, Any]], max_bytes: int, pool: Executor) -> Iterator[Callable[[], Outcomes]]:
+    """Calls that read one file, one span of a tar file, or one row group."""
+    members: dict[str, list[Member]] = defaultdict(list)
+    cells: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for position, row in enumerate(rows):
+        if row["container"] == Container.TAR:
+            members[row["uri"]].append(Member(position, row["offset"], row["length"]))
+        elif row["container"] == Container.PARQUET:
+            cells[row["uri"], row["member"]].append(Cell(position, row["offset"]))
+        else:
+            yield partial(_fetch_plain, position, row["uri"], max_bytes)
+    for uri, inside in members.items():
+        yield from tar_tasks(uri, inside, max_bytes=max_bytes)
+    for (uri, column), inside_table in cells.items():
+        yield from parquet_tasks(uri, column, inside_table, max_bytes=max_bytes, executor=pool)
+
+
+def _fetch_plain(position: int, uri: str, max_bytes: int) -> Outcomes:
+    try:
+        return [(position, fetch_file(uri, max_bytes=max_bytes))]
+    except ImageError as error:
+        return [(position, error)]
 
 
 def to_images(fetched: pa.Table) -> list[EncodedImage]:
@@ -74,41 +143,26 @@ def to_images(fetched: pa.Table) -> list[EncodedImage]:
     return images
 
 
-def fetch_file(uri: str, *, max_bytes: int, start: int = 0, length: int | None = None) -> bytes:
-    """The bytes of one image.
+def fetch_file(uri: str, *, max_bytes: int) -> bytes:
+    """The bytes of an image that is a file of its own.
 
     Args:
         uri: path or fsspec URL.
         max_bytes: larger files are refused, and read no further.
-        start: where the image begins in the file.
-        length: bytes that it has; None: up to the end of the file.
 
     Raises:
-        ImageError: `missing`, `not_a_file`, `bad_uri`, `too_large` or `fetch_failed` (the only transient one).
+        ImageError: `missing`, `forbidden`, `not_a_file`, `bad_uri`, `too_large` or `fetch_failed` (the only transient
+            one).
+        StorageSetupError: no credentials, or no package, to ask the storage with.
     """
-    length = length if length is not None else max_bytes + 1
     try:
         filesystem, path = storage.open_filesystem(uri)
         # A named pipe would be waited for.
         if storage.is_local(filesystem) and os.path.exists(path) and not os.path.isfile(path):
             raise ImageError("not_a_file")
-        data = filesystem.cat_file(path, start=start, end=start + min(length, max_bytes + 1))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ImageError("missing") from None
-    except InputError as error:
-        raise ImageError(f"bad_uri: {error}") from None
-    except OSError as error:
-        detail = error.strerror or str(error) or type(error).__name__
-        raise ImageError(f"fetch_failed: {detail}", FailureClass.TRANSIENT) from None
+        data = storage.read_range(uri, 0, max_bytes + 1)
+    except (OSError, InputError) as error:
+        raise image_error(error) from None
     if len(data) > max_bytes:
-        raise ImageError(f"too_large: more than {max_bytes // MEGABYTE} MB")
-    return bytes(data)
-
-
-def _fetch(row: dict[str, Any], max_bytes: int) -> tuple[bytes | None, str | None, str | None]:
-    """The bytes of one image; or None, a reason and its class."""
-    try:
-        data = fetch_file(row["uri"], max_bytes=max_bytes, start=row["offset"] or 0, length=row["length"])
-    except ImageError as error:
-        return None, error.reason, str(error.failure_class)
-    return data, None, None
+        raise too_large(max_bytes)
+    return data

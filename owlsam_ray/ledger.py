@@ -108,14 +108,16 @@ def read_footer(run_url: str, shard: int) -> ShardFooter:
 
     Raises:
         IncompleteError: the file is damaged or foreign; names it and how to redo it.
+        OSError: storage gave up, which says nothing about the file.
     """
     url = shard_url(run_url, shard)
-    filesystem, path = storage.open_filesystem(url)
     try:
-        with filesystem.open(path, "rb") as file:
+        with storage.open_input(url) as file:
             metadata = pq.read_metadata(file)
         footer = ShardFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow's own have no number
+            raise
         raise corrupt_shard(url, f"{type(error).__name__}: {error}") from None
     if footer.shard != shard or footer.num_rows != metadata.num_rows:
         raise corrupt_shard(

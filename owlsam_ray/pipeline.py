@@ -56,6 +56,10 @@ class Job:
     stop_url: str
     """Once this file exists no shard is begun any more."""
 
+    def enter(self) -> None:
+        """What a process does first: ask storage as the run file says."""
+        storage.configure(self.config.storage.policy())
+
     def stopping(self) -> bool:
         """Whether the attempt was asked to stop."""
         return storage.exists(self.stop_url)
@@ -69,6 +73,7 @@ class FetchShard:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """One row of `shard` to `FETCHED_SCHEMA`; no rows once the attempt was asked to stop."""
+        self._job.enter()
         if self._job.stopping():
             return FETCHED_SCHEMA.empty_table()
         config = self._job.config
@@ -93,6 +98,7 @@ class Annotator:
         from owlsam_ray.engine import load_engine
 
         self._job = job
+        job.enter()
         torch.set_num_threads(job.allocation.torch_threads)
         # fp32 means fp32 (TF32 keeps ten bits of it), and a convolution must not be another one from call to call.
         torch.backends.cudnn.allow_tf32 = False
@@ -123,6 +129,7 @@ class ShardSink(Datasink[list[int]]):
 
     def __init__(self, job: Job) -> None:
         self._run_url = job.run_url
+        self._enter = job.enter
         self._fingerprint = job.record.fingerprint or ""
         self._numerics = job.record.numerics_id
 
@@ -133,6 +140,7 @@ class ShardSink(Datasink[list[int]]):
             ValueError: a block holds a part of a shard, or more than one.
             OSError: storage refused.
         """
+        self._enter()
         written = []
         for block in blocks:
             rows = BlockAccessor.for_block(block).to_arrow()

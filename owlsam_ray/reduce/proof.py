@@ -74,16 +74,17 @@ def read_shard(
 
     Raises:
         IncompleteError: names the file, what is wrong with it, and how to redo it.
+        OSError: storage gave up, which says nothing about the file.
     """
     url = shard_url(run_url, shard)
     footer = read_footer(run_url, shard)
     if footer.fingerprint != fingerprint:
         raise corrupt_shard(url, "it has another label fingerprint")
-    filesystem, path = storage.open_filesystem(url)
     try:
-        with filesystem.open(path, "rb") as file:
-            table = pq.read_table(file)
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(url)))
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of storage; Arrow's own have no number
+            raise
         raise corrupt_shard(url, f"{type(error).__name__}: {error}") from None
     if not table.schema.equals(PREDICTION_SCHEMA):
         raise corrupt_shard(url, "its columns are not those of schema version 1")

@@ -2,8 +2,8 @@
 
 Every request to a remote store is repeated after throttling, server errors, cut connections and timeouts, as
 `configure` says. What fails for good leaves as an `OSError` (`FileNotFoundError` for 404, `PermissionError` for 403,
-`TimeoutError`) that names URL, host, answer and tries; without credentials, or with a URL that no library takes, as an
-`InputError`. Listings are never taken from a cache.
+`TimeoutError`) that names URL, host, answer and tries; without credentials as a `StorageSetupError`, with a URL that no
+library takes as an `InputError`. Listings are never taken from a cache.
 """
 
 from owlsam_ray.storage.asking import StoragePolicy, configure, forget_clients, is_local, join, open_filesystem

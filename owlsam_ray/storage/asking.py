@@ -14,7 +14,7 @@ import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, StorageSetupError
 from owlsam_ray.storage.clients import KINDS, Client, open_client
 from owlsam_ray.storage.trouble import Trouble, understand
 
@@ -89,7 +89,8 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path inside it. Its own methods try nothing again.
 
     Raises:
-        InputError: the scheme is unknown, or its package is not installed.
+        InputError: the scheme is unknown.
+        StorageSetupError: its package is not installed.
     """
     client, path = open_url(url)
     return client.filesystem, path
@@ -99,7 +100,8 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
     """The client of a path or URL, and the path inside its file system; `in_parts`: for a large upload.
 
     Raises:
-        InputError: the scheme is unknown, or its package is not installed.
+        InputError: the scheme is unknown.
+        StorageSetupError: its package is not installed.
     """
     if "\0" in url:
         raise InputError(f"cannot open {url!r}: it holds a NUL")
@@ -122,7 +124,9 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
         if scheme[1] == "memory":  # it takes a name with `::` for a chain as well
             return client, "/" + url.removeprefix("memory://").strip("/")
         return client, str(client.filesystem._strip_protocol(url))
-    except (ValueError, ImportError) as error:
+    except ImportError as error:
+        raise StorageSetupError(f"cannot open {url!r}: {error}") from None
+    except ValueError as error:
         raise InputError(f"cannot open {url!r}: {error}") from None
 
 
@@ -175,7 +179,7 @@ def _raise(client: Client, url: str, failure: _TroubleError, num_tries: int) -> 
     host = f" at {client.host}" if client.host else ""
     message = f"{trouble.what} ({url}{host}, {num_tries} {'try' if num_tries == 1 else 'tries'})"
     if trouble.kind == "anonymous":
-        raise InputError(f"no credentials for {url}{host}: {trouble.what}. {_CREDENTIALS.get(client.kind, '')}")
+        raise StorageSetupError(f"no credentials for {url}{host}: {trouble.what}. {_CREDENTIALS.get(client.kind, '')}")
     if trouble.kind == "bad_request":
         raise InputError(f"cannot open {url!r}: {trouble.what}")
     numbers = {"missing": errno.ENOENT, "forbidden": errno.EACCES, "expired": errno.EKEYEXPIRED, "beyond": errno.EINVAL}

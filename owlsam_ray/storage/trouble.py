@@ -45,11 +45,13 @@ def understand(error: BaseException) -> Trouble:
     if isinstance(error, FileNotFoundError):
         return Trouble("missing", "there is no such file")
     names = {kind.__name__ for kind in type(error).__mro__}
+    if "TooManyRedirects" in names:
+        return Trouble("refused", "too many redirects")
     what = _in_one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
     kind: TroubleKind = "as_is"
     if names & _ANONYMOUS:
         kind = "anonymous"
-    elif names & {"ClientConnectorCertificateError", "NonRetryableError", "TooManyRedirects"}:
+    elif names & {"ClientConnectorCertificateError", "NonRetryableError"}:
         kind = "refused"
     elif names & _BAD_REQUEST:
         kind = "bad_request"
@@ -82,7 +84,7 @@ def _http_facts(error: BaseException) -> tuple[int | None, str, str]:
     name = type(error).__name__
     if name == "HttpError" and getattr(error, "code", None) is not None:  # gcsfs
         return int(getattr(error, "code", 0)), "", str(getattr(error, "message", ""))
-    if isinstance(getattr(error, "status", None), int) and hasattr(error, "request_info"):  # aiohttp
+    if getattr(error, "status", 0) and hasattr(error, "request_info"):  # aiohttp
         return int(getattr(error, "status", 0)), "", str(getattr(error, "message", ""))
     if name == "OSError" and getattr(error, "errno", None) is None and str(error).startswith("Forbidden"):  # gcsfs
         return 403, "", str(error).partition("\n")[2]

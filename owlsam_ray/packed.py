@@ -1,0 +1,229 @@
+"""Images inside other files: members of tar files by byte range, cells of Parquet files by row.
+
+Neighbours are read together, each file by itself, and what cannot be read becomes a reason for the images it concerns.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, groupby
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from owlsam_ray import storage
+from owlsam_ray.errors import FailureClass, ImageError, InputError, StorageSetupError
+
+Outcome = bytes | ImageError
+"""Of one image."""
+Outcomes = list[tuple[int, Outcome]]
+"""Position of each image, and what came of it."""
+
+MEGABYTE = 10**6
+_GAP = 2**18
+"""Bytes between two members that are read for nothing rather than by a second request."""
+_SPAN = 16 * 2**20
+"""Bytes that are read at once, unless one member alone has more."""
+_STREAM = 4 * 2**20
+"""Bytes of a column that are read at once."""
+_CELLS = 32
+"""Rows that are taken apart at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An image in a tar file."""
+
+    position: int
+    """Among the images that were asked for."""
+    offset: int
+    length: int
+
+
+@dataclass(slots=True)
+class Span:
+    """Members of one file that are read together."""
+
+    start: int
+    end: int
+    members: list[Member] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """An image in a column of a Parquet file."""
+
+    position: int
+    row: int
+
+
+def image_error(error: OSError | InputError) -> ImageError:
+    """What an image fails with whose file cannot be read.
+
+    Raises:
+        StorageSetupError: it is one; that says nothing about the image.
+    """
+    if isinstance(error, StorageSetupError):
+        raise error
+    if isinstance(error, InputError):
+        return ImageError(f"bad_uri: {error}")
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return ImageError("missing")
+    if isinstance(error, IsADirectoryError):
+        return ImageError("not_a_file")
+    detail = error.strerror or str(error) or type(error).__name__
+    if isinstance(error, PermissionError):
+        return ImageError(f"forbidden: {detail}")
+    return ImageError(f"fetch_failed: {detail}", FailureClass.TRANSIENT)
+
+
+def too_large(max_bytes: int) -> ImageError:
+    """What an image fails with that is larger."""
+    return ImageError(f"too_large: more than {max_bytes // MEGABYTE} MB")
+
+
+def join_members(members: Sequence[Member]) -> list[Span]:
+    """Neighbouring members as spans, by offset."""
+    spans: list[Span] = []
+    for member in sorted(members, key=lambda each: each.offset):
+        end = member.offset + member.length
+        last = spans[-1] if spans else None
+        if last is None or member.offset > last.end + _GAP or max(end, last.end) - last.start > _SPAN:
+            spans.append(last := Span(member.offset, end))
+        last.members.append(member)
+        last.end = max(last.end, end)
+    return spans
+
+
+def tar_tasks(uri: str, members: Sequence[Member], *, max_bytes: int) -> Iterator[Callable[[], Outcomes]]:
+    """Calls that read members of one tar file, about `_SPAN` bytes each.
+
+    Args:
+        uri: of the tar file.
+        members: in any order.
+        max_bytes: larger ones fail as `too_large`, and are not read.
+    """
+    large = [member for member in members if member.length > max_bytes]
+    if large:
+        yield lambda: [(member.position, too_large(max_bytes)) for member in large]
+    for span in join_members([member for member in members if member.length <= max_bytes]):
+        yield partial(_read_span, uri, span)
+
+
+def _read_span(uri: str, span: Span) -> Outcomes:
+    try:
+        data = memoryview(storage.read_range(uri, span.start, span.end - span.start))
+    except (OSError, InputError) as error:
+        failure = image_error(error)
+        if failure.failure_class is FailureClass.PERMANENT or len(span.members) == 1:
+            return [(member.position, failure) for member in span.members]
+        # Each for itself, so that only those fail that cannot be read.
+        return [
+            outcome
+            for member in span.members
+            for outcome in _read_span(uri, Span(member.offset, member.offset + member.length, [member]))
+        ]
+    outcomes: Outcomes = []
+    for member in span.members:
+        start = member.offset - span.start
+        image = bytes(data[start : start + member.length])
+        if len(image) == member.length:
+            outcomes.append((member.position, image))
+        else:
+            where = f"the tar file ends {member.length - len(image)} bytes before the image does"
+            outcomes.append((member.position, ImageError(f"truncated: {where}")))
+    return outcomes
+
+
+def parquet_tasks(
+    uri: str, column: str, cells: Sequence[Cell], *, max_bytes: int, executor: Executor
+) -> Iterator[Callable[[], Outcomes]]:
+    """Calls that read cells of one column, a row group each, once the file's footer is read.
+
+    Args:
+        uri: of the Parquet file.
+        column: its path, with dots into structures; of binary values.
+        cells: in any order.
+        max_bytes: larger ones fail as `too_large`.
+        executor: reads the footer.
+    """
+    footer = executor.submit(_read_footer, uri, column).result()
+    if isinstance(footer, ImageError):
+        yield lambda: [(cell.position, footer) for cell in cells]
+        return
+    ends = list(accumulate(footer.row_group(number).num_rows for number in range(footer.num_row_groups)))
+    rows = sorted(cells, key=lambda cell: cell.row)
+    for group, inside in groupby(rows, key=lambda cell: bisect_right(ends, cell.row)):
+        wanted = list(inside)
+        if group == len(ends):
+            gone = [
+                (cell.position, ImageError(f"truncated: row {cell.row} of a table of {footer.num_rows} rows"))
+                for cell in wanted
+            ]
+            yield partial(list, gone)
+            continue
+        first = ends[group] - footer.row_group(group).num_rows
+        local = [Cell(cell.position, cell.row - first) for cell in wanted]
+        yield partial(_read_row_group, uri, footer, column, group, local, max_bytes)
+
+
+def _read_footer(uri: str, column: str) -> Any:
+    """Parquet metadata, or why the column cannot be read from it."""
+    try:
+        with storage.open_input(uri) as file:
+            footer = pq.read_metadata(file)
+    except (pa.ArrowException, OSError, InputError) as error:
+        return _table_error(error)
+    paths = [footer.schema.column(number).path for number in range(footer.num_columns)]
+    if column not in paths:
+        return ImageError(f"bad_table: no column {column}")
+    if footer.schema.column(paths.index(column)).physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
+        return ImageError(f"bad_table: column {column} holds no bytes")
+    return footer
+
+
+def _table_error(error: Exception) -> ImageError:
+    """Of storage, or of Arrow: its errors about a file's content carry no number."""
+    if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):
+        return image_error(error)
+    return ImageError(f"bad_table: {(str(error).splitlines() or [type(error).__name__])[0]}")
+
+
+def _read_row_group(uri: str, footer: Any, column: str, group: int, cells: Sequence[Cell], max_bytes: int) -> Outcomes:
+    """Cells by rising row of the row group. The column is streamed, and only up to the last of them."""
+    outcomes: Outcomes = []
+    try:
+        with storage.open_input(uri) as file:
+            reader = pq.ParquetFile(file, metadata=footer, buffer_size=_STREAM, pre_buffer=False)
+            start = 0
+            for batch in reader.iter_batches(_CELLS, row_groups=[group], columns=[column], use_threads=False):
+                values = _leaf(batch.column(0))
+                while len(outcomes) < len(cells) and cells[len(outcomes)].row < start + len(values):
+                    cell = cells[len(outcomes)]
+                    outcomes.append((cell.position, _value(values[cell.row - start], max_bytes)))
+                start += len(values)
+                if len(outcomes) == len(cells):
+                    break
+            else:
+                raise pa.ArrowInvalid(f"row group {group} ends after {start} rows")
+    except (pa.ArrowException, OSError, InputError) as error:
+        failure = _table_error(error)
+        outcomes += [(cell.position, failure) for cell in cells[len(outcomes) :]]
+    return outcomes
+
+
+def _leaf(values: pa.Array) -> pa.Array:
+    while pa.types.is_struct(values.type):  # only the asked field of it was read
+        values = pc.struct_field(values, 0)
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+
+
+def _value(value: pa.Scalar, max_bytes: int) -> Outcome:
+    buffer = value.as_buffer()
+    if buffer is None:
+        return ImageError("missing: the table holds no image in this row")
+    return too_large(max_bytes) if buffer.size > max_bytes else buffer.to_pybytes()
