@@ -89,8 +89,7 @@ class Manifest:
         """Rows of `MANIFEST_SCHEMA` of one shard, in order: one row group."""
         part = self._part_of(shard)
         url = storage.join(self.run_url, MANIFEST, part.file)
-        filesystem, path = storage.open_filesystem(url)
-        with filesystem.open(path, "rb") as file:
+        with storage.open_input(url) as file:
             reader = pq.ParquetFile(file, metadata=_footer(url, part.sha256))
             table = reader.read_row_group(shard - part.first_shard)
         if "container" not in table.column_names:  # before 0.2 every image was a file of its own
@@ -100,8 +99,7 @@ class Manifest:
     def iter_images(self) -> Iterator[pa.Table]:
         """(image_id, file_name) of all images, in order, a row group at a time."""
         for part in self.parts:
-            filesystem, path = storage.open_filesystem(storage.join(self.run_url, MANIFEST, part.file))
-            with filesystem.open(path, "rb") as file:
+            with storage.open_input(storage.join(self.run_url, MANIFEST, part.file)) as file:
                 for batch in pq.ParquetFile(file).iter_batches(columns=["image_id", "file_name"], batch_size=65536):
                     yield pa.Table.from_batches([batch])
 
@@ -115,8 +113,7 @@ class Manifest:
 @lru_cache(maxsize=64)
 def _footer(url: str, sha256: str) -> Any:
     """Parquet metadata of a part, read once per process: at 10 million images it is some megabytes."""
-    filesystem, path = storage.open_filesystem(url)
-    with filesystem.open(path, "rb") as file:
+    with storage.open_input(url) as file:
         return pq.read_metadata(file)
 
 
@@ -284,9 +281,8 @@ def _verify(run_url: str, part: ManifestPart) -> None:
 
 
 def _sha256(url: str) -> str:
-    filesystem, path = storage.open_filesystem(url)
     digest = hashlib.sha256()
-    with filesystem.open(path, "rb") as file:
-        while block := file.read(2**20):
+    with storage.open_input(url) as file:
+        while block := file.read(2**24):
             digest.update(block)
     return digest.hexdigest()

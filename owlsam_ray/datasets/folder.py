@@ -1,8 +1,5 @@
 """Every image file under a folder → listing."""
 
-from collections.abc import Iterator
-from typing import Any
-
 from owlsam_ray import storage
 from owlsam_ray.datasets.source import (
     DEFAULTS,
@@ -24,18 +21,18 @@ def list_folder(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listi
     no harm; linked files are taken.
 
     Raises:
+        OSError: a folder cannot be listed; no image is left out for that.
         InputError: the folder does not exist, or holds no image file; a name is not valid Unicode.
     """
     root = config.images or ""
-    filesystem, path = storage.open_filesystem(root)
-    if not filesystem.exists(path):
-        raise InputError(f"data.images {root} does not exist")
-    if not filesystem.isdir(path):
+    if not storage.is_directory(root):
+        if not storage.exists(root):
+            raise InputError(f"data.images {root} does not exist")
         raise InputError(f"data.images {root} is not a folder; for a single file, name the folder that holds it")
     suffixes = tuple(suffix.lower() for suffix in config.suffixes)
     found: list[tuple[str, int | None]] = []
     others = 0
-    for name, num_bytes in _walk(filesystem, path):
+    for name, num_bytes in storage.walk_files(root):
         if name.lower().endswith(suffixes):
             found.append((name, num_bytes))
         else:
@@ -50,15 +47,3 @@ def list_folder(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listi
     raise_offences(root, offences, "Rename these files.")
     records = (ImageRecord(image_id=None, file_name=name, num_bytes=num_bytes) for name, num_bytes in found)
     return Listing(tables=tables_of(records, root), total=len(found), has_ids=False)
-
-
-def _walk(filesystem: Any, root: str) -> Iterator[tuple[str, int | None]]:
-    """Relative path and size of every visible file."""
-    prefix = root.rstrip("/") + "/"
-    for folder, folders, files in filesystem.walk(root, detail=True):
-        for name in [name for name, entry in folders.items() if name.startswith(".") or entry.get("islink")]:
-            del folders[name]
-        below = f"{folder.rstrip('/')}/"[len(prefix) :]
-        for name, entry in files.items():
-            if not name.startswith("."):
-                yield below + name, entry.get("size")
