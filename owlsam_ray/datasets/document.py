@@ -1,41 +1,128 @@
-"""A COCO-format JSON file whose arrays are never whole in memory as Python objects.
+"""A COCO-format JSON file, read in blocks: its arrays are never whole in memory as Python objects.
 
-The file is mapped, its syntax is checked in one pass, and its top-level arrays are cut at the commas between their
-entries, some megabytes at a time: either decoded, or read as typed Arrow columns, which skip every field that is not
-asked for.
+The file is mapped, its syntax is checked once as a whole, and its top-level arrays are cut between their elements
+(`blocks.py`), some megabytes at a time. A block is decoded, or becomes typed Arrow columns, for which the fields that
+nobody asked for are skipped without making objects of them.
 """
 
+import codecs
 import contextlib
+import json
+import logging
 import mmap
 import re
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import IO, Any
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.json as pa_json
-from numpy.typing import NDArray
 
 from owlsam_ray import storage
+from owlsam_ray.datasets.blocks import Piece, cut_array
+from owlsam_ray.datasets.fields import as_kind, kind_of, misfit
 from owlsam_ray.errors import InputError
 
-_BLOCK = 8 * 2**20
-_COPY = 16 * 2**20
-_QUOTE, _COMMA, _NEWLINE, _SPACE = b'", \n'[0], b","[0], b"\n"[0], b" "[0]
-_ESCAPE = re.compile(rb"\\.", re.DOTALL)
+BLOCK_BYTES = 8 * 2**20
+_COPY_BYTES = 16 * 2**20
+_BYTE_ORDER_MARK = codecs.BOM_UTF8
+_SURROGATES = re.compile(
+    rb"(?<!\\)(?:\\\\)*(?:(?P<pair>\\u[dD][89abAB]..\\u[dD][c-fC-F]..)|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2}))"
+)
+_KEY = re.compile(rb'[\s,{]*("(?:[^"\\]|\\.)*")\s*:\s*', re.DOTALL)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """N elements of a top-level array, one after another."""
+
+    url: str
+    key: str
+    """Of the array."""
+    first: int
+    """Position of the first element in the array."""
+    piece: Piece
+    """Text and commas."""
+    stop: int
+    """Byte of the file after the block."""
+
+    def __len__(self) -> int:
+        return self.piece.count
+
+    @property
+    def text(self) -> bytes:
+        """JSON of the elements, with the commas between them."""
+        return self.piece.text.tobytes()
+
+    def decode(self) -> list[Any]:
+        """The elements as plain values, as `json` gives them."""
+        text = b"[%b]" % self.text
+        try:
+            return list(msgspec.json.decode(text))
+        except msgspec.MsgspecError:  # a float beyond all floats, which `json` reads as infinite
+            return list(_decode(self.url, self.key, text))
+
+    def table(self, schema: pa.Schema) -> pa.Table:
+        """N rows of a schema; null where an element does not have the field, or has null.
+
+        Raises:
+            InputError: an element is no object, or a field is of another type than the schema says; names the element.
+        """
+        if self.piece.all_objects:
+            lines = self.piece.lines()
+            try:
+                table = pa_json.read_json(
+                    pa.BufferReader(pa.py_buffer(lines)),
+                    # A line longer than a block would be refused.
+                    read_options=pa_json.ReadOptions(use_threads=False, block_size=len(lines) + 1),
+                    parse_options=pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+                )
+                if table.num_rows == len(self) and _null_free(table, schema):
+                    return table.select(schema.names).cast(schema)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OverflowError):
+                pass  # what is wrong is found below; perhaps nothing is: Arrow refuses 1e999, and a field given twice
+        return self._plain_table(schema)
+
+    def _plain_table(self, schema: pa.Schema) -> pa.Table:
+        elements = self.decode()
+        for position, element in enumerate(elements, self.first):
+            wrong = misfit(element, schema)
+            if wrong is not None:
+                raise InputError(f"{self.url}: {self.key}[{position}]{wrong}. Mend the file.")
+        arrays = [
+            pa.array([as_kind(element.get(field.name), field.type) for element in elements], field.type)
+            for field in schema
+        ]
+        return pa.table(arrays, schema=schema)
 
 
 class Document:
     """An open file; made by `open_document`."""
 
-    def __init__(self, url: str, fields: dict[str, msgspec.Raw]) -> None:
+    def __init__(self, url: str, mapped: mmap.mmap, fields: dict[str, msgspec.Raw]) -> None:
         self.url = url
         self._fields = fields
+        self._bytes = np.frombuffer(mapped, np.uint8)
+        self._mapped = mapped
+
+    def __len__(self) -> int:
+        """Bytes of the file."""
+        return len(self._bytes)
+
+    def keys(self) -> list[str]:
+        """Names of the top-level values, in the file's order."""
+        return list(self._fields)
+
+    def text(self, key: str) -> bytes:
+        """A top-level value that is there, as the file states it."""
+        return bytes(memoryview(self._fields[key]))
 
     def has(self, key: str) -> bool:
-        """Whether a top-level key is there and not null."""
+        """Whether a top-level value is there and not null."""
         return key in self._fields and bytes(memoryview(self._fields[key])[:4]) != b"null"
 
     def num_bytes(self, key: str) -> int:
@@ -43,222 +130,190 @@ class Document:
         return len(memoryview(self._fields[key])) if key in self._fields else 0
 
     def value(self, key: str, kind: type, default: Any) -> Any:
-        """A small top-level value, decoded.
+        """A small top-level value, decoded; the default when it is not there.
 
         Raises:
             InputError: it is of another type.
         """
         if not self.has(key):
             return default
-        try:
-            value = msgspec.json.decode(self._fields[key])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.url}: `{key}` cannot be read: {error}") from None
+        value = _decode(self.url, key, bytes(memoryview(self._fields[key])))
         if not isinstance(value, kind):
-            raise InputError(f"{self.url}: `{key}` is a {type(value).__name__}, not a {kind.__name__}")
+            raise InputError(f"{self.url}: `{key}` is {kind_of(value)}, not {kind_of(kind())}")
         return value
 
-    def batches(self, key: str, *, max_bytes: int = _BLOCK) -> Iterator[tuple[int, list[Any]]]:
-        """A top-level array, decoded some entries at a time; nothing when it is not there.
+    def blocks(self, key: str, *, max_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+        """A top-level array in order; nothing when it is empty or not there (`has` tells).
 
         Args:
             key: of the array.
-            max_bytes: of the text of a batch, but for entries that are longer.
-
-        Yields:
-            Position of the first entry; the entries.
+            max_bytes: of the text of a block, which is larger only when a single element is.
 
         Raises:
             InputError: it is no array.
         """
-        for first, _, text in self._texts(key, max_bytes):
-            yield first, self._decode(key, first, text)
-
-    def columns(self, key: str, schema: pa.Schema, *, max_bytes: int = _BLOCK) -> Iterator[tuple[int, pa.Table]]:
-        """A top-level array of objects as typed columns; a field that an entry lacks is null.
-
-        Args:
-            key: of the array.
-            schema: fields that are wanted; others are skipped.
-            max_bytes: of the text of a batch, but for entries that are longer.
-
-        Yields:
-            Position of the first entry; the entries.
-
-        Raises:
-            InputError: it is no array, an entry is no object, or a field is of another type; names the entry.
-        """
-        options = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-        for first, commas, text in self._texts(key, max_bytes):
-            lines = np.frombuffer(text, np.uint8).copy()
-            lines[(lines == _NEWLINE) | (lines == b"\r"[0])] = _SPACE  # none stands inside of a string
-            lines[commas] = _NEWLINE
-            try:
-                table = pa_json.read_json(
-                    pa.BufferReader(lines.tobytes()),
-                    parse_options=options,
-                    # One block: a line that is longer than a block would be refused.
-                    read_options=pa_json.ReadOptions(use_threads=False, block_size=len(lines) + 1),
-                )
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise self._misfit(key, schema, first, text, str(error)) from None
-            if table.num_rows != len(commas) + 1:
-                raise self._misfit(key, schema, first, text, "it is no object")
-            yield first, table.select(schema.names).cast(schema)
-
-    def _texts(self, key: str, max_bytes: int) -> Iterator[tuple[int, NDArray[np.int64], bytes]]:
-        """Position of the first entry, offsets of the commas between entries, text of some entries with the commas."""
         if not self.has(key):
             return
-        raw = memoryview(self._fields[key])
+        raw = np.frombuffer(memoryview(self._fields[key]), np.uint8)
         if raw[0] != b"["[0]:
-            kind = type(msgspec.json.decode(raw)).__name__
-            raise InputError(f"{self.url}: `{key}` is a {kind}, not a list")
+            raise InputError(f"{self.url}: `{key}` is {kind_of(self.value(key, object, None))}, not a list")
+        offset = raw.ctypes.data - self._bytes.ctypes.data + 1
         first = 0
-        for start, commas, end in _spans(raw[1:-1], max_bytes):
-            text = bytes(raw[1 + start : 1 + end])
-            if text.strip():
-                yield first, commas, text
-                first += len(commas) + 1
+        for piece in cut_array(raw[1:-1], max_bytes):
+            block = Block(self.url, key, first, piece, offset + piece.stop)
+            yield block
+            first += len(block)
 
-    def _decode(self, key: str, first: int, text: bytes) -> list[Any]:
-        try:
-            entries: list[Any] = msgspec.json.decode(b"[" + text + b"]")
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:  # a text that is no Unicode: seen only when decoded
-            raise InputError(f"{self.url}: {key}[{first}] or one of those behind it cannot be read: {error}") from None
-        return entries
+    def batches(self, key: str, *, max_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, list[Any]]]:
+        """A top-level array, decoded some thousand elements at a time; arguments and errors as `blocks`.
 
-    def _misfit(self, key: str, schema: pa.Schema, first: int, text: bytes, otherwise: str) -> InputError:
-        """What is wrong with a batch that does not fit the schema, found by decoding it plainly."""
-        for position, entry in enumerate(self._decode(key, first, text), first):
-            if not isinstance(entry, dict):
-                return InputError(f"{self.url}: {key}[{position}] is a {type(entry).__name__}, not an object")
-            for field in schema:
-                value = entry.get(field.name)
-                if value is not None and not _fits(value, field.type):
-                    told = f" (id {entry['id']!r:.80})" if "id" in entry and field.name != "id" else ""
-                    return InputError(
-                        f"{self.url}: {key}[{position}]{told}: {field.name} {value!r:.80} is not {_words(field.type)}. "
-                        "Mend the file."
-                    )
-        return InputError(f"{self.url}: {key}[{first}] or one of those behind it cannot be read: {otherwise}")
+        Yields:
+            Position of the first element; the elements.
+        """
+        for block in self.blocks(key, max_bytes=max_bytes):
+            yield block.first, block.decode()
+
+    def columns(self, key: str, schema: pa.Schema, *, max_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, pa.Table]]:
+        """A top-level array of objects as typed columns; arguments and errors as `blocks` and `Block.table`.
+
+        Yields:
+            Position of the first element; a table of the schema with one row an element.
+        """
+        for block in self.blocks(key, max_bytes=max_bytes):
+            yield block.first, block.table(schema)
 
 
 @contextlib.contextmanager
 def open_document(url: str) -> Iterator[Document]:
-    """Open a JSON file; one on a remote storage is copied to a temporary file first.
+    """Open a JSON file, and check its syntax to the end; one in remote storage is copied to a temporary file first.
+
+    Halves of surrogate pairs, which no text can hold, are read as U+FFFD, with a warning; a UTF-8 byte order mark is
+    skipped.
 
     Raises:
-        InputError: it cannot be read, is empty, is not valid JSON (with the offset in bytes), or is no object.
+        InputError: it cannot be read, is empty, is no UTF-8, no valid JSON (with the byte), or no object, or gives a
+            top-level value twice.
     """
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_local_file(url))
+    with _local_copy(url) as file:
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:  # mmap's word for no bytes
-            raise InputError(f"{url} is empty (0 bytes): it was not written or not copied to its end") from None
-        yield Document(url, _top_level(url, mapped))
-        # Not closed here: values that a caller keeps may still point into it. It goes with the last of them.
-
-
-def _top_level(url: str, mapped: mmap.mmap) -> dict[str, msgspec.Raw]:
-    start = 3 if mapped[:3] == b"\xef\xbb\xbf" else 0  # a byte order mark
-    try:
-        fields: dict[str, msgspec.Raw] = msgspec.json.decode(memoryview(mapped)[start:], type=dict[str, msgspec.Raw])
-    except msgspec.ValidationError:
-        kind = type(msgspec.json.decode(memoryview(mapped)[start:])).__name__
-        raise InputError(f"{url} is not a COCO file: it holds a {kind}, not an object") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        where = "" if "byte" in str(error) else f" (it has {len(mapped)} bytes)"
-        raise InputError(f"{url} is not valid JSON: {error}{where}") from None
-    return fields
+        except ValueError:  # what mmap says to a file without bytes
+            raise InputError(f"{url} is empty (0 bytes): was it written, or copied, to its end?") from None
+        _check_encoding(url, mapped)
+        try:
+            fields = _top_level(url, mapped)
+        except msgspec.DecodeError as error:
+            halves = [match.span("half") for match in _SURROGATES.finditer(mapped) if match["half"]]
+            if not halves:
+                raise _not_json(url, mapped, error) from None
+            mapped = _without_halves(url, file, halves)
+            try:
+                fields = _top_level(url, mapped)
+            except msgspec.DecodeError as second:
+                raise _not_json(url, mapped, second) from None
+        # Never closed: values that a caller keeps may point into it. It goes with the last of them.
+        yield Document(url, mapped, fields)
 
 
 @contextlib.contextmanager
-def _local_file(url: str) -> Iterator[Any]:
+def _local_copy(url: str) -> Iterator[IO[bytes]]:
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(storage.open_input(url))
+            if not storage.is_local(storage.open_filesystem(url)[0]):
+                remote, file = file, stack.enter_context(tempfile.TemporaryFile(prefix="owlsam-"))
+                while data := remote.read(_COPY_BYTES):
+                    file.write(data)
+                file.flush()
+        except OSError as error:
+            raise InputError(f"cannot read {url}: {error.strerror or error}") from None
+        yield file
+
+
+def _check_encoding(url: str, mapped: mmap.mmap) -> None:
+    """The JSON decoder does not look into texts that it passes over."""
+    if mapped[:2] == b"\x1f\x8b":
+        raise InputError(f"{url} is compressed with gzip: unpack it first")
+    decoder, begun = codecs.getincrementaldecoder("utf-8")(), False
+    for start in range(0, len(mapped), 2**20):
+        data = mapped[start : start + 2**20]
+        if begun or not data.isascii():
+            before = len(decoder.getstate()[0])
+            try:
+                decoder.decode(data, final=start + len(data) == len(mapped))
+            except UnicodeDecodeError as error:
+                place = start - before + error.start
+                raise InputError(f"{url} is not valid UTF-8 at byte {place}: write it again as UTF-8") from None
+            begun = bool(decoder.getstate()[0])
+
+
+def _top_level(url: str, mapped: mmap.mmap) -> dict[str, msgspec.Raw]:
+    """The values of the object that the file holds, as views into it.
+
+    Raises:
+        InputError: it is no object, nested too deeply, or a key repeats.
+        msgspec.DecodeError: it is not valid JSON.
+    """
+    start = len(_BYTE_ORDER_MARK) if mapped[: len(_BYTE_ORDER_MARK)] == _BYTE_ORDER_MARK else 0
     try:
-        filesystem, path = storage.open_filesystem(url)
-        if storage.is_local(filesystem):
-            with open(path, "rb") as file:
-                yield file
-            return
-        with tempfile.TemporaryFile(prefix="owlsam-") as copy:
-            with storage.open_input(url) as remote:
-                while block := remote.read(_COPY):
-                    copy.write(block)
-            copy.flush()
-            yield copy
-    except OSError as error:
-        raise InputError(f"cannot read {url}: {error.strerror or error}") from None
+        fields: dict[str, msgspec.Raw] = msgspec.json.decode(memoryview(mapped)[start:], type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        way_out = " (a list of results? it needs the images and categories around it)" if _begins_list(mapped) else ""
+        kind = "a list" if _begins_list(mapped) else "a single value"
+        raise InputError(f"{url} is not a COCO file: it holds {kind}, not an object{way_out}") from None
+    except RecursionError:
+        raise InputError(f"{url} is nested too deeply to be a COCO file") from None
+    _check_repeats(url, mapped, fields)
+    return fields
 
 
-def _spans(text: memoryview, max_bytes: int) -> Iterator[tuple[int, NDArray[np.int64], int]]:
-    """Cut the inside of an array into runs of whole entries.
-
-    Yields:
-        Start of the run; offsets, from there, of the commas between its entries; its end.
-    """
-    start = at = 0
-    depth, in_string = 0, False
-    commas: list[NDArray[np.int64]] = []  # of the run that begins at `start`, as places in `text`
-    while at < len(text):
-        end = min(at + max_bytes, len(text))
-        block = bytes(text[at:end])
-        while end < len(text) and block.endswith(b"\\"):  # an escape is not cut in two
-            end += 1
-            block = bytes(text[at:end])
-        found, depth, in_string = _outer_commas(block, depth, in_string)
-        commas.append(found + at)
-        at = end
-        places = np.concatenate(commas)
-        if at < len(text) and len(places) and at - start >= max_bytes:
-            yield start, places[:-1] - start, int(places[-1])
-            start, commas = int(places[-1]) + 1, []
-    yield start, np.concatenate([*commas, np.empty(0, np.int64)]) - start, len(text)
+def _begins_list(mapped: mmap.mmap) -> bool:
+    return mapped[:4096].removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
 
 
-def _outer_commas(block: bytes, depth: int, in_string: bool) -> tuple[NDArray[np.int64], int, bool]:
-    """Offsets of the commas that stand in no string and no inner bracket, and the state after the block.
-
-    Args:
-        block: a part of valid JSON that ends in no half escape.
-        depth: open brackets before it.
-        in_string: whether it begins inside of a string.
-    """
-    if b"\\" in block:
-        block = _ESCAPE.sub(b"__", block)
-    letters = np.frombuffer(block, np.uint8)
-    quotes = np.flatnonzero(letters == _QUOTE)
-    places = np.flatnonzero(_MARKS[letters])
-    # Inside of a string are the places behind an odd number of quotes.
-    inside = (np.searchsorted(quotes, places) + in_string) % 2 == 1
-    places = places[~inside]
-    steps = _STEPS[letters[places]]
-    depths = depth + np.cumsum(steps, dtype=np.int64)
-    after = int(depths[-1]) if len(depths) else depth
-    return places[(steps == 0) & (depths == 0)], after, (len(quotes) + in_string) % 2 == 1
+def _check_repeats(url: str, mapped: mmap.mmap, fields: dict[str, msgspec.Raw]) -> None:
+    """Between two values stands nothing but one key: a dictionary keeps only the last of those that repeat."""
+    base = np.frombuffer(mapped, np.uint8).ctypes.data
+    views = [np.frombuffer(memoryview(raw), np.uint8) for raw in fields.values()]
+    spans = sorted((view.ctypes.data - base, len(view)) for view in views)
+    before = len(_BYTE_ORDER_MARK) if mapped[: len(_BYTE_ORDER_MARK)] == _BYTE_ORDER_MARK else 0
+    for start, length in spans:
+        key = _KEY.match(mapped, before, start)
+        if key is not None and key.end() != start:
+            raise InputError(
+                f"{url} gives {key[1].decode()} twice, first at byte {key.start(1)}: put both into one, or delete one"
+            )
+        before = start + length
 
 
-_MARKS = np.zeros(256, np.bool_)
-_MARKS[list(b"[]{},")] = True
-_STEPS = np.zeros(256, np.int8)
-_STEPS[list(b"[{")] = 1
-_STEPS[list(b"]}")] = -1
+def _without_halves(url: str, file: IO[bytes], halves: list[tuple[int, int]]) -> mmap.mmap:
+    """A private copy of the mapping, in which only the pages that change take memory."""
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    for start, stop in halves:
+        mapped[start:stop] = rb"\ufffd"
+    _log.warning(
+        "%s holds %d halves of surrogate pairs, the first at byte %d: read as U+FFFD", url, len(halves), halves[0][0]
+    )
+    return mapped
 
 
-def _fits(value: Any, kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind):
-        return isinstance(value, list) and all(_fits(each, kind.value_type) for each in value)
-    if pa.types.is_integer(kind):
-        return type(value) is int and -(2**63) <= value < 2**63
-    if pa.types.is_floating(kind):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, str)
+def _not_json(url: str, mapped: mmap.mmap, error: msgspec.DecodeError) -> InputError:
+    shift = len(_BYTE_ORDER_MARK) if mapped[: len(_BYTE_ORDER_MARK)] == _BYTE_ORDER_MARK else 0
+    told = re.fullmatch(r"(?:JSON is malformed: )?(.*) \(byte (\d+)\)", str(error))
+    if told is None:  # it is cut
+        return InputError(f"{url} is not valid JSON: it ends too early, at byte {len(mapped)}; was it copied whole?")
+    place = int(told[2]) + shift - told[1].startswith("trailing")  # that one is counted from 1
+    near = mapped[max(0, place - 20) : place + 20].decode("utf-8", "replace")
+    return InputError(f"{url} is not valid JSON: {told[1]} at byte {place}, near {near!r}")
 
 
-def _words(kind: pa.DataType) -> str:
-    if pa.types.is_list(kind):
-        return "a list of numbers"
-    if pa.types.is_integer(kind):
-        return "an integer"
-    return "a number" if pa.types.is_floating(kind) else "a text"
+def _decode(url: str, key: str, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:  # an integer of thousands of digits; the syntax is checked
+        raise InputError(f"{url}: `{key}` cannot be read: {error}") from None
+
+
+def _null_free(table: pa.Table, schema: pa.Schema) -> bool:
+    """Whether the columns that may hold no null hold none."""
+    return all(field.nullable or not table[field.name].null_count for field in schema)

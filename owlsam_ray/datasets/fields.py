@@ -1,0 +1,96 @@
+"""Plain JSON values against Arrow types, in words for people."""
+
+import json
+import math
+from typing import Any
+
+import pyarrow as pa
+
+
+def misfit(element: Any, schema: pa.Schema) -> str | None:
+    """What keeps an element of an array from being a row of a schema, as ` (id 3): area "big" is not a number`.
+
+    Args:
+        element: decoded JSON.
+        schema: fields that it lacks, or that are null, fit unless the schema says `nullable=False`.
+
+    Returns:
+        None when it fits.
+    """
+    if not isinstance(element, dict):
+        return f" is {kind_of(element)}, not an object"
+    number = element.get("id")
+    told = f" (id {number})" if isinstance(number, int) and not isinstance(number, bool) else ""
+    for field in schema:
+        value = element.get(field.name)
+        if value is None and not field.nullable:
+            return f"{told} has no {field.name}"
+        if value is not None and not _fits(value, field.type):
+            of_bits = " of 64 bits" if pa.types.is_int64(field.type) and type(value) is int else ""
+            return f"{told}: {field.name} {_short(value)} is not {_wanted(field.type)}{of_bits}"
+    return None
+
+
+def as_kind(value: Any, kind: pa.DataType) -> Any:
+    """A value that fits, as Arrow takes it: where it wants a float, no integer beyond the exact floats."""
+    if value is None:
+        return None
+    if pa.types.is_floating(kind):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    if pa.types.is_list(kind):
+        return [as_kind(each, kind.value_type) for each in value]
+    if pa.types.is_struct(kind):
+        return {field.name: as_kind(value.get(field.name), field.type) for field in kind}
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """The JSON kind of a decoded value, with its article."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "a text"
+    return "a list" if isinstance(value, list) else "an object"
+
+
+def _fits(value: Any, kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind):
+        return isinstance(value, list) and all(each is None or _fits(each, kind.value_type) for each in value)
+    if pa.types.is_struct(kind):
+        return isinstance(value, dict) and all(
+            value.get(field.name) is None or _fits(value[field.name], field.type) for field in kind
+        )
+    if pa.types.is_boolean(kind):
+        return isinstance(value, bool)
+    if pa.types.is_integer(kind):
+        half = 2 ** (kind.bit_width - 1)
+        return isinstance(value, int) and not isinstance(value, bool) and -half <= value < half
+    if pa.types.is_floating(kind):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, str)
+
+
+def _wanted(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind):
+        plural = {"an integer": "integers", "a number": "numbers", "a text": "texts", "true or false": "true or false"}
+        each = _wanted(kind.value_type)
+        return f"a list of {plural.get(each, 'lists' if pa.types.is_list(kind.value_type) else 'objects')}"
+    if pa.types.is_struct(kind):
+        return "an object"
+    if pa.types.is_boolean(kind):
+        return "true or false"
+    if pa.types.is_integer(kind):
+        return "an integer" if kind.bit_width == 64 else f"an integer of {kind.bit_width} bits"
+    return "a number" if pa.types.is_floating(kind) else "a text"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:59]}…"
