@@ -124,7 +124,7 @@ def _freeze(config: RunConfig, *, show: Show, before: Plan | None = None) -> Pla
             source={"info": listing.info, "licenses": listing.licenses, "categories": listing.categories},
             before=before.manifest if before else None,
         )
-    fields = {
+    fields: dict[str, Any] = {
         "config": config.model_dump(mode="json", exclude={"run"}),
         "layout_hash": manifest.layout_hash,
         "num_parts": len(manifest.parts),
@@ -204,7 +204,7 @@ def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[
     """Rising ids of the images with an annotation of one of these categories."""
     if listing.annotated is None:
         raise InputError("plan.categories selects by annotations, and this dataset has none: leave it out")
-    ids = {entry.get("name"): entry.get("id") for entry in listing.categories}
+    ids: dict[Any, Any] = {entry.get("name"): entry.get("id") for entry in listing.categories}
     known = set(ids.values())
     unknown = [each for each in wanted if each not in ids and each not in known]
     if unknown:
@@ -213,7 +213,7 @@ def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[
             f"plan.categories names {unknown[0]!r}, which is not among the {len(ids)} categories of the dataset "
             f"({names}, …)"
         )
-    chosen = np.array(sorted({ids.get(each, each) for each in wanted}), np.int64)
+    chosen = np.array(sorted(int(ids.get(each, each)) for each in wanted), np.int64)
     found = [np.empty(0, np.int64)]
     for table in listing.annotated():
         hits = np.isin(table["category_id"].to_numpy(), chosen)

@@ -15,7 +15,7 @@ import torch
 from owlsam_ray import storage
 from owlsam_ray.config import ResourcesConfig, RunConfig, absolute, load_tree, validate_tree, with_absolute_paths
 from owlsam_ray.datasets import list_images
-from owlsam_ray.datasets.coco import read_tree
+from owlsam_ray.datasets.document import open_document
 from owlsam_ray.demo.models import check_shipped, model_settings
 from owlsam_ray.engine import load_engine
 from owlsam_ray.errors import ConfigError, ImageError, InputError
@@ -147,7 +147,7 @@ def expand_images(paths: Sequence[str], config: RunConfig, *, count: int, out: s
             raise InputError(f"cannot look at {path}: {error}") from None
         if is_folder:
             folder = DataConfig(source="folder", images=url, suffixes=config.data.suffixes)
-            below = [storage.join(url, record.file_name) for record in list_images(folder).records]
+            below = [uri for table in list_images(folder).tables for uri in table["uri"].to_pylist()]
             found += [each for each in below if not _is_same_file(each, out)]
         elif is_there:
             if _is_same_file(url, out):
@@ -217,7 +217,8 @@ def _source_categories(config: RunConfig) -> list[dict[str, Any]]:
     """The dataset's own categories, where the vocabulary is theirs."""
     if config.vocabulary.categories != "dataset" or config.data.annotations is None:
         return []
-    categories: list[dict[str, Any]] = read_tree(config.data.annotations).get("categories", [])
+    with open_document(config.data.annotations) as document:
+        categories: list[dict[str, Any]] = document.value("categories", list, [])
     return categories
 
 

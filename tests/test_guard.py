@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from owlsam_ray.config import NON_LABEL_FIELDS, RunConfig
+from owlsam_ray.config import FREE_FIELDS, NON_LABEL_FIELDS, RunConfig
 from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError
 from owlsam_ray.guard import (
     QUERY_FILE,
@@ -21,9 +21,9 @@ from owlsam_ray.guard import (
     load_record,
     load_run_manifest,
     numerics_of,
-    plan_run,
     run_directory,
 )
+from owlsam_ray.plan import Plan, plan_run
 from owlsam_ray.resources import allocate
 from owlsam_ray.settings import Section
 from tests.drawn_images import draw_coco
@@ -50,7 +50,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def planned(config: RunConfig) -> RunRecord:
-    record, _, _ = plan_run(config)
+    record = plan_run(config).record
     (Path(run_directory(config)) / QUERY_FILE).write_bytes(b"queries")
     return record
 
@@ -93,7 +93,9 @@ def test_every_field_is_in_the_fingerprint_or_on_the_list(config: RunConfig) -> 
         assert (after == before) == (path[0] in NON_LABEL_FIELDS), path
         walked += 1
     assert walked > 40
-    assert set(NON_LABEL_FIELDS) <= {"run", "resources", "reduce", "evaluate", "report", "logging"}
+    free = {"run", "plan", "storage", "resources", "reduce", "evaluate", "report", "logging"}
+    assert free >= FREE_FIELDS
+    assert free | {"data"} >= NON_LABEL_FIELDS
 
 
 @pytest.mark.parametrize("what", ["detector weights", "segmenter weights", "embeddings", "queries", "categories"])
@@ -131,11 +133,11 @@ def test_lost_queries_are_told(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_a_plan_is_kept_and_a_changed_config_refused(config: RunConfig) -> None:
-    record, manifest, created = plan_run(config)
-    assert created
-    assert plan_run(config) == (record, manifest, False)
+    plan = plan_run(config)
+    assert (plan.new, plan.listed) == (plan.manifest.num_images, plan.manifest.num_images)
+    assert plan_run(config) == Plan(plan.record, plan.manifest, 0)
     free = config.model_copy(update={"resources": config.resources.model_copy(update={"shard_size": 3})})
-    assert plan_run(free)[1] == manifest
+    assert plan_run(free).manifest == plan.manifest
     other = config.model_copy(
         update={"detector": config.detector.model_copy(update={"score_floor": 0.5, "labels": "best"})}
     )
@@ -143,11 +145,11 @@ def test_a_plan_is_kept_and_a_changed_config_refused(config: RunConfig) -> None:
         plan_run(other)
     assert "detector.labels: 'multi' -> 'best'" in str(caught.value)
     assert "detector.score_floor: 0.05 -> 0.5" in str(caught.value)
-    assert "may change freely: resources, reduce, evaluate, logging" in str(caught.value)
+    assert "may change freely: plan, storage, resources, reduce, evaluate, logging" in str(caught.value)
 
 
 def test_a_changed_layout_is_refused(config: RunConfig, tmp_path: Path) -> None:
-    record, _, _ = plan_run(config)
+    record = plan_run(config).record
     tree = json.loads((tmp_path / "run" / "manifest" / "part-0000.json").read_text())
     (tmp_path / "run" / "manifest" / "part-0000.json").write_text(json.dumps(tree | {"shard_size": 4}))
     with pytest.raises(GuardError, match="layout"):
@@ -155,9 +157,9 @@ def test_a_changed_layout_is_refused(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_a_half_written_plan_is_made_again(config: RunConfig, tmp_path: Path) -> None:
-    record, manifest, _ = plan_run(config)
+    plan = plan_run(config)
     (tmp_path / "run" / "run.json").unlink()
-    assert plan_run(config) == (record, manifest, True)
+    assert plan_run(config) == plan
 
 
 def test_predictions_without_a_record_are_left_alone(config: RunConfig, tmp_path: Path) -> None:

@@ -9,18 +9,27 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from owlsam_ray.datasets import ImageRecord, Source
+from owlsam_ray.datasets import ImageRecord
+from owlsam_ray.datasets.source import tables_of
 from owlsam_ray.errors import GuardError, InputError
-from owlsam_ray.manifest import Manifest, load_manifest, shard_size, write_part
+from owlsam_ray.manifest import Layout, Manifest, load_manifest, shard_size, write_parts
 from owlsam_ray.schema import MANIFEST_SCHEMA
-from owlsam_ray.settings import DataConfig
-
-DATA = DataConfig(source="folder", images="/pictures")
 
 
-def plan(run: str, count: int, size: int | str = "auto", **fields: int) -> Manifest:
-    records = [ImageRecord(image_id=10 + n, file_name=f"a/{n}.jpg", extra={"n": n}, **fields) for n in range(count)]
-    return write_part(run, Source(records, info={"x": 1}), DATA, shard_size_setting=size, shard_max_mb=256)
+def plan(
+    run: str,
+    count: int,
+    size: int = 8,
+    *,
+    first: int = 0,
+    before: Manifest | None = None,
+    part: int = 10**6,
+    **fields: int,
+) -> Manifest:
+    numbers = range(first, first + count)
+    records = [ImageRecord(image_id=10 + n, file_name=f"a/{n}.jpg", extra={"n": n}, **fields) for n in numbers]
+    tables = tables_of(records, "/pictures", rows=7)
+    return write_parts(run, tables, Layout(size, part_images=part), source={"info": {"x": first}}, before=before)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +93,54 @@ def test_nothing_to_plan(tmp_path: Path) -> None:
     assert load_manifest(str(tmp_path), verify=True) is None
 
 
-def test_a_plan_is_never_overwritten(tmp_path: Path) -> None:
-    plan(str(tmp_path), 3)
-    with pytest.raises(GuardError, match="has a manifest already"):
-        plan(str(tmp_path), 4)
+def test_parts_are_appended(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    first = plan(run, 50, part=20)
+    assert [(part.num_rows, part.first_ordinal, part.first_shard, part.num_shards) for part in first.parts] == [
+        (16, 1, 0, 2), (16, 17, 2, 2), (16, 33, 4, 2), (2, 49, 6, 1)
+    ]  # fmt: skip
+    before = {path.name: path.read_bytes() for path in (tmp_path / "manifest").iterdir()}
+    both = plan(run, 10, size=4, first=50, before=first)
+    assert both.parts[:4] == first.parts
+    assert (both.num_images, both.num_shards) == (60, 10)
+    assert both.layout_hash != first.layout_hash
+    assert {name: (tmp_path / "manifest" / name).read_bytes() for name in before} == before
+    spans = [both.shard_span(shard) for shard in both.iter_shards()]
+    assert sum(count for _, count in spans) == 60
+    assert [start for start, _ in spans] == [1 + sum(count for _, count in spans[:n]) for n in range(10)]
+    rows = [row for shard in both.iter_shards() for row in both.read_shard(shard).to_pylist()]
+    assert [row["image_id"] for row in rows] == list(range(10, 70))
+    assert [name for table in both.iter_images() for name in table["file_name"].to_pylist()] == [
+        f"a/{n}.jpg" for n in range(60)
+    ]
+    assert [part.source for part in both.parts] == [{"info": {"x": 0}}, {}, {}, {}, {"info": {"x": 50}}]
+    assert load_manifest(run, verify=True) == both
+    assert load_manifest(run, verify=True, num_parts=4) == first
+
+
+def test_parts_of_a_try_that_did_not_end_are_replaced(tmp_path: Path) -> None:
+    first = plan(str(tmp_path), 16)
+    plan(str(tmp_path), 50, first=16, before=first, part=8)
+    both = plan(str(tmp_path), 8, first=16, before=first)
+    assert load_manifest(str(tmp_path), verify=True) == both
+    assert both.num_images == 24
+
+
+def test_images_without_ids_get_their_ordinals(tmp_path: Path) -> None:
+    records = [ImageRecord(None, f"{n}.jpg") for n in range(10)]
+    first = write_parts(str(tmp_path), tables_of(records, "/i"), Layout(4), source={})
+    more = [ImageRecord(None, f"{n}.png") for n in range(3)]
+    both = write_parts(str(tmp_path), tables_of(more, "/i"), Layout(4), source={}, before=first)
+    ids = [row for table in both.iter_images() for row in table["image_id"].to_pylist()]
+    assert ids == list(range(1, 14))
+
+
+def test_a_manifest_without_containers_is_read(tmp_path: Path) -> None:
+    manifest = plan(str(tmp_path), 3)
+    file = tmp_path / "manifest" / "part-0000.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(["container"]), file)
+    assert manifest.read_shard(0).schema.equals(MANIFEST_SCHEMA)
+    assert manifest.read_shard(0)["container"].to_pylist() == [None] * 3
 
 
 def test_a_part_without_its_mark_does_not_count(tmp_path: Path) -> None:

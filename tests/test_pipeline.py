@@ -150,10 +150,10 @@ def test_memory_urls_are_refused(tiny: TinyRun, tmp_path: Path) -> None:
 
 
 def test_a_damaged_shard_stops_a_resume(tiny: TinyRun, tmp_path: Path) -> None:
-    from owlsam_ray.guard import plan_run
+    from owlsam_ray.plan import plan_run
 
     config = load_config([tiny.run_file], run=str(tmp_path))
-    manifest: Manifest = plan_run(config)[1]
+    manifest: Manifest = plan_run(config).manifest
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "shard-00000004.parquet").write_bytes(b"PAR1")
     assert manifest.num_shards == 40

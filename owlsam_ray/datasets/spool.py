@@ -6,7 +6,7 @@ file.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,11 @@ def spool_listing(
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     limit = selection.limit if stop_at_limit else None
     with (
-        contextlib.closing(listing.tables) if hasattr(listing.tables, "close") else contextlib.nullcontext(),
+        _closing(listing.tables) as tables,
         pa.OSFile(str(path), "wb") as file,
         pa.ipc.new_file(file, LISTING_SCHEMA, options=options) as writer,
     ):
-        for table in listing.tables:
+        for table in tables:
             listed += table.num_rows
             table = _filtered(table, selection)
             if limit is not None:
@@ -128,6 +128,16 @@ def spool_listing(
         mean_bytes=encoded / max(kept, 1),
         num_listed=listed,
     )
+
+
+@contextlib.contextmanager
+def _closing(tables: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
+    """End a generator that is not read to its end now, with its files and processes, and not at some later time."""
+    try:
+        yield tables
+    finally:
+        if isinstance(tables, Generator):
+            tables.close()
 
 
 def digests_of(names: pa.Array) -> NDArray[np.bytes_]:

@@ -2,17 +2,26 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
-from owlsam_ray.datasets import Source, list_images
+from owlsam_ray.datasets import list_images
 from owlsam_ray.errors import InputError
 from owlsam_ray.settings import DataConfig
 
 
-def listing(root: str | Path, **fields: object) -> Source:
-    return list_images(DataConfig.model_validate({"source": "folder", "images": str(root)} | fields))
+def listing(root: str | Path, **fields: object) -> list[dict[str, Any]]:
+    source = list_images(DataConfig.model_validate({"source": "folder", "images": str(root)} | fields))
+    rows = [row for table in source.tables for row in table.to_pylist()]
+    assert source.total == len(rows)
+    assert not source.has_ids
+    return rows
+
+
+def names_of(root: str | Path, **fields: object) -> list[str]:
+    return [row["file_name"] for row in listing(root, **fields)]
 
 
 def touch(root: Path, *names: str) -> None:
@@ -25,23 +34,23 @@ def test_full_relative_paths_in_stable_order(tmp_path: Path) -> None:
     touch(
         tmp_path, "b/1.jpg", "a/1.jpg", "a/1.PNG", "10.jpg", "9.jpg", "ü/ß.jpeg", "notes.txt", ".hidden.jpg", ".x/1.jpg"
     )
-    source = listing(tmp_path)
-    names = [record.file_name for record in source.records]
+    rows = listing(tmp_path)
+    names = [row["file_name"] for row in rows]
     assert names == ["10.jpg", "9.jpg", "a/1.PNG", "a/1.jpg", "b/1.jpg", "ü/ß.jpeg"]
-    assert [record.image_id for record in source.records] == [1, 2, 3, 4, 5, 6]
-    assert {record.num_bytes for record in source.records} == {5}
+    assert [row["uri"] for row in rows] == [f"{tmp_path}/{name}" for name in names]
+    assert {(row["image_id"], row["num_bytes"]) for row in rows} == {(None, 5)}
 
 
 def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "a" / "2.jpg").symlink_to(tmp_path / "a" / "1.jpg")
-    assert [record.file_name for record in listing(tmp_path).records] == ["a/1.jpg", "a/2.jpg"]
+    assert names_of(tmp_path) == ["a/1.jpg", "a/2.jpg"]
 
 
 def test_suffixes_are_a_setting(tmp_path: Path) -> None:
     touch(tmp_path, "1.jpg", "2.ppm")
-    assert [record.file_name for record in listing(tmp_path, suffixes=[".ppm"]).records] == ["2.ppm"]
+    assert names_of(tmp_path, suffixes=[".ppm"]) == ["2.ppm"]
 
 
 def test_fsspec_url() -> None:
@@ -49,7 +58,7 @@ def test_fsspec_url() -> None:
     memory.store.clear()
     for name in ("b/2.jpg", "a/1.jpg", "readme.md"):
         memory.pipe_file(f"/pictures/{name}", b"123")
-    assert [record.file_name for record in listing("memory://pictures").records] == ["a/1.jpg", "b/2.jpg"]
+    assert names_of("memory://pictures") == ["a/1.jpg", "b/2.jpg"]
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from owlsam_ray.config import EvaluateConfig, RunConfig, load_config
 from owlsam_ray.errors import IncompleteError, InputError
 from owlsam_ray.evaluate.run import _ground_truth_url, evaluate_files, evaluate_run
 from owlsam_ray.evaluate.table import evaluation_table
-from owlsam_ray.guard import QUERY_FILE, fingerprint_parts, guard_labels, plan_run
+from owlsam_ray.guard import QUERY_FILE, fingerprint_parts, guard_labels
 from owlsam_ray.ledger import write_shard
 from owlsam_ray.masks import encode_rle
+from owlsam_ray.plan import plan_run
 from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.reduce.run import reduce_run
 from owlsam_ray.schema import predictions_to_table
@@ -62,7 +63,8 @@ def run_file(tmp_path: Path) -> Path:
 
 def label(config: RunConfig, *, masks: bool = True) -> None:
     """Shards as an attempt leaves them: each object found with a mask of half its area, and one stranger an image."""
-    record, manifest, _ = plan_run(config)
+    plan = plan_run(config)
+    record, manifest = plan.record, plan.manifest
     run = Path(str(config.run))
     (run / QUERY_FILE).write_bytes(b"queries")
     weights = {"detector": Path(config.detector.weights), "segmenter": Path(config.segment.weights)}

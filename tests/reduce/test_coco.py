@@ -10,16 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools.coco import COCO
 
-from owlsam_ray.datasets import ImageRecord, Source
+from owlsam_ray.datasets import ImageRecord
+from owlsam_ray.datasets.source import tables_of
 from owlsam_ray.errors import FailureClass, IncompleteError
 from owlsam_ray.ledger import FOOTER_KEY, shard_url, write_shard
-from owlsam_ray.manifest import Manifest, write_part
+from owlsam_ray.manifest import Layout, Manifest, write_parts
 from owlsam_ray.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.reduce.coco import CocoSettings, ReduceResult, reduce_coco
 from owlsam_ray.reduce.proof import allowed_failures
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
-from owlsam_ray.settings import Category, DataConfig
+from owlsam_ray.settings import Category
 
 K = 5
 SIZE = (6, 8)
@@ -64,10 +65,8 @@ def make_run(run: Path) -> Manifest:
     records = [
         ImageRecord(row.image_id, f"ü/{row.image_id}.jpg", extra={"license": 1, "url": "x\ud800"}) for row in rows
     ]
-    source = Source(records, info={"year": 2026}, licenses=[{"id": 1}])
-    manifest = write_part(
-        str(run), source, DataConfig(source="folder", images="/i"), shard_size_setting=2, shard_max_mb=1
-    )
+    source = {"info": {"year": 2026}, "licenses": [{"id": 1}], "categories": []}
+    manifest = write_parts(str(run), tables_of(records, "/i"), Layout(shard_size=2), source=source)
     for shard in range(3):
         write(run, shard, predictions_to_table(rows[2 * shard : 2 * shard + 2]))
     return manifest
