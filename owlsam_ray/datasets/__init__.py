@@ -2,6 +2,8 @@
 
 from owlsam_ray.datasets.coco import list_coco
 from owlsam_ray.datasets.folder import list_folder
+from owlsam_ray.datasets.lvis import list_lvis
+from owlsam_ray.datasets.objects365 import list_objects365
 from owlsam_ray.datasets.source import DEFAULTS, Container, ImageRecord, Listing, ListingOptions
 from owlsam_ray.settings import DataConfig
 
@@ -9,6 +11,8 @@ __all__ = ["Container", "ImageRecord", "Listing", "ListingOptions", "list_images
 
 _SOURCES = {
     "coco": list_coco,
+    "lvis": list_lvis,
+    "objects365": list_objects365,
     "folder": list_folder,
 }
 

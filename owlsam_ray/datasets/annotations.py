@@ -58,23 +58,39 @@ def read_objects(tree: dict[str, Any], *, url: str, image_ids: Sequence[int], ca
     offences: list[str] = []
     seen: set[int] = set()
     for position, entry in enumerate(entries):
-        offence = _structure_error(entry, seen) or _reference_error(entry, image_at, label_of)
+        offence = structure_error(entry) or _repeat_error(entry, seen) or _reference_error(entry, image_at, label_of)
         if offence is not None:
             offences.append(f"annotations[{position}]{offence}")
         else:
             seen.add(entry["id"])
     way_out = "Mend the file: ids are unique integers, and every annotation names an image and a category of the file."
     raise_offences(url, offences, way_out, use="trained on")
+    return make_objects(
+        entries,
+        image_index=np.array([image_at[entry["image_id"]] for entry in entries], np.int64),
+        labels=np.array([label_of[entry["category_id"]] for entry in entries], np.int64),
+        segmentations=[entry.get("segmentation") for entry in entries],
+    )
+
+
+def make_objects(
+    entries: Sequence[dict[str, Any]],
+    *,
+    image_index: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    segmentations: Sequence[Any],
+) -> Objects:
+    """N entries in which `structure_error` finds nothing wrong, as columns."""
     boxes = [[as_float(value) for value in entry["bbox"]] if entry.get("bbox") else _NO_BOX for entry in entries]
     areas = [math.nan if entry.get("area") is None else as_float(entry["area"]) for entry in entries]
     return Objects(
         ids=np.array([entry["id"] for entry in entries], np.int64),
-        image_index=np.array([image_at[entry["image_id"]] for entry in entries], np.int64),
-        labels=np.array([label_of[entry["category_id"]] for entry in entries], np.int64),
+        image_index=image_index,
+        labels=labels,
         bboxes=np.array(boxes, np.float64).reshape(-1, 4),
         areas=np.array(areas, np.float64),
         crowd=np.array([bool(entry.get("iscrowd")) for entry in entries], np.bool_),
-        segmentations=[entry.get("segmentation") for entry in entries],
+        segmentations=segmentations,
     )
 
 
@@ -91,15 +107,13 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _structure_error(entry: Any, seen: set[int]) -> str | None:
+def structure_error(entry: Any) -> str | None:
     """What is wrong with one entry by itself; None when nothing is."""
     if not isinstance(entry, dict):
         return f" is a {type(entry).__name__}, not an object"
     number, bbox, area = entry.get("id"), entry.get("bbox"), entry.get("area")
     if not isinstance(number, int) or isinstance(number, bool) or not -(2**63) <= number < 2**63:
         return f": id {number!r} is not an integer"
-    if number in seen:
-        return f": id {number} is given twice"
     if bbox and not (isinstance(bbox, list) and len(bbox) == 4 and all(is_number(value) for value in bbox)):
         return f" (id {number}): bbox {bbox!r:.80} is not [x, y, width, height]"
     if area is not None and not is_number(area):
@@ -107,6 +121,10 @@ def _structure_error(entry: Any, seen: set[int]) -> str | None:
     if entry.get("iscrowd") not in (None, 0, 1):
         return f" (id {number}): iscrowd {entry['iscrowd']!r:.80} is neither 0 nor 1"
     return None
+
+
+def _repeat_error(entry: dict[str, Any], seen: set[int]) -> str | None:
+    return f": id {entry['id']} is given twice" if entry["id"] in seen else None
 
 
 def _reference_error(entry: dict[str, Any], image_at: dict[int, int], label_of: dict[int, int]) -> str | None:

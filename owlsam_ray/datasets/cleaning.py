@@ -5,7 +5,7 @@ Boxes are half-open, original pixels.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, NamedTuple
@@ -145,13 +145,15 @@ def clean(
         settings: which rules, how strict.
     """
     sizes = sizes_hw[objects.image_index].reshape(-1, 2)
-    boxes, broken, clipped = _judge_boxes(objects, sizes, settings)
-    changes = [(index, Change.CLIPPED_BOX) for index in np.flatnonzero(clipped).tolist()]
+    boxes, inside, broken = judge_boxes(objects, sizes, min_area=settings.min_area)
+    changes: list[tuple[int, Change]] = []
+    if settings.clip_boxes:
+        changes += [(index, Change.CLIPPED_BOX) for index in np.flatnonzero((inside != boxes).any(axis=1)).tolist()]
+        boxes = inside
     outlines = _judge_outlines(objects, sizes, settings, broken, changes)
     if settings.duplicate_iou is not None:
-        for index in find_duplicates(
-            objects, boxes, np.array([rule is None for rule in broken]), settings.duplicate_iou
-        ):
+        alive = np.array([rule is None for rule in broken], np.bool_)
+        for index, _, _ in find_duplicates(objects, boxes, alive, settings.duplicate_iou):
             broken[index] = Rule.DUPLICATE
     kept = np.array([index for index, rule in enumerate(broken) if rule is None], np.int64)
     kept = kept[np.lexsort((objects.ids[kept], objects.image_index[kept]))]
@@ -181,34 +183,44 @@ def clean(
     )
 
 
-def _judge_boxes(
-    objects: Objects, sizes_hw: NDArray[np.float64], settings: CleaningSettings
-) -> tuple[NDArray[np.float64], list[Rule | None], NDArray[np.bool_]]:
-    """(N, 4) boxes, N times the first rule that the box breaks, (N,) whether it was cut."""
+def judge_boxes(
+    objects: Objects, sizes_hw: NDArray[np.float64], *, min_area: float, off: Collection[Rule] = ()
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[Rule | None]]:
+    """Apply the rules of boxes, `CROWD` to `SMALL`; segmentations are not looked at.
+
+    Args:
+        objects: N of them.
+        sizes_hw: (N, 2) of each one's picture; infinite where it is not stated.
+        min_area: of `SMALL`.
+        off: rules that are not applied. Objects that break one of them are judged by the others.
+
+    Returns:
+        (N, 4) boxes, original pixels, NaN without one; (N, 4) what of them is inside the picture; N times the first
+        rule that is broken.
+    """
     bboxes, areas = objects.bboxes, objects.areas
     with np.errstate(invalid="ignore", over="ignore"):
         boxes = np.concatenate([bboxes[:, :2], bboxes[:, :2] + bboxes[:, 2:]], axis=1)
         limits = sizes_hw[:, [1, 0, 1, 0]]
         inside = np.clip(boxes, 0, limits)
         sides = inside[:, 2:] - inside[:, :2]
-        area = np.fmin(areas, sides[:, 0] * sides[:, 1])  # fmin: a NaN is no statement
+        none = np.isnan(bboxes).all(axis=1)
         broken = {
             Rule.CROWD: objects.crowd,
-            Rule.NO_BOX: np.isnan(bboxes).all(axis=1),
-            Rule.NON_FINITE: ~np.isfinite(bboxes).all(axis=1) | ~np.isfinite(boxes).all(axis=1) | np.isinf(areas),
+            Rule.NO_BOX: none,
+            Rule.NON_FINITE: ~(none | np.isfinite(boxes).all(axis=1) & np.isfinite(bboxes).all(axis=1))
+            | np.isinf(areas),
             Rule.ZERO_AREA: (bboxes[:, 2:] <= 0).any(axis=1)
             | (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
             | (areas <= 0),
-            Rule.OUTSIDE: (sides <= 0).any(axis=1),
-            Rule.SMALL: area < settings.min_area,
+            Rule.OUTSIDE: (boxes[:, :2] >= limits[:, :2]).any(axis=1) | (boxes[:, 2:] <= 0).any(axis=1),
+            Rule.SMALL: np.fmin(areas, sides[:, 0] * sides[:, 1]) < min_area,  # fmin: a NaN is no statement
         }
     first: list[Rule | None] = [None] * len(objects)
-    for rule in reversed(broken):
+    for rule in reversed([rule for rule in broken if rule not in off]):
         for index in np.flatnonzero(broken[rule]).tolist():
             first[index] = rule
-    if not settings.clip_boxes:
-        return boxes, first, np.zeros(len(objects), np.bool_)
-    return inside, first, (inside != boxes).any(axis=1)
+    return boxes, inside, first
 
 
 def _judge_outlines(
@@ -241,7 +253,7 @@ def _judge_outlines(
 
 def find_duplicates(
     objects: Objects, boxes_xyxy: NDArray[np.float64], alive: NDArray[np.bool_], iou: float
-) -> Iterator[int]:
+) -> Iterator[tuple[int, int, float]]:
     """Objects whose box repeats one of the same image and category that stays.
 
     Args:
@@ -251,7 +263,8 @@ def find_duplicates(
         iou: boxes that overlap more are the same.
 
     Yields:
-        Places of those that go. By rising annotation id, an object goes when its IoU with one that stayed is greater.
+        Place of one that goes, place of the one that stays and overlaps it most, their IoU. By rising annotation id, an
+        object goes when its IoU with one that stayed is greater.
     """
     index = np.flatnonzero(alive)
     order = index[np.lexsort((objects.ids[index], objects.labels[index], objects.image_index[index]))]
@@ -260,13 +273,16 @@ def find_duplicates(
     for group in np.split(order, borders):
         if len(group) < 2:
             continue
-        overlaps = _iou_matrix(boxes_xyxy[group]) > iou
-        if np.count_nonzero(overlaps) <= len(group):  # each with itself
+        overlaps = _iou_matrix(boxes_xyxy[group])
+        if np.count_nonzero(overlaps > iou) <= len(group):  # each with itself
             continue
         stays = np.ones(len(group), np.bool_)
         for place in range(1, len(group)):
-            stays[place] = not (overlaps[place, :place] & stays[:place]).any()
-        yield from group[~stays].tolist()
+            with_stayers = np.where(stays[:place], overlaps[place, :place], 0.0)
+            most = int(with_stayers.argmax())
+            if with_stayers[most] > iou:
+                stays[place] = False
+                yield int(group[place]), int(group[most]), float(with_stayers[most])
 
 
 def _iou_matrix(boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:

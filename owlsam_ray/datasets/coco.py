@@ -1,130 +1,141 @@
-"""COCO JSON + image root → listing. Annotations are not read here (`annotations.py`)."""
+"""COCO JSON + image root → listing. Annotations are not read here (`annotations.py`).
 
-import json
-from collections.abc import Iterator
+Layouts: images of COCO lie in one folder a split, `val2014/COCO_val2014_000000000073.jpg` or
+`val2017/000000000139.jpg`, and file names name no folder; `data.images` may be that folder or the one above it. The
+split stands in `coco_url`, in the image names of 2014, and in the name of the annotation file.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from owlsam_ray import storage
-from owlsam_ray.datasets.source import MAX_IMAGE_ID, ImageRecord, Source, file_name_error, raise_offences
+from owlsam_ray.datasets.document import open_document
+from owlsam_ray.datasets.image_list import (
+    WAY_OUT,
+    Dialect,
+    list_images_of,
+    place_images,
+    spread,
+    text_of,
+    url_parts,
+)
+from owlsam_ray.datasets.layouts import Layout, choose_layout
+from owlsam_ray.datasets.source import DEFAULTS, ImageRecord, Listing, ListingOptions, raise_offences
 from owlsam_ray.errors import InputError
 from owlsam_ray.settings import DataConfig
 
-_OWN_FIELDS = {"id", "file_name", "height", "width"}
-_LOOKED_UP = 20
+_SPLIT_OF_NAME = re.compile(r"^COCO_((?:train|val|test)\d{4})_\d+\.")
+_SPLIT_OF_FILE = re.compile(r"(train|val|test|unlabeled)[a-z-]*(20\d\d)")
 
 
-def list_coco(config: DataConfig) -> Source:
+def list_coco(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
     """List the images of a COCO file, in the file's order.
 
+    `file_name` is the path below `data.images`, so with the folder of the split where that is above it. Whether ids and
+    names repeat is for the plan to find out.
+
     Raises:
-        InputError: the file cannot be read or is no COCO file; ids or file names repeat, are malformed, or leave the
-            root; or none of a sample of the files exists under `data.images`.
+        InputError: see `list_images_of`.
     """
-    url = config.annotations or ""
-    return list_tree(read_tree(url), url=url, root=config.images)
+    url, root = config.annotations or "", config.images or ""
+    return list_images_of(url, root, coco_dialect(url))
 
 
-def list_tree(tree: dict[str, Any], *, url: str, root: str) -> Source:
-    """List the images of a COCO file that is read already, in the file's order.
+def coco_dialect(url: str) -> Dialect:
+    """The layouts of COCO's image folders.
+
+    Args:
+        url: the file of annotations, whose name may tell the split.
+    """
+    of_file = _split_of_file(url)
+
+    def split_of(image: dict[str, Any]) -> str | None:
+        parts, name = url_parts(image), text_of(image, "file_name") or ""
+        return parts[0] if parts else _split_of_name(name) or (None if "/" in name else of_file)
+
+    def in_split(image: dict[str, Any]) -> str | None:
+        name = text_of(image, "file_name")
+        split = split_of(image)
+        return f"{split}/{name}" if name and split else None
+
+    def in_named_split(image: dict[str, Any]) -> str | None:
+        name = text_of(image, "file_name") or ""
+        split = _split_of_name(name) or of_file
+        return f"{split}/{name}" if name and split else None
+
+    layouts = (
+        Layout("<file_name>", lambda image: image.get("file_name")),
+        Layout("<split>/<file_name>", in_split),
+        Layout("<end of coco_url>", lambda image: "/".join(url_parts(image) or ()) or None),
+        Layout("<split by the file's name>/<file_name>", in_named_split),
+        Layout("<last part of coco_url>", lambda image: (url_parts(image) or (None, None))[1]),
+    )
+    return Dialect(layouts=layouts, split_of=split_of)
+
+
+def _split_of_name(name: str) -> str | None:
+    """The split in an image name of 2014, as COCO_val2014_000000000073.jpg."""
+    match = _SPLIT_OF_NAME.match(name)
+    return match.group(1) if match else None
+
+
+def _split_of_file(url: str) -> str | None:
+    """The split in the name of an annotation file: instances_val2017, image_info_test-dev2017, captions_train2014."""
+    match = _SPLIT_OF_FILE.search(url.rstrip("/").rsplit("/", 1)[-1])
+    return f"{match.group(1)}{match.group(2)}" if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageList:
+    """All images of a COCO file in memory, in the file's order, with unique ids and names."""
+
+    image_ids: Sequence[int]
+    records: Sequence[ImageRecord]
+    """One for each id."""
+    categories: list[dict[str, Any]]
+
+
+def list_tree(tree: dict[str, Any], *, url: str, root: str) -> ImageList:
+    """Check the images of a COCO file that is read already.
 
     Args:
         tree: what `read_tree` gave.
         url: the file, for messages.
-        root: what file names are relative to.
+        root: of the images, as for `list_coco`.
 
     Raises:
-        InputError: as `list_coco`.
+        InputError: the file lists no images; ids or file names repeat, are malformed, or leave the root; or none of a
+            sample of the files exists under the root.
     """
     images = tree.get("images")
     if not isinstance(images, list) or not images:
         raise InputError(f"{url} lists no images: is it a COCO file with a non-empty `images`?")
+    layout = choose_layout(root, [spread(images)], coco_dialect(url).layouts, where=url)
     offences: list[str] = []
-    records = list(_records(images, offences))
-    raise_offences(url, offences, "Mend the file; ids and file names must be unique, and names stay below data.images.")
-    _check_root(root, records)
-    return Source(
-        records=records,
-        info=_of_type(tree, "info", dict, url),
-        licenses=_of_type(tree, "licenses", list, url),
-        categories=_of_type(tree, "categories", list, url),
-    )
+    name_of: dict[int, str] = {}
+    id_of: dict[str, int] = {}
+    records = []
+    for name, image in place_images(images, layout, offences):
+        number = image["id"]
+        if number in name_of:
+            offences.append(f"id {number} is given to both {name_of[number]!r} and {name!r}")
+        elif name in id_of:
+            offences.append(f"{name!r} is listed twice, as id {id_of[name]} and as id {number}")
+        name_of[number], id_of[name] = name, number
+        records.append(ImageRecord(number, name, image.get("height"), image.get("width")))
+    raise_offences(url, offences, WAY_OUT)
+    categories = tree.get("categories") or []
+    if not isinstance(categories, list):
+        raise InputError(f"{url}: `categories` is a {type(categories).__name__}, not a list")
+    return ImageList(list(name_of), records, categories)
 
 
 def read_tree(url: str) -> dict[str, Any]:
-    """A COCO file as plain values, not yet checked.
+    """A COCO file as plain values, whole in memory, not yet checked.
 
     Raises:
-        InputError: it cannot be read, or is no JSON object.
+        InputError: see `open_document`.
     """
-    try:
-        # NaN and Infinity are no JSON, and could not be written again by `reduce`.
-        tree = json.loads(storage.read_bytes(url), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise InputError(f"cannot read data.annotations {url}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(f"{url} is not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{url} is not a COCO file: it holds a {type(tree).__name__}, not an object")
-    return tree
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
-
-
-def _of_type(tree: dict[str, Any], key: str, kind: type, url: str) -> Any:
-    value = tree.get(key)
-    if value is None:
-        return kind()
-    if not isinstance(value, kind):
-        raise InputError(f"{url}: `{key}` is a {type(value).__name__}, not a {kind.__name__}")
-    return value
-
-
-def _records(images: list[Any], offences: list[str]) -> Iterator[ImageRecord]:
-    """Valid records; what is wrong with the others is added to `offences`."""
-    name_of: dict[int, str] = {}
-    id_of: dict[str, int] = {}
-    for position, image in enumerate(images):
-        where = f"images[{position}]"
-        if not isinstance(image, dict):
-            offences.append(f"{where} is a {type(image).__name__}, not an object")
-            continue
-        image_id, name = image.get("id"), image.get("file_name")
-        if not isinstance(image_id, int) or isinstance(image_id, bool) or not 0 <= image_id < MAX_IMAGE_ID:
-            offences.append(f"{where}: id {image_id!r} is not an integer from 0 to 2^53")
-        elif not isinstance(name, str) or file_name_error(name) is not None:
-            offences.append(f"{where} (id {image_id}): {file_name_error(name)}: {name!r}")
-        elif image_id in name_of:
-            offences.append(f"{where}: id {image_id} is given to both {name_of[image_id]!r} and {name!r}")
-        elif name in id_of:
-            offences.append(f"{where}: {name!r} is listed twice, as id {id_of[name]} and as id {image_id}")
-        elif not all(_is_length(image.get(key)) for key in ("height", "width")):
-            offences.append(
-                f"{where} ({name!r}): height {image.get('height')!r} or width {image.get('width')!r} is odd"
-            )
-        else:
-            name_of[image_id], id_of[name] = name, image_id
-            yield ImageRecord(
-                image_id=image_id,
-                file_name=name,
-                height=image.get("height"),
-                width=image.get("width"),
-                extra={key: value for key, value in image.items() if key not in _OWN_FIELDS},
-            )
-
-
-def _is_length(value: object) -> bool:
-    """Pixels, or not stated."""
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31)
-
-
-def _check_root(root: str, records: list[ImageRecord]) -> None:
-    """A wrong root is told now; single missing files become failed rows later."""
-    step = max(1, len(records) // _LOOKED_UP)
-    sample = [record.file_name for record in records[::step][:_LOOKED_UP]]
-    if not any(storage.exists(storage.join(root, name)) for name in sample):
-        raise InputError(
-            f"none of {len(sample)} images looked up exists under data.images {root}; the first was "
-            f"{storage.join(root, sample[0])}. Is data.images the folder that the file names are relative to?"
-        )
+    with open_document(url) as document:
+        return {key: document.value(key, object, None) for key in document.names()}

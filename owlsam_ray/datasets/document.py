@@ -113,7 +113,7 @@ class Document:
         """Bytes of the file."""
         return len(self._bytes)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Names of the top-level values, in the file's order."""
         return list(self._fields)
 

@@ -42,11 +42,23 @@ def read_outline(segmentation: Any, size_hw: tuple[float, float]) -> tuple[Outli
             of another size than the picture. The counts of a compressed RLE are not all checked: who decodes them does.
     """
     if isinstance(segmentation, list):
-        polygons = [_polygon(polygon) for polygon in segmentation]
-        kept = tuple(polygon for polygon in polygons if abs(_signed_area(polygon)) > _NO_AREA)
-        return kept or None, len(polygons) - len(kept)
+        kept = tuple(polygon for polygon in map(_polygon, segmentation) if _has_area(polygon))
+        return kept or None, len(segmentation) - len(kept)
     counts = _rle(segmentation, size_hw)
     return (counts if int(coco_mask.area({"size": segmentation["size"], "counts": counts})) > 0 else None), 0
+
+
+def proper_polygons(segmentation: list[Any]) -> list[Any]:
+    """The polygons with at least 3 points and an area, as the file states them.
+
+    Args:
+        segmentation: a list in which `read_outline` finds nothing wrong.
+    """
+    return [values for values in segmentation if _has_area(_polygon(values))]
+
+
+def _has_area(polygon: NDArray[np.float64]) -> bool:
+    return abs(_signed_area(polygon)) > _NO_AREA
 
 
 def _polygon(values: Any) -> NDArray[np.float64]:

@@ -106,7 +106,7 @@ class TrainingImages:
             drawn = _draw(self._outlines[mine], (height, width))
             keep[[not mask.any() for mask in drawn]] = False
             drawn = drawn[keep]
-        return Sample(record.image_id, picture.pixels, boxes[keep], labels[keep], drawn)
+        return Sample(self.image_ids[index], picture.pixels, boxes[keep], labels[keep], drawn)
 
 
 def read_training_images(
@@ -127,15 +127,15 @@ def read_training_images(
         max_pixels: larger pictures fail in `load`.
 
     Raises:
-        InputError: the file cannot be read or contradicts itself (see `list_coco` and `read_objects`), its categories
+        InputError: the file cannot be read or contradicts itself (see `list_tree` and `read_objects`), its categories
             are none or repeat, no looked-up picture is there, or cleaning leaves no annotation.
     """
     tree = read_tree(annotations)
-    source = list_tree(tree, url=annotations, root=images)
-    categories = _categories(source.categories, annotations)
-    ids = [record.image_id for record in source.records]
+    listed = list_tree(tree, url=annotations, root=images)
+    categories = _categories(listed.categories, annotations)
+    ids = listed.image_ids
     objects = read_objects(tree, url=annotations, image_ids=ids, category_ids=[category.id for category in categories])
-    sizes = np.array([(record.height or np.inf, record.width or np.inf) for record in source.records], np.float64)
+    sizes = np.array([(record.height or np.inf, record.width or np.inf) for record in listed.records], np.float64)
     cleaned = clean(objects, image_ids=ids, sizes_hw=sizes, settings=cleaning)
     if len(cleaned.kept) == 0:
         raise InputError(
@@ -143,13 +143,12 @@ def read_training_images(
             "cleaning settings."
         )
     of_images = np.bincount(objects.image_index[cleaned.kept], minlength=len(ids))[cleaned.images]
-    records = tuple(source.records[index] for index in cleaned.images.tolist())
     return TrainingImages(
         categories=categories,
         report=cleaned.report,
-        image_ids=tuple(record.image_id for record in records),
+        image_ids=tuple(ids[index] for index in cleaned.images.tolist()),
         _root=images,
-        _records=records,
+        _records=tuple(listed.records[index] for index in cleaned.images.tolist()),
         _offsets=np.concatenate([[0], np.cumsum(of_images)]).astype(np.int64),
         _boxes_xyxy=_on_grid(cleaned.boxes_xyxy),
         _labels=objects.labels[cleaned.kept],
