@@ -104,6 +104,7 @@ def annotate_run(
             numerics = numerics_of(job.allocation, config.resources.dtype)
             job = replace(job, record=guard_numerics(record, numerics, run_url, allow_change=allow_numerics_change))
             storage.remove_stale_temporaries(storage.join(run_url, PREDICTIONS))
+            given = {"actors": job.allocation.actors, "gpus": job.allocation.actors * job.allocation.gpus_per_actor}
             with ProgressWatcher(tally, interval_s=config.logging.progress_s, show=show) as watcher:
                 _label(job, watcher)
     except _GraceOverError:
@@ -112,6 +113,7 @@ def annotate_run(
         "new": tally.images_done - done_before,
         "seconds": round(time.monotonic() - start, 1),
         "stage_s": {stage: round(seconds, 1) for stage, seconds in tally.stage_s.items()},
+        **given,
     }
 
 

@@ -23,6 +23,12 @@ _EXAMPLES = {
   owlsam plan jobs/coco.yaml --run runs/dogs --categories dog cat --verify exists
 
 Images are listed once; `annotate` labels what is planned. --extend adds shards and leaves the old ones as they are.""",
+    "estimate": """examples:
+  owlsam estimate run.yaml --run runs/coco
+  owlsam estimate run.yaml --run runs/coco --images 1000 --set resources.actors=8
+
+Labels a sample on the machines of the run, into RUN/estimate, and tells images/s, hours, GPU hours and the size of the
+output for all images of the dataset. Larger samples tell more: with few, a GPU's batches are not full.""",
     "annotate": """examples:
   owlsam annotate jobs/coco.yaml --run runs/coco
   owlsam annotate jobs/coco.yaml --run runs/coco --set resources.actors=2 --set resources.detector_batch=16
@@ -68,6 +74,7 @@ Leaves the run file at DIR/run.yaml, the scores at DIR/evaluation.json, labelled
 
 _HELPS = {
     "plan": "list the images once, and freeze ids and shards",
+    "estimate": "label a sample, and tell what the whole run will take",
     "preview": "label a few pictures here and draw them: find prompts and thresholds before a run",
     "annotate": "label every shard that is not labelled yet",
     "reduce": "merge the shards into COCO annotations, and prove that nothing is missing",
@@ -166,6 +173,12 @@ def _add_selection(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_estimate_options(command: argparse.ArgumentParser) -> None:
+    _add_run_options(command)
+    command.add_argument("--images", type=int, default=200, metavar="N", help="of the sample (default: %(default)s)")
+    _add_selection(command)
+
+
 def _add_annotate_options(command: argparse.ArgumentParser) -> None:
     _add_run_options(command)
     command.add_argument(
@@ -208,6 +221,7 @@ def _add_demo_options(command: argparse.ArgumentParser) -> None:
 
 _ADD_OPTIONS = {
     "plan": _add_plan_options,
+    "estimate": _add_estimate_options,
     "preview": _add_preview_options,
     "annotate": _add_annotate_options,
     "evaluate": _add_evaluate_options,

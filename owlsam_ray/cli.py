@@ -133,6 +133,30 @@ def _annotate(config: RunConfig, options: argparse.Namespace, console: Console) 
     return counts
 
 
+def _estimate(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.resources import export_ray_environment
+
+    export_ray_environment(config.resources.auth_mode)
+
+    from owlsam_ray.estimate import estimate_run
+    from owlsam_ray.progress import CountDisplay, LazyDisplay
+
+    counter = CountDisplay(console, interval_s=config.logging.progress_s)
+    with LazyDisplay(console) as display:
+        found = estimate_run(config, images=options.images, show_plan=counter.show, show=display.show)
+    if found["images_per_s"] is None:
+        console.print("The sample was done at once, so no rate could be seen: take more --images.")
+    else:
+        gpus = f", {found['gpu_hours']:.1f} GPU hours" if found["gpus"] else ""
+        console.print(
+            f"{found['images']:,} images at {found['images_per_s']:.2f} images/s on {found['actors']} actor(s): "
+            f"{found['hours']:.1f} hours{gpus}, {found['predictions_bytes'] / 1e9:.2f} GB of shards, "
+            f"{found['coco_bytes'] / 1e9:.2f} GB of COCO JSON; {found['start_s']:.0f} s to start",
+            highlight=False,
+        )
+    return found
+
+
 def _reduce(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from owlsam_ray.reduce.proof import check_failures
     from owlsam_ray.reduce.run import reduce_run
@@ -235,7 +259,13 @@ def _preview(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return summary
 
 
-_COMMANDS = {"plan": _plan, "annotate": _annotate, "reduce": _reduce, "evaluate": _evaluate}
+_COMMANDS = {
+    "plan": _plan,
+    "estimate": _estimate,
+    "annotate": _annotate,
+    "reduce": _reduce,
+    "evaluate": _evaluate,
+}
 _WITHOUT_RUN = {"preview": _preview, "finetune": _finetune, "demo": _demo}
 
 

@@ -22,7 +22,7 @@ from owlsam_ray.config import PlanConfig, RunConfig
 from owlsam_ray.datasets import Listing, ListingOptions, list_images
 from owlsam_ray.datasets.source import raise_offences
 from owlsam_ray.datasets.spool import Selection, Spool, digests_of, repeats, sample_mask, spool_listing
-from owlsam_ray.errors import GuardError, InputError
+from owlsam_ray.errors import FailedImagesError, GuardError, InputError
 from owlsam_ray.guard import (
     RUN_FILE,
     RunRecord,
@@ -34,9 +34,13 @@ from owlsam_ray.guard import (
     save_record,
 )
 from owlsam_ray.manifest import Layout, Manifest, shard_size, write_parts
+from owlsam_ray.reduce.proof import allowed_failures
 from owlsam_ray.stages.suppress import label_thresholds
+from owlsam_ray.verify import verify_images
 from owlsam_ray.vocabulary import resolve_vocabulary
 
+VERIFY_FILE = "verify.jsonl"
+"""Images that `plan.verify` found wanting, a line each."""
 _log = logging.getLogger(__name__)
 
 Show = Callable[[str, int, int | None], None]
@@ -53,6 +57,9 @@ class Plan:
     """Images that this call added; 0: it was planned already."""
     listed: int | None = None
     """Images in the listing, as far as it was read; None when this call did not list."""
+    eligible: int | None = None
+    """Images of the listing that pass the filters, each once, before limit and sample; None when this call did not
+    list, a lower bound where a limit ended the reading."""
     repeated: int = 0
     """Images of the listing that were left out because they stand in it twice (`plan.duplicates: first`)."""
 
@@ -107,10 +114,12 @@ def _freeze(config: RunConfig, *, show: Show, before: Plan | None = None) -> Pla
             listing, config.plan, Path(folder), show=show, before=before.manifest if before else None
         )
         count = int(wanted.sum())
+        told = {"listed": spool.num_listed, "eligible": len(spool) - repeated, "repeated": repeated}
         if count == 0 and before is not None:
-            return Plan(before.record, before.manifest, 0, listed=spool.num_listed, repeated=repeated)
+            return Plan(before.record, before.manifest, 0, **told)
         if count == 0:
             raise InputError(_nothing_left(config.plan, spool.num_listed))
+        _verify(config, run_url, spool.tables(wanted), count, show)
         size = shard_size(
             count,
             config.resources.shard_size,
@@ -140,7 +149,7 @@ def _freeze(config: RunConfig, *, show: Show, before: Plan | None = None) -> Pla
     else:
         record = before.record.model_copy(update=fields)
     save_record(run_url, record)
-    return Plan(record, manifest, count, listed=spool.num_listed, repeated=repeated)
+    return Plan(record, manifest, count, **told)
 
 
 def list_dataset(config: RunConfig) -> Listing:
@@ -198,6 +207,38 @@ def select_images(
     if before is not None:
         wanted &= ~_already_planned(spool, before)
     return spool, wanted, int((~distinct).sum())
+
+
+def _verify(config: RunConfig, run_url: str, tables: Iterable[pa.Table], count: int, show: Show) -> None:
+    """Look at the images, when that is asked for.
+
+    Raises:
+        FailedImagesError: more of them fail than the run puts up with; nothing is planned then.
+    """
+    mode = config.plan.verify
+    if mode == "none":
+        return
+    with storage.open_atomic(storage.join(run_url, VERIFY_FILE)) as out:
+        found = verify_images(
+            tables,
+            mode,
+            out,
+            threads=config.resources.fetch_threads,
+            decode=config.decode,
+            show=lambda done: show("verified", done, count),
+        )
+    if not found.failed:
+        return
+    reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(found.failed_by_reason.items()))
+    where = f"{found.failed} of {found.images} images would fail ({reasons}): see {run_url}/{VERIFY_FILE}"
+    allowed = allowed_failures(config.reduce.max_failed, found.images)
+    if found.failed > allowed:
+        raise FailedImagesError(
+            f"{where}. reduce.max_failed ({config.reduce.max_failed}) puts up with {allowed}, so nothing is planned. "
+            "Mend the dataset, or raise reduce.max_failed.",
+            {"images": found.images, "failed": found.failed, "failed_by_reason": dict(found.failed_by_reason)},
+        )
+    _log.warning("%s. They are planned, and become failed rows.", where)
 
 
 def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[np.int64]:

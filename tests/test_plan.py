@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from owlsam_ray import plan as plan_module
 from owlsam_ray.config import RunConfig
 from owlsam_ray.datasets.spool import repeats
-from owlsam_ray.errors import GuardError, InputError
+from owlsam_ray.errors import FailedImagesError, GuardError, InputError
 from owlsam_ray.guard import load_record, load_run_manifest
 from owlsam_ray.plan import Plan, plan_run
 
@@ -259,3 +260,31 @@ def test_progress_is_told(tmp_path: Path) -> None:
     plan_run(coco_run(data, tmp_path / "run"), show=lambda *state: told.append(state))
     assert ("listed", 9) in [state[:2] for state in told]
     assert ("planned", 9, 9) in told
+
+
+def draw(data: Path) -> None:
+    """Real pictures for all files but the last two: one is damaged, one is gone."""
+    files = sorted((data / "images").rglob("*.jpg"), key=lambda path: int(path.stem))
+    for path in files[:-2]:
+        Image.new("RGB", (8, 6), (200, 30, 30)).save(path)
+    files[-2].write_bytes(files[0].read_bytes()[:200])
+    files[-1].unlink()
+
+
+@pytest.mark.parametrize(
+    ("mode", "reasons"), [("exists", {"9.jpg": "missing"}), ("decode", {"8.jpg": "truncated", "9.jpg": "missing"})]
+)
+def test_verify(tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str, reasons: dict[str, str]) -> None:
+    data, run = write_coco(tmp_path / "data", numbered(10)), tmp_path / "run"
+    draw(data)
+    config = coco_run(data, run, verify=mode)
+    with pytest.raises(FailedImagesError, match=f"{len(reasons)} of 10 images would fail .* nothing is planned"):
+        plan_run(config)
+    assert load_record(str(run)) is None
+    lines = [json.loads(line) for line in (run / "verify.jsonl").read_text().splitlines()]
+    assert {line["file_name"][2:]: line["reason"].split(":")[0] for line in lines} == reasons
+    lenient = config.model_copy(update={"reduce": config.reduce.model_copy(update={"max_failed": 2})})
+    logging.getLogger("owlsam_ray").propagate = True
+    plan = plan_run(lenient)
+    assert plan.new == 10, "they are planned all the same: one image, one row"
+    assert "They are planned, and become failed rows" in caplog.text

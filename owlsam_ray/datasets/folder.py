@@ -1,5 +1,7 @@
 """Every image file under a folder → listing."""
 
+import logging
+
 from owlsam_ray import storage
 from owlsam_ray.datasets.source import (
     DEFAULTS,
@@ -12,6 +14,9 @@ from owlsam_ray.datasets.source import (
 )
 from owlsam_ray.errors import InputError
 from owlsam_ray.settings import DataConfig
+
+_log = logging.getLogger(__name__)
+_TOLD_EVERY = 100_000
 
 
 def list_folder(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
@@ -35,6 +40,8 @@ def list_folder(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listi
     for name, num_bytes in storage.walk_files(root):
         if name.lower().endswith(suffixes):
             found.append((name, num_bytes))
+            if len(found) % _TOLD_EVERY == 0:
+                _log.info("found %s image files so far", f"{len(found):,}")
         else:
             others += 1
     if not found:

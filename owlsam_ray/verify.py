@@ -1,0 +1,110 @@
+"""A look at every image before a run is paid for: is it there, does it decode."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import IO, Any, Literal
+
+import pyarrow as pa
+
+from owlsam_ray import storage
+from owlsam_ray.errors import ImageError
+from owlsam_ray.fetch import fetch_rows
+from owlsam_ray.packed import MEGABYTE, image_error
+from owlsam_ray.settings import DecodeConfig
+from owlsam_ray.stages.decode import decode_image
+
+_BATCH = 64
+"""Images whose bytes are in memory at once."""
+_LOOKED_UP = 4096
+"""Images whose existence is asked for at once."""
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was found."""
+
+    images: int = 0
+    failed: int = 0
+    failed_by_reason: Counter[str] = field(default_factory=Counter)
+
+
+def verify_images(
+    tables: Iterable[pa.Table],
+    mode: Literal["exists", "decode"],
+    out: IO[bytes],
+    *,
+    threads: int,
+    decode: DecodeConfig,
+    show: Callable[[int], None] = lambda done: None,
+) -> Verification:
+    """Look at every image of a listing.
+
+    Args:
+        tables: `datasets.LISTING_SCHEMA`.
+        mode: `exists` asks the storage for every file, for a tar or Parquet file once; `decode` reads and decodes it.
+        out: gets one line of JSON for every image that fails: file_name, uri, reason, class.
+        threads: requests at once.
+        decode: limits of the run.
+        show: called with the number of images looked at.
+
+    Raises:
+        StorageSetupError: no credentials, or no package, to ask the storage with.
+    """
+    result = Verification()
+    known: dict[str, ImageError | None] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for rows in _batches(tables, _LOOKED_UP if mode == "exists" else _BATCH):
+            offences = _look_up(rows, known, pool) if mode == "exists" else _decode(rows, decode, threads, pool)
+            for row, offence in zip(rows, offences, strict=True):
+                result.images += 1
+                if offence is not None:
+                    result.failed += 1
+                    result.failed_by_reason[offence.reason.split(":")[0]] += 1
+                    line = {key: row[key] for key in ("file_name", "uri")}
+                    line |= {"reason": offence.reason, "class": str(offence.failure_class)}
+                    out.write(json.dumps(line).encode() + b"\n")
+            show(result.images)
+    return result
+
+
+def _batches(tables: Iterable[pa.Table], size: int) -> Iterator[list[dict[str, Any]]]:
+    for table in tables:
+        for start in range(0, table.num_rows, size):
+            yield table.slice(start, size).to_pylist()
+
+
+def _look_up(
+    rows: Sequence[dict[str, Any]], known: dict[str, ImageError | None], pool: ThreadPoolExecutor
+) -> list[ImageError | None]:
+    """Why each image is not there; None when it is. What was asked about files that hold many images is kept."""
+    uris = list(dict.fromkeys(row["uri"] for row in rows if row["uri"] not in known))
+    found = dict(zip(uris, pool.map(_absence, uris), strict=True))
+    known |= {row["uri"]: found[row["uri"]] for row in rows if row["container"] is not None and row["uri"] in found}
+    return [known.get(row["uri"]) or found.get(row["uri"]) for row in rows]
+
+
+def _absence(uri: str) -> ImageError | None:
+    try:
+        return None if storage.exists(uri) else ImageError("missing")
+    except OSError as error:
+        return image_error(error)
+
+
+def _decode(
+    rows: Sequence[dict[str, Any]], decode: DecodeConfig, threads: int, pool: ThreadPoolExecutor
+) -> list[ImageError | None]:
+    outcomes = fetch_rows(rows, threads=threads, max_bytes=decode.max_file_mb * MEGABYTE)
+
+    def look(outcome: bytes | ImageError) -> ImageError | None:
+        if isinstance(outcome, ImageError):
+            return outcome
+        try:
+            decode_image(outcome, stated_hw=None, max_pixels=decode.max_pixels)
+        except ImageError as error:
+            return error
+        return None
+
+    return list(pool.map(look, outcomes))
