@@ -4,10 +4,12 @@ The rest of a run, where and how fast, stands in `config`. Two settings that con
 resolved silently. A default of None stands for a value that only some choices use; the field's text names it.
 """
 
+import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -15,6 +17,7 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -126,6 +129,11 @@ class DataConfig(Section):
         return self
 
 
+BuiltinVocabulary = Literal["coco", "lvis", "objects365"]
+Frequency = Literal["r", "c", "f"]
+"""LVIS's groups of categories by number of training images: rare (up to 10), common (up to 100), frequent."""
+
+
 class Category(Section):
     """One thing to look for."""
 
@@ -139,6 +147,8 @@ class Category(Section):
     """Other names of the same thing, asked for as well."""
     prompts: tuple[Name, ...] = ()
     """Texts that are asked as they stand, instead of name and synonyms in the templates."""
+    frequency: Frequency | None = None
+    """LVIS's group, carried into the output: AP by group needs it."""
 
     @model_validator(mode="after")
     def _prompts_replace_names(self) -> Self:
@@ -184,15 +194,40 @@ _NameOrCategory = Annotated[
 ]
 
 
+def _check_list_or_file(value: str) -> str:
+    if value in VOCABULARIES or is_vocabulary_file(value):
+        return value
+    close = difflib.get_close_matches(value.lower(), VOCABULARIES, n=1)
+    raise ValueError(
+        f"{value!r} is no list of categories: take {', '.join(VOCABULARIES)}, a text file (its path holds a / or ends "
+        f"in .txt), or a list of names{f'. Did you mean {close[0]}?' if close else ''}"
+    )
+
+
+VOCABULARIES = (*get_args(BuiltinVocabulary), "dataset")
+"""Lists of categories that go by a word."""
+
+
+def is_vocabulary_file(categories: object) -> bool:
+    """Whether `vocabulary.categories` is the path or URL of a text file: it holds a `/` or ends in `.txt`."""
+    return isinstance(categories, str) and ("/" in categories or categories.lower().endswith(".txt"))
+
+
 class VocabularyConfig(Section):
     """What to look for."""
 
     categories: Annotated[
-        Annotated[Literal["coco", "dataset"], Tag("text")] | Annotated[tuple[_NameOrCategory, ...], Tag("list")],
-        _by_kind("`coco`, `dataset`, or a list of names or {id, name, …}"),
+        Annotated[Name, AfterValidator(_check_list_or_file), Tag("text")]
+        | Annotated[tuple[_NameOrCategory, ...], Tag("list")],
+        _by_kind("`coco`, `lvis`, `objects365`, `dataset`, a text file, or a list of names or {id, name, …}"),
     ] = "dataset"
-    """`coco`: the 80 built-in ones; `dataset`: the source's own list; or a list of names (ids from 1) or of
-    {id, name, synonyms, prompts}."""
+    """`coco` (80), `lvis` (v1, 1203) or `objects365` (v2, 365): built in, with the dataset's ids; `dataset`: the
+    source's own list; a list of names (ids from 1) or of {id, name, synonyms, prompts}; or a text file, a URL or a path
+    with a `/` or `.txt`: one name a line (ids from 1), then a tab and synonyms, if any; `#` begins a comment line."""
+    only: tuple[int | Name, ...] | None = None
+    """Names or ids of the categories to look for; default: all. They keep their ids."""
+    frequency: tuple[Frequency, ...] | None = None
+    """Groups of LVIS to look for: r(are), c(ommon), f(requent); default: all."""
     templates: Annotated[
         Annotated[Literal["none", "photo", "clip_best7"], Tag("text")] | Annotated[tuple[Name, ...], Tag("list")],
         _by_kind("`none`, `photo`, `clip_best7`, or a list of texts with a {}"),
@@ -202,10 +237,12 @@ class VocabularyConfig(Section):
     ensemble: Literal["embeddings", "logits"] = "embeddings"
     """How the templates of one name become one query: by averaging text embeddings, or the logits that each gives (as
     OWL-ViT's evaluation does). Both cost the same."""
-    canonical: bool = False
-    """Lower case, and spaces for what is no letter, digit, hyphen or hash: as OWL-ViT's evaluation has it."""
-    dataset_synonyms: bool = False
-    """Ask also for the `synonyms` that the dataset's own categories list (LVIS's do)."""
+    canonical: bool | None = Field(default=None, validate_default=True)
+    """Lower case, and spaces for what is no letter, digit, hyphen or hash: as OWL-ViT's evaluation has it. Default:
+    true for `lvis`, whose names have underscores and brackets, else false."""
+    synonyms: bool = False
+    """Ask also for the synonyms that the list `lvis` or the dataset's own categories give. Those of a text file and of
+    a list in the run file are asked anyway."""
     exemplars: tuple[Exemplar, ...] = ()
     """Pictures as queries: {category, image, box}."""
     exemplars_replace_text: bool = False
@@ -229,12 +266,47 @@ class VocabularyConfig(Section):
             raise ValueError("templates holds the same template twice")
         return value
 
+    @field_validator("only", "frequency", mode="before")
+    @classmethod
+    def _some_are_chosen(cls, value: Any, info: ValidationInfo) -> Any:
+        entries = (value,) if isinstance(value, (str, int)) else value
+        if isinstance(entries, (list, tuple)):
+            if not entries:
+                raise ValueError(f"{info.field_name} is empty: leave it out (null) to look for all categories")
+            for entry in entries:
+                if isinstance(entry, bool) or not isinstance(entry, (str, int)):
+                    raise ValueError(
+                        f"{info.field_name} holds {entry!r}, which is no name or id (put names in quotes where YAML "
+                        "would read something else)"
+                    )
+        return entries
+
+    @field_validator("canonical")
+    @classmethod
+    def _lvis_is_canonical(cls, value: bool | None, info: ValidationInfo) -> bool:
+        return info.data.get("categories") == "lvis" if value is None else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _synonyms_had_another_name(cls, value: Any) -> Any:
+        # What earlier runs have stored stays readable.
+        if isinstance(value, Mapping) and "dataset_synonyms" in value and "synonyms" not in value:
+            return {"synonyms" if key == "dataset_synonyms" else key: each for key, each in value.items()}
+        return value
+
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
-        if self.dataset_synonyms and self.categories != "dataset":
+        if self.synonyms and self.categories not in ("lvis", "dataset"):
             raise ValueError(
-                "dataset_synonyms takes the synonyms of the dataset's own categories, and categories is not `dataset`: "
-                "give the synonyms in the list of categories"
+                "synonyms: true takes those that `lvis` or the dataset's own categories list, and categories is "
+                "neither `lvis` nor `dataset`: give synonyms in a list of categories or a text file, where they are "
+                "asked anyway"
+            )
+        without_groups = isinstance(self.categories, str) and self.categories not in ("lvis", "dataset")
+        if self.frequency is not None and without_groups:
+            raise ValueError(
+                f"frequency: {list(self.frequency)} needs categories with groups, and {self.categories} has none: "
+                "`lvis` has, and `dataset` where the dataset's categories have a `frequency`"
             )
         if self.exemplars_replace_text and not self.exemplars:
             raise ValueError("exemplars_replace_text without exemplars: there would be nothing to replace the texts by")

@@ -73,9 +73,9 @@ def test_dataset_categories_keep_ids() -> None:
         ({}, [{"name": "a"}], "categories[0] of the dataset needs"),
         ({}, ["a"], "categories[0] of the dataset needs"),
         ({}, [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}], "given more than once: 'a'"),
-        ({"dataset_synonyms": True}, [{"id": 1, "name": "a"}], "no category of the dataset lists `synonyms`"),
-        ({"dataset_synonyms": True}, [{"id": 1, "name": "a", "synonyms": "b"}], "and synonyms as a list of texts"),
-        ({"dataset_synonyms": True}, [{"id": 1, "name": "a", "synonyms": [""]}], "and synonyms as a list of texts"),
+        ({"synonyms": True}, [{"id": 1, "name": "a"}], "no category of the dataset lists `synonyms`"),
+        ({"synonyms": True}, [{"id": 1, "name": "a", "synonyms": "b"}], "and synonyms as a list of texts"),
+        ({"synonyms": True}, [{"id": 1, "name": "a", "synonyms": [""]}], "and synonyms as a list of texts"),
         (
             {
                 "categories": ["cat", "dog"],
@@ -157,7 +157,7 @@ def test_the_whole_prompt_becomes_canonical() -> None:
 
 
 def test_canonical_lvis_has_no_clashes(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fields = {"templates": "clip_best7", "canonical": True, "dataset_synonyms": True}
+    fields = {"templates": "clip_best7", "canonical": True, "synonyms": True}
     vocabulary = resolve_vocabulary(config(**fields), lvis(shared))
     assert len(vocabulary.categories) == 1203
     assert list(vocabulary.query_labels) == sorted(vocabulary.query_labels)
@@ -173,7 +173,7 @@ def test_lvis_synonyms(shared: Path) -> None:
     assert asked(plain)[0] == (0, "aerosol_can")  # underscores stay
     assert len(plain.queries) == 1203
     assert all(not category.synonyms for category in plain.categories)
-    more = resolve_vocabulary(config(templates="none", dataset_synonyms=True), lvis(shared))
+    more = resolve_vocabulary(config(templates="none", synonyms=True), lvis(shared))
     assert asked(more)[:2] == [(0, "aerosol_can"), (0, "spray_can")]
     # The list of synonyms holds the name itself; it is asked once.
     expected = sum(len({entry["name"], *entry["synonyms"]}) for entry in lvis(shared))

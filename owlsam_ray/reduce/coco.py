@@ -166,9 +166,10 @@ def _copy_without_last_comma(spool: IO[bytes], out: IO[bytes]) -> None:
 
 
 def _category(category: Category) -> dict[str, Any]:
-    """Id, name and supercategory; synonyms where there are some, as LVIS has them."""
+    """Id, name and supercategory; synonyms and frequency where they are known, as LVIS has them."""
     synonyms = {"synonyms": list(category.synonyms)} if category.synonyms else {}
-    return {"id": category.id, "name": category.name, "supercategory": category.supercategory} | synonyms
+    frequency = {"frequency": category.frequency} if category.frequency else {}
+    return {"id": category.id, "name": category.name, "supercategory": category.supercategory} | synonyms | frequency
 
 
 def _image(source: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from owlsam_ray.errors import InputError
 from owlsam_ray.settings import Category, Exemplar, VocabularyConfig
 from owlsam_ray.vocabulary.canonical import canonical
-from owlsam_ray.vocabulary.categories import fold, resolve_categories
+from owlsam_ray.vocabulary.categories import resolve_categories
+from owlsam_ray.vocabulary.fold import fold
 from owlsam_ray.vocabulary.templates import fill
 
 _log = logging.getLogger(__name__)
@@ -65,11 +66,11 @@ def resolve_vocabulary(config: VocabularyConfig, source_categories: Sequence[dic
     Args:
         config: the section of the run file.
         source_categories: the dataset's own list, for `categories: dataset`; other keys than `id`, `name`,
-            `supercategory` and `synonyms` are not read.
+            `supercategory`, `synonyms` and `frequency` are not read.
 
     Raises:
-        InputError: there are no categories, or a name or an id repeats; an exemplar shows none of them; nothing is left
-            of a name in canonical form.
+        InputError: the categories are not usable, see `resolve_categories`; an exemplar shows none of them; nothing is
+            left of a name in canonical form.
     """
     categories = resolve_categories(config, source_categories)
     exemplars = _by_label(config.exemplars, categories)

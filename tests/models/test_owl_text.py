@@ -59,7 +59,7 @@ def test_tokens_equal_the_reference(shared: Path) -> None:
 @pytest.mark.parametrize("templates", sorted(TEMPLATES))
 def test_every_canonical_lvis_prompt_fits(shared: Path, templates: str) -> None:
     entries = json.loads((shared / "data" / "lvis" / "lvis_v1_categories.json").read_text())
-    settings = {"templates": templates, "canonical": True, "dataset_synonyms": True}
+    settings = {"templates": templates, "canonical": True, "synonyms": True}
     queries = resolve_vocabulary(VocabularyConfig.model_validate(settings), entries).queries
     ids, mask = tokenize(full_tokenizer(shared), [prompt for query in queries for prompt in query.prompts], 16)
     assert ids.shape == mask.shape == (1826 * len(TEMPLATES[templates]), 16)
