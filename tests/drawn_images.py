@@ -23,6 +23,12 @@ def draw_image(seed: int) -> Image.Image:
     return image
 
 
+def draw_picture(path: Path, height: int, width: int, *, seed: int) -> None:
+    """Write one picture of a given size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_image(seed).resize((width, height)).save(path)
+
+
 def draw_images(directory: Path, count: int, *, seed: int = 0) -> list[str]:
     """Write JPEG and PNG files, some in subfolders; returns their names relative to `directory`."""
     names = []

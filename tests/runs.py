@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from owlsam_ray import storage
+from owlsam_ray.config import RunConfig
 from tests.drawn_images import draw_coco
 from tests.seeded_mobile_sam import write_tiny as write_tiny_mobile_sam
 from tests.seeded_owlvit import write_tiny as write_tiny_owlvit
@@ -85,3 +87,51 @@ def coco_bytes(tiny: TinyRun, run: Path) -> bytes:
     """Reduce a run; returns its COCO file."""
     tiny.call("reduce", run)
     return (run / "coco" / "annotations.json").read_bytes()
+
+
+def label_here(config: RunConfig) -> bytes:
+    """Plan, label and reduce in this process, without Ray (whose actors are other processes and see no `memory://`);
+    returns the COCO file."""
+    # Imported here: most tests of whole runs call the command, and need no torch in this process.
+    import torch
+    from safetensors.torch import load
+
+    from owlsam_ray.annotate import embed_run_queries
+    from owlsam_ray.engine import load_engine
+    from owlsam_ray.fetch import fetch_shard, to_images
+    from owlsam_ray.guard import QUERY_FILE, fingerprint_parts, guard_labels, guard_numerics, numerics_of
+    from owlsam_ray.ledger import write_shard
+    from owlsam_ray.models.load import find_models
+    from owlsam_ray.plan import plan_run
+    from owlsam_ray.reduce.run import reduce_run
+    from owlsam_ray.resources import allocate
+    from owlsam_ray.schema import predictions_to_table
+
+    run = str(config.run)
+    storage.configure(config.storage.policy())
+    plan = plan_run(config)
+    models = find_models(config.detector, config.segment)
+    embed_run_queries(config, plan.record, models.detector, run)
+    weights = {"detector": models.detector, "segmenter": models.segmenter}
+    record = guard_labels(plan.record, fingerprint_parts(config, plan.record, weights=weights, run_url=run), run)
+    allocation = allocate(config.resources, num_cpus=2, num_gpus=0)
+    record = guard_numerics(record, numerics_of(allocation, config.resources.dtype), run, allow_change=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(allocation.torch_threads)
+    with load_engine(
+        config,
+        allocation,
+        models=models,
+        query_embeddings=load(storage.read_bytes(storage.join(run, QUERY_FILE)))["queries"],
+        query_labels=record.query_labels,
+        category_names=record.category_names,
+    ) as engine:
+        for shard in plan.manifest.iter_shards():
+            fetched = fetch_shard(plan.manifest, shard, threads=4, max_file_mb=config.decode.max_file_mb)
+            predictions, stage_s = engine.annotate(to_images(fetched))
+            rows = predictions_to_table(predictions)
+            marks = {"fingerprint": record.fingerprint or "", "numerics": record.numerics_id}
+            write_shard(run, shard, rows, **marks, stage_s=stage_s)
+    torch.set_num_threads(threads)
+    reduce_run(config)
+    return storage.read_bytes(storage.join(run, "coco", "annotations.json"))
