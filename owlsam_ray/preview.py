@@ -140,9 +140,9 @@ def expand_images(paths: Sequence[str], config: RunConfig, *, count: int, out: s
     found: list[str] = []
     for path in paths:
         url = absolute(path)
-        filesystem, inner = storage.open_filesystem(url)
         try:
-            is_folder, is_there = filesystem.isdir(inner), filesystem.exists(inner)
+            is_folder = storage.is_directory(url)
+            is_there = is_folder or storage.exists(url)
         except OSError as error:
             raise InputError(f"cannot look at {path}: {error}") from None
         if is_folder:

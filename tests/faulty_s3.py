@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from gcp_storage_emulator.server import create_server  # type: ignore[import-untyped]
+from gcp_storage_emulator.server import create_server
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
@@ -38,7 +38,7 @@ class Faults:
     stall_s: float = 1.0
     kinds: tuple[str, ...] = KINDS
     always: dict[str, str] = field(default_factory=dict)
-    """Part of a path → kind of the fault of every request to it."""
+    """Part of `METHOD path` → kind of the fault of every such request."""
     spared: tuple[str, ...] = ("PUT /labels?",)
     """Requests that begin so always work: making a bucket."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -47,7 +47,7 @@ class Faults:
     def draw(self, method: str, target: str, nth: int) -> str | None:
         """The fault of the nth request (from 0) of this kind."""
         for part, kind in self.always.items():
-            if part in target:
+            if part in f"{method} {target}":
                 return kind
         if nth % (self.most_in_a_row + 1) == self.most_in_a_row or f"{method} {target}".startswith(self.spared):
             return None

@@ -1,60 +1,176 @@
-"""Images and run directory on an object store: plan, annotate, resume, reduce."""
+"""Images and run directory on object stores and in memory: plan, annotate, resume, reduce."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import pyarrow.parquet as pq
 import pytest
-import s3fs
-from moto.server import ThreadedMotoServer
+import torch
 
 from owlsam_ray import storage
+from owlsam_ray.annotate import embed_run_queries
+from owlsam_ray.config import RunConfig, load_config
+from owlsam_ray.engine import load_engine
+from owlsam_ray.fetch import fetch_shard, to_images
+from owlsam_ray.guard import QUERY_FILE, fingerprint_parts, guard_labels, guard_numerics, load_record, numerics_of
+from owlsam_ray.ledger import PREDICTIONS, done_shards, write_shard
+from owlsam_ray.models.load import find_models
+from owlsam_ray.plan import plan_run
+from owlsam_ray.reduce.run import reduce_run
+from owlsam_ray.resources import allocate
+from owlsam_ray.schema import predictions_to_table
+from owlsam_ray.storage import StoragePolicy
+from tests.faulty_s3 import Faults, FaultyS3, faulty_s3, gcs_emulator
 from tests.runs import TinyRun, make_tiny_run
+
+NUM_IMAGES = 16
+
+
+@pytest.fixture(autouse=True)
+def default_policy() -> Iterator[None]:
+    yield
+    storage.configure(StoragePolicy())
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
-    """An empty bucket `labels` on a server of this process, which other processes reach as well."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    filesystem = s3fs.S3FileSystem()
-    filesystem.mkdir("labels")
-    yield filesystem
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+def s3() -> Iterator[FaultyS3]:
+    with faulty_s3() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tiny16(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return make_tiny_run(tmp_path_factory.mktemp("tiny16"), num_images=NUM_IMAGES)
+
+
+@pytest.fixture(scope="module")
+def on_disk(tiny16: TinyRun) -> bytes:
+    """The COCO file of a run on this machine's disk."""
+    run = tiny16.root / "on-disk"
+    for command in ("annotate", "reduce"):
+        tiny16.call(command, run)
+    return (run / "coco" / "annotations.json").read_bytes()
+
+
+def upload(tiny: TinyRun, root: str) -> dict[str, Any]:
+    """Copy the images; returns the settings that name them."""
+    data = tiny.root / "data"
+    for path in sorted(path for path in data.rglob("*") if path.is_file()):
+        storage.write_atomic(storage.join(root, "data", path.relative_to(data).as_posix()), path.read_bytes())
+    return {"data.images": f"{root}/data/images", "data.annotations": f"{root}/data/instances.json"}
+
+
+def body(coco: bytes) -> bytes:
+    """What does not differ with the place of the images."""
+    return coco[coco.index(b'"images": [\n') :]
 
 
 @pytest.mark.slow
-def test_a_run_on_s3(bucket: s3fs.S3FileSystem, tmp_path: Path) -> None:
-    tiny: TinyRun = make_tiny_run(tmp_path, num_images=16)
-    bucket.put(f"{tmp_path}/data/", "labels/data/", recursive=True)
-    on_disk = tmp_path / "run"
-    for command in ("annotate", "reduce"):
-        tiny.call(command, on_disk)
-
-    settings: dict[str, Any] = {
-        "data.images": "s3://labels/data/images",
-        "data.annotations": "s3://labels/data/instances.json",
-    }
-    run = "s3://labels/runs/1"
-    assert tiny.call("annotate", run, **settings)["new"] == 16
+def test_a_run_on_s3(s3: FaultyS3, tiny16: TinyRun, on_disk: bytes) -> None:
+    settings, run = upload(tiny16, "s3://labels"), "s3://labels/runs/1"
+    assert tiny16.call("annotate", run, **settings)["new"] == NUM_IMAGES
     names = storage.list_names(f"{run}/predictions")
     assert names == ["shard-00000000.parquet", "shard-00000001.parquet"]
-    bucket.rm_file(f"labels/runs/1/predictions/{names[1]}")
-    assert tiny.call("annotate", run, **settings)["new"] == 8
-    counts = tiny.call("reduce", run, **settings)
-    assert counts["ok"] + counts["empty"] == 16
-    # The fingerprints differ with the place of the images; everything after the head is the same.
-    remote = bucket.cat("labels/runs/1/coco/annotations.json")
-    local = (on_disk / "coco" / "annotations.json").read_bytes()
-    body = b'"images": [\n'
-    assert remote[remote.index(body) :] == local[local.index(body) :]
+    storage.remove(f"{run}/predictions/{names[1]}")
+    assert tiny16.call("annotate", run, **settings)["new"] == 8
+    counts = tiny16.call("reduce", run, **settings)
+    assert counts["ok"] + counts["empty"] == NUM_IMAGES
+    assert body(storage.read_bytes(f"{run}/coco/annotations.json")) == body(on_disk)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_faulty_s3_is_the_same_run(s3: FaultyS3, tiny16: TinyRun, on_disk: bytes) -> None:
+    settings, run = upload(tiny16, "s3://labels"), "s3://labels/runs/faulty"
+    settings |= {"storage.backoff_s": 0.05, "storage.timeout_s": 3, "storage.concurrency": 4}
+    s3.faults = Faults(seed=4, rate=0.3, stall_s=4)
+    summary = tiny16.call("annotate", run, **settings)
+    assert (summary["done"], summary["failed"]) == (NUM_IMAGES, 0)
+    tiny16.call("reduce", run, **settings)
+    counts, kinds = s3.faults.counts, s3.faults.kinds
+    s3.faults = Faults()
+    assert body(storage.read_bytes(f"{run}/coco/annotations.json")) == body(on_disk)
+    for kind in kinds:
+        assert sum(count for name, count in counts.items() if name.endswith(f" {kind}")) > 0, counts
+
+
+@pytest.mark.slow
+def test_an_image_that_storage_never_gives_fails_alone(s3: FaultyS3, tiny16: TinyRun, on_disk: bytes) -> None:
+    settings, run = upload(tiny16, "s3://labels"), "s3://labels/runs/bad"
+    settings |= {"storage.backoff_s": 0.05, "storage.retries": 3, "reduce.max_failed": 1}
+    bad = f"/labels/data/images/a/{storage.list_names('s3://labels/data/images/a')[0]}"
+    s3.faults = Faults(seed=5, rate=0.2, kinds=("500", "503", "cut"), always={f"GET {bad}": "503"})
+    summary = tiny16.call("annotate", run, **settings)
+    assert (summary["done"], summary["failed"]) == (NUM_IMAGES, 1)
+    rows = [
+        row
+        for name in storage.list_names(f"{run}/predictions")
+        for row in pq.read_table(storage.open_input(f"{run}/predictions/{name}")).to_pylist()
+    ]
+    (failed,) = [row for row in rows if row["status"] == "failed"]
+    assert failed["reason"].startswith("fetch_failed: 503 SlowDown")
+    assert failed["status_class"] == "transient"
+    counts = tiny16.call("reduce", run, **settings)
+    assert counts["ok"] + counts["empty"] == NUM_IMAGES - 1
+    assert counts["failed_by_reason"] == {"fetch_failed": 1}
+
+
+def run_here(config: RunConfig, run: str) -> bytes:
+    """Plan, label and reduce in this process; returns the COCO file. Ray's actors are other processes: they see no
+    `memory://`, and the graph has tests of its own."""
+    storage.configure(config.storage.policy())
+    config = config.model_copy(update={"run": run})
+    plan = plan_run(config)
+    models = find_models(config.detector, config.segment)
+    embed_run_queries(config, plan.record, models.detector, run)
+    weights = {"detector": models.detector, "segmenter": models.segmenter}
+    record = guard_labels(plan.record, fingerprint_parts(config, plan.record, weights=weights, run_url=run), run)
+    allocation = allocate(config.resources, num_cpus=2, num_gpus=0)
+    record = guard_numerics(record, numerics_of(allocation, config.resources.dtype), run, allow_change=False)
+    torch.set_num_threads(allocation.torch_threads)
+    from safetensors.torch import load
+
+    with load_engine(
+        config,
+        allocation,
+        models=models,
+        query_embeddings=load(storage.read_bytes(storage.join(run, QUERY_FILE)))["queries"],
+        query_labels=record.query_labels,
+        category_names=record.category_names,
+    ) as engine:
+        for shard in plan.manifest.iter_shards():
+            fetched = fetch_shard(plan.manifest, shard, threads=4, max_file_mb=10)
+            predictions, stage_s = engine.annotate(to_images(fetched))
+            rows = predictions_to_table(predictions)
+            write_shard(
+                run, shard, rows, fingerprint=record.fingerprint or "", numerics=record.numerics_id, stage_s=stage_s
+            )
+            assert shard in done_shards(run)
+    again = load_record(run)
+    assert again is not None
+    assert again.fingerprint == record.fingerprint
+    assert len(storage.list_names(storage.join(run, PREDICTIONS))) == plan.manifest.num_shards
+    counts = reduce_run(config)
+    assert counts["ok"] + counts["empty"] == NUM_IMAGES
+    return storage.read_bytes(storage.join(run, "coco", "annotations.json"))
+
+
+@pytest.mark.parametrize("kind", ["memory", pytest.param("gs", marks=pytest.mark.slow)])
+def test_a_run_in_one_process(kind: str, tiny16: TinyRun, tmp_path: Path) -> None:
+    fsspec.filesystem("memory").store.clear()
+    plain = run_here(load_config([tiny16.run_file]), str(tmp_path / "run"))
+    with gcs_emulator() if kind == "gs" else contextlib.nullcontext():
+        settings = upload(tiny16, f"{kind}://labels")
+        config = load_config([tiny16.run_file], overrides=[f"{key}={value}" for key, value in settings.items()])
+        assert body(run_here(config, f"{kind}://labels/runs/1")) == body(plain)
+
+
+@pytest.mark.slow
+def test_a_run_on_gcs(tiny16: TinyRun, on_disk: bytes) -> None:
+    with gcs_emulator():
+        settings, run = upload(tiny16, "gs://labels"), "gs://labels/runs/1"
+        assert tiny16.call("annotate", run, **settings)["new"] == NUM_IMAGES
+        tiny16.call("reduce", run, **settings)
+        assert body(storage.read_bytes(f"{run}/coco/annotations.json")) == body(on_disk)

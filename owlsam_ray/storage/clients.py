@@ -91,7 +91,7 @@ def _open_s3(protocol: str, timeout_s: float, concurrency: int, tries: int | Non
 def _open_gs(protocol: str, timeout_s: float, concurrency: int, in_parts: bool) -> Client:
     implementation = fsspec.get_filesystem_class(protocol)
     import aiohttp
-    from gcsfs.retry import ChecksumError, HttpError, NonRetryableError  # type: ignore[import-untyped]
+    from gcsfs.retry import ChecksumError, HttpError, NonRetryableError
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from owlsam_ray.storage.asking import ask, open_url
+from owlsam_ray.storage.asking import ask, is_local, open_url
 from owlsam_ray.storage.clients import Client
-from owlsam_ray.storage.operations import list_page, walk_local
+from owlsam_ray.storage.operations import list_page, walk_disk, walk_other
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -56,7 +56,7 @@ def walk_files(url: str) -> Iterator[tuple[str, int | None]]:
     client, path = open_url(url)
     if client.kind not in ("s3", "gs"):
         client.filesystem.invalidate_cache(path)
-        yield from walk_local(client.filesystem, path)
+        yield from walk_disk(path) if is_local(client.filesystem) else walk_other(client.filesystem, path)
         return
     bucket, prefix = _bucket_and_prefix(client, path)
     for page in _pages(client, url, bucket, prefix, deep=True):

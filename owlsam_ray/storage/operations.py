@@ -1,6 +1,7 @@
 """Single requests, where fsspec's common interface needs several, goes by a cache, or hides an error."""
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -142,14 +143,31 @@ def list_page(client: Client, bucket: str, prefix: str, *, deep: bool, token: st
     )
 
 
-def walk_local(filesystem: Any, root: str) -> Iterator[tuple[str, int | None]]:
-    """Relative path and size of every file below a directory of a file system with real directories.
+def walk_disk(root: str) -> Iterator[tuple[str, int | None]]:
+    """Relative path and size of every file below a directory of this machine; see `walk_files`."""
+    waiting = [""]
+    while waiting:
+        below = waiting.pop()
+        with os.scandir(os.path.join(root, below)) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    if not entry.is_symlink():
+                        waiting.append(f"{below}{entry.name}/")
+                    continue
+                try:
+                    size = entry.stat().st_size
+                except FileNotFoundError:  # a link to nothing
+                    size = None
+                yield below + entry.name, size
 
-    Names that begin with a dot are left out, linked directories are not entered.
-    """
+
+def walk_other(filesystem: Any, root: str) -> Iterator[tuple[str, int | None]]:
+    """The same for a file system with real directories that fsspec knows."""
     prefix = root.rstrip("/") + "/"
     for folder, folders, files in filesystem.walk(root, detail=True, on_error="raise"):
-        for name in [name for name, entry in folders.items() if name.startswith(".") or entry.get("islink")]:
+        for name in [name for name in folders if name.startswith(".")]:
             del folders[name]
         below = f"{folder.rstrip('/')}/"[len(prefix) :]
         for name, entry in files.items():
