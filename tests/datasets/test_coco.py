@@ -165,8 +165,13 @@ def test_the_layout_is_chosen_once_and_told(tmp_path: Path, caplog: pytest.LogCa
 
 
 def test_few_images_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(storage, "exists", lambda url: asked.append(url) or "val2017" in url)
+    asked: list[str] = []
+
+    def answer(url: str) -> bool:
+        asked.append(url)
+        return "val2017" in url
+
+    monkeypatch.setattr(storage, "exists", answer)
     tree = {"images": [image(i) for i in range(5000)]}
     assert len(names(listing(tmp_path, tree, images=tmp_path, name="val2017.json"))) == 5000
     assert len(asked) <= 2 * LOOKED_UP
