@@ -5,6 +5,7 @@ Sections named in `NON_LABEL_FIELDS` say which images, where and how fast; every
 of the label fingerprint (law 3).
 """
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -27,6 +28,7 @@ from owlsam_ray.settings import (
     DecodeConfig,
     DetectorConfig,
     Fraction,
+    MappingName,
     Name,
     PositiveInt,
     Section,
@@ -157,6 +159,11 @@ class ReduceConfig(Section):
     """Failed images that are put up with: a count (integer) or a share (with a decimal point)."""
 
 
+def allowed_failures(max_failed: int | float, num_images: int) -> int:
+    """Failed images that `reduce.max_failed` puts up with: an integer is a count, a float is a share."""
+    return max_failed if isinstance(max_failed, int) else math.floor(max_failed * num_images)
+
+
 class EvaluateConfig(Section):
     """How good the labels are, against a ground truth."""
 
@@ -168,6 +175,10 @@ class EvaluateConfig(Section):
     """A prediction finds an object when their IoU is at least this."""
     size_edges_px: tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...] = (32.0, 96.0)
     """Sides in pixels, rising, that divide the rows per size. An object's side is the root of its box's w × h."""
+    mapping: MappingName | None = None
+    """Score predictions of one dataset's categories on another's ground truth: LVIS v1 and COCO meet by synset (79 of
+    COCO's 80), Objects365 v2 becomes COCO by a table of names. Predictions of categories without a counterpart are left
+    out and counted."""
 
     @field_validator("size_edges_px")
     @classmethod

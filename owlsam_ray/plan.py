@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from owlsam_ray import __version__, storage
-from owlsam_ray.config import PlanConfig, RunConfig
+from owlsam_ray.config import PlanConfig, RunConfig, allowed_failures
 from owlsam_ray.datasets import Listing, ListingOptions, list_images
 from owlsam_ray.datasets.source import raise_offences
 from owlsam_ray.datasets.spool import Selection, Spool, digests_of, repeats, sample_mask, spool_listing
@@ -34,7 +34,6 @@ from owlsam_ray.guard import (
     save_record,
 )
 from owlsam_ray.manifest import Layout, Manifest, shard_size, write_parts
-from owlsam_ray.reduce.proof import allowed_failures
 from owlsam_ray.stages.suppress import label_thresholds
 from owlsam_ray.verify import verify_images
 from owlsam_ray.vocabulary import resolve_vocabulary

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from owlsam_ray import storage
+from owlsam_ray.config import allowed_failures
 from owlsam_ray.errors import FailedImagesError, IncompleteError
 from owlsam_ray.ledger import corrupt_shard, done_shards, read_footer, shard_url
 from owlsam_ray.manifest import Manifest
@@ -17,11 +18,6 @@ _STATUSES = {"ok", "empty", "failed"}
 _LISTS = tuple(field.name for field in PREDICTION_SCHEMA if pa.types.is_list(field.type))
 _OF_A_MASK = ("predicted_iou", "stability", "rle_counts", *(name for name in _LISTS if name.startswith("mask_")))
 _ALWAYS = tuple(name for name in _LISTS if name not in _OF_A_MASK)
-
-
-def allowed_failures(max_failed: int | float, num_images: int) -> int:
-    """Failed images that are put up with: an integer is a count, a float is a share."""
-    return max_failed if isinstance(max_failed, int) else math.floor(max_failed * num_images)
 
 
 def check_failures(max_failed: int | float, counts: dict[str, Any]) -> None:
