@@ -1,0 +1,144 @@
+"""`data.files`: patterns → files, read side by side and taken in their order."""
+
+import itertools
+import multiprocessing
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import TypeVar
+
+import fsspec
+
+from owlsam_ray import storage
+from owlsam_ray.errors import InputError
+
+_GLOB = re.compile(r"[*?\[]")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+def expand_files(patterns: Sequence[str]) -> list[str]:
+    """Paths and URLs that patterns stand for: those of a pattern sorted, each file once, at its first place.
+
+    Braces come first, `{000..127}` (with its leading zeros) and `{train,val}`; then `*`, `?`, `[0-9]` and `**`, as
+    fsspec has them. A name without a pattern is taken as it is, and so is what braces give: whether such a file is there
+    turns out when it is read.
+
+    Raises:
+        InputError: a pattern matches nothing, or its range falls; names it.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        # A name that is there is a name, whatever letters it has.
+        plain = not _GLOB.search(pattern) and not _BRACES.search(pattern)
+        if plain or ("://" not in pattern and os.path.exists(pattern)):
+            found[pattern] = None
+            continue
+        for name in expand_braces(pattern):
+            found |= dict.fromkeys(_glob(name) if _GLOB.search(name) else [name])
+    return list(found)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """All names that the braces of a pattern stand for, in the order of the braces.
+
+    Raises:
+        InputError: a range falls.
+    """
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    inside = _RANGE.fullmatch(match[1])
+    if inside is None:
+        choices = match[1].split(",")
+    else:
+        first, last = int(inside[1]), int(inside[2])
+        if last < first:
+            raise InputError(
+                f"data.files {pattern}: the range {{{match[1]}}} falls; write {{{inside[2]}..{inside[1]}}}"
+            )
+        choices = [f"{number:0{len(inside[1])}d}" for number in range(first, last + 1)]
+    rests = expand_braces(pattern[match.end() :])
+    return [pattern[: match.start()] + choice + rest for choice in choices for rest in rests]
+
+
+def _glob(pattern: str) -> list[str]:
+    filesystem, path = storage.open_filesystem(pattern)
+    filesystem.invalidate_cache()
+    try:
+        names = [name for name, entry in filesystem.glob(path, detail=True).items() if entry["type"] != "directory"]
+    except FileNotFoundError:
+        names = []
+    if not names:
+        raise InputError(
+            f"data.files {pattern} matches no file. Is the folder right, and is the pattern in quotes where a shell "
+            "would read it?"
+        )
+    scheme = pattern.split("://")[0] + "://" if "://" in pattern else ""
+    urls = [
+        str(filesystem.unstrip_protocol(name)) if scheme not in ("", "file://") else scheme + name for name in names
+    ]
+    return sorted(urls)
+
+
+def relative_names(urls: Sequence[str]) -> list[str]:
+    """Each path or URL relative to the folder that all have in common; of a single one its name."""
+    paths = [url.split("://", 1)[-1] for url in urls]
+    folders = [path.rsplit("/", 1)[0].split("/") if "/" in path else [] for path in paths]
+    common = len(
+        list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))) if folders else []
+    )
+    return ["/".join(path.split("/")[common:]) for path in paths]
+
+
+def check_schemes(urls: Iterable[str]) -> None:
+    """The packages that these URLs need are there.
+
+    Raises:
+        InputError: a scheme is unknown, or its package is not installed; names the first URL with it.
+    """
+    first: dict[str, str] = {}
+    for url in urls:
+        if "://" in url:
+            first.setdefault(url.split("://")[0], url)
+    for scheme, url in first.items():
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except (ValueError, ImportError) as error:
+            raise InputError(f"cannot open {url!r}: {error}") from None
+
+
+def in_order(function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int) -> Iterator[ResultT]:
+    """Results of a function in the order of its arguments, of which a few are worked on at once.
+
+    Args:
+        function: of a module, since other processes look it up by its name.
+        items: its arguments.
+        workers: processes; with 1, or one item, it is called here.
+
+    Raises:
+        Whatever the function raises, at its place.
+    """
+    workers = min(workers, len(items))
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    # Not forked: the threads of this process may hold locks.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting: deque[Future[ResultT]] = deque()
+        left = iter(items)
+        try:
+            for item in itertools.islice(left, 2 * workers):
+                waiting.append(pool.submit(function, item))
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in itertools.islice(left, 1))
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,89 @@
+"""Patterns of file names, and files read side by side."""
+
+import os
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from owlsam_ray.datasets.files import check_schemes, expand_braces, expand_files, in_order, relative_names
+from owlsam_ray.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("s-{008..011}.tar", ["s-008.tar", "s-009.tar", "s-010.tar", "s-011.tar"]),
+        ("s-{9..10}.tar", ["s-9.tar", "s-10.tar"]),
+        ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
+        ("{a}", ["a"]),
+    ],
+)
+def test_braces(pattern: str, names: list[str]) -> None:
+    assert expand_braces(pattern) == names
+
+
+def test_a_falling_range_is_refused() -> None:
+    with pytest.raises(InputError, match=r"write \{001\.\.002\}"):
+        expand_braces("s-{002..001}.tar")
+
+
+def test_globs_on_a_disk_and_elsewhere(tmp_path: Path) -> None:
+    for name in ("b/2.tar", "b/1.tar", "a/3.tar", "a/x.txt", "odd[1].tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "c.tar").mkdir()
+    root = str(tmp_path)
+    assert expand_files([f"{root}/*/*.tar"]) == [f"{root}/a/3.tar", f"{root}/b/1.tar", f"{root}/b/2.tar"]
+    assert expand_files([f"{root}/b/2.tar", f"{root}/b/?.tar"]) == [f"{root}/b/2.tar", f"{root}/b/1.tar"]
+    assert expand_files([f"{root}/**/[12].tar"]) == [f"{root}/b/1.tar", f"{root}/b/2.tar"]
+    assert expand_files([f"{root}/odd[1].tar"]) == [f"{root}/odd[1].tar"], "a file that is there is no pattern"
+    assert expand_files([f"file://{root}/{{a,b}}/*.tar"])[0] == f"file://{root}/a/3.tar"
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pipe_file("/set/1.csv", b"")
+    assert expand_files(["memory://set/*.csv"]) == ["memory:///set/1.csv"]
+    assert expand_files(["s3://bucket/{0..1}.tar"]) == ["s3://bucket/0.tar", "s3://bucket/1.tar"], "no request is made"
+    for pattern in (f"{root}/*.parquet", f"{root}/*.tar/", "memory://gone/*.csv"):
+        with pytest.raises(InputError, match="matches no file"):
+            expand_files([pattern])
+
+
+@pytest.mark.parametrize(
+    ("urls", "names"),
+    [
+        (["/data/x/a.tar"], ["a.tar"]),
+        (["/data/x/a.tar", "/data/x/b.tar"], ["a.tar", "b.tar"]),
+        (["s3://one/x/a.tar", "s3://one/y/z/a.tar"], ["x/a.tar", "y/z/a.tar"]),
+        (["/data/a.tar", "/data/a/a.tar"], ["a.tar", "a/a.tar"]),
+        ([], []),
+    ],
+)
+def test_relative_names(urls: list[str], names: list[str]) -> None:
+    assert relative_names(urls) == names
+
+
+def test_schemes() -> None:
+    check_schemes(["/a", "s3://b/c", "memory://d", "https://e/f"])
+    with pytest.raises(InputError, match="cannot open 'ftpx://a/b'"):
+        check_schemes(["s3://a", "ftpx://a/b", "ftpx://a/c"])
+
+
+def slow_square(number: int) -> tuple[int, int]:
+    time.sleep(0.01 * (3 - number % 3))
+    if number == 7:
+        raise InputError("seven")
+    return number * number, os.getpid()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_order(workers: int) -> None:
+    results = list(in_order(slow_square, range(7), workers))
+    assert [square for square, _ in results] == [n * n for n in range(7)]
+    processes = {process for _, process in results}
+    assert (processes == {os.getpid()}) == (workers == 1)
+    with pytest.raises(InputError, match="seven"):
+        list(in_order(slow_square, range(5, 9), workers))
+    assert next(in_order(slow_square, range(6), workers))[0] == 0, "and may be left early"
