@@ -26,8 +26,8 @@ def expand_files(patterns: Sequence[str]) -> list[str]:
     """Paths and URLs that patterns stand for: those of a pattern sorted, each file once, at its first place.
 
     Braces come first, `{000..127}` (with its leading zeros) and `{train,val}`; then `*`, `?`, `[0-9]` and `**`, as
-    fsspec has them. A name without a pattern is taken as it is, and so is what braces give: whether such a file is there
-    turns out when it is read.
+    fsspec has them. A name without a pattern is taken as it is, and so is what braces give: whether such a file is
+    there turns out when it is read.
 
     Raises:
         InputError: a pattern matches nothing, or its range falls; names it.
@@ -68,22 +68,16 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _glob(pattern: str) -> list[str]:
-    filesystem, path = storage.open_filesystem(pattern)
-    filesystem.invalidate_cache()
     try:
-        names = [name for name, entry in filesystem.glob(path, detail=True).items() if entry["type"] != "directory"]
-    except FileNotFoundError:
-        names = []
-    if not names:
+        found = storage.glob_files(pattern)
+    except OSError as error:
+        raise InputError(f"cannot list data.files {pattern}: {error.strerror or error}") from None
+    if not found:
         raise InputError(
             f"data.files {pattern} matches no file. Is the folder right, and is the pattern in quotes where a shell "
             "would read it?"
         )
-    scheme = pattern.split("://")[0] + "://" if "://" in pattern else ""
-    urls = [
-        str(filesystem.unstrip_protocol(name)) if scheme not in ("", "file://") else scheme + name for name in names
-    ]
-    return sorted(urls)
+    return found
 
 
 def relative_names(urls: Sequence[str]) -> list[str]:

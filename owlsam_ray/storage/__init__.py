@@ -7,7 +7,7 @@ library takes as an `InputError`. Listings are never taken from a cache.
 """
 
 from owlsam_ray.storage.asking import StoragePolicy, configure, forget_clients, is_local, join, open_filesystem
-from owlsam_ray.storage.listing import TEMPORARY_PREFIX, list_names, walk_files
+from owlsam_ray.storage.listing import TEMPORARY_PREFIX, glob_files, list_names, walk_files
 from owlsam_ray.storage.reading import exists, is_directory, num_bytes, open_input, read_bytes, read_range
 from owlsam_ray.storage.writing import (
     free_bytes,
@@ -26,6 +26,7 @@ __all__ = [
     "exists",
     "forget_clients",
     "free_bytes",
+    "glob_files",
     "is_directory",
     "is_local",
     "join",

@@ -44,6 +44,26 @@ def list_names(url: str) -> list[str]:
     return sorted(name for name in names if name and not name.startswith(TEMPORARY_PREFIX))
 
 
+def glob_files(pattern: str) -> list[str]:
+    """Sorted paths or URLs of the files that a pattern of fsspec's (`*`, `?`, `[0-9]`, `**`) matches.
+
+    Raises:
+        OSError: a directory cannot be listed.
+    """
+    client, path = open_url(pattern)
+    filesystem = client.filesystem
+    filesystem.invalidate_cache()
+    try:
+        found = ask(client, pattern, lambda: filesystem.glob(path, detail=True))
+    except FileNotFoundError:
+        return []
+    names = (name for name, entry in found.items() if entry["type"] != "directory")
+    if is_local(filesystem):
+        scheme = "file://" if pattern.startswith("file://") else ""
+        return sorted(scheme + name for name in names)
+    return sorted(str(filesystem.unstrip_protocol(name)) for name in names)
+
+
 def walk_files(url: str) -> Iterator[tuple[str, int | None]]:
     """Every file below a directory: path relative to it, and size in bytes where that is known.
 
