@@ -130,6 +130,8 @@ class DataConfig(Section):
 
 
 BuiltinVocabulary = Literal["coco", "lvis", "objects365"]
+MappingName = Literal["lvis_to_coco", "coco_to_lvis", "objects365_to_coco"]
+"""From the categories of one built-in list to those of another."""
 Frequency = Literal["r", "c", "f"]
 """LVIS's groups of categories by number of training images: rare (up to 10), common (up to 100), frequent."""
 

@@ -166,8 +166,15 @@ def read_categories(values: Any, url: str, *, lvis: bool) -> Iterator[tuple[int,
         yield category_id, EvaluatedCategory(name, group if isinstance(group, str) and group else NO_GROUP, frequency)
 
 
-def check_ids(entry: dict[str, Any], where: str, *, images: Collection[int], categories: Collection[int]) -> None:
-    """Refuse an annotation of something that the file does not list.
+def check_ids(
+    entry: dict[str, Any],
+    where: str,
+    *,
+    images: Collection[int],
+    categories: Collection[int],
+    lister: str = "the ground truth",
+) -> None:
+    """Refuse an annotation of something that is not listed; `lister` says who lists the categories.
 
     Raises:
         InputError: names the entry.
@@ -176,7 +183,7 @@ def check_ids(entry: dict[str, Any], where: str, *, images: Collection[int], cat
     if not _is_id(image_id) or image_id not in images:
         raise InputError(f"{where} is of image {image_id!r}, which the ground truth does not list")
     if not _is_id(category_id) or category_id not in categories:
-        raise InputError(f"{where} is of category {category_id!r}, which the ground truth does not list")
+        raise InputError(f"{where} is of category {category_id!r}, which {lister} does not list")
 
 
 def _is_id(value: object) -> TypeGuard[int]:

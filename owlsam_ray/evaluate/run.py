@@ -40,7 +40,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     if record.fingerprint is None or not storage.exists(annotations):
         raise IncompleteError(f"{run_url} is not reduced yet (no coco/annotations.json): call `owlsam reduce` first")
     truth = load_ground_truth(_ground_truth_url(config), masks=True)
-    predictions = load_predictions(annotations, truth, masks=truth.has_masks)
+    predictions = load_predictions(annotations, truth, masks=truth.has_masks, mapping=config.evaluate.mapping)
     provenance = _provenance(predictions, record)
     _warn(truth, predictions)
     manifest = load_run_manifest(run_url, record)
@@ -70,7 +70,7 @@ def evaluate_files(
         ground_truth: path or fsspec URL of a COCO or LVIS file.
         predictions: path or fsspec URL.
         kind: IoU of boxes or of masks.
-        settings: thresholds and sizes.
+        settings: thresholds, sizes, and the mapping of categories.
         lvis: as LVIS does, also where no image has `neg_category_ids`.
 
     Returns:
@@ -82,7 +82,7 @@ def evaluate_files(
     truth = load_ground_truth(ground_truth, masks=kind == "segm", lvis=lvis)
     if kind == "segm" and not truth.has_masks:
         raise InputError(f"{ground_truth} has no segmentations: evaluate boxes, with --kind bbox")
-    found = load_predictions(predictions, truth, masks=kind == "segm")
+    found = load_predictions(predictions, truth, masks=kind == "segm", mapping=settings.mapping)
     if kind == "segm" and found.regions and all(region.rle is None for region in found.regions):
         raise InputError(f"{predictions} has no segmentations: evaluate boxes, with --kind bbox")
     _warn(truth, found)

@@ -22,6 +22,8 @@ from owlsam_ray.evaluate.predictions import Predictions
 from owlsam_ray.evaluate.regions import Region
 from owlsam_ray.evaluate.sizes import ALL, EVERYTHING, size_ranges
 
+MAPPED = "(mapped)"
+"""The row of all categories that a mapping reaches."""
 _SHAPE: dict[Kind, Shape] = {"bbox": "box", "segm": "mask"}
 
 
@@ -75,11 +77,12 @@ def summarize(
 
     Returns:
         `box` and `mask`: COCO's twelve or LVIS's thirteen numbers, None for a kind that was not asked for.
-        `groups[name][size]` and `categories[i]["sizes"][size]`: rows. `name` is `all` or a supercategory, `size` is
-        `all` or one of `size_ranges`. `precision`, `recall`, `num_matched` (objects found) and `num_false` (predictions
-        that found none) are of masks where masks are evaluated, else of boxes, at `score_threshold` and
-        `iou_threshold`, over all objects together; `miou` and `dice` are means over the matched masks; `box_…` is the
-        same of boxes. AP in a row is a mean over categories, of all scores.
+        `groups[name][size]` and `categories[i]["sizes"][size]`: rows. `name` is `all`, a supercategory or, with a
+        mapping, `(mapped)`: the categories that it reaches; `size` is `all` or one of `size_ranges`. `precision`,
+        `recall`, `num_matched` (objects found) and `num_false` (predictions that found none) are of masks where masks
+        are evaluated, else of boxes, at `score_threshold` and `iou_threshold`, over all objects together; `miou` and
+        `dice` are means over the matched masks; `box_…` is the same of boxes. AP in a row is a mean over categories, of
+        all scores. `mapping`: see `Translation.report`; None without one.
 
     Sizes go by w × h of the object's box everywhere in the rows, `box` and `mask` by the ground truth's `area`.
     """
@@ -129,24 +132,27 @@ def summarize(
             "matched_by": "mask" if "segm" in kinds else "box",
         },
         "counts": _counts(truth, predictions),
+        "mapping": predictions.translation.report() if predictions.translation else None,
         "box": numbers.get("bbox"),
         "mask": numbers.get("segm"),
         "groups": {
             name: {size: counted.row(categories, size) for size in ranges}
-            for name, categories in _groups(truth).items()
+            for name, categories in _groups(truth, predictions).items()
         },
         "categories": _category_rows(truth, predictions, counted),
     }
 
 
-def _groups(truth: GroundTruth) -> dict[str, Collection[int] | None]:
-    """`all`, then category ids by supercategory; only `all` where no category has one."""
+def _groups(truth: GroundTruth, predictions: Predictions) -> dict[str, Collection[int] | None]:
+    """`all`, what a mapping reaches, then category ids by supercategory, where categories have one."""
     members: dict[str, set[int]] = defaultdict(set)
     for category_id, category in truth.categories.items():
         members[category.group].add(category_id)
     groups: dict[str, Collection[int] | None] = {ALL: None}
+    if predictions.translation:
+        groups[MAPPED] = truth.categories.keys() - predictions.translation.unreached.keys()
     if set(members) != {NO_GROUP}:
-        groups |= {f"{name} (group)" if name == ALL else name: members[name] for name in sorted(members)}
+        groups |= {f"{name} (group)" if name in groups else name: members[name] for name in sorted(members)}
     return groups
 
 

@@ -27,6 +27,8 @@ def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
     else:
         parts.append(Text(f"{len(categories)} categories: see `categories` in the JSON"))
     parts.append(Text(_footnote(evaluation)))
+    if evaluation["mapping"] is not None:
+        parts.append(Text(_mapping(evaluation["mapping"])))
     if evaluation["speed"] is not None:
         parts.append(Text(_speed(evaluation["speed"])))
     return Group(*parts)
@@ -84,6 +86,14 @@ def _footnote(evaluation: dict[str, Any]) -> str:
         f"{settings['matched_by']} IoU of at least {settings['iou_threshold']:g}; AP: all scores"
     )
     return text if kept is None else f"{text} that reduce kept (above {kept:g})"
+
+
+def _mapping(mapping: dict[str, Any]) -> str:
+    without = len(mapping["categories_without_counterpart"])
+    return (
+        f"{mapping['name']}: {mapping['predictions_left_out']} predictions left out, of categories without a "
+        f"counterpart; {without} of the ground truth's categories have none, and the row (mapped) is without them"
+    )
 
 
 def _speed(speed: dict[str, Any]) -> str:

@@ -157,6 +157,29 @@ def test_a_run(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "animal" not in log
 
 
+def test_a_run_with_lvis_prompts_is_scored_on_coco(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth = run_file.parent / "data" / "instances.json"
+    tree = json.loads(truth.read_text())
+    tree["categories"] = [{"id": 3, "name": "airplane"}, {"id": 9, "name": "hot dog"}]
+    truth.write_text(json.dumps(tree))
+    reduced(run_file, "vocabulary.categories=lvis")  # finds LVIS's 3, airplane, and 9, amplifier
+    settings = ("--set", "vocabulary.categories=lvis", "--set", "evaluate.mapping=lvis_to_coco")
+    code, _, log = call(capsys, str(run_file), *settings)
+    assert code == 0
+    evaluation = json.loads((run_file.parent / "run" / "evaluation.json").read_text())
+    assert evaluation["mapping"] == {
+        "name": "lvis_to_coco",
+        "categories_without_counterpart": ["hot dog"],
+        "predictions_left_out": NUM_IMAGES,
+        "left_out_by_category": {"amplifier": NUM_IMAGES},
+    }
+    assert list(evaluation["groups"]) == ["all", "(mapped)"]
+    assert [rows["all"]["box_ap"] for rows in evaluation["groups"].values()] == [0.5, 1.0]
+    assert f"lvis_to_coco: {NUM_IMAGES} predictions left out, of categories without a counterpart; 1 of" in log
+    labels = json.loads((run_file.parent / "run" / "coco" / "annotations.json").read_text())
+    assert labels["categories"][2] == {"id": 3, "name": "airplane", "supercategory": "", "frequency": "f"}
+
+
 def test_settings_may_change_and_precision_follows(run_file: Path) -> None:
     reduced(run_file)
     config = load_config([run_file], overrides=["evaluate.score_threshold=0.1", "evaluate.iou_threshold=0.8"])

@@ -65,6 +65,14 @@ def test_every_canonical_lvis_prompt_fits(shared: Path, templates: str) -> None:
     assert ids.shape == mask.shape == (1826 * len(TEMPLATES[templates]), 16)
 
 
+@pytest.mark.parametrize(("categories", "number"), [("coco", 80), ("lvis", 1203), ("objects365", 365)])
+def test_every_builtin_prompt_fits_as_it_is_asked(shared: Path, categories: str, number: int) -> None:
+    settings = VocabularyConfig.model_validate({"categories": categories, "templates": "photo"})
+    prompts = [prompt for query in resolve_vocabulary(settings, []).queries for prompt in query.prompts]
+    ids, _ = tokenize(full_tokenizer(shared), prompts, 16)
+    assert ids.shape == (number, 16)
+
+
 def test_lvis_names_that_are_too_long_are_refused(shared: Path) -> None:
     entries = json.loads((shared / "data" / "lvis" / "lvis_v1_categories.json").read_text())
     tokenizer, refused = full_tokenizer(shared), []
