@@ -8,7 +8,8 @@ import pytest
 
 from owlsam_ray.config import RunConfig
 from owlsam_ray.errors import InputError
-from owlsam_ray.guard import load_record, plan_run
+from owlsam_ray.guard import load_record
+from owlsam_ray.plan import plan_run
 from owlsam_ray.settings import VocabularyConfig
 from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
 from tests.drawn_images import draw_images
