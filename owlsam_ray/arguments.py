@@ -57,6 +57,22 @@ they stand; without --prompts the vocabulary of the run file is. A table goes to
 With run files: what `reduce` wrote, against evaluate.ground_truth (default: data.annotations), boxes and masks; also
 written to RUN/evaluation.json. Without: a file of COCO results, or a COCO file whose annotations have scores.
 A table goes to stderr; with --json every number goes to stdout instead, in one line.""",
+    "stats": """examples:
+  owlsam stats instances_val2017.json
+  owlsam stats lvis_v1_train.json --out statistics     # statistics.json and statistics.png
+  owlsam stats --run runs/coco --json
+
+Images, categories, objects per image and category, sizes, aspect ratios, crowds, scores, and what is odd in the file.
+A table goes to stderr; with --json every number goes to stdout instead, in one line.""",
+    "clean": """examples:
+  owlsam clean instances.json --out clean.json
+  owlsam clean instances.json --out clean.json --removed removed.jsonl --set min_area=100 --set duplicate_iou=0.95
+  owlsam clean instances.json --out clean.json --set crowd=true --set drop_empty_images=true --set clip_boxes=true
+
+Writes a COCO file without the annotations that a rule refuses, and a table of everything removed or changed, with the
+rule (default: OUT with .removed.csv). On by default: malformed, unknown_image, unknown_category, no_box, non_finite,
+zero_area, outside, bad_segmentation, empty_segmentation, duplicate_iou (0.9), degenerate_polygons, new_ids. Off:
+crowd, min_area, drop_empty_images, clip_boxes. The rest of the file is carried over as it stands.""",
     "finetune": """examples:
   owlsam finetune jobs/demo-detector.yaml --out runs/detector
   owlsam finetune jobs/demo-segmenter.yaml --out s3://bucket/segmenter --set resources.workers=8
@@ -79,6 +95,8 @@ _HELPS = {
     "annotate": "label every shard that is not labelled yet",
     "reduce": "merge the shards into COCO annotations, and prove that nothing is missing",
     "evaluate": "measure labels against a ground truth: AP, matched masks, seconds per image",
+    "stats": "count what a COCO file or a run holds: a table, JSON, plots",
+    "clean": "remove broken and repeated annotations from a COCO file, and say which",
     "finetune": "train a detector or a segmenter on a COCO dataset; the same command resumes",
     "demo": "draw pictures, label them with the models that come with the package, and measure the labels",
 }
@@ -219,7 +237,30 @@ def _add_demo_options(command: argparse.ArgumentParser) -> None:
     _add_overrides(command)
 
 
+def _add_stats_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", nargs="?", metavar="FILE", help="COCO or LVIS JSON file or fsspec URL")
+    command.add_argument("--run", metavar="DIR", help="a reduced run instead of a file")
+    command.add_argument("--out", metavar="DIR", help="write statistics.json and statistics.png here")
+    command.add_argument("--json", action="store_true", help="every number in the line on stdout, and no table")
+
+
+def _add_clean_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", metavar="FILE", help="COCO JSON file or fsspec URL")
+    command.add_argument("--out", required=True, metavar="JSON", help="the cleaned file; not the file itself")
+    command.add_argument("--removed", metavar="TABLE", help="what was removed or changed, .csv or .jsonl")
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="RULE=VALUE",
+        help="switch or tune one rule; may be repeated",
+    )
+
+
 _ADD_OPTIONS = {
+    "stats": _add_stats_options,
+    "clean": _add_clean_options,
     "plan": _add_plan_options,
     "estimate": _add_estimate_options,
     "preview": _add_preview_options,

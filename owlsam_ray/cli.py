@@ -15,7 +15,14 @@ from rich.logging import RichHandler
 
 from owlsam_ray import storage
 from owlsam_ray.arguments import make_parser
-from owlsam_ray.config import RunConfig, absolute, load_config, load_evaluate_settings
+from owlsam_ray.config import (
+    RunConfig,
+    absolute,
+    load_config,
+    load_evaluate_settings,
+    load_tree,
+    validate_tree,
+)
 from owlsam_ray.errors import (
     ConfigError,
     ExitCode,
@@ -259,6 +266,32 @@ def _preview(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return summary
 
 
+def _stats(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    if (options.file is None) == (options.run is None):
+        raise ConfigError("name either a COCO FILE or --run DIR")
+    from owlsam_ray.datasets.statistics_run import annotations_of_run, run_statistics
+
+    url = absolute(options.file) if options.file else annotations_of_run(absolute(options.run))
+    return run_statistics(
+        url, out=absolute(options.out) if options.out else None, as_json=options.json, console=console
+    )
+
+
+def _clean(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.datasets.cleaned_file import clean_file, cleaning_table
+    from owlsam_ray.datasets.file_rules import FileCleaning
+
+    settings = validate_tree(FileCleaning, load_tree([], options.overrides), ["--set"], what="cleaning settings")
+    counts = clean_file(
+        absolute(options.file),
+        absolute(options.out),
+        settings,
+        removed=absolute(options.removed) if options.removed else None,
+    )
+    console.print(cleaning_table(counts))
+    return counts
+
+
 _COMMANDS = {
     "plan": _plan,
     "estimate": _estimate,
@@ -266,7 +299,7 @@ _COMMANDS = {
     "reduce": _reduce,
     "evaluate": _evaluate,
 }
-_WITHOUT_RUN = {"preview": _preview, "finetune": _finetune, "demo": _demo}
+_WITHOUT_RUN = {"stats": _stats, "clean": _clean, "preview": _preview, "finetune": _finetune, "demo": _demo}
 
 
 def _start_log(console: Console, level: str) -> None:

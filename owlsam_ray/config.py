@@ -37,6 +37,7 @@ from owlsam_ray.settings import (
     SuppressConfig,
     TilingConfig,
     VocabularyConfig,
+    is_vocabulary_file,
 )
 from owlsam_ray.storage import StoragePolicy
 
@@ -421,7 +422,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     exemplars = [
         exemplar.model_copy(update={"image": absolute(exemplar.image)}) for exemplar in config.vocabulary.exemplars
     ]
-    vocabulary = config.vocabulary.model_copy(update={"exemplars": tuple(exemplars)} if exemplars else {})
+    categories = config.vocabulary.categories
+    vocabulary = config.vocabulary.model_copy(
+        update=({"exemplars": tuple(exemplars)} if exemplars else {})
+        | ({"categories": absolute(str(categories))} if is_vocabulary_file(categories) else {})
+    )
     segment_weights = config.segment.weights
     if config.segment.model != "sam":
         segment_weights = absolute(segment_weights)

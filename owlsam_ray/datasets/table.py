@@ -1,0 +1,201 @@
+"""Rows of Parquet, CSV or JSONL files → listing, column by column."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from owlsam_ray.datasets.files import check_schemes, expand_files, relative_names
+from owlsam_ray.datasets.source import (
+    DEFAULTS,
+    MAX_IMAGE_ID,
+    Container,
+    Listing,
+    ListingOptions,
+    bad_names,
+    below,
+    file_name_error,
+    listing_table,
+)
+from owlsam_ray.datasets.table_files import Wanted, check_binary, count_rows, kind_of, read_columns
+from owlsam_ray.errors import InputError
+from owlsam_ray.settings import ColumnsConfig, DataConfig
+
+_TEXT, _INTEGER = pa.string(), pa.int64()
+_TOLD = 5
+_SCHEME = r"^[A-Za-z][A-Za-z0-9+.-]*://"
+
+
+def list_table(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
+    """List the rows of tables, in the order of the files and of their rows.
+
+    A URI is a URL, or a path below `data.images`: relative, or absolute (also as `file://`) and then below it. The file
+    name is, without a column for it, the path below `data.images`; of other URLs host and path. With `columns.bytes`
+    the image lies in the row, and the name is that of the table with the number of the row. Rows count from 0, without
+    a header.
+
+    Raises:
+        InputError: a pattern matches nothing, a name is no table's; from the tables: a file cannot be read, lacks a
+            column, or a row has no URI, an odd id or size, or a name that leaves the root. Names file and row.
+    """
+    files = expand_files(config.files)
+    for url in files:
+        kind = kind_of(url)
+        if config.columns.bytes is not None and kind != "parquet":
+            raise InputError(f"columns.bytes is for Parquet tables, and {url} is {kind}")
+    return Listing(tables=_tables(files, config), has_ids=config.columns.id is not None)
+
+
+def _tables(files: Sequence[str], config: DataConfig) -> Iterator[pa.Table]:
+    for url, name in zip(files, relative_names(files), strict=True):
+        yield from _TableFile(url, name, config).tables()
+
+
+class _TableFile:
+    """One file."""
+
+    def __init__(self, url: str, name: str, config: DataConfig) -> None:
+        self._url, self._name, self._columns = url, name, config.columns
+        self._root = config.images
+        self._wanted = wanted_columns(config.columns)
+        self._first = 0
+        self._schemes: set[str] = set()
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Tables of a listing."""
+        if self._columns.bytes is not None:
+            check_binary(self._url, Wanted("columns.bytes", self._columns.bytes, None))
+        for arrays in self._batches():
+            given = dict(zip(self._wanted, arrays, strict=True))
+            yield self._table(given, len(arrays[0]))
+            self._first += len(arrays[0])
+
+    def _batches(self) -> Iterator[list[pa.Array]]:
+        if self._wanted:
+            yield from read_columns(self._url, list(self._wanted.values()))
+            return
+        self._wanted = {"": Wanted("", "", None)}  # nothing but bytes: no column is read, only counted
+        for rows in count_rows(self._url):
+            yield [pa.nulls(rows)]
+
+    def _table(self, given: dict[str, pa.Array], rows: int) -> pa.Table:
+        columns: dict[str, Any] = {
+            key: given.get(key) for key in ("height", "width", "num_bytes", "split", "file_name")
+        }
+        columns["image_id"] = given.get("id")
+        if "id" in given:
+            self._refuse_unless(_between(given["id"], 0, MAX_IMAGE_ID - 1), given["id"], "is no id from 0 to 2^53")
+        for key in ("height", "width", "num_bytes"):
+            if key in given:
+                fits = pc.or_kleene(pc.is_null(given[key]), _between(given[key], 1, 2**31 - 1))
+                self._refuse_unless(fits, given[key], f"is no {key}")
+        if self._columns.bytes is not None:
+            columns |= self._cells(rows)
+        else:
+            columns["uri"], derived = self._places(given["uri"])
+            columns["file_name"] = given.get("file_name", derived)
+        if "file_name" in given:
+            columns["file_name"] = given["file_name"]
+        elif self._columns.bytes is not None:
+            numbers = range(self._first, self._first + rows)
+            columns["file_name"] = pa.array([f"{self._name}/{number:08d}" for number in numbers])
+        bad = bad_names(columns["file_name"])
+        if len(bad):
+            shown = columns["file_name"].take(bad.slice(0, _TOLD)).to_pylist()
+            told = [f"{name!r}: {file_name_error(name)}" for name in shown]
+            self._refuse(bad.to_numpy(), told)
+        extras = [key for key in given if key.startswith("extra:")]
+        if extras:
+            names = [key.removeprefix("extra:") for key in extras]
+            values = zip(*(given[key].to_pylist() for key in extras), strict=True)
+            columns["extra"] = [json.dumps(_plain(dict(zip(names, row, strict=True)))) for row in values]
+        return listing_table(columns)
+
+    def _cells(self, rows: int) -> dict[str, Any]:
+        """Where images lie that are cells of the table itself."""
+        return {
+            "uri": pa.array([self._url] * rows),
+            "container": pa.array([str(Container.PARQUET)] * rows),
+            "member": pa.array([self._columns.bytes] * rows),
+            "offset": pa.array(np.arange(self._first, self._first + rows), _INTEGER),
+        }
+
+    def _places(self, uris: pa.Array) -> tuple[pa.Array, pa.Array]:
+        """URIs made whole, and the names that follow from them."""
+        self._refuse_unless(
+            pc.fill_null(pc.greater(pc.binary_length(uris), 0), False), uris, f"in {self._wanted['uri'].path} is no URI"
+        )
+        paths = pc.replace_substring_regex(uris, r"^file://", "")
+        is_url = pc.match_substring_regex(paths, _SCHEME)
+        is_absolute = pc.starts_with(paths, "/")
+        self._check_schemes(paths.filter(is_url))
+        if self._root is None:
+            self._refuse_unless(is_url, uris, "is no URL: set data.images to the folder that it lies below")
+        root = f"{(self._root or '').rstrip('/')}/".removeprefix("file://")
+        inside = pc.starts_with(paths, root) if self._root is not None else pc.less(pc.binary_length(uris), 0)
+        self._refuse_unless(
+            pc.or_(pc.invert(is_absolute), inside), uris, f"does not lie below data.images {self._root}"
+        )
+        relative = pc.and_(pc.invert(is_url), pc.invert(is_absolute))
+        rest = pc.utf8_slice_codeunits(paths, start=len(root))
+        bare = pc.replace_substring_regex(pc.replace_substring_regex(paths, _SCHEME, ""), r"/{2,}", "/")
+        names = pc.if_else(inside, rest, pc.if_else(relative, pc.replace_substring_regex(paths, r"^(\./)+", ""), bare))
+        whole = pc.if_else(relative, below(self._root or "", names), uris)
+        return whole, names
+
+    def _check_schemes(self, urls: pa.Array) -> None:
+        """Each scheme once, with the first URL that has it."""
+        schemes = pc.struct_field(pc.extract_regex(urls, r"^(?P<scheme>[^:]+)://"), "scheme")
+        new = [scheme for scheme in pc.unique(schemes).to_pylist() if scheme not in self._schemes]
+        check_schemes(urls[schemes.index(scheme).as_py()].as_py() for scheme in new)
+        self._schemes.update(new)
+
+    def _refuse_unless(self, fits: pa.Array, values: pa.Array, offence: str) -> None:
+        bad = np.flatnonzero(~pc.fill_null(fits, False).to_numpy(zero_copy_only=False))
+        if len(bad):
+            told = [f"{value!r} {offence}" for value in values.take(pa.array(bad[:_TOLD])).to_pylist()]
+            self._refuse(bad, told)
+
+    def _refuse(self, rows: Any, told: Sequence[str]) -> None:
+        """Refuse the file for some rows; those of further batches are not looked at."""
+        listed = [f"row {self._first + row}: {what:.200}" for row, what in zip(rows.tolist(), told, strict=False)]
+        more = [f"and {len(rows) - len(listed)} more"] if len(rows) > len(listed) else []
+        raise InputError(
+            "\n  ".join([f"{self._url} cannot be labelled as it is (rows count from 0):", *listed, *more])
+            + "\nMend or remove these rows."
+        )
+
+
+def wanted_columns(columns: ColumnsConfig) -> dict[str, Wanted]:
+    """What is read of a table, by what it is for."""
+    wanted: dict[str, Wanted] = {}
+    if columns.bytes is None:
+        wanted["uri"] = Wanted("columns.uri", columns.uri or "uri", _TEXT)
+    for name in ("id", "file_name", "height", "width", "num_bytes", "split"):
+        path = getattr(columns, name)
+        if path is not None:
+            wanted[name] = Wanted(f"columns.{name}", path, _TEXT if name in ("file_name", "split") else _INTEGER)
+    for path in columns.extra:
+        wanted[f"extra:{path}"] = Wanted("columns.extra", path, None)
+    return wanted
+
+
+def _between(values: pa.Array, low: int, high: int) -> pa.Array:
+    return pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: what is no finite number is null; dates, decimals and bytes become text."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
