@@ -130,7 +130,8 @@ def _csv(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
         include_columns=included,
         column_types={column.path: column.kind for column in wanted if column.kind is not None},
     )
-    read = pa_csv.ReadOptions(block_size=_BLOCK)
+    # With threads an error does not tell the row.
+    read = pa_csv.ReadOptions(block_size=_BLOCK, use_threads=False)
     with _text(url) as file:
         for batch in pa_csv.open_csv(file, parse_options=parse, convert_options=options, read_options=read):
             yield [_cast(url, column, batch.column(included.index(column.path))) for column in wanted]
