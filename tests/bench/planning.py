@@ -66,7 +66,7 @@ def write_coco(root: Path, count: int) -> dict[str, Any]:
         | {"segmentation": [[1.5, 2.25, 31.5, 2.25, 31.5, 42.75, 1.5, 42.75]]}
         for n in range(count)
     ]
-    one_picture(root, images[0]["file_name"])
+    one_picture(root, names(1)[0])
     tree = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
     (root / "list.json").write_text(json.dumps(tree))
     return {"source": "coco", "images": str(root), "annotations": str(root / "list.json")}

@@ -201,7 +201,7 @@ def test_ids_as_texts_are_refused(tmp_path: Path, kind: str) -> None:
 
 
 def test_null_values(tmp_path: Path) -> None:
-    rows = [{"uri": "a.jpg", "key": 1}, {"uri": None, "key": None}]
+    rows: list[dict[str, Any]] = [{"uri": "a.jpg", "key": 1}, {"uri": None, "key": None}]
     for kind in ("parquet", "jsonl"):
         with pytest.raises(InputError, match="row 1: None in uri is no URI"):
             listed(write(tmp_path, rows, kind), "/data")
