@@ -6,6 +6,7 @@ from owlsam_ray.datasets.lvis import list_lvis
 from owlsam_ray.datasets.objects365 import list_objects365
 from owlsam_ray.datasets.source import DEFAULTS, Container, ImageRecord, Listing, ListingOptions
 from owlsam_ray.datasets.table import list_table
+from owlsam_ray.datasets.webdataset import list_webdataset
 from owlsam_ray.settings import DataConfig
 
 __all__ = ["Container", "ImageRecord", "Listing", "ListingOptions", "list_images"]
@@ -16,6 +17,7 @@ _SOURCES = {
     "objects365": list_objects365,
     "folder": list_folder,
     "table": list_table,
+    "webdataset": list_webdataset,
 }
 
 
