@@ -111,7 +111,7 @@ def in_order(function: Callable[[ItemT], ResultT], items: Sequence[ItemT], worke
     """Results of a function in the order of its arguments, of which a few are worked on at once.
 
     Args:
-        function: of a module, since other processes look it up by its name.
+        function: of a module, since other processes look it up by its name. They ask storage as this one does.
         items: its arguments.
         workers: processes; with 1, or one item, it is called here.
 
@@ -124,7 +124,9 @@ def in_order(function: Callable[[ItemT], ResultT], items: Sequence[ItemT], worke
         return
     # Not forked: the threads of this process may hold locks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=storage.configure, initargs=(storage.policy(),)
+    ) as pool:
         waiting: deque[Future[ResultT]] = deque()
         left = iter(items)
         try:

@@ -199,4 +199,5 @@ def raise_offences(where: str, offences: Sequence[str], way_out: str, *, use: st
     if offences:
         more = f"\n  … and {len(offences) - 5} more" if len(offences) > 5 else ""
         listed = "\n  ".join(offences[:5])
-        raise InputError(f"{where} cannot be {use} as it is ({len(offences)} offences):\n  {listed}{more}\n{way_out}")
+        count = "1 offence" if len(offences) == 1 else f"{len(offences)} offences"
+        raise InputError(f"{where} cannot be {use} as it is ({count}):\n  {listed}{more}\n{way_out}")

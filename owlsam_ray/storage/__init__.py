@@ -6,7 +6,15 @@ Every request to a remote store is repeated after throttling, server errors, cut
 library takes as an `InputError`. Listings are never taken from a cache.
 """
 
-from owlsam_ray.storage.asking import StoragePolicy, configure, forget_clients, is_local, join, open_filesystem
+from owlsam_ray.storage.asking import (
+    StoragePolicy,
+    configure,
+    forget_clients,
+    is_local,
+    join,
+    open_filesystem,
+    policy,
+)
 from owlsam_ray.storage.listing import TEMPORARY_PREFIX, glob_files, list_names, walk_files
 from owlsam_ray.storage.reading import exists, is_directory, num_bytes, open_input, read_bytes, read_range
 from owlsam_ray.storage.writing import (
@@ -36,6 +44,7 @@ __all__ = [
     "open_atomic",
     "open_filesystem",
     "open_input",
+    "policy",
     "read_bytes",
     "read_range",
     "remove",

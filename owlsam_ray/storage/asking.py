@@ -69,6 +69,11 @@ def configure(policy: StoragePolicy) -> None:
         _state = _State(policy)
 
 
+def policy() -> StoragePolicy:
+    """How this process asks storage, for others to do the same."""
+    return _state.policy
+
+
 def _start_anew() -> None:
     """A forked process must not wait for slots that its parent's threads hold."""
     global _state

@@ -7,6 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from owlsam_ray import storage
 from owlsam_ray.datasets.files import check_schemes, expand_braces, expand_files, in_order, relative_names
 from owlsam_ray.errors import InputError
 
@@ -76,6 +77,20 @@ def slow_square(number: int) -> tuple[int, int]:
     if number == 7:
         raise InputError("seven")
     return number * number, os.getpid()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_other_processes_ask_storage_alike(workers: int) -> None:
+    mine = storage.StoragePolicy(retries=2, timeout_s=9)
+    storage.configure(mine)
+    try:
+        assert list(in_order(policy_there, range(2), workers)) == [mine, mine]
+    finally:
+        storage.configure(storage.StoragePolicy())
+
+
+def policy_there(number: int) -> storage.StoragePolicy:
+    return storage.policy()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools.coco import COCO
 
+from owlsam_ray.config import allowed_failures
 from owlsam_ray.datasets import ImageRecord
 from owlsam_ray.datasets.source import tables_of
 from owlsam_ray.errors import FailureClass, IncompleteError
@@ -18,7 +19,6 @@ from owlsam_ray.manifest import Layout, Manifest, write_parts
 from owlsam_ray.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.reduce.coco import CocoSettings, ReduceResult, reduce_coco
-from owlsam_ray.reduce.proof import allowed_failures
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from owlsam_ray.settings import Category
 
