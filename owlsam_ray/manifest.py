@@ -92,22 +92,28 @@ class Manifest:
         with storage.open_input(url) as file:
             reader = pq.ParquetFile(file, metadata=_footer(url, part.sha256))
             table = reader.read_row_group(shard - part.first_shard)
-        if "container" not in table.column_names:  # before 0.2 every image was a file of its own
-            table = table.append_column("container", pa.nulls(table.num_rows, pa.string()))
-        return table.select(MANIFEST_SCHEMA.names)
+        return _with_container(table).select(MANIFEST_SCHEMA.names)
 
     def iter_images(self) -> Iterator[pa.Table]:
-        """(image_id, file_name) of all images, in order, a row group at a time."""
+        """Rows of `MANIFEST_SCHEMA` without `extra`, some at a time, of all images in order."""
+        names = [name for name in MANIFEST_SCHEMA.names if name != "extra"]
         for part in self.parts:
             with storage.open_input(storage.join(self.run_url, MANIFEST, part.file)) as file:
-                for batch in pq.ParquetFile(file).iter_batches(columns=["image_id", "file_name"], batch_size=65536):
-                    yield pa.Table.from_batches([batch])
+                for batch in pq.ParquetFile(file).iter_batches(columns=names, batch_size=65536):
+                    yield _with_container(pa.Table.from_batches([batch])).select(names)
 
     def _part_of(self, shard: int) -> ManifestPart:
         for part in self.parts:
             if part.first_shard <= shard < part.first_shard + part.num_shards:
                 return part
         raise IndexError(f"shard {shard} of {self.num_shards}")
+
+
+def _with_container(table: pa.Table) -> pa.Table:
+    """In older manifests every image is a file of its own, and there is no such column."""
+    if "container" in table.column_names:
+        return table
+    return table.append_column("container", pa.nulls(table.num_rows, pa.string()))
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from owlsam_ray import __version__, storage
@@ -297,31 +298,53 @@ def _ids(row: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _already_planned(spool: Spool, manifest: Manifest) -> NDArray[np.bool_]:
-    """(N,) whether an image of the listing stands in a manifest.
+    """(N,) whether an image of the listing stands in a manifest: under its id, or without ids, where it lies.
 
     Raises:
-        GuardError: an image has another id there, or an id another image.
+        GuardError: another image of the run has the id or the name.
     """
-    digests, ids = [], []
+    names, ids, places = [], [], []
     for table in manifest.iter_images():
-        digests.append(digests_of(table["file_name"]))
+        names.append(digests_of(table["file_name"]))
         ids.append(table["image_id"].to_numpy())
-    planned, planned_ids = np.concatenate(digests), np.concatenate(ids)
-    order = np.argsort(planned)
-    place = np.minimum(np.searchsorted(planned, spool.digests, sorter=order), len(planned) - 1)
-    old: NDArray[np.bool_] = planned[order[place]] == spool.digests
-    if spool.ids is None:
-        return old
-    moved = np.flatnonzero(old & (planned_ids[order[place]] != spool.ids))
-    taken = np.flatnonzero(~old & np.isin(spool.ids, planned_ids))
-    for positions, what in ((moved, "has another id in the run"), (taken, "has the id of another image of the run")):
-        if len(positions):
-            row = spool.rows_at(positions[:1])[0]
-            raise GuardError(
-                f"{len(positions)} images of the listing contradict the plan of {manifest.run_url}: "
-                f"{row['file_name']!r} (id {row['image_id']}) {what}. Mend the listing, or use another directory."
-            )
-    return old
+        if spool.ids is None:
+            places.append(_places(table))
+    known_names, known_ids = np.concatenate(names), np.concatenate(ids)
+    same_name, named = _find(spool.digests, known_names)
+    if spool.ids is not None:
+        same, at = _find(spool.ids, known_ids)
+        wrong = (same & (known_names[at] != spool.digests)) | (same_name & ~same)
+    else:
+        every = np.ones(len(spool), np.bool_)
+        mine = np.concatenate([_places(table) for table in spool.tables(every)]) if len(spool) else spool.digests
+        # A name may change with the folder that several files have in common, or with `data.images`.
+        same, _ = _find(mine, np.concatenate(places))
+        wrong = same_name & ~same
+    offenders = np.flatnonzero(wrong)
+    if len(offenders):
+        row = spool.rows_at(offenders[:1])[0]
+        number = "" if row["image_id"] is None else f" (id {row['image_id']})"
+        what = "id" if spool.ids is not None and same[offenders[0]] else "name"
+        other = int(known_ids[at[offenders[0]] if what == "id" else named[offenders[0]]])
+        raise GuardError(
+            f"{len(offenders)} images of the listing contradict the plan of {manifest.run_url}: the {what} of "
+            f"{row['file_name']!r}{number}, {row['uri']}, belongs to another image of the run (id {other}). Mend the "
+            "listing, or use another directory."
+        )
+    return same
+
+
+def _find(values: NDArray[Any], known: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """(N,) whether each value is among the known ones, (N,) and where; the place of one that is not means nothing."""
+    order = np.argsort(known)
+    at = order[np.minimum(np.searchsorted(known, values, sorter=order), len(known) - 1)]
+    return known[at] == values, at
+
+
+def _places(table: pa.Table) -> NDArray[np.bytes_]:
+    """(N,) digests of where images lie: file, member, offset."""
+    parts = (pc.fill_null(table[name].cast(pa.string()), "") for name in ("uri", "member", "offset"))
+    return digests_of(pc.binary_join_element_wise(*parts, "\0"))
 
 
 def _counted(tables: Iterable[pa.Table], what: str, total: int, show: Show) -> Iterator[pa.Table]:

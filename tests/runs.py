@@ -89,9 +89,9 @@ def coco_bytes(tiny: TinyRun, run: Path) -> bytes:
     return (run / "coco" / "annotations.json").read_bytes()
 
 
-def label_here(config: RunConfig) -> bytes:
-    """Plan, label and reduce in this process, without Ray (whose actors are other processes and see no `memory://`);
-    returns the COCO file."""
+def label_here(config: RunConfig, *, extend: bool = False) -> bytes:
+    """Plan, label what is not labelled yet, and reduce in this process, without Ray (whose actors are other processes
+    and see no `memory://`); returns the COCO file."""
     # Imported here: most tests of whole runs call the command, and need no torch in this process.
     import torch
     from safetensors.torch import load
@@ -100,7 +100,7 @@ def label_here(config: RunConfig) -> bytes:
     from owlsam_ray.engine import load_engine
     from owlsam_ray.fetch import fetch_shard, to_images
     from owlsam_ray.guard import QUERY_FILE, fingerprint_parts, guard_labels, guard_numerics, numerics_of
-    from owlsam_ray.ledger import write_shard
+    from owlsam_ray.ledger import done_shards, write_shard
     from owlsam_ray.models.load import find_models
     from owlsam_ray.plan import plan_run
     from owlsam_ray.reduce.run import reduce_run
@@ -109,9 +109,10 @@ def label_here(config: RunConfig) -> bytes:
 
     run = str(config.run)
     storage.configure(config.storage.policy())
-    plan = plan_run(config)
+    plan = plan_run(config, extend=extend)
     models = find_models(config.detector, config.segment)
-    embed_run_queries(config, plan.record, models.detector, run)
+    if plan.record.fingerprint is None:
+        embed_run_queries(config, plan.record, models.detector, run)
     weights = {"detector": models.detector, "segmenter": models.segmenter}
     record = guard_labels(plan.record, fingerprint_parts(config, plan.record, weights=weights, run_url=run), run)
     allocation = allocate(config.resources, num_cpus=2, num_gpus=0)
@@ -126,7 +127,7 @@ def label_here(config: RunConfig) -> bytes:
         query_labels=record.query_labels,
         category_names=record.category_names,
     ) as engine:
-        for shard in plan.manifest.iter_shards():
+        for shard in sorted(set(plan.manifest.iter_shards()) - done_shards(run)):
             fetched = fetch_shard(plan.manifest, shard, threads=4, max_file_mb=config.decode.max_file_mb)
             predictions, stage_s = engine.annotate(to_images(fetched))
             rows = predictions_to_table(predictions)

@@ -193,6 +193,24 @@ def test_extend_without_ids_goes_on_counting(tmp_path: Path) -> None:
     assert list(zip(ids(both), names(both), strict=True))[3:] == [(4, "a/0a.jpg")]
 
 
+def test_extend_by_another_folder_goes_by_place(tmp_path: Path) -> None:
+    """Names below another root say nothing: the same file is not planned twice, another file not taken for it."""
+    for name in ("2024/a.jpg", "2024/b.jpg", "2025/a.jpg"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+
+    def config(folder: str) -> RunConfig:
+        return make_config({"source": "folder", "images": str(tmp_path / folder)}, tmp_path / "run")
+
+    plan_run(config("data/2024"))
+    with pytest.raises(
+        GuardError, match=r"the name of 'a\.jpg', .*2025/a\.jpg, belongs to another image of the run \(id 1\)"
+    ):
+        plan_run(config("data/2025"), extend=True)
+    both = plan_run(config("data"), extend=True)
+    assert (both.new, names(both)) == (1, ["a.jpg", "b.jpg", "2025/a.jpg"])
+
+
 def test_extend_from_a_sample_to_everything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data, run = write_coco(tmp_path / "data", numbered(40)), tmp_path / "run"
     small = plan_run(coco_run(data, run, sample=5, seed=3))
@@ -209,8 +227,14 @@ def test_extend_from_a_sample_to_everything(tmp_path: Path, caplog: pytest.LogCa
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        ([{"id": 777, "file_name": "a/1.jpg"}], r"'a/1\.jpg' \(id 777\) has another id in the run"),
-        ([{"id": 101, "file_name": "new.jpg"}], r"'new\.jpg' \(id 101\) has the id of another image of the run"),
+        (
+            [{"id": 777, "file_name": "a/1.jpg"}],
+            r"the name of 'a/1\.jpg' \(id 777\), .* another image of the run \(id 101",
+        ),
+        (
+            [{"id": 101, "file_name": "new.jpg"}],
+            r"the id of 'new\.jpg' \(id 101\), .* another image of the run \(id 101",
+        ),
     ],
 )
 def test_extend_refuses_a_contradiction(tmp_path: Path, images: list[dict[str, Any]], words: str) -> None:

@@ -252,6 +252,39 @@ def test_a_source_from_plan_to_labels(build: Callable[[Path, Path], Layout], tmp
     check_labels(layout, tmp_path / "run")
 
 
+def test_an_extended_run_labels_what_is_new(tmp_path: Path) -> None:
+    """A sample, then a part of the rest, then another folder: each image once, and old shards to the byte."""
+    for place in range(20):
+        draw_picture(tmp_path / "a" / f"{place:02d}.png", 40, 50, seed=place)
+    for place in range(3):
+        draw_picture(tmp_path / "b" / f"{place:02d}.jpg", 50, 40, seed=50 + place)
+    run = tmp_path / "run"
+    config = run_config(Layout({"source": "folder", "images": str(tmp_path / "a")}, [], []), run)
+
+    def shards() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
+
+    def labels() -> dict[str, Any]:
+        return dict(json.loads((run / "coco" / "annotations.json").read_text()))
+
+    label_here(config.model_copy(update={"plan": config.plan.model_copy(update={"sample": 6, "seed": 2})}))
+    first, before = labels(), shards()
+    label_here(config, extend=True)
+    both = labels()
+    other = run_config(Layout({"source": "folder", "images": str(tmp_path / "b")}, [], []), run)
+    table = config.model_copy(update={"data": other.data.model_copy(update={"suffixes": (".jpg",)})})
+    label_here(table, extend=True)
+    last = labels()
+    assert {name: shards()[name] for name in before} == before
+    assert [len(each["images"]) for each in (first, both, last)] == [6, 20, 23]
+    assert len({image["file_name"] for image in both["images"]}) == 20
+    assert [image["id"] for image in last["images"]] == list(range(1, 24))
+    assert last["images"][:20] == both["images"]
+    assert both["images"][:6] == first["images"]
+    assert both["annotations"][: len(first["annotations"])] == first["annotations"]
+    assert len({each["id"] for each in last["annotations"]}) == len(last["annotations"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("build", LAYOUTS, ids=lambda build: build.__name__)
 def test_a_source_through_ray(build: Callable[[Path, Path], Layout], tmp_path: Path, shared: Path) -> None:
