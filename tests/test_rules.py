@@ -52,7 +52,11 @@ def level_of(module: Path) -> int:
         if module.parent == PACKAGE:
             return 0
         prefix = module.parent.relative_to(ROOT).as_posix() + "/"
-        return min(int(caption.split()[0]) for path, caption in tree.items() if path.startswith(prefix))
+        return min(
+            int(caption.split()[0])
+            for path, caption in tree.items()
+            if path.startswith(prefix) and path.endswith(".py")
+        )
     return int(tree[relative].split()[0])
 
 
