@@ -1,13 +1,15 @@
 """Rows of Parquet, CSV or JSONL files → listing, column by column."""
 
 import json
-import math
+import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from owlsam_ray.datasets.files import check_schemes, expand_files, relative_names
 from owlsam_ray.datasets.source import (
@@ -21,13 +23,15 @@ from owlsam_ray.datasets.source import (
     file_name_error,
     listing_table,
 )
-from owlsam_ray.datasets.table_files import Wanted, check_binary, count_rows, kind_of, read_columns
+from owlsam_ray.datasets.table_columns import INTEGER, TEXT, TOLD, WAY_OUT, Wanted, refuse_rows
+from owlsam_ray.datasets.table_files import check_binary, count_rows, kind_of, read_columns
 from owlsam_ray.errors import InputError
 from owlsam_ray.settings import ColumnsConfig, DataConfig
 
-_TEXT, _INTEGER = pa.string(), pa.int64()
-_TOLD = 5
 _SCHEME = r"^[A-Za-z][A-Za-z0-9+.-]*://"
+_LOCAL = r"^(file|local)://"
+_OWN_FIELDS = ("id", "file_name", "height", "width")
+"""Of an image record of the output."""
 
 
 def list_table(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
@@ -38,10 +42,19 @@ def list_table(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listin
     the image lies in the row, and the name is that of the table with the number of the row. Rows count from 0, without
     a header.
 
+    Files are read one after the other, whatever `options.workers`: a million rows take about a second.
+
     Raises:
-        InputError: a pattern matches nothing, a name is no table's; from the tables: a file cannot be read, lacks a
-            column, or a row has no URI, an odd id or size, or a name that leaves the root. Names file and row.
+        InputError: a pattern matches nothing, a name is no table's, an extra column has the name of a field that image
+            records have anyway; from the tables: a file cannot be read, lacks a column, or a row has no URI, an odd id
+            or size, or a name that leaves the root. Names file and row.
     """
+    taken = [name for name in config.columns.extra if name in _OWN_FIELDS]
+    if taken:
+        raise InputError(
+            f"columns.extra holds {taken[0]!r}, and image records have a field of that name already: leave it out, or "
+            "rename the column"
+        )
     files = expand_files(config.files)
     for url in files:
         kind = kind_of(url)
@@ -105,14 +118,11 @@ class _TableFile:
             columns["file_name"] = pa.array([f"{self._name}/{number:08d}" for number in numbers])
         bad = bad_names(columns["file_name"])
         if len(bad):
-            shown = columns["file_name"].take(bad.slice(0, _TOLD)).to_pylist()
+            shown = columns["file_name"].take(bad.slice(0, TOLD)).to_pylist()
             told = [f"{name!r}: {file_name_error(name)}" for name in shown]
-            self._refuse(bad.to_numpy(), told)
-        extras = [key for key in given if key.startswith("extra:")]
-        if extras:
-            names = [key.removeprefix("extra:") for key in extras]
-            values = zip(*(given[key].to_pylist() for key in extras), strict=True)
-            columns["extra"] = [json.dumps(_plain(dict(zip(names, row, strict=True)))) for row in values]
+            more = "" if "file_name" in given else " A column of names to use instead: columns.file_name."
+            self._refuse(bad.to_numpy(), told, WAY_OUT + more)
+        columns["extra"] = _objects({key: values for key, values in given.items() if key.startswith("extra:")})
         return listing_table(columns)
 
     def _cells(self, rows: int) -> dict[str, Any]:
@@ -121,7 +131,7 @@ class _TableFile:
             "uri": pa.array([self._url] * rows),
             "container": pa.array([str(Container.PARQUET)] * rows),
             "member": pa.array([self._columns.bytes] * rows),
-            "offset": pa.array(np.arange(self._first, self._first + rows), _INTEGER),
+            "offset": pa.array(np.arange(self._first, self._first + rows), INTEGER),
         }
 
     def _places(self, uris: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -129,16 +139,22 @@ class _TableFile:
         self._refuse_unless(
             pc.fill_null(pc.greater(pc.binary_length(uris), 0), False), uris, f"in {self._wanted['uri'].path} is no URI"
         )
-        paths = pc.replace_substring_regex(uris, r"^file://", "")
-        is_url = pc.match_substring_regex(paths, _SCHEME)
+        paths = pc.replace_substring_regex(uris, _LOCAL, "")
         is_absolute = pc.starts_with(paths, "/")
+        is_whole = pc.or_(is_absolute, pc.invert(pc.match_substring_regex(uris, _LOCAL)))
+        self._refuse_unless(is_whole, uris, "is no file on this machine: three slashes follow file:")
+        is_url = pc.match_substring_regex(paths, _SCHEME)
         self._check_schemes(paths.filter(is_url))
         if self._root is None:
             self._refuse_unless(is_url, uris, "is no URL: set data.images to the folder that it lies below")
-        root = f"{(self._root or '').rstrip('/')}/".removeprefix("file://")
+        root = _absolute(self._root or "")
+        paths = pc.if_else(is_absolute, pc.replace_substring_regex(paths, r"/{2,}", "/"), paths)
         inside = pc.starts_with(paths, root) if self._root is not None else pc.less(pc.binary_length(uris), 0)
         self._refuse_unless(
-            pc.or_(pc.invert(is_absolute), inside), uris, f"does not lie below data.images {self._root}"
+            pc.or_(pc.invert(is_absolute), inside),
+            uris,
+            f"does not lie below data.images {self._root}",
+            "Set data.images to the folder that all images lie below, or mend or remove these rows.",
         )
         relative = pc.and_(pc.invert(is_url), pc.invert(is_absolute))
         rest = pc.utf8_slice_codeunits(paths, start=len(root))
@@ -154,31 +170,32 @@ class _TableFile:
         check_schemes(urls[schemes.index(scheme).as_py()].as_py() for scheme in new)
         self._schemes.update(new)
 
-    def _refuse_unless(self, fits: pa.Array, values: pa.Array, offence: str) -> None:
+    def _refuse_unless(self, fits: pa.Array, values: pa.Array, offence: str, way_out: str = WAY_OUT) -> None:
         bad = np.flatnonzero(~pc.fill_null(fits, False).to_numpy(zero_copy_only=False))
         if len(bad):
-            told = [f"{value!r} {offence}" for value in values.take(pa.array(bad[:_TOLD])).to_pylist()]
-            self._refuse(bad, told)
+            told = [f"{value!r} {offence}" for value in values.take(pa.array(bad[:TOLD])).to_pylist()]
+            self._refuse(bad, told, way_out)
 
-    def _refuse(self, rows: Any, told: Sequence[str]) -> None:
+    def _refuse(self, rows: NDArray[np.int64], told: Sequence[str], way_out: str) -> None:
         """Refuse the file for some rows; those of further batches are not looked at."""
-        listed = [f"row {self._first + row}: {what:.200}" for row, what in zip(rows.tolist(), told, strict=False)]
-        more = [f"and {len(rows) - len(listed)} more"] if len(rows) > len(listed) else []
-        raise InputError(
-            "\n  ".join([f"{self._url} cannot be labelled as it is (rows count from 0):", *listed, *more])
-            + "\nMend or remove these rows."
-        )
+        refuse_rows(self._url, [self._first + row for row in rows.tolist()], told, way_out)
+
+
+def _absolute(root: str) -> str:
+    """What the paths and URLs of files below a root begin with."""
+    path = re.sub(_LOCAL, "", root)
+    return f"{(path if '://' in path else os.path.abspath(path)).rstrip('/')}/"
 
 
 def wanted_columns(columns: ColumnsConfig) -> dict[str, Wanted]:
     """What is read of a table, by what it is for."""
     wanted: dict[str, Wanted] = {}
     if columns.bytes is None:
-        wanted["uri"] = Wanted("columns.uri", columns.uri or "uri", _TEXT)
+        wanted["uri"] = Wanted("columns.uri", columns.uri or "uri", TEXT)
     for name in ("id", "file_name", "height", "width", "num_bytes", "split"):
         path = getattr(columns, name)
         if path is not None:
-            wanted[name] = Wanted(f"columns.{name}", path, _TEXT if name in ("file_name", "split") else _INTEGER)
+            wanted[name] = Wanted(f"columns.{name}", path, TEXT if name in ("file_name", "split") else INTEGER)
     for path in columns.extra:
         wanted[f"extra:{path}"] = Wanted("columns.extra", path, None)
     return wanted
@@ -188,14 +205,10 @@ def _between(values: pa.Array, low: int, high: int) -> pa.Array:
     return pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high))
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it: what is no finite number is null; dates, decimals and bytes become text."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
+def _objects(extras: dict[str, pa.Array]) -> pa.Array | None:
+    """JSON texts of each column joined to an object a row."""
+    pieces: list[Any] = []
+    for key, values in extras.items():
+        name = json.dumps(key.removeprefix("extra:"))
+        pieces += [f"{', ' if pieces else '{'}{name}: ", values]
+    return pc.binary_join_element_wise(*pieces, "}", "") if pieces else None

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from owlsam_ray.datasets import list_images
+from owlsam_ray.datasets import list_images, table_text
 from owlsam_ray.errors import InputError
 from owlsam_ray.settings import DataConfig
 
@@ -109,6 +109,15 @@ def test_where_an_image_lies(tmp_path: Path, images: str | None, uri: str, name:
     assert (row["file_name"], row["uri"]) == ("n/1.jpg", whole)
 
 
+def test_roots_and_paths_that_are_written_differently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for root in ("imgs", "./x/../imgs/", f"{tmp_path}//imgs", f"file://{tmp_path}/imgs"):
+        uris = [f"{tmp_path}/imgs/a.jpg", f"{tmp_path}//imgs//b.jpg", f"local://{tmp_path}/imgs/c.jpg", "d.jpg"]
+        found = listed(write(tmp_path, [{"uri": uri} for uri in uris], "jsonl"), root)
+        assert [row["file_name"] for row in found] == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+        assert [row["uri"] for row in found[:3]] == uris[:3]
+
+
 def test_mixed_schemes_in_one_table(tmp_path: Path) -> None:
     rows = [{"uri": each} for each in ("a.jpg", "s3://b/c.jpg", "https://h/d.jpg", "/data/e.jpg", "memory://f/g.jpg")]
     found = listed(write(tmp_path, rows, "jsonl"), "/data")
@@ -158,11 +167,63 @@ def test_nested_and_odd_extras(tmp_path: Path) -> None:
     ]
 
 
+def test_extras_that_would_replace_what_image_records_have(tmp_path: Path) -> None:
+    file = write(tmp_path, [{"uri": "a.jpg", "id": "x"}], "csv")
+    with pytest.raises(InputError, match=r"columns\.extra holds 'id'.*rename the column"):
+        listed(file, "/i", extra=["id"])
+
+
+def test_csv_values_over_lines_and_borders_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks like a row inside quotes is none, wherever the file is cut for reading; values stay as written."""
+    monkeypatch.setattr(table_text, "_BLOCK", 4096)
+    notes = ['x\n9.jpg,8\n"7.jpg",', "007", "1.50", "NA", "", "true", "2026-01-02"]
+    rows = [{"uri": f"{n}.jpg", "note": notes[n % len(notes)], "h": "" if n % 2 else n + 1, "w": 5} for n in range(999)]
+    file = write(tmp_path, rows, "csv")
+    found = listed(file, "/i", extra=["note", "h"], height="h", width="w")
+    assert [row["file_name"] for row in found] == [row["uri"] for row in rows]
+    assert [json.loads(row["extra"]) for row in found] == [
+        {"note": row["note"], "h": row["h"] if row["h"] != "" else None} for row in rows
+    ]
+    assert [row["file_name"] for row in listed(file, "/i")] == [row["uri"] for row in rows]
+    rows[800]["h"] = "80 px"
+    with pytest.raises(InputError, match=r"row 800: '80 px' in h \(columns\.height\) is no integer"):
+        listed(write(tmp_path, rows, "csv"), "/i", height="h", width="w")
+    (tmp_path / "inches.csv").write_text('uri,note\na.jpg,a 5" pipe\nb.jpg,x\n')
+    assert len(listed(f"{tmp_path}/inches.csv", "/i")) == 2
+
+
+def test_json_lines_of_different_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows may leave out what others have, and extras keep their own type and spelling."""
+    monkeypatch.setattr(table_text, "_BLOCK", 512)
+    values = [1, "2026-01-02T03:04:05", None, 10**30, 1.5, [1, "a"], {"b": {"c": "ü"}}, True, float("nan")]
+    rows: list[dict[str, Any]] = [{"uri": f"{n}.jpg"} for n in range(60)]
+    rows += [{"uri": f"{60 + n}.jpg", "x": value, "h": 3, "w": 4} for n, value in enumerate(values)]
+    found = listed(write(tmp_path, rows, "jsonl"), "/i", extra=["x", "x.b.c"], height="h", width="w")
+    assert [row["height"] for row in found] == [None] * 60 + [3] * len(values)
+    expected = [None] * 60 + values[:-1] + [None]
+    assert [json.loads(row["extra"])["x"] for row in found] == expected
+    assert [json.loads(row["extra"])["x.b.c"] for row in found if "ü" in row["extra"]] == ["ü"]
+    with pytest.raises(InputError, match=r"has no column 'y' \(columns\.extra\)"):
+        listed(write(tmp_path, rows, "jsonl"), "/i", extra=["y"])
+    rows.append({"uri": "z.jpg", "x": 1, "h": "3", "w": 4})
+    with pytest.raises(InputError, match=rf"row {len(rows) - 1}: '3' in h \(columns\.height\) is no integer"):
+        listed(write(tmp_path, rows, "jsonl"), "/i", height="h", width="w")
+    rows[-1]["h"] = 2**70
+    with pytest.raises(InputError, match=f"row {len(rows) - 1}: {2**70} in h"):
+        listed(write(tmp_path, rows, "jsonl"), "/i", height="h", width="w")
+
+
+def test_columns_with_a_dot_in_their_name(tmp_path: Path) -> None:
+    for kind in ("parquet", "csv"):
+        (row,) = listed(write(tmp_path, [{"a.b": "x.jpg", "a": 1}], kind), "/i", uri="a.b")
+        assert row["file_name"] == "x.jpg"
+
+
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 @pytest.mark.parametrize(
     ("row", "columns", "words"),
     [
-        ({"url": "a.jpg"}, {}, r"has no column 'uri' \(columns\.uri\); did you mean columns\.uri=url\?"),
+        ({"url": "a.jpg"}, {}, r"has no column 'uri' \(columns\.uri\); did you mean columns\.uri=url\? It has: url$"),
         ({"picture": "a.jpg"}, {}, r"has no column 'uri'.* It has: picture"),
         (
             {"uri": "a.jpg", "key": 1},
@@ -176,6 +237,9 @@ def test_nested_and_odd_extras(tmp_path: Path) -> None:
         ({"uri": "/data/../etc/passwd"}, {}, "row 1: .*leaves the root"),
         ({"uri": "file:///etc/passwd"}, {}, "row 1: .* does not lie below data.images /data"),
         ({"uri": "/database/a.jpg"}, {}, "does not lie below data.images /data"),
+        ({"uri": "local:///etc/passwd"}, {}, "row 1: .* does not lie below data.images /data"),
+        ({"uri": "file://host/a.jpg"}, {}, "row 1: .* three slashes follow file:"),
+        ({"uri": "https://h/a/"}, {}, r"row 1: 'h/a/': .*holds an empty part.*\n.*columns\.file_name"),
         ({"uri": "zz9://a/b.jpg"}, {}, "cannot open 'zz9://a/b.jpg'"),
         ({"uri": "a.jpg", "key": -1}, {"id": "key"}, r"row 1: -1 is no id from 0 to 2\^53"),
         ({"uri": "a.jpg", "key": 2**53}, {"id": "key"}, r"row 1: 9007199254740992 is no id"),
@@ -196,8 +260,13 @@ def test_rows_that_cannot_be_taken(
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 def test_ids_as_texts_are_refused(tmp_path: Path, kind: str) -> None:
     file = write(tmp_path, [{"uri": "a.jpg", "key": "x7"}, {"uri": "b.jpg", "key": "x8"}], kind)
-    with pytest.raises(InputError, match=r"list\..*(columns\.id|CSV column #1: Row #2|Column\(/key\))"):
+    with pytest.raises(InputError, match=r"list\.") as caught:
         listed(file, "/data", id="key")
+    assert {
+        "parquet": "column 'key' (columns.id) holds string, not integers",
+        "csv": "row 0: 'x7' in key (columns.id) is no integer\n  row 1: 'x8'",
+        "jsonl": "row 0: 'x7' in key (columns.id) is no integer\n  row 1: 'x8'",
+    }[kind] in str(caught.value)
 
 
 def test_null_values(tmp_path: Path) -> None:
@@ -234,10 +303,22 @@ def test_a_table_without_a_root_takes_urls_only(tmp_path: Path) -> None:
         ("list.csv", b"", "cannot be read as a table: Empty CSV file"),
         ("list.csv", b"uri,n\na.jpg,1\nb.jpg\n", "cannot be read as a table: CSV parse error: .*Expected 2 columns"),
         ("list.csv", b"uri\n\xff\xfe.jpg\n", "cannot be read as a table.*UTF8"),
-        ("list.jsonl", b'{"uri": "a.jpg"}\n{"uri": ', "cannot be read as a table: JSON parse error"),
-        ("list.jsonl", b"[1]\n", "its first line is a list, not an object"),
-        ("list.jsonl", b"nope\n", "its first line is not valid JSON"),
+        ("list.csv", b"uri,n\na.jpg,1\nb.jpg,2,3\n", r"row 1 \(from 0\): Expected 2 columns, got 3"),
+        (
+            "list.csv",
+            b'uri,note\na.jpg,x\nb.jpg,"y\nc.jpg,z\n',
+            "a quote in the record that begins in line 3 is not clo",
+        ),
+        ("list.csv", b"uri;n\na.jpg;1\n", "is it separated by ';'"),
+        ("list.jsonl", b"", "holds no row"),
+        ("list.jsonl", b'{"uri": "a.jpg"}\n{"uri": ', "row 1: is not valid JSON: Expecting value"),
+        ("list.jsonl", b'{"uri": "a.jpg"}\n\n[1]\n', "row 1: is a list, not an object"),
+        ("list.jsonl", b"nope\n", "row 0: is not valid JSON"),
+        ("list.jsonl", b'{"uri": "a.jpg"}\n{"uri": 5}\n', r"row 1: 5 in uri \(columns\.uri\) is no text"),
+        ("list.jsonl", b'{"uri": "\xff.jpg"}\n', "row 0: b.* is no text"),
         ("list.csv.gz", b"uri\na.jpg\n", "cannot read .*Not a gzipped file"),
+        ("list.csv.gz", gzip.compress(b"uri\na.jpg\n" * 99)[:-9], "ended before the end-of-stream"),
+        ("list.jsonl.gz", gzip.compress(b'{"uri": "a.jpg"}\n' * 99)[:-9], "ended before the end-of-stream"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, words: str) -> None:

@@ -1,0 +1,94 @@
+"""Columns of tables: which ones are wanted, their values as JSON, and how rows and columns are refused."""
+
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from owlsam_ray.errors import InputError
+
+TEXT, INTEGER = pa.string(), pa.int64()
+TOLD = 5
+"""Offences that are told; the others are counted."""
+WAY_OUT = "Mend or remove these rows."
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A column, by its path with dots into structures."""
+
+    setting: str
+    """That names it, for messages: `columns.uri`."""
+    path: str
+    kind: pa.DataType | None
+    """`TEXT`, `INTEGER`, or None: any, given as JSON texts."""
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether each row has to have a value."""
+        return self.setting in ("columns.uri", "columns.id", "columns.file_name")
+
+
+def check_name(url: str, column: Wanted, name: str, names: Sequence[str]) -> None:
+    """A part of a column's path is among the names at its place.
+
+    Raises:
+        InputError: it is not; names those that are.
+    """
+    if name in names:
+        return
+    usual = ("url", "image_url", "path", "image_path", "file_name", "uri") if column.setting == "columns.uri" else ()
+    close = [each for each in usual if each in names] or difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {' or '.join(f'{column.setting}={each}' for each in close)}?" if close else "."
+    if len(names) == 1 and (marks := [mark for mark in ";|\t," if mark in names[0]]):
+        hint = f"; is it separated by {marks[0]!r}? A .csv file has commas, a .tsv file tabs."
+    listed = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    raise InputError(f"{url} has no column {column.path!r} ({column.setting}){hint} It has: {listed or 'none'}")
+
+
+def refuse_rows(url: str, rows: Sequence[int], told: Sequence[str], way_out: str) -> NoReturn:
+    """Refuse a file for some of its rows.
+
+    Args:
+        url: the file.
+        rows: all of them, as far as they are known.
+        told: what is wrong with the first ones.
+        way_out: what to do.
+
+    Raises:
+        InputError: always.
+    """
+    listed = [f"row {row}: {what:.200}" for row, what in zip(rows, told[:TOLD], strict=False)]
+    more = [f"and {len(rows) - len(listed)} more"] if len(rows) > len(listed) else []
+    head = f"{url} cannot be labelled as it is (rows count from 0):"
+    raise InputError("\n  ".join([head, *listed, *more]) + f"\n{way_out}")
+
+
+def json_texts(array: pa.Array) -> pa.Array:
+    """Values as JSON: what is no finite number is null; dates, decimals and bytes become text."""
+    if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
+        return pc.fill_null(array.cast(TEXT), "null")
+    return pa.array([json.dumps(plain(value)) for value in array.to_pylist()], TEXT)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message without its line breaks."""
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,235 @@
+"""CSV and JSONL files → arrays of the columns that are wanted, a block of rows at a time."""
+
+import contextlib
+import csv
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+
+from owlsam_ray import storage
+from owlsam_ray.datasets.table_columns import (
+    INTEGER,
+    TEXT,
+    TOLD,
+    WAY_OUT,
+    Wanted,
+    check_name,
+    json_texts,
+    one_line,
+    plain,
+    refuse_rows,
+)
+from owlsam_ray.errors import InputError
+
+_BLOCK = 8 * 2**20
+_NULLS = pa.array(pa_csv.ConvertOptions().null_values)
+_MISSING = msgspec.Raw(b"null")
+
+
+def read_csv(url: str, wanted: Sequence[Wanted], *, delimiter: str) -> Iterator[list[pa.Array]]:
+    """Columns as `table_files.read_columns` yields them, of a file whose first row holds their names.
+
+    Raises:
+        InputError, OSError, EOFError, UnicodeDecodeError, zlib.error, pyarrow.ArrowException: it cannot be read.
+    """
+    parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    # With threads an error does not tell the row.
+    read = pa_csv.ReadOptions(block_size=_BLOCK, use_threads=False)
+    first = 0
+    with _text(url) as file:
+        try:
+            names = pa_csv.open_csv(file, parse_options=parse, read_options=read).schema.names
+        except pa.ArrowInvalid as error:
+            raise _csv_error(url, error) from None
+    for column in wanted:
+        check_name(url, column, column.path, names)
+    # Types that are guessed from the first block would not fit a later one.
+    by_path = {column.path: column for column in sorted(wanted, key=lambda each: each.kind == INTEGER)}
+    options = pa_csv.ConvertOptions(include_columns=list(by_path), column_types=dict.fromkeys(by_path, TEXT))
+    with _text(url) as file:
+        counted = _CountedQuotes(file)
+        try:
+            for batch in pa_csv.open_csv(counted, parse_options=parse, convert_options=options, read_options=read):
+                typed = {each.path: _from_text(url, each, batch.column(each.path), first) for each in by_path.values()}
+                yield [json_texts(typed[each.path]) if each.kind is None else typed[each.path] for each in wanted]
+                first += batch.num_rows
+        except pa.ArrowInvalid as error:
+            raise _csv_error(url, error) from None
+    if counted.quotes % 2:
+        _check_quotes(url, delimiter)
+
+
+class _CountedQuotes:
+    """A file that counts the quotes in what is read of it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.quotes = 0
+
+    def read(self, length: int = -1) -> bytes:
+        data = self._file.read(length)
+        self.quotes += data.count(b'"')
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _check_quotes(url: str, delimiter: str) -> None:
+    """Refuse a file whose last quote is not closed: the rows after it would pass for a part of one value."""
+    with _text(url) as file:
+        reader = csv.reader((line.decode("utf-8", "replace") for line in file), delimiter=delimiter, strict=True)
+        start = 1
+        try:
+            for _ in reader:
+                start = reader.line_num + 1
+        except csv.Error as error:
+            if "end of data" in str(error):
+                raise InputError(f"{url}: a quote in the record that begins in line {start} is not closed") from None
+
+
+def _csv_error(url: str, error: pa.ArrowInvalid) -> InputError:
+    """Arrow's rows count from 1 and with the header."""
+    text = re.sub(r"Row #(\d+)", lambda match: f"row {int(match[1]) - 2} (from 0)", one_line(error))
+    if "straddling" in text:
+        text = f"a row has more than {_BLOCK} bytes; is a quote not closed?"
+    return InputError(f"{url} cannot be read as a table: {text}")
+
+
+def _from_text(url: str, column: Wanted, texts: pa.Array, first: int) -> pa.Array:
+    """What a column of texts stands for."""
+    if column.kind != INTEGER:
+        return texts
+    trimmed = pc.utf8_trim_whitespace(texts)
+    is_null = pc.is_in(trimmed, value_set=_NULLS)
+    bad = pc.invert(pc.or_(is_null, pc.match_substring_regex(trimmed, r"^-?\d{1,18}$")))
+    rows = pc.indices_nonzero(bad)
+    if len(rows):
+        told = [
+            f"{text!r} in {column.path} ({column.setting}) is no integer"
+            for text in texts.take(rows[:TOLD]).to_pylist()
+        ]
+        refuse_rows(url, [first + row for row in rows.to_pylist()], told, WAY_OUT)
+    return pc.if_else(is_null, pa.scalar(None, TEXT), trimmed).cast(INTEGER)
+
+
+def read_jsonl(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
+    """Columns as `table_files.read_columns` yields them, of a file with one JSON object a line.
+
+    Raises:
+        InputError, OSError, EOFError, zlib.error, pyarrow.ArrowException: it cannot be read.
+    """
+    tops = list(dict.fromkeys(column.path.split(".")[0] for column in wanted))
+    fields = {f"field{place}": name for place, name in enumerate(tops)}
+    row_type = msgspec.defstruct("Row", [(field, msgspec.Raw, _MISSING) for field in fields], rename=fields)
+    decode = msgspec.json.Decoder(row_type).decode
+    first = 0
+    unseen = dict(enumerate(wanted))
+    for lines in _lines(url):
+        rows = _decode_lines(url, lines, first, decode)
+        cells = {name: [getattr(row, field) for row in rows] for field, name in fields.items()}
+        columns = [_inside(cells[name], rest) for name, *rest in (column.path.split(".") for column in wanted)]
+        unseen = {place: each for place, each in unseen.items() if all(cell is _MISSING for cell in columns[place])}
+        # A name that is wrong gives no values at all, but some rows, even many, may leave a column out.
+        for column in unseen.values():
+            if column.is_needed:
+                check_name(url, column, column.path, list(json.loads(lines[0])))
+        yield [_from_json(url, column, values, first) for column, values in zip(wanted, columns, strict=True)]
+        first += len(rows)
+        names = list(json.loads(lines[0]))
+    if first == 0:
+        raise InputError(f"{url} holds no row")
+    for column in unseen.values():
+        check_name(url, column, column.path, names)
+
+
+def _lines(url: str) -> Iterator[list[bytes]]:
+    """Lines that are not empty, a block of them at a time."""
+    with _text(url) as file:
+        rest = file.read(3).removeprefix(b"\xef\xbb\xbf")
+        while True:
+            block = file.read(_BLOCK)
+            lines = (rest + block).split(b"\n")
+            rest = lines.pop() if block else b""
+            if lines := [line for line in lines if line.strip()]:
+                yield lines
+            if not block:
+                return
+
+
+def _decode_lines(url: str, lines: Sequence[bytes], first: int, decode: Callable[[bytes], Any]) -> list[Any]:
+    with contextlib.suppress(msgspec.DecodeError):
+        return [decode(line) for line in lines]
+    rows, bad, told = [], [], []
+    for number, line in enumerate(lines, first):
+        try:
+            rows.append(_decode_line(line, decode))
+        except ValueError as error:
+            bad.append(number)
+            told.append(str(error))
+    if bad:
+        refuse_rows(url, bad, told, "Every line has to be one JSON object.")
+    return rows
+
+
+def _decode_line(line: bytes, decode: Callable[[bytes], Any]) -> Any:
+    """One row.
+
+    Raises:
+        ValueError: it is none; says why.
+    """
+    with contextlib.suppress(msgspec.DecodeError):
+        return decode(line)
+    try:
+        value = json.loads(line)
+        if isinstance(value, dict):
+            return decode(json.dumps(plain(value)).encode())  # NaN, which JSON does not have, is null
+    except ValueError as error:
+        raise ValueError(f"is not valid JSON: {error}") from None
+    raise ValueError(f"is a {type(value).__name__}, not an object")
+
+
+def _inside(cells: list[msgspec.Raw], path: Sequence[str]) -> list[msgspec.Raw]:
+    """What lies at a path in JSON texts."""
+    decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+    for name in path:
+        cells = [decode(cell).get(name, _MISSING) if bytes(cell)[:1] == b"{" else _MISSING for cell in cells]
+    return cells
+
+
+def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: int) -> pa.Array:
+    """What JSON texts stand for."""
+    if column.kind is None:
+        return pa.array([bytes(cell) for cell in cells], pa.binary()).cast(TEXT)
+    kind, word = (int, "integer") if column.kind == INTEGER else (str, "text")
+    try:
+        values = msgspec.json.decode(b"[" + b",".join(cells) + b"]", type=list[kind | None])  # type: ignore[valid-type]
+        return pa.array(values, column.kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, OverflowError):
+        bad, told = [], []
+        for row, cell in enumerate(cells, first):
+            try:
+                value = json.loads(bytes(cell))
+            except UnicodeDecodeError:
+                value = bytes(cell)
+            if value is not None and (type(value) is not kind or (type(value) is int and abs(value) >= 2**63)):
+                bad.append(row)
+                told.append(f"{value!r} in {column.path} ({column.setting}) is no {word}")
+        refuse_rows(url, bad, told, WAY_OUT)
+
+
+@contextlib.contextmanager
+def _text(url: str) -> Iterator[IO[bytes]]:
+    with storage.open_input(url) as file:
+        if not url.lower().endswith(".gz"):
+            yield file
+            return
+        with gzip.open(file) as unpacked:
+            yield unpacked  # type: ignore[misc]
