@@ -96,17 +96,21 @@ def _tell(error: OwlsamError, summary: dict[str, Any]) -> ExitCode:
 
 def _plan(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from owlsam_ray.guard import check_writable, run_directory
-    from owlsam_ray.plan import plan_run
+    from owlsam_ray.plan import plan_run, selection_of
     from owlsam_ray.progress import CountDisplay
 
     check_writable(run_directory(config))
     with CountDisplay(console, interval_s=config.logging.progress_s) as display:
         plan = plan_run(config, extend=options.extend, show=display.show)
     if not plan.new:
+        selected = selection_of(config.plan)
+        nothing = f"every image that {selected} selects" if selected else "every image of the listing"
+        hint = " (a selection is unset with null: --set plan.limit=null)" if selected else ""
         logging.getLogger(__name__).info(
-            "nothing to add: every image of the listing is planned already"
+            "%s",
+            f"nothing to add: {nothing} is planned already{hint}"
             if options.extend
-            else "already planned: kept as it is"
+            else "already planned: kept as it is",
         )
     return {
         "planned": plan.new > 0,

@@ -75,7 +75,9 @@ class PlanConfig(Section):
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
         if self.limit is not None and self.sample is not None:
-            raise ValueError("plan.limit and plan.sample both choose among the images: give one of them")
+            raise ValueError(
+                "plan.limit and plan.sample both choose among the images: give one, and unset the other with null"
+            )
         return self
 
 

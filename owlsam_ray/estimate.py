@@ -9,7 +9,7 @@ from owlsam_ray import storage
 from owlsam_ray.annotate import annotate_run
 from owlsam_ray.config import RunConfig
 from owlsam_ray.errors import InputError
-from owlsam_ray.guard import QUERY_FILE, RUN_FILE, run_directory
+from owlsam_ray.guard import QUERY_FILE, RUN_FILE, check_writable, run_directory
 from owlsam_ray.plan import Show, plan_run
 from owlsam_ray.progress import PROGRESS_FILE
 from owlsam_ray.reduce.run import reduce_run
@@ -50,6 +50,7 @@ def estimate_run(
     if images < 1:
         raise InputError(f"--images {images}: at least one")
     run_url = storage.join(run_directory(config), FOLDER)
+    check_writable(run_url)
     _clear(run_url)
     total, small = _plan_sample(config, run_url, images, show_plan)
     seen: list[tuple[float, int]] = []
@@ -104,6 +105,7 @@ def steady_rate(seen: list[tuple[float, int]]) -> tuple[float | None, float]:
 def _plan_sample(config: RunConfig, run_url: str, images: int, show: Show) -> tuple[int, RunConfig]:
     """How many images the whole run would label; the config of the sample, which is planned."""
     asked = config.plan
+    images = min([images, *(each for each in (asked.limit, asked.sample) if each is not None)])
     changes = {"limit": None, "sample": images, "verify": "none"}
     resources = config.resources.model_copy(
         update={

@@ -163,6 +163,9 @@ def fetch_file(uri: str, *, max_bytes: int) -> bytes:
         data = storage.read_range(uri, 0, max_bytes + 1)
     except (OSError, InputError) as error:
         raise image_error(error) from None
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        # A library behind fsspec that stumbles over the URL: a matter of this image, not of the run.
+        raise ImageError(f"bad_uri: {type(error).__name__}: {error}") from None
     if len(data) > max_bytes:
         raise too_large(max_bytes)
     return data

@@ -122,6 +122,11 @@ def load_record(run_url: str) -> RunRecord | None:
         ) from None
 
 
+def _as_stored(record: RunRecord, run_url: str) -> RunRecord:
+    """The record as it is by now: another call may have extended the plan since it was read."""
+    return load_record(run_url) or record
+
+
 def save_record(run_url: str, record: RunRecord) -> None:
     """Replace `run.json`, whole or not at all."""
     data = json.dumps(record.model_dump(mode="json"), indent=1).encode()
@@ -181,7 +186,7 @@ def check_config(config: RunConfig, record: RunRecord, *, data_too: bool = True)
 
 
 def check_same_vocabulary(vocabulary: Vocabulary, record: RunRecord, run_url: str) -> None:
-    """Refuse to extend a run by a dataset that asks for other things.
+    """Refuse a dataset, or a file of names, that asks for other things than the run did.
 
     Raises:
         GuardError: names the first category or prompt that differs.
@@ -194,8 +199,8 @@ def check_same_vocabulary(vocabulary: Vocabulary, record: RunRecord, run_url: st
             pairs = zip_longest(theirs, ours)
             there, here = next((a, b) for a, b in pairs if a != b)
             raise GuardError(
-                f"{run_url} cannot be extended by a dataset with other {what} ({len(theirs)} -> {len(ours)}); the "
-                f"first that differs: {there!r} -> {here!r}. Use another --run directory."
+                f"{run_url} was planned with other {what} ({len(theirs)} -> {len(ours)}); the first that differs: "
+                f"{there!r} -> {here!r}. Use another --run directory, or go back to the old ones."
             )
 
 
@@ -235,7 +240,7 @@ def guard_labels(record: RunRecord, parts: dict[str, Any], run_url: str) -> RunR
         GuardError: with one line per part that differs.
     """
     if record.fingerprint is None:
-        updated = record.model_copy(
+        updated = _as_stored(record, run_url).model_copy(
             update={
                 "fingerprint": canonical_hash(parts),
                 "fingerprint_parts": parts,
@@ -252,7 +257,8 @@ def guard_labels(record: RunRecord, parts: dict[str, Any], run_url: str) -> RunR
                 [
                     f"the labels in {run_url} were made with something else (there -> here):",
                     *lines,
-                    "Use another --run directory, or bring back the old weights and settings.",
+                    "Use another --run directory, or bring back the old weights and settings. A run that was labelled by "
+                    "an earlier version can be reduced and evaluated, but not continued.",
                 ]
             )
         )
@@ -294,7 +300,7 @@ def guard_numerics(record: RunRecord, numerics: dict[str, Any], run_url: str, *,
                 ]
             )
         )
-    updated = record.model_copy(update={"numerics": (*record.numerics, numerics)})
+    updated = _as_stored(record, run_url).model_copy(update={"numerics": (*record.numerics, numerics)})
     save_record(run_url, updated)
     return updated
 

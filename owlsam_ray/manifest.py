@@ -151,16 +151,23 @@ class Layout:
 
 
 def write_parts(
-    run_url: str, tables: Iterable[pa.Table], layout: Layout, *, source: dict[str, Any], before: Manifest | None = None
+    run_url: str,
+    tables: Iterable[pa.Table],
+    layout: Layout,
+    *,
+    source: dict[str, Any],
+    before: Manifest | None = None,
+    next_id: int = 1,
 ) -> Manifest:
     """Freeze images as further parts of a manifest.
 
     Args:
         run_url: the run directory. Parts beyond those of `before`, of a try that did not end, are replaced.
-        tables: the images in their order, `datasets.LISTING_SCHEMA`; a null `image_id` becomes the image's ordinal.
+        tables: the images in their order, `datasets.LISTING_SCHEMA`.
         layout: shards and parts.
         source: what the output carries over: info, licenses, categories.
         before: the manifest that is extended; None for the first plan.
+        next_id: of the first image whose `image_id` is null; the others count on from there.
 
     Returns:
         The whole manifest.
@@ -174,7 +181,7 @@ def write_parts(
         if name.split(".")[0] not in {part.file.split(".")[0] for part in parts}:
             storage.remove(storage.join(run_url, MANIFEST, name))
     shards_per_part = max(1, layout.part_images // layout.shard_size)
-    shards = _shards(tables, layout.shard_size)
+    shards = _shards(_numbered(tables, next_id), layout.shard_size)
     first = len(parts)
     while (head := next(shards, None)) is not None:
         rest = itertools.islice(shards, shards_per_part - 1)
@@ -183,6 +190,16 @@ def write_parts(
     if len(parts) == first:
         raise InputError("there is no image to plan")
     return Manifest(run_url, tuple(parts))
+
+
+def _numbered(tables: Iterable[pa.Table], next_id: int) -> Iterator[pa.Table]:
+    """The same rows, with ids where the source gives none."""
+    for table in tables:
+        if table["image_id"].null_count:
+            ids = pa.array(np.arange(next_id, next_id + table.num_rows), pa.int64())
+            table = table.set_column(table.schema.get_field_index("image_id"), table.schema.field("image_id"), ids)
+        yield table
+        next_id += table.num_rows
 
 
 def _shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
@@ -214,7 +231,7 @@ def _write_part(
     num_rows = num_shards = max_bytes = 0
     with storage.open_atomic(url) as file, pq.ParquetWriter(file, MANIFEST_SCHEMA, compression="zstd") as writer:
         for listed in shards:
-            rows = _rows(listed, first_shard + num_shards, first_ordinal + num_rows)
+            rows = _rows(listed, first_shard + num_shards)
             writer.write_table(rows, row_group_size=layout.shard_size)
             num_rows, num_shards = num_rows + rows.num_rows, num_shards + 1
             max_bytes = max(max_bytes, int(encoded_bytes(listed).sum()))
@@ -233,15 +250,11 @@ def _write_part(
     return part
 
 
-def _rows(listed: pa.Table, shard: int, first_ordinal: int) -> pa.Table:
+def _rows(listed: pa.Table, shard: int) -> pa.Table:
     """Rows of a listing as rows of the manifest."""
-    ids = listed["image_id"]
-    if ids.null_count:
-        ids = pa.array(np.arange(first_ordinal, first_ordinal + listed.num_rows), pa.int64())
-    columns = {"image_id": ids, "shard": pa.array(np.full(listed.num_rows, shard), pa.int64())}
+    shards = pa.array(np.full(listed.num_rows, shard), pa.int64())
     return pa.table(
-        [columns.get(name, listed[name] if name not in columns else None) for name in MANIFEST_SCHEMA.names],
-        schema=MANIFEST_SCHEMA,
+        [shards if name == "shard" else listed[name] for name in MANIFEST_SCHEMA.names], schema=MANIFEST_SCHEMA
     )
 
 

@@ -8,7 +8,7 @@ that a plan or an extension that is killed leaves nothing that another call woul
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from owlsam_ray import __version__, storage
 from owlsam_ray.config import PlanConfig, RunConfig, allowed_failures
 from owlsam_ray.datasets import Listing, ListingOptions, list_images
-from owlsam_ray.datasets.source import raise_offences
+from owlsam_ray.datasets.source import MAX_IMAGE_ID, raise_offences
 from owlsam_ray.datasets.spool import Selection, Spool, digests_of, repeats, sample_mask, spool_listing
 from owlsam_ray.errors import FailedImagesError, GuardError, InputError
 from owlsam_ray.guard import (
@@ -35,10 +35,12 @@ from owlsam_ray.guard import (
     save_record,
 )
 from owlsam_ray.manifest import Layout, Manifest, shard_size, write_parts
+from owlsam_ray.settings import is_vocabulary_file
 from owlsam_ray.stages.suppress import label_thresholds
 from owlsam_ray.verify import verify_images
 from owlsam_ray.vocabulary import resolve_vocabulary
 
+_SELECTING = {"limit", "sample", "seed", "splits", "categories"}
 VERIFY_FILE = "verify.jsonl"
 """Images that `plan.verify` found wanting, a line each."""
 _log = logging.getLogger(__name__)
@@ -97,6 +99,7 @@ def plan_run(config: RunConfig, *, extend: bool = False, show: Show = _silent) -
     manifest = load_run_manifest(run_url, record)
     if extend:
         return _freeze(config, show=show, before=Plan(record, manifest, 0))
+    _check_names(config, record)
     _tell_other_selection(config.plan, record)
     return Plan(record, manifest, 0)
 
@@ -110,15 +113,17 @@ def _freeze(config: RunConfig, *, show: Show, before: Plan | None = None) -> Pla
     if before is not None:
         check_same_vocabulary(vocabulary, before.record, run_url)
     with tempfile.TemporaryDirectory(prefix="owlsam-plan-") as folder:
-        spool, wanted, repeated = select_images(
-            listing, config.plan, Path(folder), show=show, before=before.manifest if before else None
-        )
+        spool, wanted, repeated = select_images(listing, config.plan, Path(folder), show=show)
+        next_id = 1
+        if before is not None:
+            old, next_id = _already_planned(spool, before.manifest)
+            wanted &= ~old
         count = int(wanted.sum())
         told = {"listed": spool.num_listed, "eligible": len(spool) - repeated, "repeated": repeated}
         if count == 0 and before is not None:
             return Plan(before.record, before.manifest, 0, **told)
         if count == 0:
-            raise InputError(_nothing_left(config.plan, spool.num_listed))
+            raise InputError(_nothing_left(config.plan, spool))
         _verify(config, run_url, spool.tables(wanted), count, show)
         size = shard_size(
             count,
@@ -132,6 +137,7 @@ def _freeze(config: RunConfig, *, show: Show, before: Plan | None = None) -> Pla
             Layout(shard_size=size, part_images=config.plan.part_images),
             source={"info": listing.info, "licenses": listing.licenses, "categories": listing.categories},
             before=before.manifest if before else None,
+            next_id=next_id,
         )
     fields: dict[str, Any] = {
         "config": config.model_dump(mode="json", exclude={"run"}),
@@ -147,9 +153,29 @@ def _freeze(config: RunConfig, *, show: Show, before: Plan | None = None) -> Pla
             **fields,
         )
     else:
-        record = before.record.model_copy(update=fields)
+        # Read again: an attempt may have set its fingerprint while this listed.
+        now = load_record(run_url)
+        if now is None or now.layout_hash != before.record.layout_hash:
+            raise GuardError(f"{run_url} was planned or extended by another call meanwhile: call this again")
+        record = now.model_copy(update=fields)
     save_record(run_url, record)
     return Plan(record, manifest, count, **told)
+
+
+def _check_names(config: RunConfig, record: RunRecord) -> None:
+    """A file of names that is another one by now is other settings, though its path is the same.
+
+    Raises:
+        GuardError: it is.
+    """
+    if not is_vocabulary_file(config.vocabulary.categories):
+        return
+    try:
+        vocabulary = resolve_vocabulary(config.vocabulary, [])
+    except InputError as error:
+        _log.warning("the names of the run are kept as they were planned: %s", error)
+        return
+    check_same_vocabulary(vocabulary, record, run_directory(config))
 
 
 def list_dataset(config: RunConfig) -> Listing:
@@ -165,7 +191,7 @@ def list_dataset(config: RunConfig) -> Listing:
 
 
 def select_images(
-    listing: Listing, plan: PlanConfig, folder: Path, *, show: Show = _silent, before: Manifest | None = None
+    listing: Listing, plan: PlanConfig, folder: Path, *, show: Show = _silent
 ) -> tuple[Spool, NDArray[np.bool_], int]:
     """Spool a listing and choose among its images.
 
@@ -174,14 +200,13 @@ def select_images(
         plan: the choice.
         folder: for temporary files.
         show: progress.
-        before: a manifest whose images are not chosen again.
 
     Returns:
         N spooled images; (N,) which of them are chosen; how many were left out because they are listed twice.
 
     Raises:
         InputError: the source is wrong; images repeat; categories are asked for that the dataset does not have.
-        GuardError: the listing contradicts `before`.
+        IncompleteError: there is no room for the temporary file.
     """
     keep_first = plan.duplicates == "first"
     selection = Selection(
@@ -198,14 +223,15 @@ def select_images(
         stop_at_limit=not keep_first,
         show=lambda done, total: show("listed", done, total),
     )
+    unseen = sorted(set(plan.splits) - spool.splits)
+    if unseen and len(spool) and plan.limit is None:
+        _log.warning("no image is of split %s; there are %s", ", ".join(map(repr, unseen)), _named(spool.splits))
     distinct = _check_repeats(spool, keep_first=keep_first)
     wanted = distinct.copy()
     if plan.limit is not None:
         wanted &= np.cumsum(distinct) <= plan.limit
     if plan.sample is not None:
         wanted[np.flatnonzero(distinct)] = sample_mask(spool.digests[distinct], plan.sample, plan.seed)
-    if before is not None:
-        wanted &= ~_already_planned(spool, before)
     return spool, wanted, int((~distinct).sum())
 
 
@@ -245,7 +271,13 @@ def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[
     """Rising ids of the images with an annotation of one of these categories."""
     if listing.annotated is None:
         raise InputError("plan.categories selects by annotations, and this dataset has none: leave it out")
-    ids: dict[Any, Any] = {entry.get("name"): entry.get("id") for entry in listing.categories}
+    ids: dict[Any, int] = {}
+    for position, entry in enumerate(listing.categories):
+        if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and type(entry.get("id")) is int):
+            raise InputError(
+                f"plan.categories: categories[{position}] of the dataset needs an integer id and a name: {entry!r:.80}"
+            )
+        ids[entry["name"]] = entry["id"]
     known = set(ids.values())
     unknown = [each for each in wanted if each not in ids and each not in known]
     if unknown:
@@ -284,12 +316,16 @@ def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
         pairs = zip(spool.rows_at(later[:5]), spool.rows_at(first[:5]), strict=True)
         offences += [f"{row['file_name']!r} is listed twice{_ids(other, row)}" for row, other in pairs]
         offences += ["another image that is listed twice"] * max(0, len(later) - 5)
+    first_counts = len(later) > 0 and not keep_first
     raise_offences(
         "the listing",
         offences,
-        "Mend the dataset: ids and file names must be unique. With plan.duplicates=first an image that is listed twice "
-        "counts once.",
+        "Mend the dataset: ids and file names must be unique."
+        + (" With plan.duplicates=first an image that is listed twice counts once." if first_counts else ""),
     )
+    if len(later):
+        row = spool.rows_at(later[:1])[0]
+        _log.warning("left out %d images whose names are listed before, the first: %r", len(later), row["file_name"])
     return distinct
 
 
@@ -297,8 +333,11 @@ def _ids(row: dict[str, Any], other: dict[str, Any]) -> str:
     return "" if row["image_id"] is None else f", as id {row['image_id']} and as id {other['image_id']}"
 
 
-def _already_planned(spool: Spool, manifest: Manifest) -> NDArray[np.bool_]:
-    """(N,) whether an image of the listing stands in a manifest: under its id, or without ids, where it lies.
+def _already_planned(spool: Spool, manifest: Manifest) -> tuple[NDArray[np.bool_], int]:
+    """What of a listing stands in a manifest.
+
+    Returns:
+        (N,) whether an image does: under its id, or without ids, where it lies; the first id above all of the run.
 
     Raises:
         GuardError: another image of the run has the id or the name.
@@ -331,7 +370,10 @@ def _already_planned(spool: Spool, manifest: Manifest) -> NDArray[np.bool_]:
             f"{row['file_name']!r}{number}, {row['uri']}, belongs to another image of the run (id {other}). Mend the "
             "listing, or use another directory."
         )
-    return same
+    next_id = int(known_ids.max()) + 1
+    if spool.ids is None and next_id + len(spool) >= MAX_IMAGE_ID:
+        raise GuardError(f"no ids are left above {next_id - 1} in {manifest.run_url}: use another directory")
+    return same, next_id
 
 
 def _find(values: NDArray[Any], known: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
@@ -355,19 +397,31 @@ def _counted(tables: Iterable[pa.Table], what: str, total: int, show: Show) -> I
         show(what, done, total)
 
 
-def _nothing_left(plan: PlanConfig, listed: int) -> str:
+def _nothing_left(plan: PlanConfig, spool: Spool) -> str:
     chosen = plan.model_dump(mode="json", include={"splits", "categories"}, exclude_defaults=True)
-    if chosen and listed:
-        return f"none of {listed} images passes {', '.join(f'plan.{key}={value}' for key, value in chosen.items())}"
+    if chosen and spool.num_listed:
+        passed = ", ".join(f"plan.{key}={value}" for key, value in chosen.items())
+        splits = f". There are the splits {_named(spool.splits)}" if plan.splits else ""
+        return f"none of {spool.num_listed} images passes {passed}{splits}"
     return "there is no image to plan"
+
+
+def _named(splits: Collection[str]) -> str:
+    names = sorted(splits)
+    return ", ".join(map(repr, names[:10])) + (", …" if len(names) > 10 else "") if names else "none"
+
+
+def selection_of(plan: PlanConfig) -> str:
+    """What is selected, as people set it; empty when everything is."""
+    fields = plan.model_dump(mode="json", include=_SELECTING, exclude_defaults=True)
+    return ", ".join(f"plan.{key}={value}" for key, value in fields.items())
 
 
 def _tell_other_selection(plan: PlanConfig, record: RunRecord) -> None:
     """Say so when a plan that is kept was made with another selection than is asked for now."""
-    fields = {"limit", "sample", "seed", "splits", "categories"}
-    before = record.stored_config().plan.model_dump(mode="json", include=fields, exclude_defaults=True)
-    if plan.model_dump(mode="json", include=fields, exclude_defaults=True) != before:
+    before = selection_of(record.stored_config().plan)
+    if selection_of(plan) != before:
         _log.warning(
-            "the run was planned with the selection %s, which is kept; `owlsam plan --extend` adds what it lacks",
-            before or "of all images",
+            "the run was planned with %s, which is kept; `owlsam plan --extend` adds what it lacks",
+            before or "all images",
         )

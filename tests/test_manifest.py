@@ -126,13 +126,13 @@ def test_parts_of_a_try_that_did_not_end_are_replaced(tmp_path: Path) -> None:
     assert both.num_images == 24
 
 
-def test_images_without_ids_get_their_ordinals(tmp_path: Path) -> None:
+def test_images_without_ids_are_numbered(tmp_path: Path) -> None:
     records = [ImageRecord(None, f"{n}.jpg") for n in range(10)]
     first = write_parts(str(tmp_path), tables_of(records, "/i"), Layout(4), source={})
     more = [ImageRecord(None, f"{n}.png") for n in range(3)]
-    both = write_parts(str(tmp_path), tables_of(more, "/i"), Layout(4), source={}, before=first)
+    both = write_parts(str(tmp_path), tables_of(more, "/i"), Layout(4), source={}, before=first, next_id=50)
     ids = [row for table in both.iter_images() for row in table["image_id"].to_pylist()]
-    assert ids == list(range(1, 14))
+    assert ids == [*range(1, 11), 50, 51, 52]
 
 
 def test_a_manifest_without_containers_is_read(tmp_path: Path) -> None:

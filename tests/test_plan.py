@@ -1,19 +1,21 @@
 """Which images are planned: selections, repeated images, extensions, and what a killed plan leaves."""
 
+import errno
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from owlsam_ray import plan as plan_module
 from owlsam_ray.config import RunConfig
 from owlsam_ray.datasets.spool import repeats
-from owlsam_ray.errors import FailedImagesError, GuardError, InputError
-from owlsam_ray.guard import load_record, load_run_manifest
+from owlsam_ray.errors import FailedImagesError, GuardError, IncompleteError, InputError
+from owlsam_ray.guard import guard_labels, guard_numerics, load_record, load_run_manifest
 from owlsam_ray.plan import Plan, plan_run
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}]
@@ -85,8 +87,6 @@ def test_a_larger_sample_holds_the_smaller_one(tmp_path: Path) -> None:
 
 def test_a_sample_is_even() -> None:
     """Each of 40 images is in about a quarter of 400 samples of 10."""
-    import pyarrow as pa
-
     from owlsam_ray.datasets.spool import digests_of, sample_mask
 
     digests = digests_of(pa.array([f"{n}.jpg" for n in range(40)]))
@@ -211,6 +211,88 @@ def test_extend_by_another_folder_goes_by_place(tmp_path: Path) -> None:
     assert (both.new, names(both)) == (1, ["a.jpg", "b.jpg", "2025/a.jpg"])
 
 
+def test_ids_that_an_extension_gives_are_new(tmp_path: Path) -> None:
+    """A source with sparse ids, extended by one without: no id twice."""
+    data = write_coco(tmp_path / "one", [{"id": number, "file_name": f"a/{number}.jpg"} for number in (3, 5, 2, 7)])
+    plan_run(coco_run(data, tmp_path / "run"))
+    (tmp_path / "two").mkdir()
+    for name in "wxyz":
+        (tmp_path / "two" / f"{name}.jpg").touch()
+    both = plan_run(make_config({"source": "folder", "images": str(tmp_path / "two")}, tmp_path / "run"), extend=True)
+    assert ids(both) == [3, 5, 2, 7, 8, 9, 10, 11]
+    with pytest.raises(GuardError, match=r"the id of 'a/9\.jpg' \(id 9\)"):
+        plan_run(
+            coco_run(write_coco(tmp_path / "three", [{"id": 9, "file_name": "a/9.jpg"}]), tmp_path / "run"), extend=True
+        )
+
+
+def test_an_extension_and_an_attempt_keep_what_the_other_wrote(tmp_path: Path) -> None:
+    data, run = write_coco(tmp_path / "data", numbered(5)), tmp_path / "run"
+    old = plan_run(coco_run(data, run)).record
+    write_coco(data, numbered(9))
+    plan_run(coco_run(data, run), extend=True)
+    # The attempt read run.json before the extension, and sets its fingerprint and numerics after it.
+    guarded = guard_labels(old, {"config": {}}, str(run))
+    guard_numerics(guarded, {"device": "cpu"}, str(run), allow_change=False)
+    record = load_record(str(run))
+    assert record is not None
+    assert (record.num_parts, record.fingerprint, len(record.numerics)) == (2, guarded.fingerprint, 1)
+    assert load_run_manifest(str(run), record).num_images == 9
+    write_coco(data, numbered(11))
+
+    def meanwhile(what: str, done: int, total: int | None) -> None:
+        if what == "planned" and not told:
+            told.append(guard_numerics(record, {"device": "cuda"}, str(run), allow_change=True))
+
+    told: list[Any] = []
+    plan_run(coco_run(data, run), extend=True, show=meanwhile)
+    last = load_record(str(run))
+    assert last is not None
+    assert (last.num_parts, len(last.numerics)) == (3, 2)
+
+
+def test_two_extensions_at_once_are_told(tmp_path: Path) -> None:
+    data, run = write_coco(tmp_path / "data", numbered(5)), tmp_path / "run"
+    plan_run(coco_run(data, run))
+    write_coco(data, numbered(9))
+
+    def meanwhile(what: str, done: int, total: int | None) -> None:
+        if what == "listed" and not told:
+            told.append(plan_run(coco_run(data, run, limit=6), extend=True))
+
+    told: list[Any] = []
+    with pytest.raises(GuardError, match="extended by another call meanwhile"):
+        plan_run(coco_run(data, run), extend=True, show=meanwhile)
+
+
+def test_categories_of_a_wrong_form_are_told(tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "data", numbered(2))
+    tree = json.loads((data / "list.json").read_text())
+    for categories in (["dog"], [{"id": "a", "name": "dog"}], [{"name": "dog"}]):
+        (data / "list.json").write_text(json.dumps(tree | {"categories": categories}))
+        with pytest.raises(InputError, match=r"categories\[0\] of the dataset needs an integer id and a name"):
+            plan_run(coco_run(data, tmp_path / "run", categories=["dog"]))
+
+
+def test_splits_that_are_not_there_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_coco(tmp_path / "data", [*numbered(3, folder="val"), *numbered(3, folder="train", first=5)])
+    logging.getLogger("owlsam_ray").propagate = True
+    assert plan_run(coco_run(data, tmp_path / "1", splits=["val", "tezt"])).new == 3
+    assert "no image is of split 'tezt'; there are 'train', 'val'" in caplog.text
+    with pytest.raises(InputError, match="There are the splits 'train', 'val'"):
+        plan_run(coco_run(data, tmp_path / "2", splits=["tezt"]))
+
+
+def test_a_full_temporary_directory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    data = write_coco(tmp_path / "data", numbered(2))
+    monkeypatch.setattr(pa.ipc, "new_file", full)
+    with pytest.raises(IncompleteError, match=r"no room for the listing in the temporary directory .* set TMPDIR"):
+        plan_run(coco_run(data, tmp_path / "run"))
+
+
 def test_extend_from_a_sample_to_everything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data, run = write_coco(tmp_path / "data", numbered(40)), tmp_path / "run"
     small = plan_run(coco_run(data, run, sample=5, seed=3))
@@ -220,7 +302,7 @@ def test_extend_from_a_sample_to_everything(tmp_path: Path, caplog: pytest.LogCa
     assert set(ids(larger)) == set(ids(alone))
     logging.getLogger("owlsam_ray").propagate = True
     assert plan_run(coco_run(data, run)).new == 0
-    assert "{'sample': 12, 'seed': 3}, which is kept" in caplog.text
+    assert "plan.sample=12, plan.seed=3, which is kept" in caplog.text
     assert plan_run(coco_run(data, run), extend=True).new == 28
 
 
@@ -244,6 +326,22 @@ def test_extend_refuses_a_contradiction(tmp_path: Path, images: list[dict[str, A
     with pytest.raises(GuardError, match=words):
         plan_run(coco_run(data, tmp_path / "run"), extend=True)
     assert load_record(str(tmp_path / "run")) == before.record
+
+
+def test_a_file_of_names_that_changes_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "names.txt"
+    file.write_text("cat\ncar\n")
+    config = coco_run(write_coco(tmp_path / "data", numbered(2)), tmp_path / "run")
+    config = config.model_copy(update={"vocabulary": config.vocabulary.model_copy(update={"categories": str(file)})})
+    plan = plan_run(config)
+    assert plan_run(config).new == 0
+    file.write_text("cat\nwolf\n")
+    with pytest.raises(GuardError, match=r"other categories \(2 -> 2\); the first that differs: .*car.*wolf"):
+        plan_run(config)
+    file.unlink()
+    logging.getLogger("owlsam_ray").propagate = True
+    assert plan_run(config).record == plan.record
+    assert "kept as they were planned" in caplog.text
 
 
 def test_nothing_to_extend(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`data.files`: patterns → files, read side by side and taken in their order."""
 
+import inspect
 import itertools
 import multiprocessing
 import os
@@ -91,10 +92,11 @@ def relative_names(urls: Sequence[str]) -> list[str]:
 
 
 def check_schemes(urls: Iterable[str]) -> None:
-    """The packages that these URLs need are there.
+    """These URLs can be opened, as far as their schemes tell; nothing is asked for them.
 
     Raises:
-        InputError: a scheme is unknown, or its package is not installed; names the first URL with it.
+        InputError: a scheme is unknown, its package is not installed, or it takes settings that no URL holds; names the
+            first URL with it.
     """
     first: dict[str, str] = {}
     for url in urls:
@@ -102,23 +104,40 @@ def check_schemes(urls: Iterable[str]) -> None:
             first.setdefault(url.split("://")[0], url)
     for scheme, url in first.items():
         try:
-            fsspec.get_filesystem_class(scheme)
-        except (ValueError, ImportError) as error:
-            raise InputError(f"cannot open {url!r}: {error}") from None
+            _check_scheme(scheme)
+        except (ValueError, ImportError, TypeError, AttributeError, OSError, RecursionError) as error:
+            raise InputError(
+                f"cannot open {url!r}: {error}. Images lie on a disk, or behind s3, gs, http(s) or other URLs that "
+                "fsspec opens without further settings."
+            ) from None
 
 
-def in_order(function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int) -> Iterator[ResultT]:
+def _check_scheme(scheme: str) -> None:
+    kind = fsspec.get_filesystem_class(scheme)
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    needed = [
+        each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    if needed:
+        raise ValueError(f"{scheme} needs {', '.join(needed)}")
+    fsspec.filesystem(scheme)  # makes no request
+
+
+def in_order(
+    function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, *, apart: bool = True
+) -> Iterator[ResultT]:
     """Results of a function in the order of its arguments, of which a few are worked on at once.
 
     Args:
         function: of a module, since other processes look it up by its name. They ask storage as this one does.
         items: its arguments.
         workers: processes; with 1, or one item, it is called here.
+        apart: whether other processes can do it; `memory://` is in this one alone.
 
     Raises:
         Whatever the function raises, at its place.
     """
-    workers = min(workers, len(items))
+    workers = min(workers, len(items)) if apart else 1
     if workers <= 1:
         yield from map(function, items)
         return

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -152,8 +153,16 @@ def listing_table(columns: dict[str, Any]) -> pa.Table:
     return pa.table(arrays, schema=LISTING_SCHEMA)
 
 
-def below(root: str, names: pa.Array) -> pa.Array:
-    """Names joined to a root, as `storage.join` does it."""
+def below(root: str, names: pa.Array, *, are_uris: bool = False) -> pa.Array:
+    """Names joined to a root, as `storage.join` does it; quoted below `http(s)://`, where ? and # are no names.
+
+    Args:
+        root: path or URL.
+        names: relative.
+        are_uris: quoted already, where that is needed.
+    """
+    if root.startswith(("http://", "https://")) and not are_uris:
+        names = pa.array([quote(name) for name in names.to_pylist()], pa.string())
     return pc.binary_join_element_wise(pa.scalar(f"{root.rstrip('/')}/"), names, "")
 
 

@@ -5,6 +5,7 @@ file.
 """
 
 import contextlib
+import errno
 import hashlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from owlsam_ray.datasets.source import LISTING_SCHEMA, Listing, encoded_bytes
+from owlsam_ray.errors import IncompleteError
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_MOST_SPLITS = 1000
 _DIGEST_BYTES = 16
 """So many that two names out of 10⁸ share a digest with a probability below 10⁻²²."""
 
@@ -32,7 +36,7 @@ class Selection:
     """So many of those that pass the filters, by chance."""
     seed: int = 0
     splits: tuple[str, ...] = ()
-    """None given: all."""
+    """Of the source's own splits, or first folders of the names; none given: all."""
     image_ids: NDArray[np.int64] | None = None
     """Rising; None: all."""
 
@@ -50,6 +54,8 @@ class Spool:
     """(N,) ids; None when the source gives none."""
     mean_bytes: float
     """Of an encoded image, estimated where the listing does not tell."""
+    splits: set[str]
+    """Splits in the listing, at most a thousand, when some are asked for."""
     num_listed: int
     """Rows before the filters; those up to the limit, where reading stopped there."""
 
@@ -96,16 +102,18 @@ def spool_listing(
         OSError: the temporary file cannot be written.
     """
     starts, digests, ids, listed, kept, encoded = [0], [], [], 0, 0, 0
+    splits: set[str] = set()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     limit = selection.limit if stop_at_limit else None
     with (
         _closing(listing.tables) as tables,
+        _room(path.parent),
         pa.OSFile(str(path), "wb") as file,
         pa.ipc.new_file(file, LISTING_SCHEMA, options=options) as writer,
     ):
         for table in tables:
             listed += table.num_rows
-            table = _filtered(table, selection)
+            table = _filtered(table, selection, splits)
             if limit is not None:
                 table = table.slice(0, limit - kept)
             if table.num_rows:
@@ -125,6 +133,7 @@ def spool_listing(
         starts=np.array(starts, np.int64),
         digests=np.concatenate([*digests, np.empty(0, f"S{_DIGEST_BYTES}")]),
         ids=np.concatenate([*ids, np.empty(0, np.int64)]) if listing.has_ids else None,
+        splits=splits,
         mean_bytes=encoded / max(kept, 1),
         num_listed=listed,
     )
@@ -138,6 +147,20 @@ def _closing(tables: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
     finally:
         if isinstance(tables, Generator):
             tables.close()
+
+
+@contextlib.contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """Say whose disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL and not isinstance(error, FileNotFoundError):
+            raise IncompleteError(
+                f"no room for the listing in the temporary directory {folder.parent} ({error.strerror or error}): free "
+                "some, or set TMPDIR to a larger disk, and call the same command again"
+            ) from None
+        raise
 
 
 def digests_of(names: pa.Array) -> NDArray[np.bytes_]:
@@ -182,11 +205,14 @@ def repeats(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return later[rising].astype(np.int64), first[rising].astype(np.int64)
 
 
-def _filtered(table: pa.Table, selection: Selection) -> pa.Table:
+def _filtered(table: pa.Table, selection: Selection, seen: set[str]) -> pa.Table:
     if selection.splits:
         folder = pc.struct_field(pc.extract_regex(table["file_name"], r"^(?P<first>[^/]+)/"), "first")
-        split = pc.coalesce(table["split"], folder)
-        table = table.filter(pc.is_in(split, value_set=pa.array(selection.splits, pa.string())))
+        wanted = pa.array(selection.splits, pa.string())
+        for values in (table["split"], folder):
+            if len(seen) < _MOST_SPLITS:
+                seen.update(pc.unique(values).drop_null().to_pylist()[:_MOST_SPLITS])
+        table = table.filter(pc.or_(pc.is_in(table["split"], value_set=wanted), pc.is_in(folder, value_set=wanted)))
     if selection.image_ids is not None:
         table = table.filter(pc.is_in(table["image_id"], value_set=pa.array(selection.image_ids)))
     return table

@@ -116,6 +116,11 @@ class _TableFile:
         elif self._columns.bytes is not None:
             numbers = range(self._first, self._first + rows)
             columns["file_name"] = pa.array([f"{self._name}/{number:08d}" for number in numbers])
+        if self._columns.bytes is None and "file_name" in given:
+            bad = bad_names(derived)
+            if len(bad):
+                told = [f"{uri!r} leaves its root" for uri in given["uri"].take(bad.slice(0, TOLD)).to_pylist()]
+                self._refuse(bad.to_numpy(), told, WAY_OUT)
         bad = bad_names(columns["file_name"])
         if len(bad):
             shown = columns["file_name"].take(bad.slice(0, TOLD)).to_pylist()
@@ -143,6 +148,7 @@ class _TableFile:
         is_absolute = pc.starts_with(paths, "/")
         is_whole = pc.or_(is_absolute, pc.invert(pc.match_substring_regex(uris, _LOCAL)))
         self._refuse_unless(is_whole, uris, "is no file on this machine: three slashes follow file:")
+        self._refuse_unless(pc.invert(pc.match_substring(paths, "::")), uris, "is a chain of file systems (::)")
         is_url = pc.match_substring_regex(paths, _SCHEME)
         self._check_schemes(paths.filter(is_url))
         if self._root is None:
@@ -158,9 +164,11 @@ class _TableFile:
         )
         relative = pc.and_(pc.invert(is_url), pc.invert(is_absolute))
         rest = pc.utf8_slice_codeunits(paths, start=len(root))
-        bare = pc.replace_substring_regex(pc.replace_substring_regex(paths, _SCHEME, ""), r"/{2,}", "/")
+        # Without scheme, user and password.
+        bare = pc.replace_substring_regex(paths, _SCHEME + r"([^/?#@]*@)?", "")
+        bare = pc.replace_substring_regex(bare, r"/{2,}", "/")
         names = pc.if_else(inside, rest, pc.if_else(relative, pc.replace_substring_regex(paths, r"^(\./)+", ""), bare))
-        whole = pc.if_else(relative, below(self._root or "", names), uris)
+        whole = pc.if_else(relative, below(self._root or "", names, are_uris=True), uris)
         return whole, names
 
     def _check_schemes(self, urls: pa.Array) -> None:

@@ -40,8 +40,10 @@ def check_name(url: str, column: Wanted, name: str, names: Sequence[str]) -> Non
     Raises:
         InputError: it is not; names those that are.
     """
-    if name in names:
+    if list(names).count(name) == 1:
         return
+    if name in names:
+        raise InputError(f"{url} has the column {name!r} ({column.setting}) more than once: rename one of them")
     usual = ("url", "image_url", "path", "image_path", "file_name", "uri") if column.setting == "columns.uri" else ()
     close = [each for each in usual if each in names] or difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {' or '.join(f'{column.setting}={each}' for each in close)}?" if close else "."

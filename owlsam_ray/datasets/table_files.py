@@ -127,6 +127,7 @@ def _kind_at(url: str, schema: pa.Schema, column: Wanted) -> pa.DataType:
         InputError: there is none.
     """
     if column.path in schema.names:
+        check_name(url, column, column.path, schema.names)
         return schema.field(column.path).type
     names = column.path.split(".")
     check_name(url, column, names[0], schema.names)

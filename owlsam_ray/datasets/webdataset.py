@@ -52,11 +52,15 @@ def list_webdataset(config: DataConfig, options: ListingOptions = DEFAULTS) -> L
     return Listing(tables=_tables(files, options), has_ids=False)
 
 
+def _in_memory(file: TarFile) -> bool:
+    return file.url.startswith("memory:")
+
+
 def _tables(files: Sequence[TarFile], options: ListingOptions) -> Iterator[pa.Table]:
     refused: list[str] = []
     damaged: list[str] = []
     images = others = 0
-    for index in in_order(index_tar, files, options.workers):
+    for index in in_order(index_tar, files, options.workers, apart=not any(_in_memory(each) for each in files)):
         url = index.file.url
         if index.refusal is not None:
             refused.append(f"{url} {index.refusal}")

@@ -1,6 +1,7 @@
 """Single requests, where fsspec's common interface needs several, goes by a cache, or hides an error."""
 
 import errno
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 import fsspec
 
 from owlsam_ray.storage.clients import Client
+
+_log = logging.getLogger(__name__)
 
 
 def read_range(client: Client, path: str, start: int, length: int) -> bytes:
@@ -145,7 +148,7 @@ def list_page(client: Client, bucket: str, prefix: str, *, deep: bool, token: st
 
 def walk_disk(root: str) -> Iterator[tuple[str, int | None]]:
     """Relative path and size of every file below a directory of this machine; see `walk_files`."""
-    waiting = [""]
+    waiting, links = [""], list[str]()
     while waiting:
         below = waiting.pop()
         with os.scandir(os.path.join(root, below)) as entries:
@@ -153,14 +156,15 @@ def walk_disk(root: str) -> Iterator[tuple[str, int | None]]:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
-                    if not entry.is_symlink():
-                        waiting.append(f"{below}{entry.name}/")
+                    (links if entry.is_symlink() else waiting).append(f"{below}{entry.name}/")
                     continue
                 try:
                     size = entry.stat().st_size
                 except FileNotFoundError:  # a link to nothing
                     size = None
                 yield below + entry.name, size
+    if links:
+        _log.warning("%d linked folders below %s are not entered, the first: %s", len(links), root, links[0])
 
 
 def walk_other(filesystem: Any, root: str) -> Iterator[tuple[str, int | None]]:

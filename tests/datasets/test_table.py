@@ -288,6 +288,35 @@ def test_many_offences_are_counted(tmp_path: Path) -> None:
     assert "and 35 more" in str(caught.value)
 
 
+def test_names_of_their_own_hide_no_way_out_of_the_root(tmp_path: Path) -> None:
+    for uri in ("../secret.jpg", "/data/../../secret.jpg", "x/../../secret.jpg"):
+        with pytest.raises(InputError, match=r"row 0: .*secret\.jpg' leaves its root"):
+            listed(write(tmp_path, [{"uri": uri, "as": "a.jpg"}], "csv"), "/data", file_name="as")
+    for uri in ("simplecache::file:///etc/x", "zip://a.jpg::/etc/x.zip"):
+        with pytest.raises(InputError, match="is a chain of file systems"):
+            listed(write(tmp_path, [{"uri": uri, "as": "a.jpg"}], "csv"), "/data", file_name="as")
+
+
+def test_no_password_gets_into_a_name(tmp_path: Path) -> None:
+    (row,) = listed(write(tmp_path, [{"uri": "https://me:secret@host/a@b.jpg"}], "csv"))
+    assert (row["file_name"], row["uri"]) == ("host/a@b.jpg", "https://me:secret@host/a@b.jpg")
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "dir", "reference", "zz9"])
+def test_schemes_that_need_more_than_a_url_are_refused(tmp_path: Path, scheme: str) -> None:
+    with pytest.raises(InputError, match=f"cannot open '{scheme}://h/a.jpg'"):
+        listed(write(tmp_path, [{"uri": f"{scheme}://h/a.jpg"}], "csv"))
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a.jpg"]), pa.array(["b.jpg"])], names=["uri", "uri"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    (tmp_path / "twice.csv").write_text("uri,uri\na.jpg,b.jpg\n")
+    for name in ("twice.parquet", "twice.csv"):
+        with pytest.raises(InputError, match=r"has the column 'uri' \(columns\.uri\) more than once"):
+            listed(str(tmp_path / name), "/data")
+
+
 def test_a_table_without_a_root_takes_urls_only(tmp_path: Path) -> None:
     for uri in ("a.jpg", "/data/a.jpg", "file:///data/a.jpg"):
         with pytest.raises(InputError, match=r"is no URL: set data\.images"):
