@@ -257,8 +257,8 @@ def guard_labels(record: RunRecord, parts: dict[str, Any], run_url: str) -> RunR
                 [
                     f"the labels in {run_url} were made with something else (there -> here):",
                     *lines,
-                    "Use another --run directory, or bring back the old weights and settings. A run that was labelled by "
-                    "an earlier version can be reduced and evaluated, but not continued.",
+                    "Use another --run directory, or bring back the old weights and settings. A run that was labelled "
+                    "by an earlier version can be reduced and evaluated, but not continued.",
                 ]
             )
         )

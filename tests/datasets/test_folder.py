@@ -1,13 +1,16 @@
 """Folder listings: order, ids, what is left out."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pytest
 
 from owlsam_ray.datasets import list_images
+from owlsam_ray.datasets.source import below
 from owlsam_ray.errors import InputError
 from owlsam_ray.settings import DataConfig
 
@@ -77,3 +80,20 @@ def test_names_that_are_not_unicode_are_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(InputError, match="not valid Unicode"):
         listing(tmp_path)
+
+
+def test_linked_folders_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "a/1.jpg", "far/2.jpg")
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "far")
+    logging.getLogger("owlsam_ray").propagate = True
+    assert names_of(tmp_path / "a") == ["1.jpg"]
+    assert "1 linked folders" in caplog.text
+    assert "the first: linked/" in caplog.text
+
+
+def test_names_below_http_are_quoted() -> None:
+    names = pa.array(["a b/ü?.jpg", "x#1.jpg", "50%.jpg"])
+    expected = ["https://h/i/a%20b/%C3%BC%3F.jpg", "https://h/i/x%231.jpg", "https://h/i/50%25.jpg"]
+    assert below("https://h/i/", names).to_pylist() == expected
+    assert below("s3://h/i", names).to_pylist()[1] == "s3://h/i/x#1.jpg"
+    assert below("https://h/i", pa.array(["a%20b.jpg"]), are_uris=True).to_pylist() == ["https://h/i/a%20b.jpg"]

@@ -35,6 +35,19 @@ def members_of(*files: object, options: ListingOptions = DEFAULTS, **fields: obj
     return [row["member"] for row in listing(*files, options=options, **fields)]
 
 
+def test_tars_in_memory_are_indexed_in_this_process() -> None:
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    for name in ("a", "b"):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            member = tarfile.TarInfo("1.jpg")
+            tar.addfile(member)
+        memory.pipe_file(f"/set/{name}.tar", buffer.getvalue())
+    rows = listing("memory://set/*.tar", options=ListingOptions(workers=2))
+    assert [row["file_name"] for row in rows] == ["a.tar/1.jpg", "b.tar/1.jpg"]
+
+
 def refusal(*files: object, options: ListingOptions = DEFAULTS, **fields: object) -> str:
     with pytest.raises(InputError) as caught:
         listing(*files, options=options, **fields)
