@@ -68,7 +68,7 @@ class PlanConfig(Section):
     damaged_files: Literal["refuse", "keep_whole"] = "refuse"
     """What to do with tar files that are cut or damaged: refuse them, or plan the members before the damage."""
     workers: PositiveInt | Auto = "auto"
-    """Processes that list tables and tar files; `auto`: one per CPU."""
+    """Processes that list tar files; `auto`: one per CPU."""
     part_images: PositiveInt = 1_000_000
     """Images in one part of the manifest."""
 

@@ -51,7 +51,7 @@ class ListingOptions:
     """How a listing is made; nothing here changes which images it holds, but for damaged files."""
 
     workers: int = 1
-    """Processes that list tables and tar files."""
+    """Processes that list tar files."""
     keep_whole: bool = False
     """Of a cut or damaged tar file, list the members before the damage instead of refusing it."""
 

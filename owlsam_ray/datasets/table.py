@@ -116,11 +116,6 @@ class _TableFile:
         elif self._columns.bytes is not None:
             numbers = range(self._first, self._first + rows)
             columns["file_name"] = pa.array([f"{self._name}/{number:08d}" for number in numbers])
-        if self._columns.bytes is None and "file_name" in given:
-            bad = bad_names(derived)
-            if len(bad):
-                told = [f"{uri!r} leaves its root" for uri in given["uri"].take(bad.slice(0, TOLD)).to_pylist()]
-                self._refuse(bad.to_numpy(), told, WAY_OUT)
         bad = bad_names(columns["file_name"])
         if len(bad):
             shown = columns["file_name"].take(bad.slice(0, TOLD)).to_pylist()
@@ -168,6 +163,17 @@ class _TableFile:
         bare = pc.replace_substring_regex(paths, _SCHEME + r"([^/?#@]*@)?", "")
         bare = pc.replace_substring_regex(bare, r"/{2,}", "/")
         names = pc.if_else(inside, rest, pc.if_else(relative, pc.replace_substring_regex(paths, r"^(\./)+", ""), bare))
+        # A name of its own must not hide a path that leaves the root; of other URLs the path is their server's matter.
+        at = pc.indices_nonzero(pc.or_(inside, relative)).cast(INTEGER)
+        bad = at.take(bad_names(names.take(at)))
+        if len(bad):
+            told = [
+                f"{uri!r}: {file_name_error(name)}"
+                for uri, name in zip(
+                    *(each.take(bad.slice(0, TOLD)).to_pylist() for each in (uris, names)), strict=True
+                )
+            ]
+            self._refuse(bad.to_numpy(), told, WAY_OUT)
         whole = pc.if_else(relative, below(self._root or "", names, are_uris=True), uris)
         return whole, names
 

@@ -290,11 +290,17 @@ def test_many_offences_are_counted(tmp_path: Path) -> None:
 
 def test_names_of_their_own_hide_no_way_out_of_the_root(tmp_path: Path) -> None:
     for uri in ("../secret.jpg", "/data/../../secret.jpg", "x/../../secret.jpg"):
-        with pytest.raises(InputError, match=r"row 0: .*secret\.jpg' leaves its root"):
+        with pytest.raises(InputError, match=r"row 0: .*secret\.jpg': file_name leaves the root"):
             listed(write(tmp_path, [{"uri": uri, "as": "a.jpg"}], "csv"), "/data", file_name="as")
     for uri in ("simplecache::file:///etc/x", "zip://a.jpg::/etc/x.zip"):
         with pytest.raises(InputError, match="is a chain of file systems"):
             listed(write(tmp_path, [{"uri": uri, "as": "a.jpg"}], "csv"), "/data", file_name="as")
+
+
+def test_urls_of_any_form_take_a_name_of_their_own(tmp_path: Path) -> None:
+    for uri in ("https://h/a/", "https://h/i?u=a/../b"):
+        (row,) = listed(write(tmp_path, [{"uri": uri, "as": "a.jpg"}], "csv"), "/data", file_name="as")
+        assert (row["file_name"], row["uri"]) == ("a.jpg", uri)
 
 
 def test_no_password_gets_into_a_name(tmp_path: Path) -> None:
