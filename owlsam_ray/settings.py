@@ -38,8 +38,9 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-KINDS = ("text", "list", "mapping")
-"""Tags of what a value may be: pydantic puts them into the place of an error, where they are no field."""
+KINDS = ("<text>", "<list>", "<mapping>")
+"""Tags of what a value may be: pydantic puts them into the place of an error, where they are no field. No field can be
+called so."""
 
 
 def _by_kind(wanted: str) -> Discriminator:
@@ -47,10 +48,10 @@ def _by_kind(wanted: str) -> Discriminator:
 
     def kind(value: Any) -> str:
         if isinstance(value, str):
-            return "text"
+            return "<text>"
         if isinstance(value, (list, tuple)):
-            return "list"
-        return "mapping" if isinstance(value, (Mapping, BaseModel)) else "none of these"
+            return "<list>"
+        return "<mapping>" if isinstance(value, (Mapping, BaseModel)) else "none of these"
 
     return Discriminator(kind, custom_error_type="kind", custom_error_message=f"Input should be {wanted}")
 
@@ -139,8 +140,8 @@ Frequency = Literal["r", "c", "f"]
 class Category(Section):
     """One thing to look for."""
 
-    id: Annotated[int, Field(ge=0)]
-    """`category_id` in the output."""
+    id: Annotated[int, Field(ge=0, lt=2**53, strict=True)]
+    """`category_id` in the output; below 2^53, so that every JSON reader keeps it."""
     name: Name
     """Name in the output, and what the templates are filled with."""
     supercategory: str = ""
@@ -191,7 +192,7 @@ def check_template(template: str) -> None:
 
 
 _NameOrCategory = Annotated[
-    Annotated[Name, Tag("text")] | Annotated[Category, Tag("mapping")],
+    Annotated[Name, Tag("<text>")] | Annotated[Category, Tag("<mapping>")],
     _by_kind("a name (in quotes where YAML would read something else), or {id, name, …}"),
 ]
 
@@ -219,8 +220,8 @@ class VocabularyConfig(Section):
     """What to look for."""
 
     categories: Annotated[
-        Annotated[Name, AfterValidator(_check_list_or_file), Tag("text")]
-        | Annotated[tuple[_NameOrCategory, ...], Tag("list")],
+        Annotated[Name, AfterValidator(_check_list_or_file), Tag("<text>")]
+        | Annotated[tuple[_NameOrCategory, ...], Tag("<list>")],
         _by_kind("`coco`, `lvis`, `objects365`, `dataset`, a text file, or a list of names or {id, name, …}"),
     ] = "dataset"
     """`coco` (80), `lvis` (v1, 1203) or `objects365` (v2, 365): built in, with the dataset's ids; `dataset`: the
@@ -231,7 +232,7 @@ class VocabularyConfig(Section):
     frequency: tuple[Frequency, ...] | None = None
     """Groups of LVIS to look for: r(are), c(ommon), f(requent); default: all."""
     templates: Annotated[
-        Annotated[Literal["none", "photo", "clip_best7"], Tag("text")] | Annotated[tuple[Name, ...], Tag("list")],
+        Annotated[Literal["none", "photo", "clip_best7"], Tag("<text>")] | Annotated[tuple[Name, ...], Tag("<list>")],
         _by_kind("`none`, `photo`, `clip_best7`, or a list of texts with a {}"),
     ] = "photo"
     """Sentences around a name: `none`: the bare name; `photo`: "a photo of a {}"; `clip_best7`: the seven of OWL-ViT's

@@ -64,6 +64,9 @@ def test_local_paths_become_absolute_and_urls_stay(tmp_path: Path, monkeypatch: 
         ("=3", ["section.field=value"]),
         ("a.b=[", ["valid YAML"]),
         ("detector=3", ["detector"]),
+        ("evaluate.mapping=coco_to_coco", ["evaluate.mapping: ", "coco_to_coco"]),
+        ("evaluate.text=1", ["evaluate.text: Extra inputs"]),
+        ("vocabulary.categories=[{id: '1', name: cat}]", ["vocabulary.categories.0.id: ", "valid integer"]),
     ],
 )
 def test_what_does_not_validate_is_named(tmp_path: Path, override: str, words: list[str]) -> None:
