@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from owlsam_ray.errors import InputError
-from owlsam_ray.settings import VocabularyConfig
+from owlsam_ray.settings import KINDS, VocabularyConfig
 from owlsam_ray.vocabulary import Query, Vocabulary, resolve_vocabulary
 from owlsam_ray.vocabulary.canonical import canonical
 from owlsam_ray.vocabulary.templates import TEMPLATES
@@ -59,6 +59,28 @@ def test_own_names_count_from_one() -> None:
 def test_dataset_categories_keep_ids() -> None:
     vocabulary = resolve({"id": 7, "name": "cat"}, {"id": 3, "name": "dog", "frequency": "r"})
     assert [category.id for category in vocabulary.categories] == [7, 3]
+
+
+def test_null_means_not_stated() -> None:
+    source = [
+        {"id": 1, "name": "cat", "supercategory": None, "synonyms": None, "frequency": None},
+        {"id": 2**53 - 1, "name": "dog", "synonyms": ["hound"]},
+    ]
+    found = resolve(*source, synonyms=True).categories
+    assert [(each.id, each.supercategory, each.synonyms) for each in found] == [
+        (1, "", ()),
+        (2**53 - 1, "", ("hound",)),
+    ]
+
+
+@pytest.mark.parametrize("wrong", ["1", True, 1.0, -1, 2**53, 2**70, None])
+def test_ids_are_integers_that_json_keeps(wrong: Any) -> None:
+    entries = [{"id": 3, "name": "cat"}, {"id": wrong, "name": "dog"}]
+    with pytest.raises(InputError, match=r"categories\[1\] of the dataset needs an integer id \(0 ≤ id < 2\^53\)"):
+        resolve(*entries)
+    with pytest.raises(ValidationError) as caught:
+        config(categories=entries)
+    assert [part for part in caught.value.errors()[0]["loc"] if part not in KINDS] == ["categories", 1, "id"]
 
 
 @pytest.mark.parametrize(

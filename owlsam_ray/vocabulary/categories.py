@@ -93,7 +93,8 @@ def _from_source(source_categories: Sequence[dict[str, Any]], *, with_synonyms: 
     categories = []
     for position, entry in enumerate(source_categories):
         try:
-            fields = {key: entry[key] for key in wanted if key in entry}
+            # Null means: not stated.
+            fields = {key: entry[key] for key in wanted if entry.get(key) is not None}
             # Other datasets may mean other things by that key.
             if entry.get("frequency") in get_args(Frequency):
                 fields["frequency"] = entry["frequency"]
@@ -101,7 +102,8 @@ def _from_source(source_categories: Sequence[dict[str, Any]], *, with_synonyms: 
         except (ValidationError, TypeError, AttributeError):
             also = ", and synonyms as a list of texts" if with_synonyms else ""
             raise InputError(
-                f"categories[{position}] of the dataset needs an integer id and a name{also}: {entry!r}"
+                f"categories[{position}] of the dataset needs an integer id (0 ≤ id < 2^53) and a name, with a text as "
+                f"supercategory, if any{also}: {entry!r}"
             ) from None
     if with_synonyms and not any(category.synonyms for category in categories):
         raise InputError(

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -97,11 +98,20 @@ def _hint(entry: str, names: Mapping[int, Sequence[str]], synonyms: Mapping[int,
     for each, given in synonyms.items():
         if fold_loosely(entry) in {fold_loosely(synonym) for synonym in given}:
             return f". It is a synonym of {names[each][0]!r}"
-    by_key = {fold_loosely(name): name for given in names.values() for name in given}
+    by_key: dict[str, list[str]] = defaultdict(list)
+    for name in (name for given in names.values() for name in given):
+        for key in {fold_loosely(name), _without_bracket(name)}:
+            by_key[key].append(name)
     close = difflib.get_close_matches(fold_loosely(entry), by_key, n=_SUGGESTED)
     if not close:
         return f" (there are {len(names)})"
-    return f". Did you mean {' or '.join(repr(by_key[key]) for key in close)}?"
+    meant = list(dict.fromkeys(name for key in close for name in by_key[key]))[:_SUGGESTED]
+    return f". Did you mean {' or '.join(repr(name) for name in meant)}?"
+
+
+def _without_bracket(name: str) -> str:
+    """LVIS tells senses apart in brackets: `bus_(vehicle)`."""
+    return fold_loosely(re.sub(r"\([^()]*\)", " ", name))
 
 
 def _check_groups(categories: Sequence[Category]) -> None:

@@ -1,5 +1,6 @@
 """Categories from a text file: one name a line."""
 
+import logging
 import unicodedata
 
 from owlsam_ray import storage
@@ -8,13 +9,15 @@ from owlsam_ray.settings import Category
 from owlsam_ray.vocabulary.fold import fold
 
 _COMMENT = "#"
+_log = logging.getLogger(__name__)
 
 
 def read_text_file(url: str) -> list[Category]:
     """Categories of a UTF-8 text file, with the ids 1, 2, … in the order of its lines.
 
     A line is a name, or a name, a tab and synonyms with commas between them, which are asked for as well. Empty lines
-    and lines that begin with `#` are skipped and take no id; spaces at the ends do not count.
+    and lines that begin with `#` are skipped and take no id; spaces at the ends do not count. A name may hold commas,
+    but the first that does gets a warning.
 
     Args:
         url: path or fsspec URL.
@@ -31,6 +34,7 @@ def read_text_file(url: str) -> list[Category]:
         ) from None
     categories: list[Category] = []
     lines: dict[str, int] = {}
+    with_comma: list[str] = []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{url}, line {number}"
         text = _decoded(line, where)
@@ -41,8 +45,15 @@ def read_text_file(url: str) -> list[Category]:
         if earlier != number:
             raise InputError(f"{where} repeats the name {category.name!r} of line {earlier}: leave one of them out")
         categories.append(category)
+        if "," in text and "\t" not in text:
+            with_comma.append(f"{where} ({text[:60]!r})")
     if not categories:
         raise InputError(f"{url} names nothing to look for: write one name a line")
+    if with_comma:
+        _log.warning(
+            "%s is taken for one name with commas, as %d line(s) are: write one name a line, and synonyms after a tab",
+            with_comma[0], len(with_comma),
+        )  # fmt: skip
     return categories
 
 

@@ -1,5 +1,6 @@
 """Names from a text file."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import fsspec
 import pytest
 
 from owlsam_ray.config import RunConfig
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import GuardError, InputError
 from owlsam_ray.guard import load_record
 from owlsam_ray.plan import plan_run
 from owlsam_ray.settings import VocabularyConfig
@@ -78,6 +79,19 @@ def test_what_is_wrong_is_told_by_line(tmp_path: Path, content: bytes, words: st
     assert words in str(caught.value)
 
 
+def test_names_with_commas_get_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "names.txt"
+    file.write_text("# a, b\nmug\tcup, beaker\ncat, dog\ncow,pig\n")
+    assert [each.name for each in resolve(file).categories] == ["mug", "cat, dog", "cow,pig"]
+    (record,) = [each for each in caplog.records if each.levelno == logging.WARNING]
+    assert f"{file}, line 3 ('cat, dog') is taken for one name with commas, as 2 line(s)" in record.getMessage()
+    assert "write one name a line" in record.getMessage()
+    caplog.clear()
+    file.write_text("mug\tcup, beaker\n")
+    resolve(file)
+    assert not caplog.records
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot read .*names\.txt, the file of vocabulary\.categories: No such file"):
         resolve(tmp_path / "names.txt")
@@ -106,4 +120,7 @@ def test_a_run_keeps_the_names_that_it_was_planned_with(tmp_path: Path) -> None:
     assert record is not None
     assert record.category_names == planned.category_names == ("cat", "dog")
     assert [query.text for query in record.queries] == ["a photo of a cat", "a photo of a dog", "a photo of a puppy"]
+    with pytest.raises(GuardError, match="was planned with other categories"):
+        plan_run(config)
+    file.unlink()
     assert plan_run(config).record.categories == planned.categories
