@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeGuard
 
@@ -173,8 +173,19 @@ def check_ids(
     images: Collection[int],
     categories: Collection[int],
     lister: str = "the ground truth",
+    names: Mapping[int, str] | None = None,
+    hint: str = "",
 ) -> None:
-    """Refuse an annotation of something that is not listed; `lister` says who lists the categories.
+    """Refuse an annotation of something that is not listed.
+
+    Args:
+        entry: the annotation.
+        where: words for it.
+        images: ids that are listed.
+        categories: ids that are listed.
+        lister: words for who lists the categories.
+        names: of categories that may not be listed.
+        hint: what to do about a category that is not listed; the end of the sentence.
 
     Raises:
         InputError: names the entry.
@@ -183,7 +194,9 @@ def check_ids(
     if not _is_id(image_id) or image_id not in images:
         raise InputError(f"{where} is of image {image_id!r}, which the ground truth does not list")
     if not _is_id(category_id) or category_id not in categories:
-        raise InputError(f"{where} is of category {category_id!r}, which {lister} does not list")
+        name = names.get(category_id) if names and _is_id(category_id) else None
+        called = f" ({name!r})" if name else ""
+        raise InputError(f"{where} is of category {category_id!r}{called}, which {lister} does not list{hint}")
 
 
 def _is_id(value: object) -> TypeGuard[int]:

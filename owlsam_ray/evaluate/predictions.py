@@ -1,6 +1,7 @@
 """Predictions, read and checked: COCO results, or labels with scores as `reduce` writes them."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from owlsam_ray.evaluate.ground_truth import (
 )
 from owlsam_ray.evaluate.names import fold_category, same_things
 from owlsam_ray.evaluate.regions import Region, box_of, is_number, rle_area, rle_box, rle_of
-from owlsam_ray.evaluate.translation import Translation, translation
+from owlsam_ray.evaluate.translation import Translation, fitting_mapping, translation
 from owlsam_ray.settings import MappingName
 
 
@@ -41,6 +42,10 @@ class _Ids:
     images: dict[int, int]
     categories: dict[int, int]
     translation: Translation | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
+    """Of the file's categories."""
+    hint: str = ""
+    """What to do about a category that is not listed."""
 
     def left_out(self) -> tuple[dict[int, str], Counter[str], str]:
         """Category ids of what is left out, with names; where it is counted; who lists the categories."""
@@ -68,11 +73,12 @@ def load_predictions(url: str, truth: GroundTruth, *, masks: bool, mapping: Mapp
     tree = read_json(url)
     if isinstance(tree, list):
         by_box = bool(tree) and isinstance(tree[0], dict) and bool(tree[0].get("bbox"))
-        translated = translation(mapping, None, truth, url) if mapping else None
+        translated = translation(mapping, _used_ids(tree), truth, url) if mapping else None
         ids = _Ids(
             images={each: each for each in truth.images},
             categories=translated.ids if translated else {each: each for each in truth.categories},
             translation=translated,
+            hint=translated.hint if translated else "",
         )
         regions = _regions(tree, url, "", truth, ids, masks=masks, by_box=by_box)
         return Predictions(url, regions, translation=translated)
@@ -98,7 +104,9 @@ def load_predictions(url: str, truth: GroundTruth, *, masks: bool, mapping: Mapp
             what=f"categories of {url}",
         )
     )
-    ids = _Ids(image_ids, category_ids, translated)
+    fitting = None if translated else fitting_mapping(names, truth)
+    hint = f": its categories are another dataset's, set evaluate.mapping to {fitting}" if fitting else ""
+    ids = _Ids(image_ids, category_ids, translated, names=names, hint=hint)
     return Predictions(
         url,
         _regions(tree["annotations"], url, "annotations", truth, ids, masks=masks, by_box=False),
@@ -106,6 +114,11 @@ def load_predictions(url: str, truth: GroundTruth, *, masks: bool, mapping: Mapp
         info=info if isinstance(info, dict) else {},
         translation=translated,
     )
+
+
+def _used_ids(results: list[Any]) -> frozenset[int]:
+    ids = (entry.get("category_id") for entry in results if isinstance(entry, dict))
+    return frozenset(each for each in ids if isinstance(each, int))
 
 
 def _regions(
@@ -122,7 +135,7 @@ def _regions(
     without, left_out, lister = ids.left_out()
     known = ids.categories.keys() | without.keys()
     for where, entry in named_entries(entries, key, url):
-        check_ids(entry, where, images=ids.images, categories=known, lister=lister)
+        check_ids(entry, where, images=ids.images, categories=known, lister=lister, names=ids.names, hint=ids.hint)
         image_id, category_id = ids.images[entry["image_id"]], entry["category_id"]
         if category_id in without:
             left_out[without[category_id]] += 1

@@ -7,20 +7,24 @@ two of them is there twice, and all but one of its predictions count as false.
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from owlsam_ray.errors import InputError
 from owlsam_ray.evaluate.ground_truth import GroundTruth
 from owlsam_ray.evaluate.names import by_name, fold_category
-from owlsam_ray.settings import MappingName
-from owlsam_ray.vocabulary.builtin import BuiltinCategory
-from owlsam_ray.vocabulary.mapping import category_mapping
+from owlsam_ray.settings import BuiltinVocabulary, MappingName
+from owlsam_ray.vocabulary.builtin import BuiltinCategory, builtin
+from owlsam_ray.vocabulary.mapping import ENDS, category_mapping
 
 _log = logging.getLogger(__name__)
 _NAMED = 5
 """As many names a log line tells."""
+_STRANGERS = 0.1
+"""The share of names foreign to a built-in list up to which categories are taken for its."""
+_TELLING = 3
+"""So many categories cannot agree with a list in name and id by chance."""
 
 
 @dataclass(slots=True)
@@ -35,7 +39,9 @@ class Translation:
     lister: str
     """Words for what lists the predictions' categories."""
     unreached: dict[int, str]
-    """The ground truth's ids that no category of the mapping's start means, with names."""
+    """The ground truth's ids that none of the predictions' categories means, with names."""
+    hint: str = ""
+    """For a prediction of a category that is not listed: which mapping fits."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Predictions that were left out, by the name of their category; filled while they are read."""
 
@@ -63,60 +69,136 @@ class Translation:
             )  # fmt: skip
 
 
-def translation(name: MappingName, listed: Mapping[int, str] | None, truth: GroundTruth, url: str) -> Translation:
+def translation(
+    name: MappingName, listed: Mapping[int, str] | frozenset[int], truth: GroundTruth, url: str
+) -> Translation:
     """How the categories of a file of predictions become those of a ground truth.
 
     Args:
         name: of the mapping.
-        listed: the file's own categories, names by id; None for a bare list of results, whose ids are those of the
+        listed: the file's own categories, names by id; for a bare list of results the ids in it, which are those of the
             dataset that the mapping starts from.
         truth: whose categories are asked for; they go by name.
         url: of the predictions, for the messages.
 
-    A few names that the built-in lists lack go by their ids when all others agree in name and id.
+    A name that the built-in list lacks has no counterpart; only an empty one goes by its id, when all others agree in
+    name and id.
 
     Raises:
-        InputError: the file has no category of the mapping's start, or has the ground truth's already; or the ground
-            truth has none of its end.
+        InputError: the file's categories are not of the mapping's start, or are the ground truth's already; or the
+            ground truth's are not of its end. So it is when none is, when more than a tenth is not and another built-in
+            list has more of them or this one less than half, or when all agree with another list in name and id and
+            none with this one's ids. Names the mapping that fits.
     """
     mapping = category_mapping(name)
-    start, end = name.split("_to_")
-    names = {each: category.name for each, category in truth.categories.items()}
+    start, end = ENDS[name]
+    names = _names(truth)
+    if isinstance(listed, frozenset):
+        strangers = listed - {each.id for each in mapping.source}
+        hint = _way_out(_start_of_ids(listed, names), names) if strangers else ""
+        lister, listed = f"{start}'s list", {each.id: each.name for each in mapping.source}
+    else:
+        lister, hint = "the file", ""
+        if not _all_of(listed, mapping.source) and listed.items() <= names.items():
+            raise InputError(
+                f"evaluate.mapping is {name}, and the categories of {url} are the ground truth's already, not those of "
+                f"{start}: leave the mapping out (null)"
+            )
+    way_out = _way_out(_likely_list(listed), names)
+    if fault := _misfit(names, end):
+        raise InputError(f"evaluate.mapping {name} leads to categories of {end}, and {truth.url} has {fault}{way_out}")
+    if fault := _misfit(listed, start):
+        raise InputError(f"evaluate.mapping {name} starts from categories of {start}, and {url} has {fault}{way_out}")
     to_truth = _partners({each.id: each.name for each in mapping.target}, {each: (of,) for each, of in names.items()})
-    if not to_truth:
-        raise InputError(f"evaluate.mapping {name} leads to categories of {end}, and {truth.url} has none of them")
-    lister = f"{start}'s list" if listed is None else "the file"
-    if listed is None:
-        listed = {each.id: each.name for each in mapping.source}
-    elif not _all_of(listed, mapping.source) and listed.items() <= names.items():
-        raise InputError(
-            f"evaluate.mapping is {name}, and the categories of {url} are the ground truth's already, not those of "
-            f"{start}: leave the mapping out (null)"
-        )
     to_source = _partners(listed, {each.id: each.spellings for each in mapping.source})
-    if not to_source:
-        raise InputError(f"evaluate.mapping {name} starts from categories of {start}, and {url} has none of them")
     ids = {}
     for each, source_id in to_source.items():
         target_id = mapping.ids.get(source_id)
         if target_id in to_truth:
             ids[each] = to_truth[target_id]
-    reached = {to_truth[target_id] for target_id in set(mapping.ids.values()) & set(to_truth)}
+    reached = set(ids.values())
     return Translation(
         name,
         ids=ids,
         lister=lister,
         without={each: of for each, of in listed.items() if each not in ids},
         unreached={each: of for each, of in names.items() if each not in reached},
+        hint=hint,
     )
 
 
-def _partners(theirs: Mapping[int, str], ours: Mapping[int, tuple[str, ...]]) -> dict[int, int]:
+def fitting_mapping(listed: Mapping[int, str], truth: GroundTruth) -> MappingName | None:
+    """The mapping from the built-in list that categories are of to the one that the ground truth's are of, if any.
+
+    Args:
+        listed: names by id.
+        truth: the ground truth.
+    """
+    return _mapping_between(_likely_list(listed), _likely_list(_names(truth)))
+
+
+def _mapping_between(start: BuiltinVocabulary | None, end: BuiltinVocabulary | None) -> MappingName | None:
+    names: tuple[MappingName, ...] = get_args(MappingName)
+    return next((name for name in names if ENDS[name] == (start, end)), None)
+
+
+def _way_out(start: BuiltinVocabulary | None, truth_names: Mapping[int, str]) -> str:
+    """The end of a sentence that refuses a mapping."""
+    end = _likely_list(truth_names)
+    if start is not None and start == end:
+        return f": predictions and ground truth are both of {start}, leave the mapping out (null)"
+    fitting = _mapping_between(start, end)
+    return f": the mapping that fits is {fitting}" if fitting else ""
+
+
+def _names(truth: GroundTruth) -> dict[int, str]:
+    return {each: category.name for each, category in truth.categories.items()}
+
+
+def _fits(listed: Mapping[int, str]) -> dict[BuiltinVocabulary, tuple[int, int]]:
+    """Per built-in list, how many categories it knows by name, and how many of these also by id."""
+    lists: tuple[BuiltinVocabulary, ...] = get_args(BuiltinVocabulary)
+    found = {of: _partners(listed, {each.id: each.spellings for each in builtin(of)}) for of in lists}
+    return {of: (len(ids), sum(theirs == ours for theirs, ours in ids.items())) for of, ids in found.items()}
+
+
+def _likely_list(listed: Mapping[int, str]) -> BuiltinVocabulary | None:
+    """The built-in list that the categories are of; None if they are of none."""
+    fits = _fits(listed)
+    best = max(fits, key=lambda of: fits[of])
+    return best if fits[best][0] >= (1 - _STRANGERS) * len(listed) else None
+
+
+def _start_of_ids(ids: frozenset[int], truth_names: Mapping[int, str]) -> BuiltinVocabulary | None:
+    """A built-in list that has all the ids, and a mapping to the ground truth's."""
+    end = _likely_list(truth_names)
+    having = [of for of in get_args(BuiltinVocabulary) if ids <= {each.id for each in builtin(of)}]
+    return next((of for of in having if of == end or _mapping_between(of, end)), None)
+
+
+def _misfit(listed: Mapping[int, str], wanted: BuiltinVocabulary) -> str:
+    """Why categories are not those of a built-in list, or a part of them; empty if they may be."""
+    fits = _fits(listed)
+    known, same_ids = fits.pop(wanted)
+    if not known:
+        return "none of them"
+    total = len(listed)
+    if total - known > _STRANGERS * total and (2 * known < total or any(fit[0] > known for fit in fits.values())):
+        return f"others ({total - known} of {total} are not in that list)"
+    if total >= _TELLING and not same_ids:
+        for other, fit in fits.items():
+            if fit == (total, total):
+                return f"those of {other}, in name and id"
+    return ""
+
+
+def _partners(theirs: Mapping[int, str], ours: Mapping[int, Sequence[str]]) -> dict[int, int]:
     found = by_name(theirs, ours, fold=fold_category)
-    renamed = [each for each in theirs if each not in found and each in ours]
-    if len(renamed) > len(found) or any(their_id != our_id for their_id, our_id in found.items()):
+    if any(their_id != our_id for their_id, our_id in found.items()):
         return found
-    return found | {each: each for each in renamed}
+    # A name that the other side lacks is another thing, whatever its id.
+    unnamed = (each for each, name in theirs.items() if each in ours and not (name.strip() and any(ours[each])))
+    return found | {each: each for each in unnamed}
 
 
 def _all_of(listed: Mapping[int, str], entries: tuple[BuiltinCategory, ...]) -> bool:

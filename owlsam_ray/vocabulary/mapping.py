@@ -25,11 +25,12 @@ from functools import cache
 from owlsam_ray.settings import BuiltinVocabulary, MappingName
 from owlsam_ray.vocabulary.builtin import BuiltinCategory, builtin, read_table, split_list
 
-_ENDS: Mapping[MappingName, tuple[BuiltinVocabulary, BuiltinVocabulary]] = {
+ENDS: Mapping[MappingName, tuple[BuiltinVocabulary, BuiltinVocabulary]] = {
     "lvis_to_coco": ("lvis", "coco"),
     "coco_to_lvis": ("coco", "lvis"),
     "objects365_to_coco": ("objects365", "coco"),
 }
+"""The lists that a mapping starts from and leads to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class CategoryMapping:
 @cache
 def category_mapping(name: MappingName) -> CategoryMapping:
     """A mapping, by its name."""
-    source, target = (builtin(end) for end in _ENDS[name])
+    source, target = (builtin(end) for end in ENDS[name])
     ids = _by_table(source, target) if name == "objects365_to_coco" else _by_synset(source, target)
     return CategoryMapping(name, source, target, ids)
 

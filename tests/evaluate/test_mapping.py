@@ -149,7 +149,7 @@ def test_real_lvis_records(tmp_path: Path, shared: Path) -> None:
 
 
 def test_objects365_labels_on_coco(tmp_path: Path, coco_mini: dict[str, Any]) -> None:
-    """Ids count, whatever the file calls them; two kinds of one class are false beside each other."""
+    """Under the dataset's own spellings; two kinds of one class are false beside each other."""
     ids = {coco: ours for ours, coco in reversed(tuple(category_mapping("objects365_to_coco").ids.items()))}
     results = as_predictions(coco_mini, ids)
     assert evaluate(tmp_path, coco_mini, results, "objects365_to_coco")["box"]["AP"] == pytest.approx(1.0)
@@ -159,11 +159,11 @@ def test_objects365_labels_on_coco(tmp_path: Path, coco_mini: dict[str, Any]) ->
         "categories": [{"id": each.id, "name": each.raw_name} for each in builtin("objects365")],
     }
     assert evaluate(tmp_path, coco_mini, file, "objects365_to_coco")["box"]["AP"] == pytest.approx(1.0)
-    file["categories"][61 - 1]["name"] = "Rug"  # another release's spelling of `Carpet`
-    file["categories"][62 - 1]["name"] = "Mobile"
+    file["categories"][62 - 1]["name"] = "Mobile"  # a name that the list lacks may be another thing
     evaluation = evaluate(tmp_path, coco_mini, file, "objects365_to_coco")
-    assert evaluation["box"]["AP"] == pytest.approx(1.0)
-    assert evaluation["mapping"]["predictions_left_out"] == 0
+    assert list(evaluation["mapping"]["left_out_by_category"]) == ["Mobile"]
+    file["categories"][62 - 1]["name"] = ""  # only its id can tell
+    assert evaluate(tmp_path, coco_mini, file, "objects365_to_coco")["box"]["AP"] == pytest.approx(1.0)
 
     car, suv = 6, 35
     assert ids[3] == car
@@ -195,6 +195,85 @@ def test_a_part_of_a_list_and_other_ids(tmp_path: Path, coco_mini: dict[str, Any
     scores = {each["name"]: each["sizes"]["all"]["box_ap"] for each in evaluation["categories"]}
     assert [scores[name] for name in ("couch", "tv", "person", "dog")] == [1.0, 1.0, pytest.approx(1.0), 0.0]
     assert evaluation["mapping"]["left_out_by_category"] == {"something else": 1}
+    # Only what was looked for counts in the row (mapped).
+    assert evaluation["groups"]["(mapped)"]["all"]["box_ap"] == pytest.approx(1.0)
+    assert len(evaluation["mapping"]["categories_without_counterpart"]) == 80 - 3
+
+
+def coco_file(truth: dict[str, Any], categories: list[dict[str, Any]], ids: Mapping[int, int]) -> dict[str, Any]:
+    return {"images": truth["images"], "annotations": as_predictions(truth, ids), "categories": categories}
+
+
+def test_an_unknown_name_is_no_other_class_of_the_same_id(tmp_path: Path, coco_mini: dict[str, Any]) -> None:
+    """Id 3 of LVIS is the airplane."""
+    names = [{"id": 793, "name": "person"}, {"id": 3, "name": "quadcopter"}]
+    found = coco_file(coco_mini, names, {1: 793, 5: 3})
+    evaluation = evaluate(tmp_path, coco_mini, found, "lvis_to_coco")
+    planes = sum(each["category_id"] == 5 for each in coco_mini["annotations"])
+    assert evaluation["mapping"]["left_out_by_category"] == {"quadcopter": planes}
+    scores = {each["name"]: each["sizes"]["all"]["box_ap"] for each in evaluation["categories"]}
+    assert (scores["person"], scores["airplane"]) == (pytest.approx(1.0), 0.0)
+
+
+SAME = {each.id: each.id for each in builtin("coco")}
+NOT_COCOS = r"leads to categories of lvis, and .*gt\.json has others \(21 of 80 are not in that list\)"
+BOTH_COCOS = r"predictions and ground truth are both of coco, leave the mapping out \(null\)"
+
+
+@pytest.mark.parametrize("shift", [0, 1000])
+@pytest.mark.parametrize("mapping", ["coco_to_lvis", "lvis_to_coco", "objects365_to_coco"])
+def test_coco_on_coco_takes_no_mapping(
+    tmp_path: Path, coco_mini: dict[str, Any], mapping: MappingName, shift: int
+) -> None:
+    categories = [{"id": each.id + shift, "name": each.name} for each in builtin("coco")]
+    found = coco_file(coco_mini, categories, {each: each + shift for each in SAME})
+    assert evaluate(tmp_path, coco_mini, found, None)["box"]["AP"] == pytest.approx(1.0)
+    with pytest.raises(InputError, match="leave the mapping out"):
+        evaluate(tmp_path, coco_mini, found, mapping)
+
+
+def test_a_mapping_that_starts_or_ends_elsewhere_is_refused(tmp_path: Path, coco_mini: dict[str, Any]) -> None:
+    objects365 = [{"id": each.id, "name": each.raw_name} for each in builtin("objects365")]
+    for categories, wrong, right in (
+        (lvis_categories(), "objects365_to_coco", "lvis_to_coco"),
+        (lvis_categories(), "coco_to_lvis", "lvis_to_coco"),
+        (objects365, "lvis_to_coco", "objects365_to_coco"),
+        (lvis_categories()[100:130], "objects365_to_coco", "lvis_to_coco"),
+        (objects365[100:130], "lvis_to_coco", "objects365_to_coco"),
+    ):
+        with pytest.raises(InputError, match=f"{wrong} .*: the mapping that fits is {right}"):
+            evaluate(tmp_path, coco_mini, coco_file(coco_mini, categories, {}), wrong)  # type: ignore[arg-type]
+        evaluate(tmp_path, coco_mini, coco_file(coco_mini, categories, {}), right)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=f"{NOT_COCOS}: {BOTH_COCOS}"):
+        evaluate(tmp_path, coco_mini, coco_file(coco_mini, coco_categories(), {}), "coco_to_lvis")
+    with pytest.raises(InputError, match=f"{NOT_COCOS}: {BOTH_COCOS}"):
+        evaluate(tmp_path, coco_mini, as_predictions(coco_mini, SAME), "coco_to_lvis")
+    with pytest.raises(InputError, match=f"{NOT_COCOS}: the mapping that fits is objects365_to_coco"):
+        evaluate(tmp_path, coco_mini, coco_file(coco_mini, objects365, {}), "coco_to_lvis")
+
+
+def test_ids_of_another_list_under_names_of_both(tmp_path: Path, coco_mini: dict[str, Any]) -> None:
+    """LVIS knows all three names, but the ids are COCO's."""
+    three = [{"id": 1, "name": "person"}, {"id": 2, "name": "bicycle"}, {"id": 17, "name": "cat"}]
+    truth = coco_mini | {
+        "categories": three,
+        "annotations": [each for each in coco_mini["annotations"] if each["category_id"] in (1, 2, 17)],
+    }
+    with pytest.raises(InputError, match=f"has those of coco, in name and id: {BOTH_COCOS}"):
+        evaluate(tmp_path, truth, coco_file(truth, three, SAME), "coco_to_lvis")
+
+
+def test_without_a_mapping_the_one_that_fits_is_named(tmp_path: Path, coco_mini: dict[str, Any]) -> None:
+    found = coco_file(coco_mini, lvis_categories(), {3: 207})
+    words = (
+        r"annotations\[0\] is of category 207 \('car_\(automobile\)'\), which the ground truth does not list: its "
+        r"categories are another dataset's, set evaluate\.mapping to lvis_to_coco$"
+    )
+    with pytest.raises(InputError, match=words):
+        evaluate(tmp_path, coco_mini, found, None)
+    found = coco_file(coco_mini, [{"id": 500, "name": "quadcopter"}], {3: 500})
+    with pytest.raises(InputError, match=r"category 500 \('quadcopter'\), which the ground truth does not list$"):
+        evaluate(tmp_path, coco_mini, found, None)
 
 
 def test_mappings_that_do_not_fit_are_refused(tmp_path: Path, coco_mini: dict[str, Any]) -> None:
@@ -209,8 +288,10 @@ def test_mappings_that_do_not_fit_are_refused(tmp_path: Path, coco_mini: dict[st
     with pytest.raises(InputError, match=r"starts from categories of lvis, and .*dt\.json has none of them"):
         evaluate(tmp_path, coco_mini, other, "lvis_to_coco")
     result = {"image_id": coco_mini["images"][0]["id"], "bbox": [1, 1, 9, 9], "score": 0.5}
-    with pytest.raises(InputError, match=r"\[0\] is of category 1204, which lvis's list does not list"):
+    with pytest.raises(InputError, match=r"\[0\] is of category 1204, which lvis's list does not list$"):
         evaluate(tmp_path, coco_mini, [result | {"category_id": 1204}], "lvis_to_coco")
+    with pytest.raises(InputError, match=r"category 366, .* does not list: the mapping that fits is lvis_to_coco$"):
+        evaluate(tmp_path, coco_mini, [result | {"category_id": 366}], "objects365_to_coco")
     listed = found | {"categories": lvis_categories(), "annotations": [result | {"category_id": 1204}]}
     with pytest.raises(InputError, match=r"annotations\[0\] is of category 1204, which the file does not list"):
         evaluate(tmp_path, coco_mini, listed, "lvis_to_coco")

@@ -220,7 +220,7 @@ def test_ids_may_differ_where_names_agree(run_file: Path, capsys: pytest.Capture
     truth.write_text(json.dumps(tree))
     code, summary, _ = call(capsys, str(run_file), "--set", f"evaluate.ground_truth={truth}")
     assert code == 2
-    assert "of category 3, which the ground truth does not list" in summary["error"]
+    assert "of category 3 ('cat'), which the ground truth does not list" in summary["error"]
 
 
 def test_failed_and_unlisted_images_count_as_missed(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
