@@ -72,7 +72,8 @@ A table goes to stderr; with --json every number goes to stdout instead, in one 
 Writes a COCO file without the annotations that a rule refuses, and a table of everything removed or changed, with the
 rule (default: OUT with .removed.csv). On by default: malformed, unknown_image, unknown_category, no_box, non_finite,
 zero_area, outside, bad_segmentation, empty_segmentation, duplicate_iou (0.9), degenerate_polygons, new_ids. Off:
-crowd, min_area, drop_empty_images, clip_boxes. The rest of the file is carried over as it stands.""",
+crowd, min_area, drop_empty_images, clip_boxes. A rule that goes by a number, duplicate_iou or min_area, is switched off
+with false: --set duplicate_iou=false. The rest of the file is carried over as it stands.""",
     "finetune": """examples:
   owlsam finetune jobs/demo-detector.yaml --out runs/detector
   owlsam finetune jobs/demo-segmenter.yaml --out s3://bucket/segmenter --set resources.workers=8

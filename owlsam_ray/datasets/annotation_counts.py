@@ -188,19 +188,22 @@ class AnnotationCounts:
     def _add_boxes(self, rows: "_Rows", image: NDArray[np.int64]) -> None:
         boxes, stated = rows.boxes()
         rows.note(Problem.NO_BOX, ~stated, "bbox")
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(all="ignore"):
             good = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
+            ratios, products = boxes[:, 2] / boxes[:, 3], boxes[:, 2] * boxes[:, 3]
+            for value in (ratios, products):  # both can overflow, or become 0
+                good &= np.isfinite(value) & (value > 0)
             rows.note(Problem.ODD_BOX, stated & ~good, "bbox")
             corners = boxes[:, :2] + boxes[:, 2:]
             outside = (boxes[:, :2] < -_OUTSIDE_PX) | (corners > self._limits[image])  # (N, 2)
             rows.note(Problem.BOX_OUTSIDE, good & (outside[:, 0] | outside[:, 1]), "bbox")
-            self._ratios.add(boxes[good, 2] / boxes[good, 3])
+            self._ratios.add(ratios[good])
             area = rows.floats("area")
             known = np.isfinite(area) & (area > 0)
             unstated = np.isnan(area)
             rows.note(Problem.ODD_AREA, ~(unstated | known), "area")
             of_box = unstated & good
-            area = np.where(of_box, boxes[:, 2] * boxes[:, 3], area)[known | of_box]
+            area = np.where(of_box, products, area)[known | of_box]
         self._areas_of_boxes += int(np.count_nonzero(of_box))
         self._sides.add(np.sqrt(area))
         bins = np.searchsorted([edge * edge for edge in SIZE_EDGES_PX], area, side="right")
@@ -212,6 +215,7 @@ class AnnotationCounts:
         if not scored.any():
             return
         rows.note(Problem.ODD_SCORE, scored & ~((scores >= 0) & (scores <= 1)), "score")
+        scored &= np.isfinite(scores)
         known = scores[scored]
         self._scored += len(known)
         self._scores.add(known)

@@ -18,8 +18,21 @@ from rich.table import Table
 from owlsam_ray import __version__, storage
 from owlsam_ray.datasets.cleaning import Change, Rule
 from owlsam_ray.datasets.document import Document, open_document
-from owlsam_ray.datasets.file_copy import FileCopy, Names, RemovalTable
-from owlsam_ray.datasets.file_rules import CHANGES, NEW_ID, RULES, FileCleaning, Ids, Judged, References, judge_entries
+from owlsam_ray.datasets.file_copy import FileCopy, Names, RemovalTable, refuse_no_place
+from owlsam_ray.datasets.file_rules import (
+    CHANGES,
+    CROWD_FLAG,
+    MALFORMED,
+    NEW_ID,
+    RULES,
+    UNKNOWN_CATEGORY,
+    UNKNOWN_IMAGE,
+    FileCleaning,
+    Ids,
+    Judged,
+    References,
+    judge_entries,
+)
 from owlsam_ray.datasets.image_list import image_error, text_of, url_parts
 from owlsam_ray.datasets.source import MAX_IMAGE_ID, raise_offences
 from owlsam_ray.errors import InputError
@@ -50,7 +63,9 @@ def clean_file(url: str, out: str, settings: FileCleaning = DEFAULTS, *, removed
 
     Raises:
         InputError: the file cannot be read; it has no annotations; an image or a category has no proper id, or one that
-            is given twice; `out` or the table would overwrite the input or each other, or the table has another suffix.
+            is given twice; an image has an odd size, or a category no name; the rules `malformed`, `unknown_image` and
+            `unknown_category` would remove every annotation; `out` or the table would overwrite the input or each
+            other, or is no place for a file, or the table has another suffix.
         OSError: a file cannot be written.
     """
     table = removed or f"{out.removesuffix('.json')}.removed.csv"
@@ -60,10 +75,16 @@ def clean_file(url: str, out: str, settings: FileCleaning = DEFAULTS, *, removed
             raise InputError(f"{url} has no list `annotations`: there is nothing to clean")
         known, names = _read_head(document)
         judged = judge_entries(document.batches("annotations"), known, settings)
+        _check_something_stays(document, known, judged)
         drop_image = ~judged.has_entries & settings.drop_empty_images
         counts = _counts(judged, drop_image, settings)
         note = {"by": f"owlsam-ray {__version__}", "settings": settings.model_dump(mode="json")} | counts
-        with storage.open_atomic(out) as file, storage.open_atomic(table) as lines:
+        with (
+            refuse_no_place("--out", out),
+            storage.open_atomic(out) as file,
+            refuse_no_place("--removed", table),
+            storage.open_atomic(table) as lines,
+        ):
             removals = RemovalTable(lines, as_csv=table.endswith(".csv"))
             FileCopy(document, known, names, judged, drop_image, removals).write(file, note=note)
             removals.finish()
@@ -77,6 +98,10 @@ def _check_places(url: str, out: str, table: str) -> None:
     for one, other, words in ((url, out, "--out"), (url, table, "--removed"), (out, table, "--out and --removed")):
         if _is_same_file(one, other):
             raise InputError(f"{words} would overwrite {one}: name another file")
+    for place, option in ((out, "--out"), (table, "--removed")):
+        filesystem, path = storage.open_filesystem(place)
+        if storage.is_local(filesystem) and os.path.isdir(path):
+            raise InputError(f"{option} {place} is a directory: name a file")
 
 
 def _is_same_file(one: str, other: str) -> bool:
@@ -93,12 +118,17 @@ def _read_head(document: Document) -> tuple[References, Names]:
     sizes: list[tuple[float, float]] = []
     names: list[pa.Array] = []
     offences: list[str] = []
+    others: list[str] = []
     for first, images in document.batches("images"):
         for position, image in enumerate(images, first):
-            offence = image_error(image)
+            # Sizes are told apart from ids: another way out.
+            offence = image_error({"id": image.get("id")} if isinstance(image, dict) else image)
+            size = None if offence is not None else _size_error(image)
             if offence is not None:
                 offences.append(f"images[{position}]{offence}")
-        if not offences:
+            elif size is not None:
+                others.append(f"images[{position}] (id {image['id']}): {size}")
+        if not (offences or others):
             ids += [image["id"] for image in images]
             sizes += [(image.get("height") or np.inf, image.get("width") or np.inf) for image in images]
             names.append(pa.array([_name(image) for image in images], pa.string()))
@@ -111,13 +141,49 @@ def _read_head(document: Document) -> tuple[References, Names]:
         elif number in categories:
             offences.append(f"categories[{position}]: id {number} is given twice")
         else:
-            categories[number] = str(category.get("name", ""))
+            name = category.get("name")
+            if not isinstance(name, str) or not name.strip():
+                others.append(f"categories[{position}] (id {number}): name {name!r:.80} is no text")
+            categories[number] = str(name)
     way_out = "Mend the file: annotations name images and categories by their ids, so these must be unique integers."
     raise_offences(document.url, offences, way_out, use="cleaned")
+    way_out = "Mend the file: sides of images are positive integers, or not stated, and every category has a name."
+    raise_offences(document.url, others, way_out, use="cleaned")
     known = References(
         images=Ids(ids), sizes_hw=np.array(sizes, np.float64).reshape(-1, 2), categories=Ids(list(categories))
     )
     return known, Names(pa.chunked_array(names, pa.string()), categories)
+
+
+def _size_error(image: dict[str, Any]) -> str | None:
+    for side in ("height", "width"):
+        value = image.get(side)
+        if value is not None and not (type(value) is int and 0 < value < 2**31):
+            return f"{side} {value!r:.80} is not a positive integer below 2^31"
+    return None
+
+
+def _check_something_stays(document: Document, known: References, judged: Judged) -> None:
+    """Rules that hit every annotation show a fault of the file, not of its annotations."""
+    taken = Counter(rule for rule in judged.rules if rule in (MALFORMED, UNKNOWN_IMAGE, UNKNOWN_CATEGORY))
+    if not judged.rules or taken.total() < len(judged.rules):
+        return
+    reasons = [f"{rule} {count}" for rule, count in taken.items() if rule is not None]
+    rule = judged.rules[0]
+    _, entries = next(document.batches("annotations"))
+    missing = [key for key, ids in (("images", known.images), ("categories", known.categories)) if not len(ids)]
+    if missing:
+        first = " and ".join(f"it has no `{key}`" for key in missing)
+    elif rule == MALFORMED:
+        first = f"the first: {judged.details[0]}"
+    else:
+        key = "image_id" if rule == UNKNOWN_IMAGE else "category_id"
+        first = f"the first has the {key} {entries[0].get(key)!r:.80}"
+    switches = " ".join(f"--set {rule}=false" for rule in taken)
+    raise InputError(
+        f"{document.url}: nothing was written, since all {len(judged.rules)} annotations would go "
+        f"({', '.join(reasons)}; {first}). Mend the file, or keep them with {switches}"
+    )
 
 
 def _name(image: dict[str, Any]) -> str:
@@ -132,6 +198,7 @@ def _counts(judged: Judged, drop_image: NDArray[np.bool_], settings: FileCleanin
         Change.CLIPPED_BOX: len(judged.clipped) if settings.clip_boxes else None,
         Change.DROPPED_POLYGON: len(judged.mended) if settings.degenerate_polygons else None,
         NEW_ID: len(judged.new_ids) if settings.new_ids else None,
+        CROWD_FLAG: len(judged.crowd_flags) if settings.malformed else None,
     }
     return {
         "images_in": len(drop_image),

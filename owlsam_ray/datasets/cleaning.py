@@ -12,11 +12,26 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from owlsam_ray.datasets.annotations import Objects
 from owlsam_ray.datasets.outlines import BadSegmentationError, Outline, read_outline
 from owlsam_ray.settings import Fraction, Section
+
+
+def false_is_off(value: Any) -> Any:
+    """The setting of a rule that goes by a number, before it is one: YAML's `false` or `off` is None.
+
+    Raises:
+        ValueError: it is true, which says no number, and would count as 1.
+    """
+    if value is True:
+        raise ValueError("true is not a number: give the number, or false (or null) to switch the rule off")
+    return None if value is False else value
+
+
+def _false_is_zero(value: Any) -> Any:
+    return 0.0 if value is False else false_is_off(value)
 
 
 class CleaningSettings(Section):
@@ -24,12 +39,12 @@ class CleaningSettings(Section):
 
     drop_empty_images: bool = False
     """Drop images that no annotation is left for, whether they had any or not; false trains on them as background."""
-    duplicate_iou: Fraction | None = 0.9
-    """Of two boxes of one category in one image with a greater IoU the one with the lower annotation id stays; null
-    keeps all."""
-    min_area: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 100.0
+    duplicate_iou: Annotated[Fraction | None, BeforeValidator(false_is_off)] = 0.9
+    """Of two boxes of one category in one image with a greater IoU the one with the lower annotation id stays; null or
+    false keeps all."""
+    min_area: Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_false_is_zero)] = 100.0
     """Drop objects with fewer square pixels: of the stated `area` or of the box inside the picture, whichever is
-    smaller."""
+    smaller; 0 or false drops none."""
     clip_boxes: bool = True
     """Cut boxes at the border of the picture; false leaves those that stick out as they are."""
     drop_bad_masks: bool = True

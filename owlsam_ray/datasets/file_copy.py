@@ -1,6 +1,8 @@
 """The second reading of a file that is cleaned: what stays is copied as text, what does not is told in a table."""
 
+import contextlib
 import csv
+import errno
 import io
 import json
 from collections.abc import Iterator
@@ -13,14 +15,43 @@ from numpy.typing import NDArray
 
 from owlsam_ray.datasets.cleaning import Change, Rule
 from owlsam_ray.datasets.document import Block, Document
-from owlsam_ray.datasets.file_rules import MALFORMED, NEW_ID, UNKNOWN_CATEGORY, UNKNOWN_IMAGE, Judged, References
+from owlsam_ray.datasets.file_rules import (
+    CROWD_FLAG,
+    MALFORMED,
+    NEW_ID,
+    UNKNOWN_CATEGORY,
+    UNKNOWN_IMAGE,
+    Judged,
+    References,
+    check_runs,
+)
 from owlsam_ray.datasets.outlines import BadSegmentationError, proper_polygons, read_outline
 from owlsam_ray.errors import InputError
 
 TABLE_COLUMNS = ("action", "image_id", "file_name", "annotation_id", "category", "rule", "detail")
 """`action` is `removed` or `changed`; an image has no annotation id. Annotations in the file's order, then images."""
 
+_NO_PLACE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""What no second try of the same command mends."""
+
 _OF_BOXES = (Rule.NON_FINITE, Rule.ZERO_AREA, Rule.OUTSIDE, Rule.SMALL)
+
+
+@contextlib.contextmanager
+def refuse_no_place(option: str, url: str) -> Iterator[None]:
+    """Writing a file inside of it fails as a wrong option where the place is one that cannot be written.
+
+    Raises:
+        InputError: it is a directory, below a file, read only, …
+    """
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error, PermissionError) and error.errno not in _NO_PLACE:
+            raise
+        raise InputError(f"{option} {url} cannot be written ({error.strerror or error}): name another place") from None
 
 
 class RemovalTable:
@@ -100,7 +131,7 @@ class FileCopy:
 
     def _annotations(self) -> Iterator[bytes]:
         judged = self.judged
-        changed = judged.clipped.keys() | judged.mended.keys() | judged.new_ids.keys()
+        changed = judged.clipped.keys() | judged.mended.keys() | judged.new_ids.keys() | judged.crowd_flags.keys()
         for block in self.document.blocks("annotations"):
             for index, text in enumerate(_texts(block), block.first):
                 rule = judged.rules[index]
@@ -126,6 +157,9 @@ class FileCopy:
         if index in judged.new_ids:
             mended["id"] = judged.new_ids[index]
             self._tell("changed", entry, NEW_ID, f"id is now {mended['id']}")
+        if index in judged.crowd_flags:
+            mended["iscrowd"] = judged.crowd_flags[index]
+            self._tell("changed", entry, CROWD_FLAG, f"iscrowd {entry['iscrowd']!r} is now {mended['iscrowd']}")
         return mended
 
     def _tell(self, action: str, entry: Any, rule: str, detail: str) -> None:
@@ -150,6 +184,7 @@ class FileCopy:
         if rule == Rule.BAD_SEGMENTATION:
             try:
                 read_outline(entry["segmentation"], (height, width))
+                check_runs(entry["segmentation"])
             except BadSegmentationError as error:
                 return str(error)
         if rule in _OF_BOXES:

@@ -4,16 +4,17 @@ Letters: M images, N entries of `annotations`. The rules of fine-tuning (`cleani
 fine-tuning refuses; each has its own switch. An entry goes by the first rule that it breaks, in the order of `RULES`.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from owlsam_ray.datasets.annotations import Objects, make_objects, structure_error
-from owlsam_ray.datasets.cleaning import Change, Rule, find_duplicates, judge_boxes
+from owlsam_ray.datasets.annotations import Objects, is_number, make_objects, structure_error
+from owlsam_ray.datasets.cleaning import Change, Rule, false_is_off, find_duplicates, judge_boxes
 from owlsam_ray.datasets.outlines import BadSegmentationError, read_outline
 from owlsam_ray.settings import Fraction, Section
 
@@ -22,7 +23,11 @@ UNKNOWN_IMAGE = "unknown_image"
 UNKNOWN_CATEGORY = "unknown_category"
 RULES: tuple[str, ...] = (MALFORMED, UNKNOWN_IMAGE, UNKNOWN_CATEGORY, *Rule)
 NEW_ID = "new_id"
-CHANGES: tuple[str, ...] = (Change.CLIPPED_BOX, Change.DROPPED_POLYGON, NEW_ID)
+CROWD_FLAG = "crowd_flag"
+CHANGES: tuple[str, ...] = (Change.CLIPPED_BOX, Change.DROPPED_POLYGON, NEW_ID, CROWD_FLAG)
+
+_MAX_ID = 2**53
+"""Below it every reader holds an integer exactly, floats included."""
 
 _PLAIN, _BAD, _EMPTY, _EMPTY_LIST = range(4)
 """What a segmentation is: nothing wrong (or none), one of the two rules, or `[]`, which may mean that there is none."""
@@ -32,8 +37,8 @@ class FileCleaning(Section):
     """What `owlsam clean` removes and mends. What a rule that is off would remove stays as it stands."""
 
     malformed: bool = True
-    """Remove entries that are no objects, whose id is no integer, or whose `bbox`, `area` or `iscrowd` is of a wrong
-    type."""
+    """Remove entries that are no objects, whose id is no integer, or whose `bbox`, `area`, `iscrowd` or `score` is of
+    a wrong type. An `iscrowd` of true, false, 1.0 or 0.0 is written as 1 or 0."""
     unknown_image: bool = True
     """Remove annotations of an image that is not in the file."""
     unknown_category: bool = True
@@ -48,7 +53,7 @@ class FileCleaning(Section):
     """Remove objects whose box has no width or height, or whose stated area is not positive."""
     outside: bool = True
     """Remove objects whose box has no part inside the picture."""
-    min_area: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    min_area: Annotated[Annotated[float, Field(ge=0, allow_inf_nan=False)] | None, BeforeValidator(false_is_off)] = None
     """Remove objects with fewer square pixels: of the stated `area` or of the box inside the picture, whichever is
     smaller. Default: none."""
     bad_segmentation: bool = True
@@ -56,8 +61,9 @@ class FileCleaning(Section):
     empty_segmentation: bool = True
     """Remove objects whose segmentation encloses nothing. Objects without a segmentation stay, and so do the empty
     lists of a file in which nothing else is found."""
-    duplicate_iou: Fraction | None = 0.9
-    """Of two boxes of one category in one image with a greater IoU the one with the lower id stays; null: no rule.
+    duplicate_iou: Annotated[Fraction | None, BeforeValidator(false_is_off)] = 0.9
+    """Of two boxes of one category in one image with a greater IoU the one with the lower id stays; null or
+    false: no rule.
     Crowd regions neither go nor make others go."""
     drop_empty_images: bool = False
     """Remove images that no annotation is left for, whether they had any or not: they serve as background."""
@@ -66,7 +72,8 @@ class FileCleaning(Section):
     clip_boxes: bool = False
     """Cut boxes at the border of the picture."""
     new_ids: bool = True
-    """Where an annotation id is given twice, give the later entry a new one, above all others."""
+    """Where an annotation id is given twice, give the later entry a new one, above all others; the lowest free ones
+    where that would be 2^53 or more."""
 
     def is_off(self, rule: str) -> bool:
         """Whether a rule is not applied."""
@@ -125,6 +132,8 @@ class Judged:
     """How many polygons an entry that stays loses."""
     new_ids: dict[int, int]
     """New ids of entries that stay."""
+    crowd_flags: dict[int, int]
+    """New `iscrowd` of entries that stay."""
     had_entries: NDArray[np.bool_]
     """(M,) whether the image has annotations."""
     has_entries: NDArray[np.bool_]
@@ -140,6 +149,8 @@ class _Survey:
     degenerate: NDArray[np.int32]
     """Polygons without an area."""
     malformed: dict[int, str]
+    crowd_flags: dict[int, int]
+    """What an `iscrowd` that is equal to 0 or 1, but no integer, stands for."""
     only_empty_lists: bool
 
 
@@ -167,7 +178,7 @@ def judge_entries(batches: Iterable[tuple[int, list[Any]]], known: References, s
     for index in survey.malformed:
         rules[index] = MALFORMED if settings.malformed else None
     named = [np.zeros(len(known.images), np.bool_) for _ in range(2)]
-    judged = Judged(objects, rules, dict(survey.malformed), {}, {}, {}, *named)
+    judged = Judged(objects, rules, dict(survey.malformed), {}, {}, {}, {}, *named)
     if settings.clip_boxes:
         cut = (
             np.isfinite(boxes).all(axis=1) & (inside[:, 2:] > inside[:, :2]).all(axis=1) & (inside != boxes).any(axis=1)
@@ -188,14 +199,17 @@ def _survey(batches: Iterable[tuple[int, list[Any]]], known: References) -> _Sur
     outlines: list[NDArray[np.int8]] = []
     degenerate: list[NDArray[np.int32]] = []
     malformed: dict[int, str] = {}
+    crowd_flags: dict[int, int] = {}
     any_outline = False
     for first, entries in batches:
         sound: list[dict[str, Any]] = []
         for place, entry in enumerate(entries):
-            wrong = structure_error(entry)
+            wrong = structure_error(entry) or _score_error(entry)
             if wrong is not None:
                 malformed[first + place] = f"annotations[{first + place}]{wrong}"
                 entry = _hollow(entry)
+            elif type(entry.get("iscrowd")) in (bool, float):
+                crowd_flags[first + place] = int(entry["iscrowd"])
             sound.append(entry)
         images = known.images.places([entry.get("image_id") for entry in sound])
         labels = known.categories.places([entry.get("category_id") for entry in sound])
@@ -213,6 +227,7 @@ def _survey(batches: Iterable[tuple[int, list[Any]]], known: References) -> _Sur
         outlines=np.concatenate([np.zeros(0, np.int8), *outlines]),
         degenerate=np.concatenate([np.zeros(0, np.int32), *degenerate]),
         malformed=malformed,
+        crowd_flags=crowd_flags,
         only_empty_lists=not any_outline,
     )
 
@@ -223,6 +238,11 @@ def _sizes_of(image_index: NDArray[np.int64], known: References) -> NDArray[np.f
     there = image_index >= 0
     sizes[there] = known.sizes_hw[image_index[there]]
     return sizes
+
+
+def _score_error(entry: dict[str, Any]) -> str | None:
+    score = entry.get("score")
+    return None if score is None or is_number(score) else f" (id {entry['id']}): score {score!r:.80} is not a number"
 
 
 def _hollow(entry: Any) -> dict[str, Any]:
@@ -248,9 +268,38 @@ def _judge_segmentation(segmentation: Any, size_hw: list[float]) -> tuple[int, i
         return _EMPTY_LIST, 0
     try:
         outline, degenerate = read_outline(segmentation, (size_hw[0], size_hw[1]))
+        check_runs(segmentation)
     except BadSegmentationError:
         return _BAD, 0
     return (_EMPTY, 0) if outline is None else (_PLAIN, degenerate)
+
+
+def check_runs(segmentation: Any) -> None:
+    """Whether the text of a compressed RLE fills its size, which `read_outline` leaves open.
+
+    Args:
+        segmentation: one in which `read_outline` finds nothing wrong.
+
+    Raises:
+        BadSegmentationError: a run is negative, or they do not add up.
+    """
+    if not isinstance(segmentation, dict) or not isinstance(segmentation["counts"], str):
+        return
+    # Groups of five bits, the lowest first; 32 is set where more follow, and the last one's 16 is the sign. From the
+    # fourth number on it is the difference to the one two places before.
+    groups = np.frombuffer(segmentation["counts"].encode(), np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero((groups & 0x20) == 0)
+    starts = np.concatenate([[0], last[:-1] + 1])
+    lengths = last - starts + 1
+    height, width = segmentation["size"]
+    if lengths.max() <= 8:  # 40 bits: more than any picture has pixels
+        runs = np.add.reduceat((groups & 0x1F) << (5 * (np.arange(len(groups)) - np.repeat(starts, lengths))), starts)
+        runs -= np.where(groups[last] & 0x10, 1 << (5 * lengths), 0)
+        runs[1::2] = np.cumsum(runs[1::2])
+        runs[2::2] = np.cumsum(runs[2::2])
+        if runs.min() >= 0 and int(runs.sum()) == height * width:
+            return
+    raise BadSegmentationError(f"the runs of an RLE do not add up to {height} × {width}")
 
 
 def _judge_outlines(survey: _Survey, rules: list[str | None], settings: FileCleaning) -> None:
@@ -281,6 +330,8 @@ def _judge_duplicates(judged: Judged, boxes: NDArray[np.float64], iou: float) ->
 def _mend(judged: Judged, survey: _Survey, settings: FileCleaning) -> None:
     """Polygons and ids of what stays."""
     judged.clipped = {index: box for index, box in judged.clipped.items() if judged.rules[index] is None}
+    if settings.malformed:
+        judged.crowd_flags = {i: flag for i, flag in survey.crowd_flags.items() if judged.rules[i] is None}
     if settings.degenerate_polygons:
         for index in np.flatnonzero(survey.degenerate).tolist():
             if judged.rules[index] is None:
@@ -292,8 +343,17 @@ def _mend(judged: Judged, survey: _Survey, settings: FileCleaning) -> None:
         ids = judged.objects.ids[places]
         order = np.argsort(ids, kind="stable")
         again = order[1:][ids[order[1:]] == ids[order[:-1]]]
-        next_id = int(judged.objects.ids.max(initial=0)) + 1
-        judged.new_ids = {index: next_id + i for i, index in enumerate(sorted(places[again].tolist()))}
+        later = sorted(places[again].tolist())
+        judged.new_ids = dict(zip(later, _free_ids(judged.objects.ids, len(later)), strict=False))
+
+
+def _free_ids(ids: NDArray[np.int64], count: int) -> Iterable[int]:
+    """At least so many ids that are not among N others."""
+    first = int(ids[ids < _MAX_ID].max(initial=0)) + 1
+    if first + count <= _MAX_ID:
+        return range(first, first + count)
+    taken = set(ids.tolist())
+    return (number for number in itertools.count(1) if number not in taken)
 
 
 def _xywh(box_xyxy: NDArray[np.float64]) -> list[float]:

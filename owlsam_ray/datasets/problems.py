@@ -30,7 +30,9 @@ class Problem(StrEnum):
     DUPLICATE_IMAGE_ID = "duplicate_image_id"
     """The first gets the annotations."""
     ODD_IMAGE_SIZE = "odd_image_size"
-    """Height or width is not stated, not whole, or not positive."""
+    """Height or width is not whole, or not positive, or only one of them is stated; counts among no sizes."""
+    IMAGE_WITHOUT_SIZE = "image_without_size"
+    """Neither height nor width is stated; counts among no sizes."""
     ANNOTATION_WITHOUT_ID = "annotation_without_id"
     """Counted."""
     DUPLICATE_ANNOTATION_ID = "duplicate_annotation_id"
@@ -42,7 +44,7 @@ class Problem(StrEnum):
     NO_BOX = "no_box"
     """`bbox` is not stated, or empty."""
     ODD_BOX = "odd_box"
-    """Not four finite numbers, or without width or height; has no aspect ratio."""
+    """Not four finite numbers, without width or height, or of a shape beyond all floats; has no aspect ratio."""
     BOX_OUTSIDE = "box_outside"
     """Leaves its image by more than a pixel."""
     ODD_AREA = "odd_area"
@@ -50,7 +52,7 @@ class Problem(StrEnum):
     ODD_CROWD = "odd_crowd"
     """`iscrowd` is neither 0 nor 1; counted as a crowd."""
     ODD_SCORE = "odd_score"
-    """Not from 0 to 1."""
+    """Not from 0 to 1; one that is not finite is not counted as a score."""
 
 
 class Problems:

@@ -140,14 +140,20 @@ def _image_columns(
     with np.errstate(invalid="ignore"):
         odd = ~((sizes > 0) & (sizes < 2**31) & (sizes == np.floor(sizes))).all(axis=1)
     stated = sizes.copy()
+    unstated = np.isnan(stated).all(axis=1)
     sizes[odd] = np.inf
     problems.add_many(Problem.IMAGE_WITHOUT_ID, ~known, lambda row: f"images[{first + row}]")
     problems.add_many(
         Problem.ODD_IMAGE_SIZE,
-        odd,
-        lambda row: f"images[{first + row}] (id {ids[row]}): {stated[row, 0]:g} × {stated[row, 1]:g}",
+        odd & ~unstated,
+        lambda row: f"images[{first + row}] (id {ids[row]}): {_side(stated[row, 0])} × {_side(stated[row, 1])}",
     )
+    problems.add_many(Problem.IMAGE_WITHOUT_SIZE, unstated, lambda row: f"images[{first + row}] (id {ids[row]})")
     return ids, known, sizes
+
+
+def _side(value: float) -> str:
+    return "unstated" if np.isnan(value) else f"{value:g}"
 
 
 def _image_numbers(sizes_wh: NDArray[np.float64], counts: AnnotationCounts) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from owlsam_ray import storage
+from owlsam_ray.datasets.file_copy import refuse_no_place
 from owlsam_ray.datasets.statistics import statistics
 from owlsam_ray.datasets.statistics_table import statistics_table
 from owlsam_ray.errors import IncompleteError, InputError
@@ -34,12 +36,20 @@ def run_statistics(url: str, *, out: str | None, as_json: bool, console: Console
         What the last line of the command says.
 
     Raises:
-        InputError: the file cannot be read, is no COCO file, or a field is of a wrong type.
+        InputError: the file cannot be read, is no COCO file, or a field is of a wrong type; `out` is a file, or no
+            place for a directory.
         OSError: `out` cannot be written.
     """
+    if out is not None:
+        filesystem, path = storage.open_filesystem(out)
+        if storage.is_local(filesystem) and os.path.exists(path) and not os.path.isdir(path):
+            raise InputError(f"--out {out} is a file: name a directory")
     with ByteDisplay(console) as display:
         result = statistics(url, display.show)
-    written = {} if out is None else write_statistics(result, out)
+    written = {}
+    if out is not None:
+        with refuse_no_place("--out", out):
+            written = write_statistics(result, out)
     if as_json:
         return result | written
     wide = console if console.is_terminal else Console(file=console.file, width=_WIDTH)

@@ -18,7 +18,9 @@ from owlsam_ray.datasets.cleaning import CleaningSettings, Rule, clean
 from owlsam_ray.datasets.document import Document, open_document
 from owlsam_ray.datasets.file_copy import TABLE_COLUMNS
 from owlsam_ray.datasets.file_rules import CHANGES, RULES, FileCleaning
+from owlsam_ray.datasets.statistics import statistics
 from owlsam_ray.errors import InputError
+from owlsam_ray.masks import encode_rle
 
 SQUARE = [[10, 10, 50, 10, 50, 50, 10, 50]]
 HUGE = 10**400  # an integer beyond all floats
@@ -69,6 +71,8 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"id": "1"}, "malformed", "annotations[0]: id '1' is not an integer"),
     ({"bbox": [1, 2, 3]}, "malformed", "is not [x, y, width, height]"),
     ({"area": "12"}, "malformed", "area '12' is not a number"),
+    ({"score": "0.5"}, "malformed", "score '0.5' is not a number"),
+    ({"score": True}, "malformed", "score True is not a number"),
     ({"image_id": 99}, "unknown_image", "image_id 99 is not among the 2 images"),
     ({"image_id": "7"}, "unknown_image", "image_id '7'"),
     ({"image_id": None}, "unknown_image", "image_id None"),
@@ -136,8 +140,8 @@ def test_all_rules_off_changes_nothing(tmp_path: Path) -> None:
 
 def test_the_first_rule_counts(tmp_path: Path) -> None:
     entry = annotation(1, image_id=99, category_id=99, bbox=[10, 10, 0, 40], segmentation="x")
-    assert run(tmp_path, entry).told == {("removed", 1, "unknown_image")}
-    assert run(tmp_path, entry, unknown_image=False).told == {("removed", 1, "unknown_category")}
+    assert run(tmp_path, entry, annotation(2)).told == {("removed", 1, "unknown_image")}
+    assert run(tmp_path, entry, annotation(2), unknown_image=False).told == {("removed", 1, "unknown_category")}
     both = {"unknown_image": False, "unknown_category": False}
     assert run(tmp_path, entry, **both).told == {("removed", 1, "zero_area")}
     assert run(tmp_path, entry, **both, zero_area=False).told == {("removed", 1, "bad_segmentation")}
@@ -150,7 +154,7 @@ def test_everything_else_is_carried_over(tmp_path: Path) -> None:
         '{"id": 8}],\n'
         '"annotations":[{"note": "], {\\"", "score": 0.10000000000000000555, "id": 12345678901234567, "image_id": 7, '
         '"category_id": 3, "bbox": [1E1, 10, 40, 40]},{"id": 2, "image_id": 9, "category_id": 3}],'
-        '"licenses": null, "categories": [{"id": 3}], "zz": 1}'
+        '"licenses": null, "categories": [{"id": 3, "name": "a"}], "zz": 1}'
     )
     cleaned = Cleaned(tmp_path, text, FileCleaning())
     out = (tmp_path / "out.json").read_text("utf-8")
@@ -248,9 +252,75 @@ def test_images_without_annotations(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_a_file_without_anything(tmp_path: Path) -> None:
     tree: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
     assert Cleaned(tmp_path, tree, FileCleaning()).counts["annotations_out"] == 0
-    cleaned = Cleaned(tmp_path, {"annotations": [annotation()]}, FileCleaning())
-    assert cleaned.told == {("removed", 1, "unknown_image")}
-    assert cleaned.tree["annotations"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "entry", "words"),
+    [
+        ({"images": None}, {}, r"unknown_image 2; it has no `images`\).*--set unknown_image=false"),
+        ({"images": []}, {}, "it has no `images`"),
+        ({"categories": None}, {}, r"unknown_category 2; it has no `categories`\).*--set unknown_category=false"),
+        ({"categories": []}, {}, "it has no `categories`"),
+        ({}, {"image_id": "7"}, r"all 2 annotations would go \(unknown_image 2; the first has the image_id '7'\)"),
+        ({}, {"category_id": 99}, "the first has the category_id 99"),
+        ({}, {"id": "1"}, r"malformed 2; the first: annotations\[0\]: id '1'.*--set malformed=false"),
+    ],
+)
+def test_a_fault_of_the_file_is_not_its_annotations(
+    tmp_path: Path, fields: dict[str, Any], entry: dict[str, Any], words: str
+) -> None:
+    tree = tree_of(annotation(1, **entry), annotation(2, **entry), **fields)
+    with pytest.raises(InputError, match=words):
+        Cleaned(tmp_path, tree, FileCleaning())
+    assert os.listdir(tmp_path) == ["in.json"]
+    assert len(Cleaned(tmp_path, tree, OFF).ids) == 2
+
+
+def test_half_of_each_is_refused_as_well(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--set unknown_image=false --set unknown_category=false"):
+        run(tmp_path, annotation(1, image_id=99), annotation(2, category_id=99))
+
+
+@pytest.mark.parametrize(("stated", "meant"), [(False, 0), (True, 1), (0.0, 0), (1.0, 1)])
+def test_crowd_flags_become_integers(tmp_path: Path, stated: Any, meant: int) -> None:
+    cleaned = run(tmp_path, annotation(1, iscrowd=stated), annotation(2, category_id=4))
+    flags = [entry["iscrowd"] for entry in cleaned.tree["annotations"]]
+    assert flags == [meant, 0]
+    assert type(flags[0]) is int
+    assert cleaned.told == {("changed", 1, "crowd_flag")}
+    assert cleaned.counts["changed"]["crowd_flag"] == 1
+    assert statistics(str(tmp_path / "out.json"))["annotations"]["crowds"]["number"] == meant
+
+
+def test_new_ids_stay_below_what_floats_hold(tmp_path: Path) -> None:
+    near = 2**53 - 1
+    assert run(tmp_path, annotation(near), annotation(near, category_id=4), annotation(1, image_id=8)).ids == [
+        near,
+        2,
+        1,
+    ]
+    beyond = 2**63 - 1
+    entries = [annotation(beyond), annotation(beyond, category_id=4), annotation(5, image_id=8)]
+    assert run(tmp_path, *entries).ids == [beyond, 6, 5]
+
+
+@pytest.mark.parametrize("counts", ["0", "l04", "PPPPP1PPPPP1", "Rm``````````````````", "0PPPPPPPPPPPPPPPP1"])
+def test_compressed_runs_must_fill_the_picture(tmp_path: Path, counts: str) -> None:
+    size = [100, 200]
+    cleaned = run(tmp_path, annotation(1, segmentation={"size": size, "counts": counts}), annotation(2, category_id=4))
+    assert cleaned.ids == [2]
+    assert cleaned.lines[0]["rule"] == "bad_segmentation"
+    assert any(words in cleaned.lines[0]["detail"] for words in ("do not add up to 100 × 200", "no compressed RLE"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sound_compressed_runs_stay(tmp_path: Path, seed: int) -> None:
+    print(f"seed {seed}")
+    mask = np.random.default_rng(seed).random((100, 200)) < 0.02 + 0.2 * seed
+    text = encode_rle(mask).decode()
+    assert run(tmp_path, annotation(segmentation={"size": [100, 200], "counts": text})).ids == [1]
+    wrong = {"size": [100, 200], "counts": text + "1"}
+    assert run(tmp_path, annotation(segmentation=wrong), annotation(2, category_id=4)).ids == [2]
 
 
 def test_the_table_as_csv(tmp_path: Path) -> None:
@@ -356,7 +426,10 @@ def test_large_files_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monk
         ('{"images": [], "annotations": null}', "has no list `annotations`"),
         (tree_of(images=[{"id": 1}, {"id": 1}]), "images: id 1 is given 2 times"),
         (tree_of(images=[{"id": "1"}]), r"images\[0\]: id '1' is not an integer"),
-        (tree_of(images=[{"id": 1, "height": -1}]), "height -1"),
+        (tree_of(images=[{"id": 1, "height": -1}]), r"height -1 is not a positive integer(.|\n)*sides of images"),
+        (tree_of(images=[{"id": 1, "height": 5, "width": "9"}]), r"images\[0\] \(id 1\): width '9' is not a positive"),
+        (tree_of(categories=[{"id": 3}]), r"categories\[0\] \(id 3\): name None is no text(.|\n)*has a name"),
+        (tree_of(categories=[{"id": 3, "name": 5}]), "name 5 is no text"),
         (tree_of(categories=[{"id": 3}, {"id": 3}]), r"categories\[1\]: id 3 is given twice"),
         (tree_of(categories=[{"name": "x"}]), r"categories\[0\]: id None"),
         (tree_of(categories={}), "`categories` is an object"),
@@ -386,6 +459,32 @@ def test_nothing_is_overwritten_by_accident(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--out and --removed would overwrite"):
         clean_file(str(source), str(tmp_path / "x.csv"), removed=str(tmp_path / "x.csv"))
     assert json.loads(source.read_bytes()) == tree_of(annotation())
+
+
+@pytest.mark.parametrize(("option", "place"), [("--out", "d"), ("--out", "in.json/x"), ("--removed", "d.csv")])
+def test_places_that_hold_no_file(tmp_path: Path, option: str, place: str) -> None:
+    (tmp_path / "in.json").write_text(json.dumps(tree_of(annotation())))
+    for folder in ("d", "d.csv"):
+        (tmp_path / folder).mkdir()
+    chosen = {"--out": str(tmp_path / "out.json"), "--removed": str(tmp_path / "t.csv")} | {
+        option: str(tmp_path / place)
+    }
+    with pytest.raises(InputError, match=f"{option} .*{place}.*: name "):
+        clean_file(str(tmp_path / "in.json"), chosen["--out"], removed=chosen["--removed"])
+    assert sorted(os.listdir(tmp_path)) == ["d", "d.csv", "in.json"]
+
+
+@pytest.mark.parametrize("settings", [FileCleaning, CleaningSettings])
+@pytest.mark.parametrize("rule", ["duplicate_iou", "min_area"])
+def test_a_switch_is_no_number(settings: type[FileCleaning] | type[CleaningSettings], rule: str) -> None:
+    off = 0.0 if (settings, rule) == (CleaningSettings, "min_area") else None
+    assert getattr(settings.model_validate({rule: False}), rule) == off
+    with pytest.raises(ValidationError, match="true is not a number: give the number, or false"):
+        settings.model_validate({rule: True})
+
+
+def test_overlapping_pairs_stay_with_the_rule_off(tmp_path: Path) -> None:
+    assert run(tmp_path, annotation(1), annotation(2), duplicate_iou=False).ids == [1, 2]
 
 
 def test_urls() -> None:

@@ -208,7 +208,8 @@ ENTRY = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "area
         ({"images": [IMAGE, {"height": 1, "width": 1}]}, Problem.IMAGE_WITHOUT_ID, "images[1]"),
         ({"images": [IMAGE, IMAGE]}, Problem.DUPLICATE_IMAGE_ID, "images[1]: id 1 is images[0]'s"),
         ({"images": [{"id": 1, "height": 0, "width": 5}]}, Problem.ODD_IMAGE_SIZE, "images[0] (id 1): 5 × 0"),
-        ({"images": [{"id": 1}]}, Problem.ODD_IMAGE_SIZE, "images[0] (id 1): nan × nan"),
+        ({"images": [{"id": 1}]}, Problem.IMAGE_WITHOUT_SIZE, "images[0] (id 1)"),
+        ({"images": [{"id": 1, "width": 5}]}, Problem.ODD_IMAGE_SIZE, "images[0] (id 1): 5 × unstated"),
         ({"annotations": [ENTRY | {"id": None}]}, Problem.ANNOTATION_WITHOUT_ID, "annotations[0] (id None)"),
         ({"annotations": [ENTRY, ENTRY]}, Problem.DUPLICATE_ANNOTATION_ID, "annotations[1]: id 1 is annotations[0]'s"),
         ({"annotations": [ENTRY | {"image_id": 9}]}, Problem.UNKNOWN_IMAGE, "annotations[0] (id 1): image_id 9"),
@@ -233,6 +234,38 @@ def test_oddities_are_counted_and_told(tree: dict[str, Any], problem: Problem, q
     json.dumps(result, allow_nan=False)
     draw_statistics(result)
     Console(file=io.StringIO()).print(statistics_table(result))
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ('"bbox": [0, 0, 1e308, 1e-308], "area": 4', Problem.ODD_BOX),
+        ('"bbox": [0, 0, 1e-308, 1e308], "area": 4', Problem.ODD_BOX),
+        ('"bbox": [0, 0, 1e200, 1e200]', Problem.ODD_BOX),
+        ('"bbox": [0, 0, 1, 1], "score": 1e999', Problem.ODD_SCORE),
+        ('"bbox": [0, 0, 1, 1], "score": -1e999', Problem.ODD_SCORE),
+    ],
+)
+@pytest.mark.parametrize("other", ["", ', {"id": 2, "image_id": 1, "category_id": 1, "score": 0.5}'])
+def test_numbers_beyond_all_floats_are_problems(tmp_path: Path, entry: str, problem: Problem, other: str) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(
+        f'{{"images": [{json.dumps(IMAGE)}], "categories": [{json.dumps(CATEGORY)}], '
+        f'"annotations": [{{"id": 1, "image_id": 1, "category_id": 1, {entry}}}{other}]}}'
+    )
+    console = Console(file=io.StringIO())
+    result = run_statistics(str(path), out=str(tmp_path / "out"), as_json=True, console=console)
+    assert _problems(result)[problem] == 1
+    json.dumps(run_statistics(str(path), out=None, as_json=False, console=console), allow_nan=False)
+    assert (result["scores"] or {}).get("number") == (1 if other else None)
+
+
+def test_a_file_is_no_place_for_statistics(tmp_path: Path) -> None:
+    url = _write(tmp_path / "file.json", {"images": [], "annotations": [], "categories": []})
+    for out in (url, f"{url}/below"):
+        with pytest.raises(InputError, match=r"--out .*file\.json"):
+            run_statistics(url, out=out, as_json=True, console=Console(file=io.StringIO()))
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
 
 
 def test_a_pixel_outside_is_fine(tmp_path: Path) -> None:
