@@ -78,7 +78,7 @@ def summarize(
     Returns:
         `box` and `mask`: COCO's twelve or LVIS's thirteen numbers, None for a kind that was not asked for.
         `groups[name][size]` and `categories[i]["sizes"][size]`: rows. `name` is `all`, a supercategory or, with a
-        mapping, `(mapped)`: the categories that the predictions' reach; `size` is `all` or one of `size_ranges`. `precision`,
+        mapping, `(mapped)`: those that predictions reach; `size` is `all` or one of `size_ranges`. `precision`,
         `recall`, `num_matched` (objects found) and `num_false` (predictions that found none) are of masks where masks
         are evaluated, else of boxes, at `score_threshold` and `iou_threshold`, over all objects together; `miou` and
         `dice` are means over the matched masks; `box_…` is the same of boxes. AP in a row is a mean over categories, of
