@@ -14,6 +14,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 SHOWN_CATEGORIES = 40
+_NARROW = 0.17
+"""Part of the axis below which a label of two lines would run into its neighbours."""
 _BLUE, _DARK, _ORANGE, _GREY, _INK = "#4878a8", "#1f3f60", "#d9822b", "#8a8f98", "#22262b"
 _SHADES = LinearSegmentedColormap.from_list("blues", ["#c9dbee", _BLUE, _DARK])
 _STYLE: Any = {
@@ -77,10 +79,7 @@ def _headline(result: dict[str, Any]) -> str:
 def _draw_categories(axes: Axes, categories: dict[str, Any]) -> None:
     rows = sorted(categories["rows"], key=lambda row: -row["objects"])
     shown = rows[:SHOWN_CATEGORIES]
-    title = "Objects per category"
-    if len(shown) < len(rows):
-        title += f" (the first {len(shown)} of {len(rows):,})"
-    axes.set_title(title)
+    axes.set_title("Objects per category")
     if not shown:
         _say(axes, "no categories")
         return
@@ -99,8 +98,13 @@ def _draw_categories(axes: Axes, categories: dict[str, Any]) -> None:
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.xaxis.set_major_formatter(_THOUSANDS)
     without = len(categories["without_objects"])
-    axes.set_xlabel(f"number; {without:,} of {len(rows):,} categories have none" if without else "number")
-    axes.legend(loc="lower right", frameon=False, fontsize=8.5)
+    label = "number" if len(shown) == len(rows) else f"number; the first {len(shown)} of {len(rows):,} categories"
+    axes.set_xlabel(f"{label}; {without:,} of {len(rows):,} have none" if without else label)
+    # Outside of the bars: with balanced categories there is no free corner.
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=2, frameon=False, fontsize=8.5,
+        columnspacing=1.2, handlelength=1.4,
+    )  # fmt: skip
 
 
 def _draw_per_image(axes: Axes, images: dict[str, Any]) -> None:
@@ -135,9 +139,14 @@ def _draw_areas(axes: Axes, areas: dict[str, Any]) -> None:
     top = counts.max() * 1.22
     for name, start, stop in (("small", 0, 32), ("medium", 32, 96), ("large", 96, np.inf)):
         left, right = max(low, start), min(high, stop)
-        if left < right:
+        part = np.log2(right / left) / np.log2(high / low) if left < right else 0.0
+        if part > 0:
             text = f"{name}\n{areas[name]['share']:.1%}"
-            axes.text(np.sqrt(left * right), top * 0.985, text, ha="center", va="top")
+            narrow = part < _NARROW
+            axes.text(
+                np.sqrt(left * right), top * 0.985, text.replace("\n", " ") if narrow else text, ha="center", va="top",
+                rotation=90 if narrow else 0, fontsize=7 if narrow else 9,
+            )  # fmt: skip
         if low < stop < high:
             axes.axvline(stop, color=_ORANGE, linewidth=1.2)
     axes.set_ylim(0, top)
@@ -153,6 +162,7 @@ def _draw_ratios(axes: Axes, ratios: dict[str, Any]) -> None:
         return
     _log_bars(axes, edges, counts)
     axes.axvline(1, color=_ORANGE, linewidth=1.2)
+    _mark_pooled(axes, ratios)
     axes.set_xlabel("width / height (log)")
     axes.set_ylabel("annotations")
 
@@ -181,11 +191,11 @@ def _draw_sizes(axes: Axes, sizes: dict[str, Any]) -> None:
     axes.axline((0, 0), slope=1, color=_GREY, linewidth=0.8, linestyle=":")
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, fraction=0.06, format=_THOUSANDS)
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.set_title("images", fontsize=8.5, fontweight="normal")
+    bar.set_label("images", fontsize=8.5)
     bar.outline.set_visible(False)
-    first = sizes["most_frequent"][0]
+    first, noun = sizes["most_frequent"][0], "size" if sizes["distinct"] == 1 else "sizes"
     axes.set_xlabel(
-        f"width, px; {sizes['distinct']:,} sizes, most often {first['width']} × {first['height']} "
+        f"width, px; {sizes['distinct']:,} {noun}, most often {first['width']} × {first['height']} "
         f"({first['images'] / sizes['known']:.1%})"
     )
     axes.set_ylabel("height, px")
@@ -231,6 +241,21 @@ def _draw_scores(axes: Axes, scores: dict[str, Any]) -> None:
     above.set_ylim(0, 1.05)
     above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     above.set_ylabel("share above the score (line)", color=_ORANGE)
+
+
+def _mark_pooled(axes: Axes, histogram: dict[str, Any]) -> None:
+    """Say at the outermost edges that the bars beside them hold everything beyond as well."""
+    low, high = histogram["edges"][0], histogram["edges"][-1]
+    marks = {low: "≤" if histogram["below"] else "", high: "≥" if histogram["above"] else ""}
+    left, right = axes.get_xlim()
+    powers = 2.0 ** np.arange(np.ceil(np.log2(left) - 1e-3), np.log2(right) + 1e-3)
+    ticks = [value for value in powers if np.log2(value) % 2 == 0] if len(powers) > 6 else list(powers)
+    labels = [
+        next((mark for edge, mark in marks.items() if np.isclose(value, edge)), "") + _power_of_two(value, 0)
+        for value in ticks
+    ]
+    axes.set_xticks(ticks, labels)
+    axes.set_xlim(left, right)
 
 
 def _log_bars(axes: Axes, edges: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> None:

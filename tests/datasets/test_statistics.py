@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools.coco import COCO
 from rich.console import Console
@@ -22,7 +23,7 @@ from owlsam_ray.datasets import document
 from owlsam_ray.datasets.histograms import RATIO_EDGES, SCORE_EDGES, SIDE_EDGES, Histogram
 from owlsam_ray.datasets.problems import Problem
 from owlsam_ray.datasets.statistics import statistics
-from owlsam_ray.datasets.statistics_plots import draw_statistics
+from owlsam_ray.datasets.statistics_plots import _draw_ratios, draw_statistics
 from owlsam_ray.datasets.statistics_run import annotations_of_run, run_statistics, write_statistics
 from owlsam_ray.datasets.statistics_table import statistics_table
 from owlsam_ray.errors import IncompleteError, InputError
@@ -314,6 +315,16 @@ def test_nothing_in_it(tree: dict[str, Any], tmp_path: Path) -> None:
     assert result["scores"] is None
     assert draw_statistics(result).startswith(b"\x89PNG")
     Console(file=io.StringIO()).print(statistics_table(result))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 100.0, 0.01])
+def test_what_lies_beyond_the_bins_is_marked(ratio: float) -> None:
+    ratios = Histogram(RATIO_EDGES)
+    ratios.add(np.array([0.1, 1.0, 10.0, ratio]))
+    axes = Figure().subplots()
+    _draw_ratios(axes, ratios.as_dict())
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert ("≥16" in labels, "≤1/16" in labels) == (ratio > 16, ratio < 1 / 16)
 
 
 def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
