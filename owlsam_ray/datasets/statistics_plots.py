@@ -136,7 +136,7 @@ def _draw_areas(axes: Axes, areas: dict[str, Any]) -> None:
     edges, counts = _trimmed(areas["side_px"])
     _log_bars(axes, edges, counts)
     low, high = axes.get_xlim()
-    top = counts.max() * 1.22
+    top = counts.max() * 1.36
     for name, start, stop in (("small", 0, 32), ("medium", 32, 96), ("large", 96, np.inf)):
         left, right = max(low, start), min(high, stop)
         part = np.log2(right / left) / np.log2(high / low) if left < right else 0.0
