@@ -96,8 +96,9 @@ def _tell(error: OwlsamError, summary: dict[str, Any]) -> ExitCode:
 
 def _plan(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from owlsam_ray.guard import check_writable, run_directory
-    from owlsam_ray.plan import plan_run, selection_of
+    from owlsam_ray.plan import plan_run
     from owlsam_ray.progress import CountDisplay
+    from owlsam_ray.selection import selection_of
 
     check_writable(run_directory(config))
     with CountDisplay(console, interval_s=config.logging.progress_s) as display:

@@ -10,9 +10,10 @@ from owlsam_ray.annotate import annotate_run
 from owlsam_ray.config import RunConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.guard import QUERY_FILE, RUN_FILE, check_writable, run_directory
-from owlsam_ray.plan import Show, plan_run
+from owlsam_ray.plan import plan_run
 from owlsam_ray.progress import PROGRESS_FILE
 from owlsam_ray.reduce.run import reduce_run
+from owlsam_ray.selection import Show, silent
 
 FOLDER = "estimate"
 _SHARD_SIZE = 8
@@ -25,7 +26,7 @@ def estimate_run(
     config: RunConfig,
     *,
     images: int,
-    show_plan: Show = lambda what, done, total: None,
+    show_plan: Show = silent,
     show: Callable[[dict[str, Any]], None] = lambda state: None,
 ) -> dict[str, Any]:
     """Label a sample, and say what all of the images would take.

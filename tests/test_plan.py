@@ -263,6 +263,9 @@ def test_two_extensions_at_once_are_told(tmp_path: Path) -> None:
     told: list[Any] = []
     with pytest.raises(GuardError, match="extended by another call meanwhile"):
         plan_run(coco_run(data, run), extend=True, show=meanwhile)
+    record = load_record(str(run))
+    assert record is not None
+    assert load_run_manifest(str(run), record) == told[0].manifest, "the other one's parts are left alone"
 
 
 def test_categories_of_a_wrong_form_are_told(tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+"""Which images of a listing are planned: filters, limit or sample, images that repeat or are planned already."""
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from owlsam_ray.config import PlanConfig
+from owlsam_ray.datasets import Listing
+from owlsam_ray.datasets.source import MAX_IMAGE_ID, raise_offences
+from owlsam_ray.datasets.spool import Selection, Spool, digests_of, repeats, sample_mask, spool_listing
+from owlsam_ray.errors import GuardError, InputError
+from owlsam_ray.manifest import Manifest
+
+_SELECTING = {"limit", "sample", "seed", "splits", "categories"}
+_log = logging.getLogger(__name__)
+
+Show = Callable[[str, int, int | None], None]
+"""Called with what is done (`listed`, `verified`, `planned`), how many images, and of how many where that is known."""
+
+
+def silent(what: str, done: int, total: int | None) -> None:
+    """Show nothing."""
+
+
+def select_images(
+    listing: Listing, plan: PlanConfig, folder: Path, *, show: Show = silent
+) -> tuple[Spool, NDArray[np.bool_], int]:
+    """Spool a listing and choose among its images.
+
+    Args:
+        listing: is used up.
+        plan: the choice.
+        folder: for temporary files.
+        show: progress.
+
+    Returns:
+        N spooled images; (N,) which of them are chosen; how many were left out because they are listed twice.
+
+    Raises:
+        InputError: the source is wrong; images repeat; categories are asked for that the dataset does not have.
+        IncompleteError: there is no room for the temporary file.
+    """
+    keep_first = plan.duplicates == "first"
+    selection = Selection(
+        limit=plan.limit,
+        sample=plan.sample,
+        seed=plan.seed,
+        splits=plan.splits,
+        image_ids=_annotated_images(listing, plan.categories) if plan.categories else None,
+    )
+    spool = spool_listing(
+        listing,
+        folder / "listing.arrow",
+        selection,
+        stop_at_limit=not keep_first,
+        show=lambda done, total: show("listed", done, total),
+    )
+    unseen = sorted(set(plan.splits) - spool.splits)
+    if unseen and len(spool) and plan.limit is None:
+        _log.warning("no image is of split %s; there are %s", ", ".join(map(repr, unseen)), named(spool.splits))
+    distinct = _check_repeats(spool, keep_first=keep_first)
+    wanted = distinct.copy()
+    if plan.limit is not None:
+        wanted &= np.cumsum(distinct) <= plan.limit
+    if plan.sample is not None:
+        wanted[np.flatnonzero(distinct)] = sample_mask(spool.digests[distinct], plan.sample, plan.seed)
+    return spool, wanted, int((~distinct).sum())
+
+
+def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[np.int64]:
+    """Rising ids of the images with an annotation of one of these categories."""
+    if listing.annotated is None:
+        raise InputError("plan.categories selects by annotations, and this dataset has none: leave it out")
+    ids: dict[Any, int] = {}
+    for position, entry in enumerate(listing.categories):
+        if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and type(entry.get("id")) is int):
+            raise InputError(
+                f"plan.categories: categories[{position}] of the dataset needs an integer id and a name: {entry!r:.80}"
+            )
+        ids[entry["name"]] = entry["id"]
+    known = set(ids.values())
+    unknown = [each for each in wanted if each not in ids and each not in known]
+    if unknown:
+        names = ", ".join(repr(name) for name in list(ids)[:5])
+        raise InputError(
+            f"plan.categories names {unknown[0]!r}, which is not among the {len(ids)} categories of the dataset "
+            f"({names}, …)"
+        )
+    chosen = np.array(sorted(int(ids.get(each, each)) for each in wanted), np.int64)
+    found = [np.empty(0, np.int64)]
+    for table in listing.annotated():
+        hits = np.isin(table["category_id"].to_numpy(), chosen)
+        found.append(np.unique(table["image_id"].to_numpy()[hits]))
+    return np.unique(np.concatenate(found))
+
+
+def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
+    """(N,) whether an image is there for the first time.
+
+    Raises:
+        InputError: one is there twice, and may not be; or two have the same id.
+    """
+    distinct = np.ones(len(spool), np.bool_)
+    later, first = repeats(spool.digests)
+    distinct[later] = False
+    offences = []
+    if spool.ids is not None:
+        again, earlier = repeats(np.where(distinct, spool.ids, -1 - np.arange(len(spool))))
+        pairs = zip(spool.rows_at(again[:5]), spool.rows_at(earlier[:5]), strict=True)
+        offences += [
+            f"id {row['image_id']} is given to both {other['file_name']!r} and {row['file_name']!r}"
+            for row, other in pairs
+        ]
+        offences += ["another id that is given twice"] * max(0, len(again) - 5)
+    if len(later) and not keep_first:
+        pairs = zip(spool.rows_at(later[:5]), spool.rows_at(first[:5]), strict=True)
+        offences += [f"{row['file_name']!r} is listed twice{_ids(other, row)}" for row, other in pairs]
+        offences += ["another image that is listed twice"] * max(0, len(later) - 5)
+    first_counts = len(later) > 0 and not keep_first
+    raise_offences(
+        "the listing",
+        offences,
+        "Mend the dataset: ids and file names must be unique."
+        + (" With plan.duplicates=first an image that is listed twice counts once." if first_counts else ""),
+    )
+    if len(later):
+        row = spool.rows_at(later[:1])[0]
+        _log.warning("left out %d images whose names are listed before, the first: %r", len(later), row["file_name"])
+    return distinct
+
+
+def _ids(row: dict[str, Any], other: dict[str, Any]) -> str:
+    return "" if row["image_id"] is None else f", as id {row['image_id']} and as id {other['image_id']}"
+
+
+def already_planned(spool: Spool, manifest: Manifest) -> tuple[NDArray[np.bool_], int]:
+    """What of a listing stands in a manifest.
+
+    Returns:
+        (N,) whether an image does: under its id, or without ids, where it lies; the first id above all of the run.
+
+    Raises:
+        GuardError: another image of the run has the id or the name.
+    """
+    names, ids, places = [], [], []
+    for table in manifest.iter_images():
+        names.append(digests_of(table["file_name"]))
+        ids.append(table["image_id"].to_numpy())
+        if spool.ids is None:
+            places.append(_places(table))
+    known_names, known_ids = np.concatenate(names), np.concatenate(ids)
+    same_name, named = _find(spool.digests, known_names)
+    if spool.ids is not None:
+        same, at = _find(spool.ids, known_ids)
+        wrong = (same & (known_names[at] != spool.digests)) | (same_name & ~same)
+    else:
+        every = np.ones(len(spool), np.bool_)
+        mine = np.concatenate([_places(table) for table in spool.tables(every)]) if len(spool) else spool.digests
+        # A name may change with the folder that several files have in common, or with `data.images`.
+        same, _ = _find(mine, np.concatenate(places))
+        wrong = same_name & ~same
+    offenders = np.flatnonzero(wrong)
+    if len(offenders):
+        row = spool.rows_at(offenders[:1])[0]
+        number = "" if row["image_id"] is None else f" (id {row['image_id']})"
+        what = "id" if spool.ids is not None and same[offenders[0]] else "name"
+        other = int(known_ids[at[offenders[0]] if what == "id" else named[offenders[0]]])
+        raise GuardError(
+            f"{len(offenders)} images of the listing contradict the plan of {manifest.run_url}: the {what} of "
+            f"{row['file_name']!r}{number}, {row['uri']}, belongs to another image of the run (id {other}). Mend the "
+            "listing, or use another directory."
+        )
+    next_id = int(known_ids.max()) + 1
+    if spool.ids is None and next_id + len(spool) >= MAX_IMAGE_ID:
+        raise GuardError(f"no ids are left above {next_id - 1} in {manifest.run_url}: use another directory")
+    return same, next_id
+
+
+def _find(values: NDArray[Any], known: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """(N,) whether each value is among the known ones, (N,) and where; the place of one that is not means nothing."""
+    order = np.argsort(known)
+    at = order[np.minimum(np.searchsorted(known, values, sorter=order), len(known) - 1)]
+    return known[at] == values, at
+
+
+def _places(table: pa.Table) -> NDArray[np.bytes_]:
+    """(N,) digests of where images lie: file, member, offset."""
+    parts = (pc.fill_null(table[name].cast(pa.string()), "") for name in ("uri", "member", "offset"))
+    return digests_of(pc.binary_join_element_wise(*parts, "\0"))
+
+
+def selection_of(plan: PlanConfig) -> str:
+    """What is selected, as people set it; empty when everything is."""
+    fields = plan.model_dump(mode="json", include=_SELECTING, exclude_defaults=True)
+    return ", ".join(f"plan.{key}={value}" for key, value in fields.items())
+
+
+def named(splits: Collection[str]) -> str:
+    """The first splits by name, for messages."""
+    names = sorted(splits)
+    return ", ".join(map(repr, names[:10])) + (", …" if len(names) > 10 else "") if names else "none"
