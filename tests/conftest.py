@@ -1,11 +1,22 @@
 """Fixtures that every test may use."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.runs import TWO_ACTORS, TinyRun, coco_bytes, make_tiny_run
+
+
+@pytest.fixture(autouse=True)
+def _log_of_its_own() -> Iterator[None]:
+    """A command that ran in this process leaves its level, and a handler on a stream that is closed by now."""
+    ours = logging.getLogger("owlsam_ray")
+    yield
+    ours.handlers, ours.propagate = [], True
+    ours.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

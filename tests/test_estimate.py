@@ -36,6 +36,7 @@ def test_selections_and_refusals(tmp_path: Path) -> None:
     assert not shards, "an estimate that fails leaves no labels of an earlier one"
 
 
+@pytest.mark.slow
 def test_hours_follow_from_the_rate(tmp_path: Path) -> None:
     tiny = make_tiny_run(tmp_path, num_images=120)
     command = [*tiny.command("estimate", tmp_path / "run"), "--images", "96"]

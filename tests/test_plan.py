@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +278,6 @@ def test_categories_of_a_wrong_form_are_told(tmp_path: Path) -> None:
 
 def test_splits_that_are_not_there_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_coco(tmp_path / "data", [*numbered(3, folder="val"), *numbered(3, folder="train", first=5)])
-    logging.getLogger("owlsam_ray").propagate = True
     assert plan_run(coco_run(data, tmp_path / "1", splits=["val", "tezt"])).new == 3
     assert "no image is of split 'tezt'; there are 'train', 'val'" in caplog.text
     with pytest.raises(InputError, match="There are the splits 'train', 'val'"):
@@ -303,7 +301,6 @@ def test_extend_from_a_sample_to_everything(tmp_path: Path, caplog: pytest.LogCa
     assert (small.new, larger.new) == (5, 7)
     alone = plan_run(coco_run(data, tmp_path / "alone", sample=12, seed=3))
     assert set(ids(larger)) == set(ids(alone))
-    logging.getLogger("owlsam_ray").propagate = True
     assert plan_run(coco_run(data, run)).new == 0
     assert "plan.sample=12, plan.seed=3, which is kept" in caplog.text
     assert plan_run(coco_run(data, run), extend=True).new == 28
@@ -342,7 +339,6 @@ def test_a_file_of_names_that_changes_is_refused(tmp_path: Path, caplog: pytest.
     with pytest.raises(GuardError, match=r"other categories \(2 -> 2\); the first that differs: .*car.*wolf"):
         plan_run(config)
     file.unlink()
-    logging.getLogger("owlsam_ray").propagate = True
     assert plan_run(config).record == plan.record
     assert "kept as they were planned" in caplog.text
 
@@ -409,7 +405,6 @@ def test_verify(tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str, rea
     lines = [json.loads(line) for line in (run / "verify.jsonl").read_text().splitlines()]
     assert {line["file_name"][2:]: line["reason"].split(":")[0] for line in lines} == reasons
     lenient = config.model_copy(update={"reduce": config.reduce.model_copy(update={"max_failed": 2})})
-    logging.getLogger("owlsam_ray").propagate = True
     plan = plan_run(lenient)
     assert plan.new == 10, "they are planned all the same: one image, one row"
     assert "They are planned, and become failed rows" in caplog.text

@@ -1,6 +1,5 @@
 """Folder listings: order, ids, what is left out."""
 
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,6 @@ def test_names_that_are_not_unicode_are_refused(tmp_path: Path) -> None:
 def test_linked_folders_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(tmp_path, "a/1.jpg", "far/2.jpg")
     (tmp_path / "a" / "linked").symlink_to(tmp_path / "far")
-    logging.getLogger("owlsam_ray").propagate = True
     assert names_of(tmp_path / "a") == ["1.jpg"]
     assert "1 linked folders" in caplog.text
     assert "the first: linked/" in caplog.text
