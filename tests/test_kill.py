@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from owlsam_ray.ledger import PREDICTIONS, done_shards, shard_url
 from tests.runs import ROOT, TWO_ACTORS, TinyRun, coco_bytes, environment
@@ -71,6 +72,7 @@ def test_sigkill_of_the_driver_at_three_moments(tiny: TinyRun, uninterrupted: by
     assert coco_bytes(tiny, run) == uninterrupted
 
 
+@pytest.mark.slow
 def test_sigkill_of_an_actor(tiny: TinyRun, uninterrupted: bytes) -> None:
     run = tiny.root / "actor-killed"
     driver = start(tiny, run)

@@ -58,6 +58,7 @@ def wait_for(condition: Any, *, seconds: float) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_killed_training_of_200_steps_goes_on_where_it_was(tmp_path: Path, drawn: Path) -> None:
     job = write_job(
         tmp_path, drawn, model=DETECTOR, optimizer={"steps": 200, "batch_size": 16, "lr": 2e-3},
@@ -115,6 +116,7 @@ def test_a_signal_ends_a_training_with_75(tmp_path: Path, drawn: Path, number: s
     assert json.loads(stdout.splitlines()[-1])["exit_code"] == 75
 
 
+@pytest.mark.slow
 def test_two_workers_see_disjoint_data_and_agree(tmp_path: Path, drawn: Path) -> None:
     job = write_job(
         tmp_path, drawn, model=SEGMENTER, optimizer={"steps": 20, "batch_size": 4},
