@@ -27,7 +27,9 @@ def test_selections_and_refusals(tmp_path: Path) -> None:
     tiny = make_tiny_run(tmp_path, num_images=120)
     run = tmp_path / "run"
     found = tiny.call("estimate", run, **{"plan.sample": 100})
-    assert (found["images"], found["sample"], found["failed"]) == (100, 120, 0)
+    assert (found["images"], found["sample"], found["failed"]) == (100, 100, 0), (
+        "no more images than the run would label"
+    )
     assert found["gpu_hours"] in (0, None)
     small = tiny.call("estimate", run, **{"plan.splits": ["images"]}, check=2)
     assert "none of 120 images passes" in small["error"]
