@@ -49,8 +49,6 @@ def select_images(
     keep_first = plan.duplicates == "first"
     selection = Selection(
         limit=plan.limit,
-        sample=plan.sample,
-        seed=plan.seed,
         splits=plan.splits,
         image_ids=_annotated_images(listing, plan.categories) if plan.categories else None,
     )

@@ -1,6 +1,7 @@
 """Images and run directory on object stores and in memory: plan, annotate, resume, reduce."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,23 +9,15 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from owlsam_ray import storage
-from owlsam_ray.annotate import embed_run_queries
 from owlsam_ray.config import RunConfig, load_config
-from owlsam_ray.engine import load_engine
-from owlsam_ray.fetch import fetch_shard, to_images
-from owlsam_ray.guard import QUERY_FILE, fingerprint_parts, guard_labels, guard_numerics, load_record, numerics_of
-from owlsam_ray.ledger import PREDICTIONS, done_shards, write_shard
-from owlsam_ray.models.load import find_models
+from owlsam_ray.guard import load_record
+from owlsam_ray.ledger import PREDICTIONS, done_shards
 from owlsam_ray.plan import plan_run
-from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.resources import allocate
-from owlsam_ray.schema import predictions_to_table
 from owlsam_ray.storage import StoragePolicy
 from tests.faulty_s3 import Faults, FaultyS3, faulty_s3, gcs_emulator
-from tests.runs import TinyRun, make_tiny_run
+from tests.runs import TinyRun, label_here, make_tiny_run
 
 NUM_IMAGES = 16
 
@@ -118,43 +111,19 @@ def test_an_image_that_storage_never_gives_fails_alone(s3: FaultyS3, tiny16: Tin
 
 
 def run_here(config: RunConfig, run: str) -> bytes:
-    """Plan, label and reduce in this process; returns the COCO file. Ray's actors are other processes: they see no
-    `memory://`, and the graph has tests of its own."""
-    storage.configure(config.storage.policy())
+    """Plan, label and reduce in this process; returns the COCO file."""
     config = config.model_copy(update={"run": run})
+    coco = label_here(config)
+    record = load_record(run)
+    assert record is not None
+    assert record.fingerprint is not None
     plan = plan_run(config)
-    models = find_models(config.detector, config.segment)
-    embed_run_queries(config, plan.record, models.detector, run)
-    weights = {"detector": models.detector, "segmenter": models.segmenter}
-    record = guard_labels(plan.record, fingerprint_parts(config, plan.record, weights=weights, run_url=run), run)
-    allocation = allocate(config.resources, num_cpus=2, num_gpus=0)
-    record = guard_numerics(record, numerics_of(allocation, config.resources.dtype), run, allow_change=False)
-    torch.set_num_threads(allocation.torch_threads)
-    from safetensors.torch import load
-
-    with load_engine(
-        config,
-        allocation,
-        models=models,
-        query_embeddings=load(storage.read_bytes(storage.join(run, QUERY_FILE)))["queries"],
-        query_labels=record.query_labels,
-        category_names=record.category_names,
-    ) as engine:
-        for shard in plan.manifest.iter_shards():
-            fetched = fetch_shard(plan.manifest, shard, threads=4, max_file_mb=10)
-            predictions, stage_s = engine.annotate(to_images(fetched))
-            rows = predictions_to_table(predictions)
-            write_shard(
-                run, shard, rows, fingerprint=record.fingerprint or "", numerics=record.numerics_id, stage_s=stage_s
-            )
-            assert shard in done_shards(run)
-    again = load_record(run)
-    assert again is not None
-    assert again.fingerprint == record.fingerprint
+    assert done_shards(run) == set(plan.manifest.iter_shards())
     assert len(storage.list_names(storage.join(run, PREDICTIONS))) == plan.manifest.num_shards
-    counts = reduce_run(config)
-    assert counts["ok"] + counts["empty"] == NUM_IMAGES
-    return storage.read_bytes(storage.join(run, "coco", "annotations.json"))
+    proof = json.loads(coco)["info"]["owlsam_ray"]["proof"]
+    assert proof["ok"] + proof["empty"] == NUM_IMAGES
+    assert json.loads(coco)["info"]["owlsam_ray"]["fingerprint"] == record.fingerprint
+    return coco
 
 
 @pytest.mark.parametrize("kind", ["memory", pytest.param("gs", marks=pytest.mark.slow)])

@@ -74,7 +74,8 @@ class Block:
         """
         if self.piece.all_objects:
             lines = self.piece.lines()
-            try:
+            # What is wrong is found below; perhaps nothing is: Arrow refuses 1e999, and a field given twice.
+            with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError, OverflowError):
                 table = pa_json.read_json(
                     pa.BufferReader(pa.py_buffer(lines)),
                     # A line longer than a block would be refused.
@@ -83,8 +84,6 @@ class Block:
                 )
                 if table.num_rows == len(self) and _null_free(table, schema):
                     return table.select(schema.names).cast(schema)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OverflowError):
-                pass  # what is wrong is found below; perhaps nothing is: Arrow refuses 1e999, and a field given twice
         return self._plain_table(schema)
 
     def _plain_table(self, schema: pa.Schema) -> pa.Table:

@@ -62,11 +62,11 @@ def list_images_of(url: str, root: str, dialect: Dialect) -> Listing:
             from the tables: an id is no integer from 0 to 2^53, a size is none, a name leaves the root.
     """
     with open_document(url) as document:
-        pass  # it stays mapped as long as the listing is held: a remote file is copied once
-    head = next((images for _, images in document.batches("images")), [])
-    if not head:
-        raise InputError(f"{url} lists no images: is it a COCO file with a non-empty `images`?")
-    layout = choose_layout(root, _samples(head, document), dialect.layouts, where=url)
+        head = next((images for _, images in document.batches("images")), [])
+        if not head:
+            raise InputError(f"{url} lists no images: is it a COCO file with a non-empty `images`?")
+        layout = choose_layout(root, _samples(head, document), dialect.layouts, where=url)
+    # The document stays mapped as long as the listing is held: a remote file is copied once.
     return Listing(
         tables=_tables(document, root, layout, dialect),
         info=document.value("info", dict, {}),

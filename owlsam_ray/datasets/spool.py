@@ -28,13 +28,10 @@ _DIGEST_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which images of a listing are wanted."""
+    """What of a listing is kept on the disk."""
 
     limit: int | None = None
     """The first so many of those that pass the filters."""
-    sample: int | None = None
-    """So many of those that pass the filters, by chance."""
-    seed: int = 0
     splits: tuple[str, ...] = ()
     """Of the source's own splits, or first folders of the names; none given: all."""
     image_ids: NDArray[np.int64] | None = None

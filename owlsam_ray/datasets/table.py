@@ -96,9 +96,7 @@ class _TableFile:
             yield [pa.nulls(rows)]
 
     def _table(self, given: dict[str, pa.Array], rows: int) -> pa.Table:
-        columns: dict[str, Any] = {
-            key: given.get(key) for key in ("height", "width", "num_bytes", "split", "file_name")
-        }
+        columns: dict[str, Any] = {key: given.get(key) for key in ("height", "width", "num_bytes", "split")}
         columns["image_id"] = given.get("id")
         if "id" in given:
             self._refuse_unless(_between(given["id"], 0, MAX_IMAGE_ID - 1), given["id"], "is no id from 0 to 2^53")
@@ -109,8 +107,7 @@ class _TableFile:
         if self._columns.bytes is not None:
             columns |= self._cells(rows)
         else:
-            columns["uri"], derived = self._places(given["uri"])
-            columns["file_name"] = given.get("file_name", derived)
+            columns["uri"], columns["file_name"] = self._places(given["uri"])
         if "file_name" in given:
             columns["file_name"] = given["file_name"]
         elif self._columns.bytes is not None:
