@@ -41,7 +41,9 @@ from owlsam_ray.settings import (
 )
 from owlsam_ray.storage import StoragePolicy
 
-NON_LABEL_FIELDS = frozenset({"run", "data", "plan", "storage", "resources", "reduce", "evaluate", "report", "logging"})
+NON_LABEL_FIELDS = frozenset(
+    {"run", "data", "plan", "storage", "resources", "fakes", "reduce", "evaluate", "report", "logging"}
+)
 """Top-level fields that cannot change the labels of an image. Which images there are, and where, stands in the
 manifest: the layout hash guards it, so that a run can be extended by files that `data` did not name before."""
 FREE_FIELDS = NON_LABEL_FIELDS - {"data"}
@@ -147,7 +149,37 @@ class ResourcesConfig(Section):
     auth_mode: Literal["disabled", "token"] = "disabled"
     """Ray's RAY_AUTH_MODE; `token` needs the same token on every node."""
     grace_s: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds that shards in hand get to finish after SIGINT or SIGTERM."""
+    """Seconds that shards in hand get to finish after SIGINT, SIGTERM or SIGUSR1."""
+    heartbeat_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds between two signs of life of an attempt."""
+    takeover_s: Annotated[float, Field(gt=0)] = 60.0
+    """An attempt without a sign of life for so long is taken over by the next one, which waits that long for it."""
+    image_deadline_s: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds that one image may take to be decoded or encoded, or one call of a model; an actor that hangs for longer
+    is ended, and the image that did it is found and quarantined."""
+    fetch_deadline_s: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds of a shard's fetching in which not a single image arrives, after which the rest fails as
+    `fetch_timeout`, to be tried again at the end."""
+    actor_memory_gb: Annotated[float, Field(gt=0)] | Auto = "auto"
+    """Gigabytes (10⁹ bytes) of an actor's own memory; above, it is ended as if it hung. `auto`: 80 % of the node's."""
+
+    @model_validator(mode="after")
+    def _several_beats(self) -> Self:
+        if self.takeover_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"takeover_s {self.takeover_s:g} is less than two times heartbeat_s {self.heartbeat_s:g}: an attempt "
+                "that lives would be taken over"
+            )
+        return self
+
+
+class FakesConfig(Section):
+    """What the models called `fake` do besides labelling: for tests. Changes no labels."""
+
+    delay_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that each call of the detector sleeps."""
+    poison: bool = False
+    """Pictures whose first pixel says so kill the process, as a broken decoder would: see `models/fakes.py`."""
 
 
 class ReduceConfig(Section):
@@ -215,6 +247,7 @@ class RunConfig(Section):
     plan: PlanConfig = PlanConfig()
     storage: StorageConfig = StorageConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    fakes: FakesConfig = FakesConfig()
     reduce: ReduceConfig = ReduceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -430,7 +463,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         | ({"categories": absolute(str(categories))} if is_vocabulary_file(categories) else {})
     )
     segment_weights = config.segment.weights
-    if config.segment.model != "sam":
+    if config.segment.model == "mobile_sam":
         segment_weights = absolute(segment_weights)
     return config.model_copy(
         update={

@@ -325,13 +325,21 @@ class DecodeConfig(Section):
     """Larger files fail with the reason `too_large` and are not read to their end."""
 
 
+def _without_weights(fields: Any) -> Any:
+    """A fake's `weights` are given by its name."""
+    if isinstance(fields, dict) and fields.get("model") == "fake":
+        return {"weights": "fake"} | fields
+    return fields
+
+
 class DetectorConfig(Section):
     """Prompts to boxes."""
 
-    model: Literal["owlvit", "owlv2"] = "owlvit"
-    """Architecture."""
+    model: Literal["owlvit", "owlv2", "fake"] = "owlvit"
+    """Architecture; `fake`: a stand-in that computes boxes from the pixels without a model, for tests of scale."""
     weights: Name
-    """A directory in Hugging Face layout (safetensors), or a hub name, `org/model` or `org/model@revision`."""
+    """A directory in Hugging Face layout (safetensors), or a hub name, `org/model` or `org/model@revision`. A fake
+    needs none."""
     preprocess: Literal["hf", "scenic"] = "hf"
     """`hf`: as the installed transformers prepares pictures for this model (OwlViT's are squashed to a square, OWLv2's
     padded to one); `scenic`: as the original code does, padded right and below for both."""
@@ -353,6 +361,8 @@ class DetectorConfig(Section):
     """Best detections of an image that are kept after suppression."""
     clip_boxes: bool = True
     """Cut boxes at the image border; what has no area left is dropped."""
+
+    _fake_has_no_weights = model_validator(mode="before")(_without_weights)
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
@@ -449,11 +459,11 @@ class SuppressConfig(Section):
 class SegmentConfig(Section):
     """Boxes to masks."""
 
-    model: Literal["mobile_sam", "sam"] = "mobile_sam"
-    """Architecture; `sam`: ViT-B, L or H."""
+    model: Literal["mobile_sam", "sam", "fake"] = "mobile_sam"
+    """Architecture; `sam`: ViT-B, L or H; `fake`: a stand-in without a model, for tests of scale."""
     weights: Name
     """MobileSAM: `mobile_sam.pt`, a `.safetensors` file of the same layout, or a directory with `config.json` and
-    `model.safetensors`. SAM: a directory in Hugging Face layout (safetensors), or a hub name."""
+    `model.safetensors`. SAM: a directory in Hugging Face layout (safetensors), or a hub name. A fake needs none."""
     score_floor: Fraction = 0.0
     """Boxes get a mask when their score is at least this."""
     prompt: Literal["box", "box_and_center"] = "box"
@@ -466,3 +476,5 @@ class SegmentConfig(Section):
     """Holes of a mask with fewer pixels are filled."""
     remove_islands: Annotated[int, Field(ge=0)] = 0
     """Parts of a mask with fewer pixels are removed; its largest part always stays."""
+
+    _fake_has_no_weights = model_validator(mode="before")(_without_weights)

@@ -1,0 +1,411 @@
+"""Attempts and the fence: one attempt at a time works on a slice of a run.
+
+Every attempt keeps a small file under `RUN/attempts/` with a counter that it raises again and again. Another one that
+wants an overlapping slice watches that counter on its own monotonic clock, never on two hosts' clocks: when it moves,
+the attempt lives, and the other refuses; when it stands still for `takeover_s`, or its process is known to be dead
+because it ran on this very machine, the attempt is fenced and its slice is taken over. `takeover` fences one that
+lives.
+
+A fence is a file as well. The attempt looks for it with each sign of life, its processes before each shard that they
+write. Nothing depends on it: attempts that overlap all the same write the same rows to the same names (law 2). What it
+saves is work done twice.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from owlsam_ray import storage
+from owlsam_ray.errors import AttemptLiveError, ConfigError, ExitCode, OwlsamError
+
+ATTEMPTS = "attempts"
+_ENDED = ".ended.json"
+_LIVE = ".json"
+_FENCED = ".fenced"
+_CLAIMING_BEAT_S = 1.0
+"""An attempt that waits for others shows life more often, so that these need not wait long for it."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Every `count`-th shard, from the `index`-th on: a part of a run that one of several attempts works on."""
+
+    index: int = 1
+    """1…count."""
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Slice":
+        """`2/8` → the second of eight.
+
+        Raises:
+            ConfigError: it is not of that form.
+        """
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ConfigError(f"--slice {text!r} is not of the form i/n with 1 ≤ i ≤ n, such as 2/8")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole run."""
+        return self.count == 1
+
+    def shards(self, num_shards: int) -> range:
+        """The shards of a run that belong to it, rising."""
+        return range(self.index - 1, num_shards, self.count)
+
+    def overlaps(self, other: "Slice") -> bool:
+        """Whether some shard could belong to both."""
+        return (self.index - other.index) % math.gcd(self.count, other.count) == 0
+
+
+class AttemptRecord(BaseModel):
+    """What an attempt tells about itself."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str
+    scope: str
+    """What it excludes others from: `label`, or `setup` (planning, embedding, writing run.json)."""
+    slice: str
+    host: str
+    pid: int
+    process: str | None = None
+    """Names the process for good on a machine that runs since its last start; None where that cannot be told."""
+    started: str
+    """Its host's clock, for people."""
+    beat: int = 0
+    """Rises while it lives."""
+    state: str = "claiming"
+    """`claiming`: it looks for others; `running`."""
+    progress: dict[str, Any] | None = None
+    """Of its slice, as in progress.json."""
+    last_error: str | None = None
+    ended: str | None = None
+    exit_code: int | None = None
+    """None: it was found dead."""
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.id} (process {self.pid} on {self.host}, slice {self.slice}, since {self.started})"
+
+
+class Attempt:
+    """This process's attempt: a context that shows life until it is left."""
+
+    def __init__(self, run_url: str, record: AttemptRecord, heartbeat_s: float) -> None:
+        self.run_url = run_url
+        self.record = record
+        self._heartbeat_s = heartbeat_s
+        self._fenced_by: str | None = None
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="owlsam-heartbeat", daemon=True)
+
+    @property
+    def id(self) -> str:
+        """Name of the attempt."""
+        return self.record.id
+
+    @property
+    def fence_url(self) -> str:
+        """Once this file exists the attempt must write nothing any more."""
+        return storage.join(self.run_url, ATTEMPTS, f"{self.id}{_FENCED}")
+
+    @property
+    def stop_url(self) -> str:
+        """Once this file exists the attempt begins no shard any more."""
+        return storage.join(self.run_url, ATTEMPTS, f"{self.id}.stop")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self.record.state == "claiming":  # it never worked: nothing to remember
+            storage.remove(_url(self.run_url, self.id, _LIVE))
+            return
+        self.record.ended, self.record.exit_code = _now(), _exit_code(error)
+        if error is not None:
+            self.record.last_error = str(error) or type(error).__name__
+        try:
+            _write(self.run_url, self.record, _ENDED)
+            storage.remove(_url(self.run_url, self.id, _LIVE))
+        except OSError as trouble:
+            _log.warning("cannot sign off: %s. The next attempt waits until this one is certainly gone.", trouble)
+
+    def tell(self, *, progress: dict[str, Any] | None = None, last_error: str | None = None) -> None:
+        """What the next sign of life is to say."""
+        with self._lock:
+            if progress is not None:
+                self.record.progress = progress
+            if last_error is not None:
+                self.record.last_error = last_error
+
+    def check(self) -> None:
+        """Nothing while the attempt holds its slice.
+
+        Raises:
+            AttemptLiveError: another attempt took it over.
+        """
+        if self._fenced_by is not None:
+            raise AttemptLiveError(
+                f"the attempt {self.id} was taken over by {self._fenced_by} and stopped: finished shards are kept, and "
+                "the other one goes on"
+            )
+
+    def save(self) -> None:
+        """Show life.
+
+        Raises:
+            OSError: storage refused.
+        """
+        with self._lock:
+            self.record.beat += 1
+            _write(self.run_url, self.record, _LIVE)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(
+            self._heartbeat_s if self.record.state == "running" else min(_CLAIMING_BEAT_S, self._heartbeat_s)
+        ):
+            try:
+                self.save()
+                if self._fenced_by is None and storage.exists(self.fence_url):
+                    self._fenced_by = storage.read_bytes(self.fence_url).decode(errors="replace")
+                    _log.warning("taken over by %s: nothing is written any more", self._fenced_by)
+            except (OSError, OwlsamError) as error:
+                # One that cannot show life may be taken over, and notices it as soon as storage answers again.
+                _log.warning("cannot show life: %s", error)
+
+
+@contextlib.contextmanager
+def claim(
+    run_url: str,
+    *,
+    scope: str,
+    part: Slice,
+    heartbeat_s: float,
+    takeover_s: float,
+    takeover: bool = False,
+    patient: bool = False,
+) -> Iterator[Attempt]:
+    """Work on a slice of a run as the only attempt.
+
+    Args:
+        run_url: the run directory.
+        scope: attempts of different scopes do not exclude each other.
+        part: the slice.
+        heartbeat_s: seconds between two signs of life.
+        takeover_s: seconds of silence after which another attempt is taken for dead.
+        takeover: fence attempts that live, and wait until they have stopped.
+        patient: wait for attempts that live, instead of refusing.
+
+    Raises:
+        AttemptLiveError: another attempt lives, on this slice or on one that overlaps it.
+        OSError: storage refused.
+    """
+    me = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{_file_name(socket.gethostname())}-{os.getpid()}"
+    record = AttemptRecord(
+        id=f"{me}-{secrets.token_hex(3)}",
+        scope=scope,
+        slice=str(part),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        process=_process_name(os.getpid()),
+        started=_now(),
+    )
+    attempt = Attempt(run_url, record, heartbeat_s)
+    attempt.save()
+    with attempt:
+        _Observer(attempt, part, takeover_s=takeover_s, takeover=takeover, patient=patient).wait_for_the_slice()
+        record.state = "running"
+        attempt.save()
+        yield attempt
+
+
+@dataclass
+class _Watched:
+    """Another attempt, as seen from here."""
+
+    record: AttemptRecord
+    since: float
+    """On this process's monotonic clock, when its file was first seen as it is now."""
+    moved: bool = False
+    """Whether its file has changed since it was first seen."""
+
+
+@dataclass
+class _Observer:
+    """Looks at the attempts that stand in the way of one."""
+
+    mine: Attempt
+    part: Slice
+    takeover_s: float
+    takeover: bool
+    patient: bool
+    seen: dict[str, _Watched] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+
+    def wait_for_the_slice(self) -> None:
+        """Return once nobody stands in the way."""
+        while True:
+            others = [other for other in live_attempts(self.mine.run_url) if self._is_in_the_way(other)]
+            for other in others:
+                self._consider(other)
+            if not others:
+                return
+            time.sleep(min(0.5, self.takeover_s / 20))
+
+    def _is_in_the_way(self, other: AttemptRecord) -> bool:
+        mine = self.mine.record
+        return other.id != mine.id and other.scope == mine.scope and self.part.overlaps(Slice.parse(other.slice))
+
+    def _consider(self, other: AttemptRecord) -> None:
+        """Take over what is dead; refuse, or go on waiting, for what lives.
+
+        Of two that claim at the same time the one with the smaller id goes first. It waits for the other's answer,
+        since that one may have looked before this one was there, and then works already.
+        """
+        if _is_dead_here(other):
+            _log.warning("the attempt %s is dead: going on in its place", other.where)
+            self._take_over(other)
+            return
+        now = time.monotonic()
+        watched = self.seen.get(other.id)
+        if watched is None or watched.record != other:
+            watched = self.seen[other.id] = _Watched(other, now, moved=watched is not None)
+        if now - watched.since > self.takeover_s:
+            _log.warning("the attempt %s has not shown life for %g s: taking over", other.where, self.takeover_s)
+            self._take_over(other)
+            return
+        if self.takeover:
+            fence(self.mine.run_url, other.id, by=self.mine.record.where)
+            self._tell(other, "is fenced: waiting until it has stopped")
+            return
+        yields = other.state == "claiming" and other.id > self.mine.id
+        if watched.moved and not yields and not self.patient:
+            raise AttemptLiveError(
+                f"another attempt works on {self.mine.run_url}: {other.where}. Let it end, look at it with `owlsam "
+                "status`, or call again with --takeover to stop it."
+            )
+        self._tell(other, f"is registered: waiting for it to end, or to show no life for {self.takeover_s:g} s")
+
+    def _take_over(self, other: AttemptRecord) -> None:
+        fence(self.mine.run_url, other.id, by=self.mine.record.where)
+        other.ended = _now()
+        _write(self.mine.run_url, other, _ENDED)
+        storage.remove(_url(self.mine.run_url, other.id, _LIVE))
+
+    def _tell(self, other: AttemptRecord, what: str) -> None:
+        if other.id not in self.told:
+            self.told.add(other.id)
+            _log.info("the attempt %s %s", other.where, what)
+
+
+def fence(run_url: str, attempt_id: str, *, by: str) -> None:
+    """Stop an attempt: it writes nothing any more once it has seen this."""
+    url = _url(run_url, attempt_id, _FENCED)
+    if not storage.exists(url):
+        storage.write_atomic(url, by.encode())
+
+
+def live_attempts(run_url: str) -> list[AttemptRecord]:
+    """Attempts that have not ended in an orderly way, by rising id: they live, or were killed."""
+    names = storage.list_names(storage.join(run_url, ATTEMPTS))
+    return read_attempts(
+        run_url, [name for name in names if name.endswith(_LIVE) and not name.endswith(_ENDED)]
+    )
+
+
+def ended_attempts(run_url: str) -> list[AttemptRecord]:
+    """Attempts that have ended, or were found dead, by rising id."""
+    names = storage.list_names(storage.join(run_url, ATTEMPTS))
+    return read_attempts(run_url, [name for name in names if name.endswith(_ENDED)])
+
+
+def read_attempts(run_url: str, names: list[str]) -> list[AttemptRecord]:
+    """The attempts of these files; without those that are gone meanwhile, or that nobody can read."""
+
+    def read(name: str) -> AttemptRecord | None:
+        try:
+            return AttemptRecord.model_validate_json(storage.read_bytes(storage.join(run_url, ATTEMPTS, name)))
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            _log.warning("%s is no attempt's file: %s", name, str(error).splitlines()[0])
+            return None
+
+    if not names:
+        return []
+    with ThreadPoolExecutor(min(32, len(names))) as pool:
+        return [record for record in pool.map(read, names) if record is not None]
+
+
+def _url(run_url: str, attempt_id: str, suffix: str) -> str:
+    return storage.join(run_url, ATTEMPTS, f"{attempt_id}{suffix}")
+
+
+def _write(run_url: str, record: AttemptRecord, suffix: str) -> None:
+    text = json.dumps(record.model_dump(mode="json"), indent=1)
+    storage.write_atomic(_url(run_url, record.id, suffix), text.encode())
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]", "_", text)[:64]
+
+
+def _exit_code(error: BaseException | None) -> int:
+    if error is None:
+        return int(ExitCode.COMPLETE)
+    if isinstance(error, OwlsamError):
+        return int(error.exit_code)
+    return int(ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.INCOMPLETE)
+
+
+def _process_name(pid: int) -> str | None:
+    """A name that no other process has, as long as this machine runs: its start, and the process's within it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        space = os.readlink("/proc/self/ns/pid")
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *rest = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else f"{boot} {space} {pid} {rest[18]}"
+
+
+def _is_dead_here(record: AttemptRecord) -> bool:
+    """Whether an attempt ran on this machine, in this container, and its process is gone."""
+    mine = _process_name(os.getpid())
+    if mine is None or record.process is None or record.process.split()[:2] != mine.split()[:2]:
+        return False
+    return _process_name(record.pid) != record.process

@@ -1,0 +1,106 @@
+"""Failed rows of finished shards, tried again: only these images are fetched and labelled, and each shard is rewritten
+whole or not at all.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from owlsam_ray import storage
+from owlsam_ray.errors import FailureClass
+from owlsam_ray.ledger import corrupt_shard, read_footer, shard_url, write_shard
+from owlsam_ray.schema import PREDICTION_SCHEMA
+
+ALL = "failed"
+"""Every failed row but the quarantined ones, which would kill a process again: they are to be asked for by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Which failed rows."""
+
+    what: str
+    """`failed`, a class (`transient`, `permanent`, `quarantined`), or the first word of a reason (`truncated`, …)."""
+
+    def selects(self, reason: str, status_class: str) -> bool:
+        """Whether a failed row is to be tried again."""
+        if self.what == ALL:
+            return status_class != FailureClass.QUARANTINED
+        return self.what in (status_class, reason.split(":")[0])
+
+    @property
+    def only_transient(self) -> bool:
+        """Whether a shard without transient failures holds no such row."""
+        return self.what == FailureClass.TRANSIENT
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRows:
+    """Positions in a shard, rising."""
+
+    plain: tuple[int, ...]
+    """Rows that an actor may do."""
+    quarantined: tuple[int, ...]
+    """Rows whose images killed a process: to be done in isolation only."""
+
+
+def find_failed(run_url: str, shard: int, retry: Retry) -> FailedRows:
+    """The rows of a finished shard that are to be tried again.
+
+    Raises:
+        IncompleteError: the file is damaged.
+        OSError: storage gave up.
+    """
+    table = _read(run_url, shard, ["status", "reason", "status_class"])
+    plain, quarantined = [], []
+    for position, row in enumerate(table.to_pylist()):
+        if row["status"] == "failed" and retry.selects(row["reason"] or "", row["status_class"] or ""):
+            (quarantined if row["status_class"] == FailureClass.QUARANTINED else plain).append(position)
+    return FailedRows(tuple(plain), tuple(quarantined))
+
+
+def replace_rows(run_url: str, shard: int, rows: pa.Table, *, stage_s: dict[str, float]) -> None:
+    """Write a finished shard again, with other rows for some of its images.
+
+    The file goes on naming the numerics of its first attempt, which most of its rows are of.
+
+    Args:
+        run_url: the run directory.
+        shard: its number.
+        rows: `PREDICTION_SCHEMA`, of images of this shard; in any order, each once.
+        stage_s: busy seconds that they took, added to those of the shard.
+
+    Raises:
+        IncompleteError: the file is damaged.
+        ValueError: an image is not of this shard.
+        OSError: storage gave up; the file is as it was.
+    """
+    footer = read_footer(run_url, shard)
+    before = _read(run_url, shard, PREDICTION_SCHEMA.names)
+    both = pa.concat_tables([before, rows.select(PREDICTION_SCHEMA.names).cast(PREDICTION_SCHEMA)])
+    places = {image_id: place for place, image_id in enumerate(both["image_id"].to_pylist())}  # the later one wins
+    image_ids: Collection[int] = before["image_id"].to_pylist()
+    if len(places) != len(image_ids):
+        raise ValueError(f"rows of {len(places) - len(image_ids)} images that are not in shard {shard}")
+    write_shard(
+        run_url,
+        shard,
+        both.take(pa.array([places[image_id] for image_id in image_ids], pa.int64())),
+        fingerprint=footer.fingerprint,
+        numerics=footer.numerics,
+        stage_s={
+            stage: footer.stage_s.get(stage, 0.0) + stage_s.get(stage, 0.0) for stage in {**footer.stage_s, **stage_s}
+        },
+    )
+
+
+def _read(run_url: str, shard: int, columns: list[str]) -> pa.Table:
+    url = shard_url(run_url, shard)
+    try:
+        return pq.read_table(pa.BufferReader(storage.read_bytes(url)), columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of storage; Arrow's own have no number
+            raise
+        raise corrupt_shard(url, f"{type(error).__name__}: {error}") from None
