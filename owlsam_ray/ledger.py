@@ -2,9 +2,14 @@
 
 A shard's name depends only on the manifest, its file exists whole or not at all, and its existence is the done mark. So
 resume is one listing, and two attempts that overlap write the same rows to the same names.
+
+A shard is a Parquet file whose footer holds, as JSON under `owlsam`, what the file says about itself, with two
+checksums: of the data section, and of everything behind it. Together they cover every byte.
 """
 
+import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +27,10 @@ from owlsam_ray.schema import PREDICTION_SCHEMA, ROW_GROUP_IMAGES, SCHEMA_VERSIO
 
 PREDICTIONS = "predictions"
 FOOTER_KEY = b"owlsam"
+_ZEROS = "0" * 64
+_TAIL_READ = 2**16
+"""Bytes that are read of a file's end at first: more than the footer of a thousand images has."""
+_NAME = re.compile(r"shard-([0-9]{8,})\.parquet")
 
 
 @validated_dataclass(frozen=True, slots=True)
@@ -41,6 +50,10 @@ class ShardFooter:
     num_masks: int
     stage_s: dict[str, float]
     """Busy seconds of each stage: the only content that may differ between attempts."""
+    data_sha256: str | None = None
+    """Of the bytes before the Parquet footer; None in files of 0.1."""
+    footer_sha256: str | None = None
+    """Of the bytes from there to the end, taken with zeros in the place of this checksum; None in files of 0.1."""
 
 
 def shard_name(shard: int) -> str:
@@ -56,11 +69,13 @@ def shard_url(run_url: str, shard: int) -> str:
 def done_shards(run_url: str) -> set[int]:
     """The shards whose file exists: one listing."""
     names = storage.list_names(storage.join(run_url, PREDICTIONS))
-    return {
-        int(name[6:-8])
-        for name in names
-        if name.startswith("shard-") and name.endswith(".parquet") and name[6:-8].isdigit()
-    }
+    return {shard for name in names if (shard := shard_of(name)) is not None}
+
+
+def shard_of(name: str) -> int | None:
+    """The shard whose file has this name; None when it is no shard's."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match is not None and shard_name(int(match[1])) == name else None
 
 
 def write_shard(
@@ -79,51 +94,140 @@ def write_shard(
     Raises:
         OSError: storage refused; nothing is left behind.
     """
-    failed = pc.equal(rows["status"], "failed")
-    footer = {
-        "schema_version": SCHEMA_VERSION,
+    data = encode_shard(shard, rows, fingerprint=fingerprint, numerics=numerics, stage_s=stage_s)
+    storage.write_atomic(shard_url(run_url, shard), data)
+
+
+def encode_shard(
+    shard: int, rows: pa.Table, *, fingerprint: str, numerics: str, stage_s: dict[str, float]
+) -> memoryview:
+    """The bytes of a shard file; arguments as of `write_shard`."""
+    footer = _footer_of(rows) | {
         "shard": shard,
-        "num_rows": rows.num_rows,
         "fingerprint": fingerprint,
         "numerics": numerics,
+        "stage_s": {stage: round(seconds, 4) for stage, seconds in stage_s.items()},
+        # Last, so that they are found in the bytes, where their values take the places of these.
+        "data_sha256": _ZEROS,
+        "footer_sha256": _ZEROS,
+    }
+    table = rows.cast(PREDICTION_SCHEMA).replace_schema_metadata(None)
+    buffer = pa.BufferOutputStream()
+    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
+        writer.write_table(table, row_group_size=ROW_GROUP_IMAGES)
+        writer.add_key_value_metadata({FOOTER_KEY: json.dumps(footer).encode()})
+    data = memoryview(bytearray(memoryview(buffer.getvalue())))
+    tail = data[len(data) - _tail_bytes(data, len(data)) :]
+    for key, covered in (("data_sha256", data[: len(data) - len(tail)]), ("footer_sha256", tail)):
+        start = bytes(tail).rfind(f'"{key}": "{_ZEROS}"'.encode()) + len(f'"{key}": "')
+        tail[start : start + len(_ZEROS)] = hashlib.sha256(covered).hexdigest().encode()
+    return data
+
+
+def _footer_of(rows: pa.Table) -> dict[str, Any]:
+    """What the rows alone tell."""
+    failed = pc.equal(rows["status"], "failed")
+    transient = pc.fill_null(pc.equal(rows["status_class"], str(FailureClass.TRANSIENT)), False)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "num_rows": rows.num_rows,
         "counts": {
             status: pc.sum(pc.equal(rows["status"], status)).as_py() or 0 for status in ("ok", "empty", "failed")
         },
-        "transient": pc.sum(
-            pc.and_(failed, pc.fill_null(pc.equal(rows["status_class"], str(FailureClass.TRANSIENT)), False))
-        ).as_py()
-        or 0,
+        "transient": pc.sum(pc.and_(failed, transient)).as_py() or 0,
         "num_detections": pc.sum(pc.list_value_length(rows["label"])).as_py() or 0,
         "num_masks": pc.count(pc.list_flatten(rows["mask_area"])).as_py(),
-        "stage_s": {stage: round(seconds, 4) for stage, seconds in stage_s.items()},
     }
-    table = rows.cast(PREDICTION_SCHEMA).replace_schema_metadata({FOOTER_KEY: json.dumps(footer).encode()})
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd", row_group_size=ROW_GROUP_IMAGES)
-    storage.write_atomic(shard_url(run_url, shard), memoryview(buffer.getvalue()))
+
+
+def _tail_bytes(end: bytes | memoryview, size: int) -> int:
+    """Length of what stands behind the data section of a Parquet file: metadata, their length, and the magic.
+
+    Args:
+        end: the last bytes of the file, at least 8.
+        size: of the file.
+
+    Raises:
+        ValueError: it is no Parquet file, or a cut one.
+    """
+    length = int.from_bytes(end[-8:-4], "little") + 8
+    if size < 12 or bytes(end[-4:]) != b"PAR1" or length > size - 4:
+        raise ValueError(f"{size} bytes that do not end as a Parquet file does")
+    return length
 
 
 def read_footer(run_url: str, shard: int) -> ShardFooter:
-    """What a finished shard says about itself, without reading its rows.
+    """What a finished shard says about itself, without reading its rows. The checksum of the footer is compared.
 
     Raises:
         IncompleteError: the file is damaged or foreign; names it and how to redo it.
         OSError: storage gave up, which says nothing about the file.
     """
     url = shard_url(run_url, shard)
+    with storage.open_input(url) as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _TAIL_READ))
+        end = file.read()
+        try:
+            length = _tail_bytes(end, size)
+        except ValueError as error:
+            raise corrupt_shard(url, str(error)) from None
+        if length > len(end):
+            file.seek(size - length)
+            end = file.read()
+    return _parse_footer(url, shard, end[-length:])
+
+
+def _parse_footer(url: str, shard: int, tail: bytes) -> ShardFooter:
     try:
-        with storage.open_input(url) as file:
-            metadata = pq.read_metadata(file)
+        metadata = pq.read_metadata(pa.BufferReader(tail))
         footer = ShardFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
+        if (footer.footer_sha256 is None) != (footer.data_sha256 is None):
+            raise ValueError("one of its two checksums is missing")
+        if footer.footer_sha256 is not None:
+            digest = footer.footer_sha256.encode()
+            before, found, after = tail.rpartition(digest)
+            if not found or hashlib.sha256(before + _ZEROS.encode() + after).hexdigest().encode() != digest:
+                raise ValueError("the checksum of its footer does not fit")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # Arrow's own have no number
-            raise
         raise corrupt_shard(url, f"{type(error).__name__}: {error}") from None
     if footer.shard != shard or footer.num_rows != metadata.num_rows:
         raise corrupt_shard(
             url, f"it says shard {footer.shard} with {footer.num_rows} rows, and has {metadata.num_rows}"
         )
     return footer
+
+
+def load_shard(run_url: str, shard: int) -> tuple[ShardFooter, pa.Table]:
+    """A whole shard file, with both checksums compared.
+
+    Args:
+        run_url: the run directory.
+        shard: its number.
+
+    Returns:
+        What it says about itself, and its rows: `PREDICTION_SCHEMA`.
+
+    Raises:
+        IncompleteError: the file is damaged or foreign; names it and how to redo it.
+        OSError: storage gave up, which says nothing about the file.
+    """
+    url = shard_url(run_url, shard)
+    data = storage.read_bytes(url)
+    try:
+        length = _tail_bytes(data, len(data))
+    except ValueError as error:
+        raise corrupt_shard(url, str(error)) from None
+    footer = _parse_footer(url, shard, data[-length:])
+    if footer.data_sha256 not in (None, hashlib.sha256(memoryview(data)[:-length]).hexdigest()):
+        raise corrupt_shard(url, "the checksum of its data does not fit")
+    try:
+        table = pq.read_table(pa.BufferReader(data)).replace_schema_metadata(None)
+    except (pa.ArrowException, OSError) as error:
+        raise corrupt_shard(url, f"{type(error).__name__}: {error}") from None
+    if not table.schema.equals(PREDICTION_SCHEMA):
+        raise corrupt_shard(url, f"its columns are not those of schema version {SCHEMA_VERSION}")
+    return footer, table
 
 
 def corrupt_shard(url: str, what: str) -> IncompleteError:

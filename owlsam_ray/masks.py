@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from owlsam_ray.records import Segment
+from owlsam_ray.rle import rle_runs
 
 _BAND = 64
 """Rows of a mask that are transposed together."""
@@ -98,33 +99,6 @@ def decode_rle(counts: bytes, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
         raise ValueError(f"RLE of {len(counts)} bytes does not describe a mask of {height} × {width}")
     values = np.arange(len(runs)) % 2 == 1
     return np.repeat(values, runs).reshape(width, height).T
-
-
-def rle_runs(counts: bytes) -> NDArray[np.int64]:
-    """Lengths of the runs of a compressed RLE, zeros first, without drawing the mask.
-
-    Raises:
-        ValueError: the text is no compressed RLE.
-
-    A number is stored in groups of five bits, the lowest first: byte = 48 + bits + 32 if more follow, two's complement.
-    From the fourth number on it is the difference to the one two places before.
-    """
-    groups = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    if len(groups) == 0:
-        return np.zeros(0, np.int64)
-    last = (groups & 0x20) == 0
-    if (groups < 0).any() or (groups > 0x3F).any() or not last[-1]:
-        raise ValueError(f"{counts[:20]!r}… is no compressed RLE")
-    starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
-    lengths = np.diff(np.append(starts, len(groups)))
-    if lengths.max() > 8:
-        raise ValueError(f"{counts[:20]!r}… is no compressed RLE: a run of more than 40 bits")
-    places = np.arange(len(groups)) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((groups & 0x1F) << (5 * places), starts)
-    runs -= np.where(groups[last] & 0x10, 1 << (5 * lengths), 0)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
 
 
 def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:

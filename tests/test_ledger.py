@@ -1,16 +1,30 @@
 """Shard files: whole or not at all, and honest about themselves."""
 
 import errno
+import hashlib
+import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from owlsam_ray.errors import FailureClass, IncompleteError
-from owlsam_ray.ledger import Tally, done_shards, read_footer, shard_url, write_shard
+from owlsam_ray.ledger import (
+    FOOTER_KEY,
+    Tally,
+    done_shards,
+    load_shard,
+    read_footer,
+    shard_name,
+    shard_of,
+    shard_url,
+    write_shard,
+)
 from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 
@@ -54,6 +68,82 @@ def test_round_trip(tmp_path: Path, remote: bool) -> None:
     assert footer.counts == {"ok": 1, "empty": 1, "failed": 2}
     assert (footer.transient, footer.num_detections, footer.num_masks, footer.num_rows) == (1, 3, 2, 4)
     assert footer.stage_s == {"decode": 0.1235}
+
+
+@pytest.mark.parametrize(
+    ("name", "shard"),
+    [
+        ("shard-00000017.parquet", 17),
+        ("shard-123456789.parquet", 123456789),
+        ("shard-17.parquet", None),
+        ("shard-000000017.parquet", None),
+        ("shard-0000001².parquet", None),
+        ("shard-00000017.parquet.gz", None),
+        ("shard-00000017.parquet\n", None),
+    ],
+)
+def test_only_names_that_are_written_are_shards(name: str, shard: int | None) -> None:
+    assert shard_of(name) == shard
+    assert shard is None or shard_name(shard) == name
+
+
+def test_checksums_are_of_the_bytes(tmp_path: Path) -> None:
+    write(str(tmp_path), 5)
+    data = Path(shard_url(str(tmp_path), 5)).read_bytes()
+    footer, table = load_shard(str(tmp_path), 5)
+    assert footer == read_footer(str(tmp_path), 5)
+    assert table.schema.metadata is None
+    assert table.equals(predictions_to_table(PREDICTIONS))
+    begin = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    assert footer.data_sha256 == hashlib.sha256(data[:begin]).hexdigest()
+    assert footer.footer_sha256 is not None
+    assert data.count(footer.footer_sha256.encode()) == 1
+    zeroed = data[begin:].replace(footer.footer_sha256.encode(), b"0" * 64)
+    assert footer.footer_sha256 == hashlib.sha256(zeroed).hexdigest()
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """In each byte of the footer, and in some of the data."""
+    write(str(tmp_path), 5)
+    path = Path(shard_url(str(tmp_path), 5))
+    whole = path.read_bytes()
+    begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    choose = random.Random(seed)
+    places = [*range(begin, len(whole)), *choose.sample(range(begin), 500)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << choose.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(IncompleteError, match="is not a whole shard of this run"):
+            load_shard(str(tmp_path), 5)
+        if place >= begin:
+            with pytest.raises(IncompleteError):
+                read_footer(str(tmp_path), 5)
+
+
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
+    """As 0.1 wrote them: the footer stands among the schema's metadata."""
+    write(str(tmp_path), 5)
+    path = Path(shard_url(str(tmp_path), 5))
+    fields = json.loads(pq.read_metadata(path).metadata[FOOTER_KEY])
+    del fields["data_sha256"], fields["footer_sha256"]
+    table = pq.read_table(path).replace_schema_metadata({FOOTER_KEY: json.dumps(fields).encode()})
+    pq.write_table(table, path, compression="zstd", row_group_size=64)
+    footer, rows = load_shard(str(tmp_path), 5)
+    assert (footer.data_sha256, footer.footer_sha256, footer.num_detections) == (None, None, 3)
+    assert rows.equals(predictions_to_table(PREDICTIONS))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_long_footer_is_read_whole(tmp_path: Path, remote: bool) -> None:
+    """Row groups of 64 images each add to it; here it is longer than what is read at first."""
+    run = "memory://ledger-long-footer" if remote else str(tmp_path)
+    rows = pa.concat_tables([predictions_to_table(PREDICTIONS)] * 800)
+    write_shard(run, 1, rows, fingerprint="f", numerics="n", stage_s={})
+    assert read_footer(run, 1) == load_shard(run, 1)[0]
+    assert read_footer(run, 1).num_rows == 3200
 
 
 def test_rows_as_stored(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 from pycocotools import mask as coco_mask
 
-from owlsam_ray.masks import rle_runs
+from owlsam_ray.rle import rle_runs
 
 Rle = dict[str, Any]
 """{"size": [H, W], "counts": compressed bytes}, column-major."""

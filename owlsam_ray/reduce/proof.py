@@ -1,18 +1,24 @@
-"""Reading a shard proves it: its rows are the manifest's images, each once, labelled or failed for a reason."""
+"""Reading a shard proves it: its rows are the manifest's images, each once, labelled or failed for a reason.
+
+The rules stand here twice: row by row, which finds words for what is wrong, and over whole columns, which tells five
+times faster that nothing is. A test holds them against each other.
+"""
 
 import math
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
-from owlsam_ray import storage
 from owlsam_ray.config import allowed_failures
 from owlsam_ray.errors import FailedImagesError, IncompleteError
-from owlsam_ray.ledger import corrupt_shard, done_shards, read_footer, shard_url
+from owlsam_ray.ledger import ShardFooter, corrupt_shard, done_shards, load_shard, shard_url
 from owlsam_ray.manifest import Manifest
-from owlsam_ray.masks import rle_runs
-from owlsam_ray.schema import PREDICTION_SCHEMA
+from owlsam_ray.rle import rle_areas, rle_runs
+from owlsam_ray.schema import PREDICTION_SCHEMA, ROW_GROUP_IMAGES
 
 _STATUSES = {"ok", "empty", "failed"}
 _LISTS = tuple(field.name for field in PREDICTION_SCHEMA if pa.types.is_list(field.type))
@@ -55,6 +61,19 @@ def check_all_present(run_url: str, manifest: Manifest) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ShardRules:
+    """What the shards of a run must keep to."""
+
+    fingerprint: str
+    ids_per_image: int
+    """K; det_index stays below."""
+    num_labels: int
+    """Categories; labels stay below."""
+    numerics: frozenset[str] | None = None
+    """Numerics ids that worked on the run; None: any will do."""
+
+
 def read_shard(
     run_url: str, shard: int, *, image_ids: list[int], fingerprint: str, ids_per_image: int, num_labels: int
 ) -> list[dict[str, Any]]:
@@ -72,30 +91,116 @@ def read_shard(
         IncompleteError: names the file, what is wrong with it, and how to redo it.
         OSError: storage gave up, which says nothing about the file.
     """
+    rules = ShardRules(fingerprint, ids_per_image, num_labels)
+    rows: list[dict[str, Any]] = prove_shard(run_url, shard, image_ids, rules)[1].to_pylist()
+    return rows
+
+
+def prove_shard(
+    run_url: str, shard: int, image_ids: Collection[int], rules: ShardRules
+) -> tuple[ShardFooter, pa.Table]:
+    """A whole shard file, proven: its checksums, its footer, and each of its rows.
+
+    Args:
+        run_url: the run directory.
+        shard: its number.
+        image_ids: of the manifest, in order.
+        rules: of the run.
+
+    Returns:
+        What the file says about itself, and its rows: `PREDICTION_SCHEMA`.
+
+    Raises:
+        IncompleteError: names the file, what is wrong with it, and how to redo it.
+        OSError: storage gave up, which says nothing about the file.
+    """
     url = shard_url(run_url, shard)
-    footer = read_footer(run_url, shard)
-    if footer.fingerprint != fingerprint:
+    footer, table = load_shard(run_url, shard)
+    if footer.fingerprint != rules.fingerprint:
         raise corrupt_shard(url, "it has another label fingerprint")
-    try:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(url)))
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of storage; Arrow's own have no number
-            raise
-        raise corrupt_shard(url, f"{type(error).__name__}: {error}") from None
-    if not table.schema.equals(PREDICTION_SCHEMA):
-        raise corrupt_shard(url, "its columns are not those of schema version 1")
-    rows: list[dict[str, Any]] = table.to_pylist()
-    if [row["image_id"] for row in rows] != image_ids:
-        raise corrupt_shard(url, f"its {len(rows)} image ids are not the manifest's {len(image_ids)}")
+    if rules.numerics is not None and footer.numerics not in rules.numerics:
+        raise corrupt_shard(url, f"no attempt of the run had its numerics {footer.numerics}")
+    if table["image_id"].to_pylist() != list(image_ids):
+        raise corrupt_shard(url, f"its {table.num_rows} image ids are not the manifest's {len(image_ids)}")
+    for start in range(0, table.num_rows, ROW_GROUP_IMAGES):
+        part = table.slice(start, ROW_GROUP_IMAGES)
+        if not _is_clean(part, rules):
+            _explain(url, part, rules)
     counts = dict.fromkeys(sorted(_STATUSES), 0)
-    for row in rows:
-        offence = _offence(row, ids_per_image=ids_per_image, num_labels=num_labels)
-        if offence is not None:
-            raise corrupt_shard(url, f"image {row['image_id']}: {offence}")
-        counts[row["status"]] += 1
+    counts |= {entry["values"]: entry["counts"] for entry in pc.value_counts(table["status"]).to_pylist()}
     if counts != footer.counts:
         raise corrupt_shard(url, f"it holds {counts} and claims {footer.counts}")
-    return rows
+    return footer, table
+
+
+def _explain(url: str, rows: pa.Table, rules: ShardRules) -> None:
+    """Name the first row with which something is wrong.
+
+    Raises:
+        IncompleteError: there is one.
+    """
+    for row in rows.to_pylist():
+        offence = _offence(row, ids_per_image=rules.ids_per_image, num_labels=rules.num_labels)
+        if offence is not None:
+            raise corrupt_shard(url, f"image {row['image_id']}: {offence}")
+
+
+def _is_clean(rows: pa.Table, rules: ShardRules) -> bool:
+    """Whether `_offence` finds nothing in any row, told from whole columns."""
+    if not pc.all(pc.is_in(rows["status"], value_set=pa.array(sorted(_STATUSES)))).as_py():
+        return rows.num_rows == 0
+    is_failed = pc.equal(rows["status"], "failed")
+    failed, labelled = rows.filter(is_failed), rows.filter(pc.invert(is_failed)).combine_chunks()
+    if any(failed[name].null_count or "" in failed[name].to_pylist() for name in ("reason", "status_class")):
+        return False
+    if labelled.num_rows == 0:
+        return True
+    if any(labelled[name].null_count for name in (*_LISTS, "height", "width")):
+        return False
+    lengths = pc.list_value_length(labelled["det_index"]).to_numpy()
+    if not np.array_equal(lengths == 0, pc.equal(labelled["status"], "empty").to_numpy()):
+        return False
+    if any(not np.array_equal(lengths, pc.list_value_length(labelled[name]).to_numpy()) for name in _LISTS):
+        return False
+    lists = {name: _flat(labelled[name]) for name in _LISTS}
+    if any(not _all_finite(lists[name]) for name in _ALWAYS):
+        return False
+    indices, labels = lists["det_index"].to_numpy(), lists["label"].to_numpy()
+    row_of = np.repeat(np.arange(len(lengths)), lengths)
+    rises = (np.diff(indices) > 0) | (np.diff(row_of) > 0)
+    if not (rises.all() and ((indices >= 0) & (indices < rules.ids_per_image)).all()):
+        return False
+    if not ((labels >= 0) & (labels < rules.num_labels)).all():
+        return False
+    pixels = labelled["height"].to_numpy().astype(np.int64) * labelled["width"].to_numpy()
+    return _masks_are_clean(lists, pixels[row_of])
+
+
+def _masks_are_clean(lists: dict[str, pa.Array], pixels: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
+    """Whether each mask among these detections has the pixels of its picture, and the stated area."""
+    has_mask = lists["rle_counts"].is_valid()
+    masks = {name: lists[name].filter(has_mask) for name in _OF_A_MASK}
+    counts = masks.pop("rle_counts")
+    if not all(_all_finite(values) for values in masks.values()):
+        return False
+    if len(counts) == 0:
+        return True
+    _, offsets, data = counts.buffers()
+    starts = np.frombuffer(offsets, np.int32)[counts.offset : counts.offset + len(counts) + 1].astype(np.int64)
+    sums = rle_areas(np.frombuffer(data or b"", np.uint8), starts)
+    return bool(
+        np.array_equal(sums[:, 0], pixels[has_mask.to_numpy(zero_copy_only=False)])
+        and np.array_equal(sums[:, 1], masks["mask_area"].to_numpy())
+    )
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    return pc.list_flatten(column).combine_chunks()
+
+
+def _all_finite(values: pa.Array) -> bool:
+    """Whether there is neither a null nor, among floats, a value that is not finite."""
+    return values.null_count == 0 and bool(np.isfinite(values.to_numpy()).all())
 
 
 def _offence(row: dict[str, Any], *, ids_per_image: int, num_labels: int) -> str | None:
