@@ -10,10 +10,6 @@ checksums: of the data section, and of everything behind it. Together they cover
 import hashlib
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -236,66 +232,3 @@ def corrupt_shard(url: str, what: str) -> IncompleteError:
         f"{url} is not a whole shard of this run ({what}). Delete or move that one file and call `owlsam annotate` "
         "again: only its images are labelled anew."
     )
-
-
-@dataclass(slots=True)
-class Tally:
-    """Counts over finished shards, each read once however often one looks."""
-
-    run_url: str
-    num_images: int
-    num_shards: int
-    fingerprint: str | None
-    done: set[int] = field(default_factory=set)
-    counts: Counter[str] = field(default_factory=Counter)
-    stage_s: dict[str, float] = field(default_factory=dict)
-    transient_shards: set[int] = field(default_factory=set)
-
-    def refresh(self) -> "Tally":
-        """Look at the listing and read what is new.
-
-        Raises:
-            IncompleteError: a shard file is damaged, foreign, or of another fingerprint.
-        """
-        self.add(sorted(done_shards(self.run_url) - self.done))
-        return self
-
-    def add(self, shards: Iterable[int]) -> None:
-        """Read the footers of these shards."""
-        new = list(shards)
-        if not new:
-            return
-        with ThreadPoolExecutor(min(32, len(new))) as pool:
-            footers = list(pool.map(lambda shard: read_footer(self.run_url, shard), new))
-        for footer in footers:
-            if footer.shard >= self.num_shards:
-                raise corrupt_shard(shard_url(self.run_url, footer.shard), f"the run has {self.num_shards} shards")
-            if self.fingerprint is not None and footer.fingerprint != self.fingerprint:
-                raise corrupt_shard(shard_url(self.run_url, footer.shard), "it has another label fingerprint")
-            self.done.add(footer.shard)
-            self.counts.update(footer.counts)
-            self.counts.update(detections=footer.num_detections, masks=footer.num_masks)
-            for stage, seconds in footer.stage_s.items():
-                self.stage_s[stage] = self.stage_s.get(stage, 0.0) + seconds
-            if footer.transient:
-                self.transient_shards.add(footer.shard)
-
-    @property
-    def images_done(self) -> int:
-        """Rows in finished shards."""
-        return self.counts["ok"] + self.counts["empty"] + self.counts["failed"]
-
-    def summary(self) -> dict[str, Any]:
-        """Counts for people and machines."""
-        return {
-            "images": self.num_images,
-            "done": self.images_done,
-            "ok": self.counts["ok"],
-            "empty": self.counts["empty"],
-            "failed": self.counts["failed"],
-            "left": self.num_images - self.images_done,
-            "detections": self.counts["detections"],
-            "masks": self.counts["masks"],
-            "shards": self.num_shards,
-            "shards_done": len(self.done),
-        }

@@ -13,25 +13,40 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from owlsam_ray import storage
 from owlsam_ray.errors import OwlsamError
-from owlsam_ray.ledger import Tally
+from owlsam_ray.tally import Tally
 
 PROGRESS_FILE = "progress.json"
+_FOOTERS_AT_ONCE = 256
+"""Read between two looks at whether to stop: on a disk a fraction of a second."""
+_CATCH_UP_PAUSE_S = 0.05
+"""Between two of these, for the threads that hand out work."""
 _log = logging.getLogger(__name__)
 
 
 class ProgressWatcher:
-    """Looks at the ledger now and then, and tells what it sees."""
+    """Looks at the ledger now and then, and tells what it sees.
 
-    def __init__(self, tally: Tally, *, interval_s: float, show: Callable[[dict[str, Any]], None]) -> None:
+    Footers of earlier attempts are read meanwhile, some at a time, so that work begins before they are all counted.
+    """
+
+    def __init__(
+        self,
+        tally: Tally,
+        *,
+        interval_s: float,
+        show: Callable[[dict[str, Any]], None],
+        file_name: str = PROGRESS_FILE,
+    ) -> None:
         """Prepare to watch.
 
         Args:
-            tally: counts of the run; already refreshed once, so that the rate is of this attempt alone.
+            tally: counts of the run or of a slice; looked at once already, so that the rate is of this attempt alone.
             interval_s: seconds between two looks.
             show: called with the state after each look.
+            file_name: of the file in the run directory that tells the state.
         """
         self._tally, self._interval_s, self._show = tally, interval_s, show
-        self._images_before = tally.images_done
+        self._url = storage.join(tally.run_url, file_name)
         self._start = time.monotonic()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -48,41 +63,44 @@ class ProgressWatcher:
         self._thread.join()
 
     def look(self) -> Tally:
-        """Refresh the tally, write `progress.json`, show the state.
+        """Refresh the tally to the last footer, write the state's file, show the state.
 
         Raises:
             IncompleteError: a shard file is damaged.
             OSError: storage refused.
         """
+        return self._look(None)
+
+    def _look(self, limit: int | None) -> Tally:
         with self._lock:
-            state = progress_state(
-                self._tally.refresh(),
-                seconds=time.monotonic() - self._start,
-                images_before=self._images_before,
-            )
-            storage.write_atomic(storage.join(self._tally.run_url, PROGRESS_FILE), json.dumps(state, indent=1).encode())
+            state = progress_state(self._tally.refresh(limit), seconds=time.monotonic() - self._start)
+            storage.write_atomic(self._url, json.dumps(state, indent=1).encode())
             self._show(state)
         return self._tally
 
     def _watch(self) -> None:
-        while not self._stop.wait(self._interval_s):
+        next_look = time.monotonic() + self._interval_s
+        while not self._stop.wait(_CATCH_UP_PAUSE_S if self._tally.unread else next_look - time.monotonic()):
             try:
-                self.look()
+                if time.monotonic() < next_look:
+                    self._tally.read_footers(_FOOTERS_AT_ONCE)
+                    continue
+                self._look(_FOOTERS_AT_ONCE)
             except (OSError, OwlsamError) as error:
                 # Telling is not worth stopping for; the main thread meets the same error where it matters.
                 _log.warning("cannot tell the progress: %s", error)
+                self._stop.wait(self._interval_s)
+            next_look = time.monotonic() + self._interval_s
 
 
-def progress_state(tally: Tally, *, seconds: float, images_before: int) -> dict[str, Any]:
+def progress_state(tally: Tally, *, seconds: float) -> dict[str, Any]:
     """Counts, rate and time left.
 
     Args:
         tally: counts of the run.
         seconds: since this attempt began.
-        images_before: images that were done when it began.
     """
-    fresh = tally.images_done - images_before
-    rate = fresh / seconds if seconds > 0 else 0.0
+    rate = tally.images_fresh / seconds if seconds > 0 else 0.0
     left = tally.num_images - tally.images_done
     return tally.summary() | {
         "images_per_s": round(rate, 3),

@@ -16,7 +16,6 @@ import pytest
 from owlsam_ray.errors import FailureClass, IncompleteError
 from owlsam_ray.ledger import (
     FOOTER_KEY,
-    Tally,
     done_shards,
     load_shard,
     read_footer,
@@ -190,35 +189,6 @@ def test_corrupt_shard_says_which_and_how_to_redo(tmp_path: Path, damage: str) -
     else:
         path.write_bytes(b"")
     with pytest.raises(IncompleteError) as caught:
-        Tally(str(tmp_path), num_images=100, num_shards=25, fingerprint="f").refresh()
+        read_footer(str(tmp_path), 5)
     assert str(path) in str(caught.value)
     assert "owlsam annotate" in str(caught.value)
-
-
-def test_tally_reads_each_footer_once(tmp_path: Path) -> None:
-    tally = Tally(str(tmp_path), num_images=12, num_shards=3, fingerprint="f")
-    write(str(tmp_path), 0)
-    assert tally.refresh().images_done == 4
-    Path(shard_url(str(tmp_path), 0)).write_bytes(b"not looked at again")
-    write(str(tmp_path), 2)
-    assert tally.refresh().images_done == 8
-    assert tally.summary() == {
-        "images": 12,
-        "done": 8,
-        "ok": 2,
-        "empty": 2,
-        "failed": 4,
-        "left": 4,
-        "detections": 6,
-        "masks": 4,
-        "shards": 3,
-        "shards_done": 2,
-    }
-    assert tally.transient_shards == {0, 2}
-
-
-@pytest.mark.parametrize(("num_shards", "fingerprint", "words"), [(1, "f", "the run has 1"), (9, "g", "fingerprint")])
-def test_tally_refuses_shards_of_another_run(tmp_path: Path, num_shards: int, fingerprint: str, words: str) -> None:
-    write(str(tmp_path), 1)
-    with pytest.raises(IncompleteError, match=words):
-        Tally(str(tmp_path), num_images=8, num_shards=num_shards, fingerprint=fingerprint).refresh()

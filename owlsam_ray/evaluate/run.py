@@ -49,12 +49,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
         "predictions": annotations,
         "reduce_score_threshold": provenance.get("score_threshold"),
         **summarize(truth, predictions, _kinds(truth, predictions), config.evaluate),
-        "speed": run_speed(
-            run_url,
-            num_images=manifest.num_images,
-            num_shards=manifest.num_shards,
-            fingerprint=record.fingerprint,
-        ),
+        "speed": run_speed(run_url, manifest, record.fingerprint),
     }
     text = json.dumps(evaluation, indent=1, allow_nan=False)
     storage.write_atomic(storage.join(run_url, EVALUATION_FILE), text.encode())

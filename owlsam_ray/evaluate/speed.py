@@ -5,19 +5,19 @@ import json
 from typing import Any
 
 from owlsam_ray import storage
-from owlsam_ray.ledger import Tally
+from owlsam_ray.manifest import Manifest
 from owlsam_ray.progress import PROGRESS_FILE
+from owlsam_ray.tally import Tally
 
 DETECTOR_STAGE, SEGMENTER_STAGE = "detect", "segment"
 
 
-def run_speed(run_url: str, *, num_images: int, num_shards: int, fingerprint: str) -> dict[str, Any]:
+def run_speed(run_url: str, manifest: Manifest, fingerprint: str) -> dict[str, Any]:
     """Busy seconds of the models, and the rate of the last attempt.
 
     Args:
         run_url: the run directory.
-        num_images: of the run.
-        num_shards: of the run.
+        manifest: of the run.
         fingerprint: that every shard must carry.
 
     Returns:
@@ -29,16 +29,17 @@ def run_speed(run_url: str, *, num_images: int, num_shards: int, fingerprint: st
     Raises:
         IncompleteError: a shard file is damaged or foreign.
     """
-    tally = Tally(run_url, num_images=num_images, num_shards=num_shards, fingerprint=fingerprint).refresh()
-    images = tally.counts["ok"] + tally.counts["empty"]
-    detector = tally.stage_s.get(DETECTOR_STAGE, 0.0) / images if images else None
-    segmenter = tally.stage_s.get(SEGMENTER_STAGE, 0.0) / images if images else None
+    tally = Tally(run_url, manifest, fingerprint).refresh()
+    counts, stage_s = tally.counts, tally.stage_s
+    images = counts["ok"] + counts["empty"]
+    detector = stage_s.get(DETECTOR_STAGE, 0.0) / images if images else None
+    segmenter = stage_s.get(SEGMENTER_STAGE, 0.0) / images if images else None
     total = detector + segmenter if detector is not None and segmenter is not None else None
     return {
         "images": images,
-        "detections": tally.counts["detections"],
-        "masks": tally.counts["masks"],
-        "stage_s": {stage: round(seconds, 3) for stage, seconds in sorted(tally.stage_s.items())},
+        "detections": counts["detections"],
+        "masks": counts["masks"],
+        "stage_s": {stage: round(seconds, 3) for stage, seconds in sorted(stage_s.items())},
         "detector_s_per_image": detector,
         "segmenter_s_per_image": segmenter,
         "models_s_per_image": total,
