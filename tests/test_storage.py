@@ -64,6 +64,44 @@ def test_only_old_temporaries_are_removed(tmp_path: Path) -> None:
     assert storage.remove_stale_temporaries("memory://nowhere") == 0
 
 
+def test_a_moved_file_is_whole_and_replaces_none(root: str) -> None:
+    old, new, other = (storage.join(root, *names) for names in (("a", "x.bin"), ("b", "c", "x.bin"), ("a", "y.bin")))
+    storage.write_atomic(old, b"one")
+    storage.move(old, new)
+    assert storage.read_bytes(new) == b"one"
+    assert storage.list_names(storage.join(root, "a")) == []
+    storage.write_atomic(other, b"two")
+    with pytest.raises(FileExistsError):
+        storage.move(other, new)
+    assert (storage.read_bytes(new), storage.read_bytes(other)) == (b"one", b"two")
+    with pytest.raises(FileNotFoundError):
+        storage.move(old, storage.join(root, "d"))
+
+
+def test_a_copy_that_fails_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_atomic("memory://bucket/move/x", b"one")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fsspec.filesystem("memory"), "pipe_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        storage.move("memory://bucket/move/x", "memory://bucket/moved/x")
+    assert storage.read_bytes("memory://bucket/move/x") == b"one"
+
+
+def test_temporary_files_and_free_space(tmp_path: Path) -> None:
+    for name in (".tmp-b", ".tmp-a", "shard"):
+        (tmp_path / name).touch()
+    assert storage.temporary_files(str(tmp_path)) == [".tmp-a", ".tmp-b"]
+    assert storage.temporary_files(str(tmp_path / "gone")) == storage.temporary_files("memory://nowhere") == []
+    assert storage.free_bytes("memory://nowhere") is None
+    free = storage.free_bytes(str(tmp_path / "not" / "made" / "yet"))
+    assert free is not None
+    assert free > 0
+    assert not (tmp_path / "not").exists()
+
+
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

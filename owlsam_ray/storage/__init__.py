@@ -20,9 +20,11 @@ from owlsam_ray.storage.reading import exists, is_directory, num_bytes, open_inp
 from owlsam_ray.storage.writing import (
     free_bytes,
     make_directory,
+    move,
     open_atomic,
     remove,
     remove_stale_temporaries,
+    temporary_files,
     try_writing,
     write_atomic,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "join",
     "list_names",
     "make_directory",
+    "move",
     "num_bytes",
     "open_atomic",
     "open_filesystem",
@@ -49,6 +52,7 @@ __all__ = [
     "read_range",
     "remove",
     "remove_stale_temporaries",
+    "temporary_files",
     "try_writing",
     "walk_files",
     "write_atomic",

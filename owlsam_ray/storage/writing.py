@@ -6,6 +6,7 @@ the two loses data.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from owlsam_ray.errors import InputError
 from owlsam_ray.storage.asking import ask, is_local, join, open_filesystem, open_url
 from owlsam_ray.storage.clients import Client
 from owlsam_ray.storage.listing import TEMPORARY_PREFIX
+from owlsam_ray.storage.reading import exists, read_bytes
 
 _LARGE = 50 * 2**20
 """From here on gcsfs, and from twice as much s3fs, uploads in parts."""
@@ -50,6 +52,27 @@ def remove(url: str) -> None:
     client, path = open_url(url)
     with contextlib.suppress(FileNotFoundError):
         ask(client, url, lambda: client.filesystem.rm_file(path, **_deadline(client)))
+
+
+def move(url: str, to: str) -> None:
+    """Give a file another name in the same storage. On an object store it is copied first: a crash leaves both.
+
+    Raises:
+        FileExistsError: there is a file of that name, which stays as it is.
+        FileNotFoundError, OSError: there is no file at `url`; it cannot be moved.
+    """
+    if exists(to):
+        raise FileExistsError(errno.EEXIST, "there is such a file already", to)
+    client, path = open_url(url)
+    if not is_local(client.filesystem):
+        write_atomic(to, read_bytes(url))
+        remove(url)
+        return
+    _, new_path = open_url(to)
+    os.makedirs(os.path.dirname(new_path), exist_ok=True)
+    os.rename(path, new_path)
+    for name in (path, new_path):
+        _sync_directory(os.path.dirname(name))
 
 
 def write_atomic(url: str, data: bytes | memoryview) -> None:
@@ -119,6 +142,14 @@ def _sync_directory(directory: str) -> None:
         os.close(descriptor)
 
 
+def temporary_files(url: str) -> list[str]:
+    """Sorted names of the temporary files in a local directory: of a writer at work, or left by a killed one."""
+    filesystem, path = open_filesystem(url)
+    if not is_local(filesystem) or not os.path.isdir(path):
+        return []
+    return sorted(name for name in os.listdir(path) if name.startswith(TEMPORARY_PREFIX))
+
+
 def remove_stale_temporaries(url: str, *, older_than_s: float = 3600.0) -> int:
     """Delete temporary files that a killed writer left in a local directory; returns how many.
 
@@ -137,6 +168,10 @@ def remove_stale_temporaries(url: str, *, older_than_s: float = 3600.0) -> int:
 
 
 def free_bytes(url: str) -> int | None:
-    """Free space of a local directory; None on an object store."""
+    """Free space where a local directory is, or would be; None on an object store."""
     filesystem, path = open_filesystem(url)
-    return shutil.disk_usage(path).free if is_local(filesystem) else None
+    if not is_local(filesystem):
+        return None
+    while not os.path.exists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
