@@ -10,6 +10,7 @@ checksums: of the data section, and of everything behind it. Together they cover
 import hashlib
 import json
 import re
+from collections import Counter
 from typing import Any
 
 import pyarrow as pa
@@ -46,6 +47,8 @@ class ShardFooter:
     num_masks: int
     stage_s: dict[str, float]
     """Busy seconds of each stage: the only content that may differ between attempts."""
+    failures: dict[str, int] | None = None
+    """Failed rows by class and first word of the reason, as `permanent truncated`; None in files of 0.1."""
     data_sha256: str | None = None
     """Of the bytes before the Parquet footer; None in files of 0.1."""
     footer_sha256: str | None = None
@@ -124,6 +127,8 @@ def _footer_of(rows: pa.Table) -> dict[str, Any]:
     """What the rows alone tell."""
     failed = pc.equal(rows["status"], "failed")
     transient = pc.fill_null(pc.equal(rows["status_class"], str(FailureClass.TRANSIENT)), False)
+    why = rows.select(["status_class", "reason"]).filter(failed).to_pylist()
+    failures = Counter(f"{row['status_class']} {(row['reason'] or '').split(':')[0]}" for row in why)
     return {
         "schema_version": SCHEMA_VERSION,
         "num_rows": rows.num_rows,
@@ -131,6 +136,7 @@ def _footer_of(rows: pa.Table) -> dict[str, Any]:
             status: pc.sum(pc.equal(rows["status"], status)).as_py() or 0 for status in ("ok", "empty", "failed")
         },
         "transient": pc.sum(pc.and_(failed, transient)).as_py() or 0,
+        "failures": dict(sorted(failures.items())),
         "num_detections": pc.sum(pc.list_value_length(rows["label"])).as_py() or 0,
         "num_masks": pc.count(pc.list_flatten(rows["mask_area"])).as_py(),
     }

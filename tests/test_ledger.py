@@ -66,6 +66,7 @@ def test_round_trip(tmp_path: Path, remote: bool) -> None:
     footer = read_footer(run, 7)
     assert footer.counts == {"ok": 1, "empty": 1, "failed": 2}
     assert (footer.transient, footer.num_detections, footer.num_masks, footer.num_rows) == (1, 3, 2, 4)
+    assert footer.failures == {"permanent truncated": 1, "transient fetch_failed": 1}
     assert footer.stage_s == {"decode": 0.1235}
 
 
@@ -127,11 +128,11 @@ def test_files_without_checksums_are_read(tmp_path: Path) -> None:
     write(str(tmp_path), 5)
     path = Path(shard_url(str(tmp_path), 5))
     fields = json.loads(pq.read_metadata(path).metadata[FOOTER_KEY])
-    del fields["data_sha256"], fields["footer_sha256"]
+    del fields["data_sha256"], fields["footer_sha256"], fields["failures"]
     table = pq.read_table(path).replace_schema_metadata({FOOTER_KEY: json.dumps(fields).encode()})
     pq.write_table(table, path, compression="zstd", row_group_size=64)
     footer, rows = load_shard(str(tmp_path), 5)
-    assert (footer.data_sha256, footer.footer_sha256, footer.num_detections) == (None, None, 3)
+    assert (footer.data_sha256, footer.footer_sha256, footer.failures, footer.num_detections) == (None, None, None, 3)
     assert rows.equals(predictions_to_table(PREDICTIONS))
 
 
