@@ -27,6 +27,7 @@ from owlsam_ray.settings import (
     DataConfig,
     DecodeConfig,
     DetectorConfig,
+    FakesConfig,
     Fraction,
     MappingName,
     Name,
@@ -171,15 +172,6 @@ class ResourcesConfig(Section):
                 "that lives would be taken over"
             )
         return self
-
-
-class FakesConfig(Section):
-    """What the models called `fake` do besides labelling: for tests. Changes no labels."""
-
-    delay_s: Annotated[float, Field(ge=0)] = 0.0
-    """Seconds that each call of the detector sleeps."""
-    poison: bool = False
-    """Pictures whose first pixel says so kill the process, as a broken decoder would: see `models/fakes.py`."""
 
 
 class ReduceConfig(Section):

@@ -14,9 +14,9 @@ batch is flushed before it is full only when no view of any shard is left to com
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from owlsam_ray.config import RunConfig
-from owlsam_ray.errors import FailureClass, ImageError
+from owlsam_ray.errors import FailureClass, ImageError, OwlsamError, PreflightError
 from owlsam_ray.models.load import load_detector, load_segmenter
 from owlsam_ray.models.protocols import Detector, Segmenter
 from owlsam_ray.models.sam_frame import boxes_to_sam_frame, input_size_hw
@@ -41,6 +41,7 @@ from owlsam_ray.stages.encode import encode_prediction
 from owlsam_ray.stages.segment import DecodedMasks, decode_boxes, pad_batch
 from owlsam_ray.stages.suppress import label_thresholds, suppress
 from owlsam_ray.stages.tile import View, merge_views, tile_views
+from owlsam_ray.watch import Watch
 
 STAGES = ("decode", "detect", "suppress", "segment", "encode")
 
@@ -119,6 +120,7 @@ class Engine:
         query_embeddings: Tensor,
         query_labels: Sequence[int],
         settings: EngineSettings,
+        watch: Watch | None = None,
     ) -> None:
         """Start the threads.
 
@@ -128,10 +130,12 @@ class Engine:
             query_embeddings: (Q, D) float32, the queries embedded once per run.
             query_labels: category index of each query.
             settings: thresholds and batch sizes.
+            watch: is told what the threads work on.
         """
         if len(query_labels) != len(query_embeddings):
             raise ValueError(f"{len(query_labels)} query labels for {len(query_embeddings)} query embeddings")
         self._detector, self._segmenter, self._settings = detector, segmenter, settings
+        self._watch = watch
         self._queries = query_embeddings.to(detector.device)
         self._query_labels = np.asarray(query_labels, np.int64)
         # Enough for one full batch of each model to form while every thread decodes: fewer could stand still.
@@ -176,6 +180,7 @@ class Engine:
 
         Raises:
             RuntimeError: a model call or a thread failed (not: an image failed); the engine is of no more use.
+            PreflightError: the same, of a batch that does not fit the GPU's memory.
         """
         job = _Job(images, [None] * len(images), len(images))
         with self._state:
@@ -194,6 +199,8 @@ class Engine:
         return [result for result in job.results if result is not None], job.stage_s
 
     def _raise_if_broken(self) -> None:
+        if isinstance(self._error, OwlsamError):
+            raise self._error
         if self._error is not None:
             raise RuntimeError(f"the engine broke: {self._error}") from self._error
 
@@ -224,13 +231,14 @@ class Engine:
         """Decode an image, and hand its views to the model thread one by one."""
         self._raise_if_broken()  # nobody waits for it any more
         try:
-            pixels = self._read(item)
+            with self._busy("decode", [item]):
+                pixels = self._read(item)
         except ImageError as error:
             self._finish_failed(item, error)
         else:
             for index, view in enumerate(item.views):
                 self._acquire(self._view_permits)
-                with self._timed("decode", [item]):
+                with self._timed("decode", [item]), self._busy("decode", [item]):
                     # A tile is copied: it is to have the strides, hence the arithmetic, of a picture of its own.
                     part = pixels if len(item.views) == 1 else pixels[view.y0 : view.y1, view.x0 : view.x1].copy()
                     model_input = self._detector.preprocess(part)
@@ -264,7 +272,7 @@ class Engine:
 
     def _encode(self, item: _Item, masks: DecodedMasks | None) -> None:
         try:
-            with self._timed("encode", [item]):
+            with self._timed("encode", [item]), self._busy("encode", [item]):
                 prediction = encode_prediction(
                     item.image.image_id,
                     item.size_hw,
@@ -334,12 +342,12 @@ class Engine:
 
     def _detect(self, batch: list[_View]) -> list[_Item]:
         """Find the boxes of a batch of views; returns the images that are complete and have boxes to segment."""
-        with self._timed("detect", [view.item for view in batch]):
-            inputs = pad_batch([view.input for view in batch], self._settings.detector_batch)
+        items = [view.item for view in batch]
+        with self._timed("detect", items), self._busy("model", items):
+            found = self._detect_padded([view.input for view in batch])
             self._view_permits.release(len(batch))
-            boxes, scores = self._detector.detect(inputs, self._queries)
         to_segment = []
-        for view, view_boxes, view_scores in zip(batch, boxes, scores, strict=False):  # the padding is left out
+        for view, (view_boxes, view_scores) in zip(batch, found, strict=True):
             item = view.item
             with self._timed("suppress", [item]):
                 try:
@@ -358,6 +366,28 @@ class Engine:
                 item.segmenter_input = None
                 self._submit_encode(item, None)
         return to_segment
+
+    def _detect_padded(self, inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Boxes and scores of each input, in one call; in several of the same shape when memory runs out.
+
+        Raises:
+            PreflightError: it does for a single one.
+        """
+        batch = pad_batch(inputs, self._settings.detector_batch)
+        try:
+            boxes, scores = self._detector.detect(batch, self._queries)
+        except torch.OutOfMemoryError:
+            _free_memory()
+            if len(inputs) == 1:
+                raise _does_not_fit(
+                    "detector_batch",
+                    self._settings.detector_batch,
+                    lambda size: self._detector.detect(batch[:size], self._queries),
+                ) from None
+        else:
+            return list(zip(boxes[: len(inputs)], scores[: len(inputs)], strict=True))
+        half = len(inputs) // 2
+        return self._detect_padded(inputs[:half]) + self._detect_padded(inputs[half:])
 
     def _select(self, view: _View, boxes: Tensor, scores: Tensor) -> None:
         """Keep what scores above the floor in one view; an offence waits for the image's last view."""
@@ -393,29 +423,69 @@ class Engine:
         item.masked = np.flatnonzero(item.detections.scores >= settings.segment.score_floor)
 
     def _segment(self, batch: list[_Item]) -> None:
-        inputs = [item.segmenter_input for item in batch if item.segmenter_input is not None]
-        image_size = self._segmenter.image_size
-        with self._timed("segment", batch):
-            embeddings = self._segmenter.encode(pad_batch(inputs, self._settings.segmenter_batch))
-            decoded = decode_boxes(
-                self._segmenter,
-                embeddings,
-                [
-                    boxes_to_sam_frame(
-                        item.detections.boxes_xyxy[item.masked], size_hw=item.size_hw, image_size=image_size
-                    )
-                    for item in batch
-                ],
-                input_sizes_hw=[input_size_hw(item.size_hw, image_size) for item in batch],
-                batch_size=self._settings.decoder_batch,
-                settings=self._settings.segment,
-            )
+        with self._timed("segment", batch), self._busy("model", batch):
+            decoded = self._segment_padded(batch)
         for item, masks in zip(batch, decoded, strict=True):
             item.segmenter_input = None
             self._submit_encode(item, masks)
 
+    def _segment_padded(self, batch: list[_Item]) -> list[DecodedMasks]:
+        """Masks of each image, from one encoder call; in several of the same shape when memory runs out.
+
+        Then the embeddings and masks of fewer images are held beside a call.
+
+        Raises:
+            PreflightError: it does for a single image.
+        """
+        settings, image_size = self._settings, self._segmenter.image_size
+        inputs = pad_batch(
+            [item.segmenter_input for item in batch if item.segmenter_input is not None], settings.segmenter_batch
+        )
+        boxes = [
+            boxes_to_sam_frame(item.detections.boxes_xyxy[item.masked], size_hw=item.size_hw, image_size=image_size)
+            for item in batch
+        ]
+        sizes = [input_size_hw(item.size_hw, image_size) for item in batch]
+
+        def decode(embeddings: Tensor, size: int) -> list[DecodedMasks]:
+            return decode_boxes(
+                self._segmenter,
+                embeddings,
+                boxes,
+                input_sizes_hw=sizes,
+                batch_size=size,
+                settings=settings.segment,
+            )
+
+        embeddings = None
+        try:
+            embeddings = self._segmenter.encode(inputs)
+            return decode(embeddings, settings.decoder_batch)
+        except torch.OutOfMemoryError:
+            _free_memory()
+            if len(batch) == 1 and embeddings is None:
+                raise _does_not_fit(
+                    "segmenter_batch", settings.segmenter_batch, lambda size: self._segmenter.encode(inputs[:size])
+                ) from None
+            if len(batch) == 1:
+                raise _does_not_fit(
+                    "decoder_batch",
+                    settings.decoder_batch,
+                    lambda size: decode(self._segmenter.encode(inputs), size),
+                    step=8,
+                ) from None
+        embeddings = None  # to be free while the halves are done
+        half = len(batch) // 2
+        return self._segment_padded(batch[:half]) + self._segment_padded(batch[half:])
+
     def _submit_encode(self, item: _Item, masks: DecodedMasks | None) -> None:
         self._pool.submit(self._encode, item, masks).add_done_callback(self._check)
+
+    def _busy(self, kind: str, items: Sequence[_Item]) -> AbstractContextManager[None]:
+        """Tell the watch, if there is one."""
+        if self._watch is None:
+            return nullcontext()
+        return self._watch.busy(kind, [item.image.image_id for item in items])
 
     @contextmanager
     def _timed(self, stage: str, items: Sequence[_Item]) -> Iterator[None]:
@@ -430,6 +500,40 @@ class Engine:
                     item.job.stage_s[stage] += share
 
 
+def _free_memory() -> None:
+    """Give back what the allocator keeps for later: it may be in pieces that are too small."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _does_not_fit(setting: str, size: int, call: Callable[[int], object], *, step: int = 1) -> PreflightError:
+    """The error of a model call that runs out of memory, with the size that fits.
+
+    Args:
+        setting: of `resources`.
+        size: that does not fit.
+        call: makes a call of another size.
+        step: sizes are multiples of it.
+    """
+    smaller = size // 2 // step * step
+    while smaller >= step:
+        try:
+            call(smaller)
+        except torch.OutOfMemoryError:
+            _free_memory()
+            smaller = smaller // 2 // step * step
+            continue
+        return PreflightError(
+            f"a model call with resources.{setting} {size} runs out of GPU memory, and one with {smaller} does not: "
+            f"call again with --set resources.{setting}={smaller}. That is other numerics: a run that has finished "
+            "shards needs --allow-numerics-change as well."
+        )
+    return PreflightError(
+        f"a model call runs out of GPU memory, whatever resources.{setting} is ({size} was asked for): take a GPU with "
+        "more memory, set resources.dtype=bf16, or leave the GPU to one actor (resources.gpus_per_actor=1)."
+    )
+
+
 def load_engine(
     config: RunConfig,
     allocation: Allocation,
@@ -438,6 +542,7 @@ def load_engine(
     query_embeddings: Tensor,
     query_labels: Sequence[int],
     category_names: Sequence[str],
+    watch: Watch | None = None,
 ) -> Engine:
     """Load both models onto one device and start an engine.
 
@@ -448,6 +553,7 @@ def load_engine(
         query_embeddings: (Q, D) float32.
         query_labels: category index of each query.
         category_names: of the run, for the thresholds of single categories.
+        watch: is told what the threads work on.
 
     Raises:
         WeightsError: weights do not fit.
@@ -457,7 +563,7 @@ def load_engine(
     device = torch.device(allocation.device)
     dtype = torch.bfloat16 if config.resources.dtype == "bf16" else torch.float32
     return Engine(
-        load_detector(config.detector, models.detector, device=device, dtype=dtype),
+        load_detector(config.detector, models.detector, device=device, dtype=dtype, fakes=config.fakes),
         load_segmenter(config.segment, models.segmenter, device=device, dtype=dtype),
         query_embeddings=query_embeddings,
         query_labels=query_labels,
@@ -473,4 +579,5 @@ def load_engine(
             threads=allocation.threads,
             label_thresholds=thresholds,
         ),
+        watch=watch,
     )

@@ -15,10 +15,6 @@ from torch import Tensor
 
 from owlsam_ray import storage
 from owlsam_ray.errors import ImageError, InputError
-from owlsam_ray.models.owl import Owl
-from owlsam_ray.models.owl_exemplars import exemplar_embedding
-from owlsam_ray.models.owl_text import embed_texts
-from owlsam_ray.models.owl_weights import ready
 from owlsam_ray.settings import DecodeConfig, DetectorConfig, Exemplar
 from owlsam_ray.stages.decode import decode_image
 from owlsam_ray.vocabulary import Query
@@ -53,6 +49,18 @@ def embed_queries(
         InputError: a prompt is too long; the picture of an exemplar cannot be read; a box leaves its picture.
         WeightsError: the weights are missing something, or do not fit.
     """
+    # What a model needs is imported when there is one: transformers takes seconds, and a fake needs none.
+    if settings.model == "fake":
+        from owlsam_ray.models.fakes import fake_query
+
+        return torch.stack(
+            [
+                fake_query(query.prompts if query.exemplar is None else [str(index)])
+                for index, query in enumerate(queries)
+            ]
+        )
+    from owlsam_ray.models.owl_text import embed_texts
+
     device = device or torch.device("cpu")
     rows: dict[int, Tensor] = {}
     # Exemplars first: a wrong path is told before a large vocabulary is embedded, which can take minutes.
@@ -73,6 +81,10 @@ def _embed_exemplars(
     exemplars: Mapping[int, Exemplar], weights: Path, settings: DetectorConfig, device: torch.device
 ) -> dict[int, Tensor]:
     """(D,) ready to be asked with, for each exemplar; one picture in memory at a time, the model while it lasts."""
+    from owlsam_ray.models.owl import Owl
+    from owlsam_ray.models.owl_exemplars import exemplar_embedding
+    from owlsam_ray.models.owl_weights import ready
+
     detector = Owl.load(weights, settings, device=device, dtype=torch.float32)
     rows = {
         index: ready(exemplar_embedding(detector, _read(exemplar), exemplar.box))
@@ -86,6 +98,8 @@ def _embed_exemplars(
 
 def _average(units: Tensor, ensemble: Literal["embeddings", "logits"]) -> Tensor:
     """(T, D) text embeddings of the prompts of one query to (D,)."""
+    from owlsam_ray.models.owl_weights import ready
+
     if len(units) == 1:
         return ready(units[0])
     return ready(units.mean(dim=0)) if ensemble == "embeddings" else ready(units).mean(dim=0)

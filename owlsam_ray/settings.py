@@ -478,3 +478,12 @@ class SegmentConfig(Section):
     """Parts of a mask with fewer pixels are removed; its largest part always stays."""
 
     _fake_has_no_weights = model_validator(mode="before")(_without_weights)
+
+
+class FakesConfig(Section):
+    """What the models called `fake` do besides labelling: for tests. Changes no labels."""
+
+    delay_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that each call of the detector sleeps."""
+    poison: bool = False
+    """Pictures whose first pixel says so kill the process, as a broken decoder would: see `models/fakes.py`."""

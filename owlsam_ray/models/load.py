@@ -1,18 +1,21 @@
-"""Which class holds which model: from settings to a detector and a segmenter."""
+"""Which class holds which model: from settings to a detector and a segmenter.
+
+Each is imported when it is asked for: transformers and timm take seconds, and a fake needs neither.
+"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from owlsam_ray.models import mobile_sam, owl_weights, sam
-from owlsam_ray.models.hub import resolve_weights
-from owlsam_ray.models.mobile_sam import MobileSam
-from owlsam_ray.models.owl import Owl
-from owlsam_ray.models.owl_preprocess import make_preprocessing
-from owlsam_ray.models.protocols import Detector, Segmenter
-from owlsam_ray.models.sam import Sam
 from owlsam_ray.models.weights import ModelPaths
-from owlsam_ray.settings import DetectorConfig, SegmentConfig
+from owlsam_ray.settings import DetectorConfig, FakesConfig, SegmentConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from owlsam_ray.models.protocols import Detector, Segmenter
+
+FAKES = Path(__file__).parent / "fakes.py"
+"""What stands for the weights of a fake: another version of it makes other labels."""
 
 
 def find_models(detector: DetectorConfig, segment: SegmentConfig) -> ModelPaths:
@@ -22,33 +25,74 @@ def find_models(detector: DetectorConfig, segment: SegmentConfig) -> ModelPaths:
         WeightsError: something is missing, damaged, or does not fit the settings.
         ConfigError: `detector.image_size` is no multiple of the model's patch size.
     """
-    detector_path = resolve_weights(detector.weights, setting="detector.weights")
-    owl_weights.check_weights(detector_path, detector.model)
-    make_preprocessing(detector_path, detector)
-    if segment.model == "sam":
-        segmenter_path = resolve_weights(segment.weights, setting="segment.weights")
-        sam.check_weights(segmenter_path)
-    else:
-        segmenter_path = Path(segment.weights)
-        mobile_sam.check_weights(segment.weights)
-    return ModelPaths(detector_path, segmenter_path)
+    return ModelPaths(_find_detector(detector), _find_segmenter(segment))
 
 
-def load_detector(settings: DetectorConfig, path: Path, *, device: torch.device, dtype: torch.dtype) -> Detector:
+def _find_detector(settings: DetectorConfig) -> Path:
+    if settings.model == "fake":
+        return FAKES
+    from owlsam_ray.models import owl_weights
+    from owlsam_ray.models.hub import resolve_weights
+    from owlsam_ray.models.owl_preprocess import make_preprocessing
+
+    path = resolve_weights(settings.weights, setting="detector.weights")
+    owl_weights.check_weights(path, settings.model)
+    make_preprocessing(path, settings)
+    return path
+
+
+def _find_segmenter(settings: SegmentConfig) -> Path:
+    if settings.model == "fake":
+        return FAKES
+    if settings.model == "sam":
+        from owlsam_ray.models import sam
+        from owlsam_ray.models.hub import resolve_weights
+
+        path = resolve_weights(settings.weights, setting="segment.weights")
+        sam.check_weights(path)
+        return path
+    from owlsam_ray.models import mobile_sam
+
+    mobile_sam.check_weights(settings.weights)
+    return Path(settings.weights)
+
+
+def load_detector(
+    settings: DetectorConfig,
+    path: Path,
+    *,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    fakes: FakesConfig = FakesConfig(),  # noqa: B008 (frozen)
+) -> "Detector":
     """The detector that the settings describe, without its text tower.
 
     Raises:
         WeightsError: weights and settings do not fit.
     """
+    if settings.model == "fake":
+        from owlsam_ray.models.fakes import FakeDetector
+
+        return FakeDetector(delay_s=fakes.delay_s, poison=fakes.poison)
+    from owlsam_ray.models.owl import Owl
+
     return Owl.load(path, settings, device=device, dtype=dtype)
 
 
-def load_segmenter(settings: SegmentConfig, path: Path, *, device: torch.device, dtype: torch.dtype) -> Segmenter:
+def load_segmenter(settings: SegmentConfig, path: Path, *, device: "torch.device", dtype: "torch.dtype") -> "Segmenter":
     """The segmenter that the settings describe.
 
     Raises:
         WeightsError: weights and settings do not fit.
     """
+    if settings.model == "fake":
+        from owlsam_ray.models.fakes import FakeSegmenter
+
+        return FakeSegmenter()
     if settings.model == "sam":
+        from owlsam_ray.models.sam import Sam
+
         return Sam.load(path, device=device, dtype=dtype)
+    from owlsam_ray.models.mobile_sam import MobileSam
+
     return MobileSam.load(str(path), device=device, dtype=dtype)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Owlv2Config, Owlv2ForObjectDetection, Ow
 from owlsam_ray.errors import WeightsError
 from owlsam_ray.models.weights import check_layout, find_safetensors, read_config, read_safetensors_shapes
 
-Family = Literal["owlvit", "owlv2"]
+Family = Literal["owlvit", "owlv2", "fake"]
 OwlModel: TypeAlias = OwlViTForObjectDetection | Owlv2ForObjectDetection
 OwlConfig: TypeAlias = OwlViTConfig | Owlv2Config
 
