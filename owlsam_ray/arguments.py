@@ -32,9 +32,12 @@ output for all images of the dataset. Larger samples tell more: with few, a GPU'
     "annotate": """examples:
   owlsam annotate jobs/coco.yaml --run runs/coco
   owlsam annotate jobs/coco.yaml --run runs/coco --set resources.actors=2 --set resources.detector_batch=16
+  owlsam annotate jobs/coco.yaml --run s3://bucket/runs/coco --slice 3/16      # one of sixteen calls, anywhere
+  owlsam annotate jobs/coco.yaml --run runs/coco --retry-failed truncated      # these files were mended
 
 Call the same command again after any interruption: finished shards are kept, nothing is labelled twice.
-Plans first when that was not done.""",
+Plans first when that was not done. SIGINT, SIGTERM and SIGUSR1 let the shards in hand finish (resources.grace_s), then
+the exit code is 75. Images that storage gave up on are tried once more at the end of every call.""",
     "preview": """examples:
   owlsam preview photo.jpg --prompts "a cat" "a remote control" --run-file run.yaml
   owlsam preview photos/ --run-file run.yaml --min-score 0.2 --out sheet.png
@@ -204,6 +207,23 @@ def _add_annotate_options(command: argparse.ArgumentParser) -> None:
         "--allow-numerics-change",
         action="store_true",
         help="go on with another device, dtype, model batch or library version than earlier attempts",
+    )
+    command.add_argument(
+        "--slice",
+        default="1/1",
+        metavar="I/N",
+        help="only every N-th shard, from the I-th on: N calls, on as many machines, share the run (default: 1/1)",
+    )
+    command.add_argument(
+        "--takeover", action="store_true", help="stop an attempt that works on this slice, and go on in its place"
+    )
+    command.add_argument(
+        "--retry-failed",
+        nargs="?",
+        const="failed",
+        metavar="REASON",
+        help="then try failed images again: all but quarantined ones, or those of a class (transient, permanent, "
+        "quarantined) or a reason (truncated, missing, …)",
     )
 
 

@@ -3,9 +3,7 @@
 import argparse
 import json
 import logging
-import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +29,7 @@ from owlsam_ray.errors import (
     InterruptedRunError,
     OwlsamError,
 )
+from owlsam_ray.stopping import as_interrupts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,9 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     console = Console(stderr=True)
     _start_log(console, "info")
-    if threading.current_thread() is threading.main_thread():
-        # As Ctrl-C, until `annotate` has its own: a scheduler's stop is no failure.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    as_interrupts()  # until `annotate` has handlers of its own
     start = time.monotonic()
     summary: dict[str, Any] = {"command": options.command}
     try:
@@ -95,13 +92,17 @@ def _tell(error: OwlsamError, summary: dict[str, Any]) -> ExitCode:
 
 
 def _plan(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.fence import claim_setup
     from owlsam_ray.guard import check_writable, run_directory
     from owlsam_ray.plan import plan_run
     from owlsam_ray.progress import CountDisplay
     from owlsam_ray.selection import selection_of
 
     check_writable(run_directory(config))
-    with CountDisplay(console, interval_s=config.logging.progress_s) as display:
+    with (
+        claim_setup(run_directory(config), config.resources),
+        CountDisplay(console, interval_s=config.logging.progress_s) as display,
+    ):
         plan = plan_run(config, extend=options.extend, show=display.show)
     if not plan.new:
         selected = selection_of(config.plan)
@@ -132,13 +133,21 @@ def _annotate(config: RunConfig, options: argparse.Namespace, console: Console) 
 
     export_ray_environment(config.resources.auth_mode)
 
-    from owlsam_ray.annotate import annotate_run
+    from owlsam_ray.annotate import AttemptOptions, annotate_run
+    from owlsam_ray.fence import Slice
     from owlsam_ray.guard import load_record, run_directory
     from owlsam_ray.progress import LazyDisplay
+    from owlsam_ray.redo import Retry
     from owlsam_ray.reduce.proof import check_failures
 
+    wanted = AttemptOptions(
+        part=Slice.parse(options.slice),
+        takeover=options.takeover,
+        retry=None if options.retry_failed is None else Retry(options.retry_failed),
+        allow_numerics_change=options.allow_numerics_change,
+    )
     with LazyDisplay(console) as display:
-        counts = annotate_run(config, allow_numerics_change=options.allow_numerics_change, show=display.show)
+        counts = annotate_run(config, wanted, show=display.show)
     record = load_record(run_directory(config))
     counts["fingerprint"] = record.fingerprint[:16] if record is not None and record.fingerprint else None
     check_failures(config.reduce.max_failed, counts)

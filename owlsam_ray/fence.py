@@ -31,9 +31,12 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from owlsam_ray import storage
+from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.errors import AttemptLiveError, ConfigError, ExitCode, OwlsamError
 
 ATTEMPTS = "attempts"
+LABEL, SETUP = "label", "setup"
+"""What an attempt excludes others from: labelling a slice; planning, embedding and writing run.json."""
 _ENDED = ".ended.json"
 _LIVE = ".json"
 _FENCED = ".fenced"
@@ -86,7 +89,7 @@ class AttemptRecord(BaseModel):
 
     id: str
     scope: str
-    """What it excludes others from: `label`, or `setup` (planning, embedding, writing run.json)."""
+    """`LABEL` or `SETUP`."""
     slice: str
     host: str
     pid: int
@@ -97,7 +100,7 @@ class AttemptRecord(BaseModel):
     beat: int = 0
     """Rises while it lives."""
     state: str = "claiming"
-    """`claiming`: it looks for others; `running`."""
+    """`claiming`: it looks for others; `waiting`: it has seen some; `running`."""
     progress: dict[str, Any] | None = None
     """Of its slice, as in progress.json."""
     last_error: str | None = None
@@ -112,7 +115,7 @@ class AttemptRecord(BaseModel):
 
 
 class Attempt:
-    """This process's attempt: a context that shows life until it is left."""
+    """The attempt of this process: a context that shows life until it is left."""
 
     def __init__(self, run_url: str, record: AttemptRecord, heartbeat_s: float) -> None:
         self.run_url = run_url
@@ -147,7 +150,7 @@ class Attempt:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        if self.record.state == "claiming":  # it never worked: nothing to remember
+        if self.record.state != "running" or self.record.scope != LABEL:  # nothing to remember
             storage.remove(_url(self.run_url, self.id, _LIVE))
             return
         self.record.ended, self.record.exit_code = _now(), _exit_code(error)
@@ -248,6 +251,18 @@ def claim(
         yield attempt
 
 
+def claim_setup(run_url: str, resources: ResourcesConfig) -> contextlib.AbstractContextManager[Attempt]:
+    """While this context lasts no other process plans the run, or writes its `run.json`: it waits instead."""
+    return claim(
+        run_url,
+        scope=SETUP,
+        part=Slice(),
+        heartbeat_s=resources.heartbeat_s,
+        takeover_s=resources.takeover_s,
+        patient=True,
+    )
+
+
 @dataclass
 class _Watched:
     """Another attempt, as seen from here."""
@@ -272,25 +287,37 @@ class _Observer:
     told: set[str] = field(default_factory=set)
 
     def wait_for_the_slice(self) -> None:
-        """Return once nobody stands in the way."""
+        """Return once nobody stands in the way.
+
+        Who enters has said `claiming`, and then seen that everybody else is `waiting`. Of two that claim at the same
+        time at least the later one to look sees the other, so they cannot both enter. The one with the larger id says
+        `waiting`, and claims anew when the way is free.
+        """
         while True:
             others = [other for other in live_attempts(self.mine.run_url) if self._is_in_the_way(other)]
+            if not others and self.mine.record.state == "claiming":
+                return
             for other in others:
                 self._consider(other)
-            if not others:
-                return
-            time.sleep(min(0.5, self.takeover_s / 20))
+            first = all(other.state == "claiming" and other.id > self.mine.id for other in others)
+            state = "claiming" if first else "waiting"
+            if state != self.mine.record.state:
+                self.mine.record.state = state
+                self.mine.save()
+            elif others:
+                time.sleep(min(0.5, self.takeover_s / 20))
 
     def _is_in_the_way(self, other: AttemptRecord) -> bool:
         mine = self.mine.record
-        return other.id != mine.id and other.scope == mine.scope and self.part.overlaps(Slice.parse(other.slice))
+        return (
+            other.id != mine.id
+            and other.scope == mine.scope
+            and other.state != "waiting"
+            and self.part.overlaps(Slice.parse(other.slice))
+        )
 
     def _consider(self, other: AttemptRecord) -> None:
-        """Take over what is dead; refuse, or go on waiting, for what lives.
-
-        Of two that claim at the same time the one with the smaller id goes first. It waits for the other's answer,
-        since that one may have looked before this one was there, and then works already.
-        """
+        """Take over what is dead; refuse, or go on waiting, for what lives."""
         if _is_dead_here(other):
             _log.warning("the attempt %s is dead: going on in its place", other.where)
             self._take_over(other)
@@ -337,9 +364,7 @@ def fence(run_url: str, attempt_id: str, *, by: str) -> None:
 def live_attempts(run_url: str) -> list[AttemptRecord]:
     """Attempts that have not ended in an orderly way, by rising id: they live, or were killed."""
     names = storage.list_names(storage.join(run_url, ATTEMPTS))
-    return read_attempts(
-        run_url, [name for name in names if name.endswith(_LIVE) and not name.endswith(_ENDED)]
-    )
+    return read_attempts(run_url, [name for name in names if name.endswith(_LIVE) and not name.endswith(_ENDED)])
 
 
 def ended_attempts(run_url: str) -> list[AttemptRecord]:

@@ -2,33 +2,33 @@
 
 One block is one shard is one file, from fetch to sink: a block carries the shard's number first, then its encoded
 bytes, then its rows. Ray may neither split nor merge blocks, and the sink refuses a partial shard. Shards are handed to
-Ray in waves, so that starting up stays flat however many there are.
+Ray in waves, so that starting up stays flat however many there are. With `Job.retry` a block holds only those images of
+a finished shard that failed, and the sink puts their rows into its file.
 """
 
 import json
-import logging
-import socket
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data.block import BlockAccessor
 from ray.data.datasource import Datasink
 
-from owlsam_ray import storage
+from owlsam_ray import crumbs, storage
 from owlsam_ray.config import RunConfig
+from owlsam_ray.crumbs import MAX_STRIKES
 from owlsam_ray.fetch import FETCHED_SCHEMA, fetch_shard, to_images
 from owlsam_ray.guard import QUERY_FILE, RunRecord
 from owlsam_ray.ledger import write_shard
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.models.weights import ModelPaths
-from owlsam_ray.resources import Allocation, export_ray_environment
+from owlsam_ray.redo import Retry, find_failed, replace_rows
+from owlsam_ray.resources import Allocation
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 
-_log = logging.getLogger(__name__)
 # The named parameters that the warning asks for are not there yet in the release that gives it.
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
@@ -53,16 +53,44 @@ class Job:
     allocation: Allocation
     models: ModelPaths
     """Local paths that the weights resolved to; the same on every node."""
+    attempt: str
+    """Name of the attempt."""
     stop_url: str
     """Once this file exists no shard is begun any more."""
+    fence_url: str
+    """Once this file exists nothing is written any more: another attempt has taken over."""
+    retry: Retry | None = None
+    """Which failed rows of finished shards to do; None: shards that are not finished."""
 
     def enter(self) -> None:
         """What a process does first: ask storage as the run file says."""
         storage.configure(self.config.storage.policy())
 
     def stopping(self) -> bool:
-        """Whether the attempt was asked to stop."""
-        return storage.exists(self.stop_url)
+        """Whether the attempt was asked to stop, or was taken over."""
+        return storage.exists(self.stop_url) or self.fenced()
+
+    def fenced(self) -> bool:
+        """Whether another attempt has taken over."""
+        return storage.exists(self.fence_url)
+
+    def write(self, shard: int, rows: pa.Table, stage_s: dict[str, float]) -> None:
+        """Write a shard, or the rows of it that were done again.
+
+        Raises:
+            OSError: storage refused.
+        """
+        if self.retry is not None:
+            replace_rows(self.run_url, shard, rows, stage_s=stage_s)
+            return
+        write_shard(
+            self.run_url,
+            shard,
+            rows,
+            fingerprint=self.record.fingerprint or "",
+            numerics=self.record.numerics_id,
+            stage_s=stage_s,
+        )
 
 
 class FetchShard:
@@ -76,12 +104,19 @@ class FetchShard:
         self._job.enter()
         if self._job.stopping():
             return FETCHED_SCHEMA.empty_table()
-        config = self._job.config
+        job, shard = self._job, block["shard"][0].as_py()
+        positions = None
+        if job.retry is not None:
+            positions = find_failed(job.run_url, shard, job.retry).plain
+            if not positions:
+                return FETCHED_SCHEMA.empty_table()
         return fetch_shard(
-            self._job.manifest,
-            block["shard"][0].as_py(),
-            threads=config.resources.fetch_threads,
-            max_file_mb=config.decode.max_file_mb,
+            job.manifest,
+            shard,
+            threads=job.config.resources.fetch_threads,
+            max_file_mb=job.config.decode.max_file_mb,
+            deadline_s=job.config.resources.fetch_deadline_s,
+            positions=positions,
         )
 
 
@@ -96,9 +131,13 @@ class Annotator:
         from safetensors.torch import load as load_safetensors
 
         from owlsam_ray.engine import load_engine
+        from owlsam_ray.watched_work import WatchedWork
 
         self._job = job
         job.enter()
+        # What those before this one died of: a process that Ray starts again finds the crumbs of the last one.
+        self._strikes = crumbs.strikes(crumbs.list_crumbs(job.run_url))
+        self._watched = WatchedWork(job.run_url, job.attempt, job.config.resources)
         torch.set_num_threads(job.allocation.torch_threads)
         # fp32 means fp32 (TF32 keeps ten bits of it), and a convolution must not be another one from call to call.
         torch.backends.cudnn.allow_tf32 = False
@@ -110,13 +149,21 @@ class Annotator:
             query_embeddings=load_safetensors(storage.read_bytes(storage.join(job.run_url, QUERY_FILE)))["queries"],
             query_labels=job.record.query_labels,
             category_names=job.record.category_names,
+            watch=self._watched.watch,
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """`FETCHED_SCHEMA` of one shard to its `ROWS_SCHEMA`; no rows once the attempt was asked to stop."""
+        """`FETCHED_SCHEMA` of one shard to its `ROWS_SCHEMA`.
+
+        No rows once the attempt was asked to stop, and of a shard that processes died with.
+        """
         if block.num_rows == 0 or self._job.stopping():
             return ROWS_SCHEMA.empty_table()
-        predictions, stage_s = self._engine.annotate(to_images(block))
+        shard = block["shard"][0].as_py()
+        if self._strikes.get(shard, 0) >= MAX_STRIKES:
+            return ROWS_SCHEMA.empty_table()
+        with self._watched.in_hand(shard):
+            predictions, stage_s = self._engine.annotate(to_images(block))
         rows = predictions_to_table(predictions)
         for name in ("shard", "shard_rows"):
             rows = rows.append_column(name, block[name])
@@ -128,10 +175,7 @@ class ShardSink(Datasink[list[int]]):
     """Writes every block as the file of its shard, and refuses a block that is not exactly one shard."""
 
     def __init__(self, job: Job) -> None:
-        self._run_url = job.run_url
-        self._enter = job.enter
-        self._fingerprint = job.record.fingerprint or ""
-        self._numerics = job.record.numerics_id
+        self._job = job
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> list[int]:
         """Write the shards of these blocks; returns their numbers.
@@ -140,7 +184,7 @@ class ShardSink(Datasink[list[int]]):
             ValueError: a block holds a part of a shard, or more than one.
             OSError: storage refused.
         """
-        self._enter()
+        self._job.enter()
         written = []
         for block in blocks:
             rows = BlockAccessor.for_block(block).to_arrow()
@@ -149,14 +193,9 @@ class ShardSink(Datasink[list[int]]):
             shards, sizes = rows["shard"].unique().to_pylist(), rows["shard_rows"].unique().to_pylist()
             if len(shards) != 1 or sizes != [rows.num_rows]:
                 raise ValueError(f"a block of {rows.num_rows} rows is not one whole shard: shards {shards} of {sizes}")
-            write_shard(
-                self._run_url,
-                shards[0],
-                rows.select(PREDICTION_SCHEMA.names),
-                fingerprint=self._fingerprint,
-                numerics=self._numerics,
-                stage_s=json.loads(rows["stage_s"][0].as_py()),
-            )
+            if self._job.fenced():
+                break
+            self._job.write(shards[0], rows.select(PREDICTION_SCHEMA.names), json.loads(rows["stage_s"][0].as_py()))
             written.append(shards[0])
         return written
 
@@ -186,7 +225,9 @@ def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
             ),
             num_cpus=allocation.cpus_per_actor,
             num_gpus=allocation.gpus_per_actor,
-            max_task_retries=2,  # the default, for ever, would hang on an image that kills its process
+            # More often than a shard is begun at all: after MAX_STRIKES deaths the actor gives it back. For ever, which
+            # is the default, would hide an actor that dies of something else.
+            max_task_retries=MAX_STRIKES + 2,
         )
     )
 
@@ -202,70 +243,54 @@ def run_wave(job: Job, shards: Sequence[int]) -> None:
     )
 
 
-class RaySettings(Protocol):
-    """What `start_ray` reads of a section `resources`."""
+def run_isolated(job: Job, shards: Mapping[int, Sequence[str]]) -> None:
+    """Label shards that processes died with, each in a process of its own, and write their files.
 
-    @property
-    def ray_address(self) -> str | None:
-        """An existing cluster; None: start one here."""
-
-    @property
-    def num_cpus(self) -> int | None:
-        """CPUs of the one that is started."""
-
-    @property
-    def object_store_mb(self) -> int | None:
-        """Object store of the one that is started."""
-
-    @property
-    def auth_mode(self) -> str:
-        """Ray's RAY_AUTH_MODE."""
-
-
-def start_ray(resources: RaySettings, *, level: str) -> bool:
-    """Connect to a cluster, or start Ray on this machine; False when this process already had one.
+    Args:
+        job: of the attempt.
+        shards: number → names of its crumbs.
 
     Raises:
-        ConnectionError: no cluster answers at `ray_address`.
+        OwlsamError: the attempt cannot go on.
+        ray.exceptions.RayError: a process died, but not of an image.
     """
-    if ray.is_initialized():
-        return False
-    _check_answers(resources.ray_address)
-    export_ray_environment(resources.auth_mode)
-    quiet = logging.INFO if level == "debug" else logging.ERROR
-    local: dict[str, Any] = {}
-    if resources.ray_address is None:
-        local = {"num_cpus": resources.num_cpus, "include_dashboard": False}
-        if resources.object_store_mb is not None:
-            local["object_store_memory"] = resources.object_store_mb * 2**20
-    ray.init(
-        # "local" never joins a cluster that happens to run on this machine.
-        address=resources.ray_address or "local",
-        logging_level=quiet,
-        log_to_driver=level == "debug",
-        **local,
+    allocation = job.allocation
+    task = ray.remote(num_cpus=allocation.cpus_per_actor, num_gpus=allocation.gpus_per_actor, max_retries=0)(_isolate)
+    waiting = list(shards.items())
+    running: list[Any] = []
+    while waiting or running:
+        if job.stopping():
+            for each in running:
+                ray.cancel(each, force=True)
+            return
+        while waiting and len(running) < allocation.actors:
+            shard, names = waiting.pop(0)
+            running.append(task.remote(job, shard, tuple(names)))
+        done, running = ray.wait(running, timeout=1.0)
+        ray.get(done)
+
+
+def _isolate(job: Job, shard: int, crumb_names: Sequence[str]) -> None:
+    """One shard, in a process on the node that Ray chooses."""
+    from owlsam_ray.isolate import IsolationTask, isolate_shard
+
+    job.enter()
+    positions = None
+    if job.retry is not None:
+        failed = find_failed(job.run_url, shard, job.retry)
+        positions = tuple(sorted(failed.plain + failed.quarantined))
+    rows, stage_s = isolate_shard(
+        IsolationTask(
+            run_url=job.run_url,
+            shard=shard,
+            positions=positions,
+            config=job.config,
+            record=job.record,
+            manifest=job.manifest,
+            allocation=job.allocation,
+            models=job.models,
+            suspects=crumbs.suspects(job.run_url, crumb_names),
+        )
     )
-    for name in ("ray.data", "ray"):
-        logging.getLogger(name).setLevel(quiet)
-    return True
-
-
-def _check_answers(address: str | None) -> None:
-    """Ray itself tries for minutes."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return  # none, or "auto"
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        raise ConnectionError(f"no cluster answers at resources.ray_address {address}: {error}") from None
-
-
-def cluster_totals() -> dict[str, float]:
-    """CPUs, GPUs and object store bytes of the cluster."""
-    totals = ray.cluster_resources()
-    return {
-        "num_cpus": totals.get("CPU", 0.0),
-        "num_gpus": totals.get("GPU", 0.0),
-        "store_bytes": totals.get("object_store_memory", 0.0),
-    }
+    if not job.fenced():
+        job.write(shard, rows, stage_s)

@@ -1,16 +1,15 @@
-"""Failed rows of finished shards, tried again: only these images are fetched and labelled, and each shard is rewritten
-whole or not at all.
+"""Failed rows of finished shards, tried again.
+
+Only these images are fetched and labelled, and each shard is rewritten whole or not at all.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from owlsam_ray import storage
 from owlsam_ray.errors import FailureClass
-from owlsam_ray.ledger import corrupt_shard, read_footer, shard_url, write_shard
+from owlsam_ray.ledger import load_shard, write_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA
 
 ALL = "failed"
@@ -53,9 +52,10 @@ def find_failed(run_url: str, shard: int, retry: Retry) -> FailedRows:
         IncompleteError: the file is damaged.
         OSError: storage gave up.
     """
-    table = _read(run_url, shard, ["status", "reason", "status_class"])
-    plain, quarantined = [], []
-    for position, row in enumerate(table.to_pylist()):
+    _, table = load_shard(run_url, shard)
+    plain: list[int] = []
+    quarantined: list[int] = []
+    for position, row in enumerate(table.select(["status", "reason", "status_class"]).to_pylist()):
         if row["status"] == "failed" and retry.selects(row["reason"] or "", row["status_class"] or ""):
             (quarantined if row["status_class"] == FailureClass.QUARANTINED else plain).append(position)
     return FailedRows(tuple(plain), tuple(quarantined))
@@ -77,8 +77,7 @@ def replace_rows(run_url: str, shard: int, rows: pa.Table, *, stage_s: dict[str,
         ValueError: an image is not of this shard.
         OSError: storage gave up; the file is as it was.
     """
-    footer = read_footer(run_url, shard)
-    before = _read(run_url, shard, PREDICTION_SCHEMA.names)
+    footer, before = load_shard(run_url, shard)
     both = pa.concat_tables([before, rows.select(PREDICTION_SCHEMA.names).cast(PREDICTION_SCHEMA)])
     places = {image_id: place for place, image_id in enumerate(both["image_id"].to_pylist())}  # the later one wins
     image_ids: Collection[int] = before["image_id"].to_pylist()
@@ -94,13 +93,3 @@ def replace_rows(run_url: str, shard: int, rows: pa.Table, *, stage_s: dict[str,
             stage: footer.stage_s.get(stage, 0.0) + stage_s.get(stage, 0.0) for stage in {**footer.stage_s, **stage_s}
         },
     )
-
-
-def _read(run_url: str, shard: int, columns: list[str]) -> pa.Table:
-    url = shard_url(run_url, shard)
-    try:
-        return pq.read_table(pa.BufferReader(storage.read_bytes(url)), columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of storage; Arrow's own have no number
-            raise
-        raise corrupt_shard(url, f"{type(error).__name__}: {error}") from None

@@ -37,7 +37,9 @@ def job(tiny: TinyRun, uninterrupted: bytes) -> Job:
         manifest=load_run_manifest(str(tiny.root / "uninterrupted"), record),
         allocation=allocate(config.resources, num_cpus=2, num_gpus=0),
         models=find_models(config.detector, config.segment),
+        attempt="pipeline",
         stop_url=str(tiny.root / "pipeline.stop"),
+        fence_url=str(tiny.root / "pipeline.fenced"),
     )
 
 

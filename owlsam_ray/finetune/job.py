@@ -30,7 +30,7 @@ from owlsam_ray.finetune.provenance import annotations_sha256, library_versions
 from owlsam_ray.finetune.segmenter import SegmenterTask
 from owlsam_ray.finetune.store import MODEL, TrainingStore
 from owlsam_ray.finetune.task import Task
-from owlsam_ray.pipeline import start_ray
+from owlsam_ray.ray_cluster import start_ray
 
 _log = logging.getLogger(__name__)
 
