@@ -1,18 +1,19 @@
 """Shard number → encoded bytes of its images, from any storage. Whatever goes wrong with one image becomes a reason.
 
-Images in tar and Parquet files are read with their neighbours (`packed.py`).
+Images in tar and Parquet files are read with their neighbours (`packed.py`). Threads that hang are left behind
+(`crew.py`).
 """
 
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from owlsam_ray import storage
+from owlsam_ray.crew import Crew, SilenceError
 from owlsam_ray.datasets import Container
 from owlsam_ray.errors import FailureClass, ImageError, InputError
 from owlsam_ray.manifest import Manifest
@@ -21,11 +22,12 @@ from owlsam_ray.packed import (
 )
 from owlsam_ray.packed import (
     Cell,
+    FetchTask,
     Member,
     Outcome,
     Outcomes,
     image_error,
-    parquet_tasks,
+    read_cells,
     tar_tasks,
     too_large,
 )
@@ -34,7 +36,7 @@ from owlsam_ray.records import EncodedImage
 FETCHED_SCHEMA = pa.schema(
     [
         pa.field("shard", pa.int64()),
-        pa.field("shard_rows", pa.int64()),
+        pa.field("shard_rows", pa.int64()),  # of this table
         pa.field("image_id", pa.int64()),
         pa.field("height", pa.int32()),  # as the source states it
         pa.field("width", pa.int32()),
@@ -45,7 +47,15 @@ FETCHED_SCHEMA = pa.schema(
 )
 
 
-def fetch_shard(manifest: Manifest, shard: int, *, threads: int, max_file_mb: int) -> pa.Table:
+def fetch_shard(
+    manifest: Manifest,
+    shard: int,
+    *,
+    threads: int,
+    max_file_mb: int,
+    deadline_s: float | None = None,
+    positions: Sequence[int] | None = None,
+) -> pa.Table:
     """Read the images of one shard.
 
     Args:
@@ -53,16 +63,19 @@ def fetch_shard(manifest: Manifest, shard: int, *, threads: int, max_file_mb: in
         shard: its number.
         threads: requests at once.
         max_file_mb: larger images fail as `too_large`, and are read no further.
+        deadline_s: as of `fetch_rows`.
+        positions: in the shard, of the only images that are wanted; None: all.
 
     Returns:
-        `FETCHED_SCHEMA`, one row per image in manifest order.
+        `FETCHED_SCHEMA`, one row per image, in manifest order or in that of `positions`.
 
     Raises:
         StorageSetupError: no credentials, or no package, to ask the storage with; no property of an image.
         OSError: the manifest cannot be read.
     """
-    rows = manifest.read_shard(shard).to_pylist()
-    fetched = fetch_rows(rows, threads=threads, max_bytes=max_file_mb * MEGABYTE)
+    table = manifest.read_shard(shard)
+    rows = (table if positions is None else table.take(pa.array(positions, pa.int64()))).to_pylist()
+    fetched = fetch_rows(rows, threads=threads, max_bytes=max_file_mb * MEGABYTE, deadline_s=deadline_s)
     failures = [outcome if isinstance(outcome, ImageError) else None for outcome in fetched]
     columns: dict[str, list[Any]] = {
         "shard": [shard] * len(rows),
@@ -77,13 +90,17 @@ def fetch_shard(manifest: Manifest, shard: int, *, threads: int, max_file_mb: in
     return pa.table(columns, schema=FETCHED_SCHEMA)
 
 
-def fetch_rows(rows: Sequence[dict[str, Any]], *, threads: int, max_bytes: int) -> list[Outcome]:
+def fetch_rows(
+    rows: Sequence[dict[str, Any]], *, threads: int, max_bytes: int, deadline_s: float | None = None
+) -> list[Outcome]:
     """Read images wherever they lie.
 
     Args:
         rows: of a manifest or a listing: `uri`, `container`, `member`, `offset`, `length`.
         threads: requests at once.
         max_bytes: larger images fail as `too_large`, and are read no further.
+        deadline_s: when nothing has come for so many seconds, all images that are still out fail as `fetch_timeout`,
+            and the threads that wait for them are left behind; None: wait for ever.
 
     Returns:
         For each row the encoded image, or the error that it fails with.
@@ -92,16 +109,23 @@ def fetch_rows(rows: Sequence[dict[str, Any]], *, threads: int, max_bytes: int) 
         StorageSetupError: no credentials, or no package, to ask the storage with.
     """
     outcomes: list[Outcome | None] = [None] * len(rows)
-    with ThreadPoolExecutor(max(1, min(threads, len(rows)))) as pool:
-        tasks = [pool.submit(task) for task in _tasks(rows, max_bytes, pool)]
-        for task in tasks:
-            for position, outcome in task.result():
+    without = ImageError("missing")
+    crew: Crew[Outcomes] = Crew(threads, deadline_s=deadline_s)
+    for task in _tasks(rows, max_bytes, crew.add):
+        crew.add(task)
+    try:
+        for some in crew.results():
+            for position, outcome in some:
                 outcomes[position] = outcome
-    return [outcome if outcome is not None else ImageError("missing") for outcome in outcomes]
+    except SilenceError:
+        without = ImageError(f"fetch_timeout: no answer within {deadline_s:g} s", FailureClass.TRANSIENT)
+    return [outcome if outcome is not None else without for outcome in outcomes]
 
 
-def _tasks(rows: Sequence[dict[str, Any]], max_bytes: int, pool: Executor) -> Iterator[Callable[[], Outcomes]]:
-    """Calls that read one file, one span of a tar file, or one row group."""
+def _tasks(
+    rows: Sequence[dict[str, Any]], max_bytes: int, hand_over: Callable[[FetchTask], None]
+) -> Iterator[FetchTask]:
+    """Tasks that read one file, one span of a tar file, or one footer (and hand over those for its row groups)."""
     members: dict[str, list[Member]] = defaultdict(list)
     cells: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for position, row in enumerate(rows):
@@ -114,14 +138,14 @@ def _tasks(rows: Sequence[dict[str, Any]], max_bytes: int, pool: Executor) -> It
     for uri, inside in members.items():
         yield from tar_tasks(uri, inside, max_bytes=max_bytes)
     for (uri, column), inside_table in cells.items():
-        yield from parquet_tasks(uri, column, inside_table, max_bytes=max_bytes, executor=pool)
+        yield partial(read_cells, uri, column, inside_table, max_bytes=max_bytes, hand_over=hand_over)
 
 
-def _fetch_plain(position: int, uri: str, max_bytes: int) -> Outcomes:
+def _fetch_plain(position: int, uri: str, max_bytes: int) -> Iterator[Outcomes]:
     try:
-        return [(position, fetch_file(uri, max_bytes=max_bytes))]
+        yield [(position, fetch_file(uri, max_bytes=max_bytes))]
     except ImageError as error:
-        return [(position, error)]
+        yield [(position, error)]
 
 
 def to_images(fetched: pa.Table) -> list[EncodedImage]:

@@ -4,8 +4,8 @@ Neighbours are read together, each file by itself, and what cannot be read becom
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, groupby
@@ -22,6 +22,8 @@ Outcome = bytes | ImageError
 """Of one image."""
 Outcomes = list[tuple[int, Outcome]]
 """Position of each image, and what came of it."""
+FetchTask = Callable[[], Iterable[Outcomes]]
+"""Reads some images. An empty list of outcomes is a sign of life."""
 
 MEGABYTE = 10**6
 _GAP = 2**18
@@ -99,8 +101,8 @@ def join_members(members: Sequence[Member]) -> list[Span]:
     return spans
 
 
-def tar_tasks(uri: str, members: Sequence[Member], *, max_bytes: int) -> Iterator[Callable[[], Outcomes]]:
-    """Calls that read members of one tar file, about `_SPAN` bytes each.
+def tar_tasks(uri: str, members: Sequence[Member], *, max_bytes: int) -> Iterator[FetchTask]:
+    """Tasks that read members of one tar file, about `_SPAN` bytes each.
 
     Args:
         uri: of the tar file.
@@ -109,24 +111,23 @@ def tar_tasks(uri: str, members: Sequence[Member], *, max_bytes: int) -> Iterato
     """
     large = [member for member in members if member.length > max_bytes]
     if large:
-        yield lambda: [(member.position, too_large(max_bytes)) for member in large]
+        yield lambda: [[(member.position, too_large(max_bytes)) for member in large]]
     for span in join_members([member for member in members if member.length <= max_bytes]):
         yield partial(_read_span, uri, span)
 
 
-def _read_span(uri: str, span: Span) -> Outcomes:
+def _read_span(uri: str, span: Span) -> Iterator[Outcomes]:
     try:
         data = memoryview(storage.read_range(uri, span.start, span.end - span.start))
     except (OSError, InputError) as error:
         failure = image_error(error)
         if failure.failure_class is FailureClass.PERMANENT or len(span.members) == 1:
-            return [(member.position, failure) for member in span.members]
+            yield [(member.position, failure) for member in span.members]
+            return
         # Each for itself, so that only those fail that cannot be read.
-        return [
-            outcome
-            for member in span.members
-            for outcome in _read_span(uri, Span(member.offset, member.offset + member.length, [member]))
-        ]
+        for member in span.members:
+            yield from _read_span(uri, Span(member.offset, member.offset + member.length, [member]))
+        return
     outcomes: Outcomes = []
     for member in span.members:
         start = member.offset - span.start
@@ -136,39 +137,38 @@ def _read_span(uri: str, span: Span) -> Outcomes:
         else:
             where = f"the tar file ends {member.length - len(image)} bytes before the image does"
             outcomes.append((member.position, ImageError(f"truncated: {where}")))
-    return outcomes
+    yield outcomes
 
 
-def parquet_tasks(
-    uri: str, column: str, cells: Sequence[Cell], *, max_bytes: int, executor: Executor
-) -> Iterator[Callable[[], Outcomes]]:
-    """Calls that read cells of one column, a row group each, once the file's footer is read.
+def read_cells(
+    uri: str, column: str, cells: Sequence[Cell], *, max_bytes: int, hand_over: Callable[[FetchTask], None]
+) -> Iterator[Outcomes]:
+    """Read the footer of a Parquet file, and hand over the tasks that read cells of one column, a row group each.
 
     Args:
         uri: of the Parquet file.
         column: its path, with dots into structures; of binary values.
         cells: in any order.
         max_bytes: larger ones fail as `too_large`.
-        executor: reads the footer.
+        hand_over: takes the tasks.
     """
-    footer = executor.submit(_read_footer, uri, column).result()
+    footer = _read_footer(uri, column)
     if isinstance(footer, ImageError):
-        yield lambda: [(cell.position, footer) for cell in cells]
+        yield [(cell.position, footer) for cell in cells]
         return
     ends = list(accumulate(footer.row_group(number).num_rows for number in range(footer.num_row_groups)))
     rows = sorted(cells, key=lambda cell: cell.row)
     for group, inside in groupby(rows, key=lambda cell: bisect_right(ends, cell.row)):
         wanted = list(inside)
         if group == len(ends):
-            gone = [
+            yield [
                 (cell.position, ImageError(f"truncated: row {cell.row} of a table of {footer.num_rows} rows"))
                 for cell in wanted
             ]
-            yield partial(list, gone)
             continue
         first = ends[group] - footer.row_group(group).num_rows
         local = [Cell(cell.position, cell.row - first) for cell in wanted]
-        yield partial(_read_row_group, uri, footer, column, group, local, max_bytes)
+        hand_over(partial(_read_row_group, uri, footer, column, group, local, max_bytes))
 
 
 def _read_footer(uri: str, column: str) -> Any:
@@ -193,27 +193,30 @@ def _table_error(error: Exception) -> ImageError:
     return ImageError(f"bad_table: {(str(error).splitlines() or [type(error).__name__])[0]}")
 
 
-def _read_row_group(uri: str, footer: Any, column: str, group: int, cells: Sequence[Cell], max_bytes: int) -> Outcomes:
+def _read_row_group(
+    uri: str, footer: Any, column: str, group: int, cells: Sequence[Cell], max_bytes: int
+) -> Iterator[Outcomes]:
     """Cells by rising row of the row group. The column is streamed, and only up to the last of them."""
-    outcomes: Outcomes = []
+    left = deque(cells)
     try:
         with storage.open_input(uri) as file:
             reader = pq.ParquetFile(file, metadata=footer, buffer_size=_STREAM, pre_buffer=False)
             start = 0
             for batch in reader.iter_batches(_CELLS, row_groups=[group], columns=[column], use_threads=False):
                 values = _leaf(batch.column(0))
-                while len(outcomes) < len(cells) and cells[len(outcomes)].row < start + len(values):
-                    cell = cells[len(outcomes)]
+                outcomes: Outcomes = []
+                while left and left[0].row < start + len(values):
+                    cell = left.popleft()
                     outcomes.append((cell.position, _value(values[cell.row - start], max_bytes)))
+                yield outcomes  # also when it is empty: a large row group takes long
                 start += len(values)
-                if len(outcomes) == len(cells):
+                if not left:
                     break
             else:
                 raise pa.ArrowInvalid(f"row group {group} ends after {start} rows")
     except (pa.ArrowException, OSError, InputError) as error:
         failure = _table_error(error)
-        outcomes += [(cell.position, failure) for cell in cells[len(outcomes) :]]
-    return outcomes
+        yield [(cell.position, failure) for cell in left]
 
 
 def _leaf(values: pa.Array) -> pa.Array:

@@ -1,11 +1,16 @@
 """Images of a shard from files, web servers, tar and Parquet files, and what becomes of those that cannot be read."""
 
 import contextlib
+import functools
 import io
+import itertools
 import os
 import random
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from owlsam_ray import storage
+from owlsam_ray import crew, packed, storage
+from owlsam_ray.crew import Crew
 from owlsam_ray.datasets.source import ImageRecord, listing_table, tables_of
 from owlsam_ray.errors import FailureClass, ImageError, StorageSetupError
 from owlsam_ray.fetch import FETCHED_SCHEMA, fetch_rows, fetch_shard, to_images
@@ -28,6 +34,7 @@ from owlsam_ray.storage import StoragePolicy
 from tests.drawn_images import draw_image
 from tests.faulty_s3 import Faults, faulty_s3, in_environment
 
+ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 PERMANENT, TRANSIENT = FailureClass.PERMANENT, FailureClass.TRANSIENT
 
 
@@ -52,8 +59,12 @@ def fetch(manifest: Manifest) -> list[EncodedImage]:
 
 def fetch_urls(*uris: str, max_bytes: int = 10**6) -> list[Any]:
     """Bytes, or (reason, class)."""
-    rows = [{"uri": uri, "container": None, "member": None, "offset": None, "length": None} for uri in uris]
-    return _plain(fetch_rows(rows, threads=4, max_bytes=max_bytes))
+    return _plain(fetch_rows(rows_of(*uris), threads=4, max_bytes=max_bytes))
+
+
+def rows_of(*uris: str) -> list[dict[str, Any]]:
+    """Of images that are files of their own."""
+    return [{"uri": uri, "container": None, "member": None, "offset": None, "length": None} for uri in uris]
 
 
 def _plain(outcomes: list[Any]) -> list[Any]:
@@ -399,3 +410,198 @@ def test_an_image_of_a_web_server_is_decoded(site: str) -> None:
     Site.pages = {"/a.png": buffer.getvalue()}
     (data,) = fetch_urls(f"{site}/a.png")
     assert decode_image(data, stated_hw=None, max_pixels=10**6).pixels.shape[:2] == draw_image(1).size[::-1]
+
+
+# Reads that hang
+
+
+@contextlib.contextmanager
+def hanging_reads(monkeypatch: pytest.MonkeyPatch, word: str) -> Iterator[threading.Event]:
+    """Reads of URLs with this word in them hang until the event is set."""
+    go_on, original = threading.Event(), storage.read_range
+
+    def read(url: str, start: int, length: int) -> bytes:
+        if word in url:
+            go_on.wait()
+        return original(url, start, length)
+
+    monkeypatch.setattr(storage, "read_range", read)
+    yield go_on
+    go_on.set()
+
+
+def test_what_is_still_out_after_the_deadline_is_transient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that came is kept, also what came late but after a sign of life."""
+    names = [f"{number:02d}{'-stuck' if number in (3, 17) else ''}.jpg" for number in range(40)]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    manifest = plan(tmp_path / "run", str(tmp_path), *names)
+    with hanging_reads(monkeypatch, "stuck"):
+        table = fetch_shard(manifest, 0, threads=4, max_file_mb=1, deadline_s=0.5)
+        few = fetch_shard(manifest, 0, threads=4, max_file_mb=1, deadline_s=0.25, positions=[20, 17, 1])
+    for number, image in enumerate(to_images(table)):
+        if number in (3, 17):
+            assert image.failure == ("fetch_timeout: no answer within 0.5 s", TRANSIENT)
+        else:
+            assert bytes(image.data or b"") == names[number].encode()
+    assert few["image_id"].to_pylist() == [20, 17, 1]
+    assert few["shard_rows"].to_pylist() == [3, 3, 3]
+    assert few["reason"].to_pylist() == [None, "fetch_timeout: no answer within 0.25 s", None]
+    assert few["status_class"].to_pylist() == [None, "transient", None]
+
+
+def test_slow_images_are_waited_for_as_long_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(url: str, start: int, length: int) -> bytes:
+        time.sleep(0.1)
+        return url.encode()
+
+    monkeypatch.setattr(storage, "read_range", read)
+    uris = [f"memory://slow/{number}" for number in range(24)]
+    assert fetch_rows(rows_of(*uris), threads=2, max_bytes=100, deadline_s=0.6) == [uri.encode() for uri in uris]
+
+
+def test_a_slow_row_group_shows_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its last row is wanted: the rows before it are as good as an answer."""
+    data = [random.Random(row).randbytes(50_000) for row in range(2000)]
+    pq.write_table(pa.table({"image": data}), tmp_path / "t.parquet", compression="none", use_dictionary=False)
+    original, began = packed._leaf, time.monotonic()
+
+    def leaf(values: pa.Array) -> pa.Array:
+        time.sleep(0.05)
+        return original(values)
+
+    monkeypatch.setattr(packed, "_leaf", leaf)
+    row = {
+        "uri": str(tmp_path / "t.parquet"),
+        "container": "parquet",
+        "member": "image",
+        "offset": 1999,
+        "length": None,
+    }
+    assert fetch_rows([row], threads=1, max_bytes=10**6, deadline_s=1.0) == [data[1999]]
+    assert time.monotonic() - began > 2.0
+
+
+def test_threads_that_hang_are_bounded_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the bound, a call is no slower and no faster than one that hangs; after the fault all is well again."""
+    monkeypatch.setattr(crew, "_room", threading.BoundedSemaphore(10))
+    before = threading.active_count()
+    storage.write_atomic("memory://stuck/x", b"abc")
+    timeout = ("fetch_timeout: no answer within 0.1 s", TRANSIENT)
+    with hanging_reads(monkeypatch, "stuck") as go_on:
+        for _ in range(6):
+            began = time.monotonic()
+            rows = rows_of(*["memory://stuck/x"] * 20)
+            assert _plain(fetch_rows(rows, threads=4, max_bytes=100, deadline_s=0.1)) == [timeout] * 20
+            assert 0.1 <= time.monotonic() - began < 5
+            assert threading.active_count() <= before + 10
+        threading.Timer(0.1, go_on.set).start()
+        assert fetch_rows(rows, threads=4, max_bytes=100, deadline_s=30) == [b"abc"] * 20
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_footer_that_hangs_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"abc")
+    go_on, original = threading.Event(), storage.open_input
+    monkeypatch.setattr(storage, "open_input", lambda url: go_on.wait() and original(url))
+    rows = rows_of(str(tmp_path / "a.jpg"))
+    rows += [
+        {"uri": "t.parquet", "container": "parquet", "member": "image", "offset": n, "length": None} for n in (1, 2)
+    ]
+    timeout = ("fetch_timeout: no answer within 0.3 s", TRANSIENT)
+    assert _plain(fetch_rows(rows, threads=1, max_bytes=100, deadline_s=0.3)) == [b"abc", timeout, timeout]
+    go_on.set()
+
+
+_ENDS = """
+import socket, sys, threading, time
+from pathlib import Path
+from owlsam_ray import storage
+from owlsam_ray.fetch import fetch_rows
+from owlsam_ray.storage import StoragePolicy
+
+def rows(*uris):
+    return [{"uri": u, "container": None, "member": None, "offset": None, "length": None} for u in uris]
+
+def show(rows):
+    for each in fetch_rows(rows, threads=8, max_bytes=100, deadline_s=0.5):
+        print(each if isinstance(each, bytes) else f"{each.reason} ({each.failure_class})")
+"""
+
+
+@pytest.mark.parametrize("what", ["event", "fifo", "server"])
+def test_a_process_ends_whatever_hangs(tmp_path: Path, what: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"abc")
+    hang = {
+        "event": "stuck = ['/stuck.jpg']\nblock = threading.Event().wait\n",
+        # A read that no signal handler of Python's can end, as on a dead network file system.
+        "fifo": "import os\nos.mkfifo('pipe')\nstuck = ['/stuck.jpg']\nblock = lambda: open('pipe', 'rb')\n",
+        "server": (
+            "server = socket.create_server(('127.0.0.1', 0))\n"
+            "stuck = [f'http://127.0.0.1:{server.getsockname()[1]}/{n}.jpg' for n in range(3)]\n"
+            "storage.configure(StoragePolicy(retries=2, timeout_s=10_000))\n"
+        ),
+    }[what]
+    if what != "server":
+        hang += (
+            "original = storage.read_range\n"
+            "storage.read_range = lambda url, *rest: block() if 'stuck' in url else original(url, *rest)\n"
+        )
+    code = f"{_ENDS}{hang}show(rows('a.jpg', *stuck))\nshow(rows('a.jpg'))\n"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, env=ENV
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    stuck = 3 if what == "server" else 1
+    timeout = "fetch_timeout: no answer within 0.5 s (transient)"
+    assert done.stdout.splitlines() == ["b'abc'", *[timeout] * stuck, "b'abc'"]
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_crew_keeps_its_bounds(seed: int) -> None:
+    """Tasks of random length that hand over others: each is done once, by so many threads at most."""
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    threads = chance.randint(1, 6)
+    hands: Crew[int] = Crew(threads, deadline_s=30)
+    lock, busy, most = threading.Lock(), 0, 0
+
+    def work(number: int, depth: int) -> Iterator[int]:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        time.sleep(chance.random() * 0.003)
+        yield number
+        for child in range(2 if depth else 0):
+            hands.add(functools.partial(work, 10 * number + child, depth - 1))
+        with lock:
+            busy -= 1
+
+    for number in range(1, 10):
+        hands.add(functools.partial(work, number, 3))
+    expected = [int(f"{n}{tail}") for n in range(1, 10) for d in range(4) for tail in _tails(d)]
+    assert sorted(hands.results()) == sorted(expected)
+    assert most <= threads
+
+
+def _tails(digits: int) -> list[str]:
+    return ["".join(each) for each in itertools.product("01", repeat=digits)]
+
+
+def test_what_a_task_raises_reaches_the_caller() -> None:
+    hands: Crew[int] = Crew(2, deadline_s=None)
+
+    def fail() -> list[int]:
+        raise KeyError("x")
+
+    hands.add(fail)
+    with pytest.raises(KeyError, match="x"):
+        list(hands.results())
+    hands.add(fail)  # nobody waits for it
+    assert list(Crew[int](2, deadline_s=1).results()) == []

@@ -3,7 +3,7 @@
 import io
 import random
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 from owlsam_ray import packed, storage
 from owlsam_ray.errors import FailureClass, ImageError
-from owlsam_ray.packed import Cell, Member, Outcome, join_members, parquet_tasks, tar_tasks
+from owlsam_ray.packed import Cell, FetchTask, Member, Outcome, join_members, tar_tasks
 
 LARGEST = 10**6
 
@@ -36,7 +36,8 @@ def members_of(path: Path) -> list[Member]:
 
 
 def read(uri: str, members: list[Member], *, max_bytes: int = LARGEST) -> dict[int, Outcome]:
-    return dict(outcome for task in tar_tasks(uri, members, max_bytes=max_bytes) for outcome in task())
+    tasks = tar_tasks(uri, members, max_bytes=max_bytes)
+    return dict(outcome for task in tasks for outcomes in task() for outcome in outcomes)
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
@@ -141,9 +142,11 @@ def test_a_span_that_fails_is_read_member_by_member(tmp_path: Path, monkeypatch:
 
 def read_cells(uri: str, column: str, rows: list[int], *, max_bytes: int = LARGEST) -> list[Outcome]:
     cells = [Cell(position, row) for position, row in enumerate(rows)]
-    with ThreadPoolExecutor(1) as pool:
-        tasks = parquet_tasks(uri, column, cells, max_bytes=max_bytes, executor=pool)
-        outcomes = dict(outcome for task in tasks for outcome in task())
+    tasks: deque[FetchTask] = deque()
+    found = list(packed.read_cells(uri, column, cells, max_bytes=max_bytes, hand_over=tasks.append))
+    while tasks:
+        found += tasks.popleft()()
+    outcomes = dict(outcome for some in found for outcome in some)
     return [outcomes[position] for position in range(len(rows))]
 
 
