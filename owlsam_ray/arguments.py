@@ -14,6 +14,29 @@ _EXIT_CODES = """exit codes:
   75  interrupted: call the same command again"""
 
 _EXAMPLES = {
+    "check": """examples:
+  owlsam check jobs/coco.yaml --run runs/coco
+  owlsam check jobs/coco.yaml site.yaml --run s3://bucket/runs/coco --images 32
+
+Everything that can stop a run in its first minutes, tried in this process and without Ray, before a queue slot is
+spent: the run directory is writable, the dataset is listed, weights load, prompts are embedded, some images go all the
+way to masks, the output fits the disk. One line a step on stderr. Nothing stays behind in the run directory.
+The hours are a rough guess from these images on this machine; `owlsam estimate` measures.""",
+    "status": """examples:
+  owlsam status runs/coco
+  owlsam status s3://bucket/runs/coco --json
+  owlsam status runs/coco --watch 10               # until nothing is left, or Ctrl-C
+
+Needs the run directory alone, and writes nothing. An attempt is `live` when its heartbeat moved while this looked,
+`silent` when it stood still for longer than heartbeats are apart (it was killed, or cannot write), `unknown` when
+--wait was too short to tell, `ended` when it signed off. Rate and ETA are those that live attempts tell.""",
+    "verify": """examples:
+  owlsam verify runs/coco
+  owlsam verify runs/coco --repair && owlsam annotate jobs/coco.yaml --run runs/coco
+
+Reads every shard file whole: checksums, columns, images against the manifest, sizes and areas of masks; and run.json,
+manifest and query embeddings. Missing shards are work left, no damage. --repair moves bad shard files to RUN/damaged;
+it refuses while an attempt works on the run, and ends with 0 when nothing else is wrong.""",
     "plan": """examples:
   owlsam plan jobs/coco.yaml --run runs/coco
   owlsam plan jobs/coco.yaml site.yaml --run s3://bucket/runs/coco --set resources.shard_size=512
@@ -93,10 +116,13 @@ Leaves the run file at DIR/run.yaml, the scores at DIR/evaluation.json, labelled
 }
 
 _HELPS = {
+    "check": "try everything that a run needs, on a few images, before it starts",
     "plan": "list the images once, and freeze ids and shards",
     "estimate": "label a sample, and tell what the whole run will take",
     "preview": "label a few pictures here and draw them: find prompts and thresholds before a run",
     "annotate": "label every shard that is not labelled yet",
+    "status": "tell how far a run is, and who works on it",
+    "verify": "prove every file of a run; set bad ones aside for the next attempt",
     "reduce": "merge the shards into COCO annotations, and prove that nothing is missing",
     "evaluate": "measure labels against a ground truth: AP, matched masks, seconds per image",
     "stats": "count what a COCO file or a run holds: a table, JSON, plots",
@@ -173,6 +199,33 @@ def _add_preview_options(command: argparse.ArgumentParser) -> None:
         help="the picture; an earlier one is replaced (default: %(default)s)",
     )
     _add_overrides(command)
+
+
+def _add_check_options(command: argparse.ArgumentParser) -> None:
+    _add_run_options(command)
+    command.add_argument(
+        "--images", type=int, default=8, metavar="N", help="images that are labelled (default: %(default)s)"
+    )
+
+
+def _add_status_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="run directory or fsspec URL")
+    command.add_argument("--json", action="store_true", help="the line on stdout alone, and no table")
+    command.add_argument(
+        "--watch", nargs="?", type=float, const=10.0, metavar="S", help="look again every S seconds (default: 10)"
+    )
+    command.add_argument(
+        "--wait",
+        type=float,
+        metavar="S",
+        help="wait at most S seconds for heartbeats (default: until it is clear who lives, a little more than the "
+        "run's resources.heartbeat_s at most, not at all when no attempt is registered)",
+    )
+
+
+def _add_verify_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="run directory or fsspec URL")
+    command.add_argument("--repair", action="store_true", help="move bad shard files to RUN/damaged")
 
 
 def _add_plan_options(command: argparse.ArgumentParser) -> None:
@@ -280,6 +333,9 @@ def _add_clean_options(command: argparse.ArgumentParser) -> None:
 
 
 _ADD_OPTIONS = {
+    "check": _add_check_options,
+    "status": _add_status_options,
+    "verify": _add_verify_options,
     "stats": _add_stats_options,
     "clean": _add_clean_options,
     "plan": _add_plan_options,

@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command in _WITHOUT_RUN:
             summary |= _WITHOUT_RUN[options.command](options, console)
+        elif options.command in _ON_DIRECTORY:
+            summary["run"] = absolute(options.run)
+            summary |= _ON_DIRECTORY[options.command](summary["run"], options, console)
         elif options.command == "evaluate" and not options.run_files:
             summary |= _evaluate_files(options, console)
         else:
@@ -56,9 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             summary["run"] = config.run
             summary |= _COMMANDS[options.command](config, options, console)
         code = ExitCode.COMPLETE
-    except FailedImagesError as error:
-        summary |= error.args[1] if len(error.args) > 1 else {}
-        code = _tell(error, summary)
     except OwlsamError as error:
         code = _tell(error, summary)
     except OSError as error:
@@ -87,6 +87,7 @@ def _all_overrides(options: argparse.Namespace) -> list[str]:
 def _tell(error: OwlsamError, summary: dict[str, Any]) -> ExitCode:
     message = str(error.args[0]) if error.args else type(error).__name__
     logging.getLogger("owlsam_ray").error("%s", message)
+    summary.update(error.args[1] if len(error.args) > 1 and isinstance(error.args[1], dict) else {})
     summary["error"] = message
     return error.exit_code
 
@@ -280,6 +281,36 @@ def _preview(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return summary
 
 
+def _check(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.check import check_run
+    from owlsam_ray.progress import CountDisplay
+
+    with CountDisplay(console, interval_s=config.logging.progress_s) as display:
+        return check_run(config, images=options.images, say=display.say, show=display.show)
+
+
+def _verify(run_url: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.audit import verify_run
+    from owlsam_ray.progress import CountDisplay
+
+    with CountDisplay(console, interval_s=5.0) as display:
+        return verify_run(run_url, repair=options.repair, show=display.show)
+
+
+def _status(run_url: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.status import status_table, watch_run
+
+    wide = console if console.is_terminal else Console(stderr=True, width=160)
+
+    def show(state: dict[str, Any]) -> None:
+        if options.watch is not None and console.is_terminal:
+            console.clear()
+        if not options.json:
+            wide.print(status_table(state))
+
+    return watch_run(run_url, show, every_s=options.watch, wait_s=options.wait)
+
+
 def _stats(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if (options.file is None) == (options.run is None):
         raise ConfigError("name either a COCO FILE or --run DIR")
@@ -307,12 +338,14 @@ def _clean(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 _COMMANDS = {
+    "check": _check,
     "plan": _plan,
     "estimate": _estimate,
     "annotate": _annotate,
     "reduce": _reduce,
     "evaluate": _evaluate,
 }
+_ON_DIRECTORY = {"verify": _verify, "status": _status}
 _WITHOUT_RUN = {"stats": _stats, "clean": _clean, "preview": _preview, "finetune": _finetune, "demo": _demo}
 
 
