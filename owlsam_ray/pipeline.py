@@ -127,10 +127,10 @@ class Annotator:
         """Load the models; the prompts come embedded from the run directory."""
         # Imported here: fetch and write tasks import this module too, and torch would cost each of their processes
         # eight seconds and half a gigabyte.
-        import torch
         from safetensors.torch import load as load_safetensors
 
         from owlsam_ray.engine import load_engine
+        from owlsam_ray.models.arithmetic import fix_arithmetic
         from owlsam_ray.watched_work import WatchedWork
 
         self._job = job
@@ -138,10 +138,7 @@ class Annotator:
         # What those before this one died of: a process that Ray starts again finds the crumbs of the last one.
         self._strikes = crumbs.strikes(crumbs.list_crumbs(job.run_url))
         self._watched = WatchedWork(job.run_url, job.attempt, job.config.resources)
-        torch.set_num_threads(job.allocation.torch_threads)
-        # fp32 means fp32 (TF32 keeps ten bits of it), and a convolution must not be another one from call to call.
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.deterministic = True
+        fix_arithmetic(job.allocation.torch_threads)
         self._engine = load_engine(
             job.config,
             job.allocation,

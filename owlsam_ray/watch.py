@@ -4,8 +4,8 @@ Each piece of work takes a slot. Slots live in a small file on this machine that
 stood in them can be read after the process was killed, whatever killed it; a machine that goes away takes it along. A
 watchdog thread looks for work that takes too long, and for a process that takes too much memory.
 
-C code that hangs while it holds the interpreter's lock stops the watchdog as well. Then a timer of `faulthandler`, which
-needs no lock, ends the process some seconds later.
+C code that hangs while it holds the interpreter's lock stops the watchdog as well. Then a timer of `faulthandler`,
+which needs no lock, ends the process some seconds later.
 """
 
 import contextlib

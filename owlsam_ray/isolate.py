@@ -1,0 +1,308 @@
+"""A shard that processes died with, redone in a process of its own, until it is known which image kills it.
+
+The images that were in hand when a process died go first, each alone; then all others together. A group that kills the
+process is cut in halves, and the process started again. An image that kills it alone becomes a failed row, all others
+are labelled. One that is killed by a signal has to do it twice, since anybody may send one; what hangs, or takes too
+much memory, is seen for itself.
+"""
+
+import contextlib
+import json
+import logging
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+
+from owlsam_ray import errors
+from owlsam_ray.config import RunConfig
+from owlsam_ray.errors import FailureClass, IncompleteError, OwlsamError
+from owlsam_ray.guard import RunRecord
+from owlsam_ray.manifest import Manifest
+from owlsam_ray.models.weights import ModelPaths
+from owlsam_ray.records import Prediction
+from owlsam_ray.resources import Allocation, actor_memory_bytes
+from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
+from owlsam_ray.watch import hang_text, memory_text, resident_bytes
+
+_MOST_SUSPECTS = 16
+"""More than these were not seen, they were guessed: halves find the culprit sooner."""
+_LOOK_S = 0.2
+_SILENCE_S = 20.0
+"""The process says every second that it runs. When it has not for so much longer than an image may take, it hangs."""
+_START_S = 1800.0
+"""Seconds in which models must load."""
+_STARTS_WITHOUT_READY = 2
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class IsolationTask:
+    """A shard, and everything that it takes to label it."""
+
+    run_url: str
+    shard: int
+    positions: tuple[int, ...] | None
+    """In the shard, rising, of the only images that are wanted; None: all."""
+    config: RunConfig
+    record: RunRecord
+    manifest: Manifest
+    allocation: Allocation
+    models: ModelPaths
+    suspects: frozenset[int] = frozenset()
+    """Ids of images that were in hand when a process died; a hint, no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How a process ended that worked on a group."""
+
+    reason: str
+    """Of the failed row."""
+    is_certain: bool
+    """Nobody else can have done it."""
+
+
+class _Died(Exception):  # noqa: N818 (not an error: what this module is for)
+    def __init__(self, death: Death) -> None:
+        super().__init__(death.reason)
+        self.death = death
+
+
+@dataclass(slots=True)
+class _Outcome:
+    rows: list[pa.Table] = field(default_factory=list)
+    """Any order, each image once."""
+    stage_s: Counter[str] = field(default_factory=Counter)
+    deaths: Counter[int] = field(default_factory=Counter)
+    """Position → how often it killed a process alone."""
+
+
+def isolate_shard(task: IsolationTask) -> tuple[pa.Table, dict[str, float]]:
+    """Label a shard, whatever its images do to a process.
+
+    Args:
+        task: the shard.
+
+    Returns:
+        `PREDICTION_SCHEMA`, a row for each image that is wanted, in manifest order; busy seconds of each stage.
+
+    Raises:
+        IncompleteError: the process does not get as far as the first image.
+        OwlsamError, OSError: what ended it was no image: storage gave up, a batch does not fit the GPU.
+    """
+    image_ids: list[int] = task.manifest.read_shard(task.shard)["image_id"].to_pylist()
+    wanted = list(range(len(image_ids))) if task.positions is None else list(task.positions)
+    groups = _first_groups(wanted, image_ids, task.suspects)
+    outcome = _Outcome()
+    with _Room(task) as room:
+        while groups:
+            group = groups.pop(0)
+            try:
+                rows, stage_s = room.label(group)
+            except _Died as died:
+                groups = _after_death(group, died.death, image_ids, outcome) + groups
+            else:
+                outcome.rows.append(rows)
+                outcome.stage_s.update(stage_s)
+    joined = pa.concat_tables([PREDICTION_SCHEMA.empty_table(), *outcome.rows])
+    places = {image_id: place for place, image_id in enumerate(joined["image_id"].to_pylist())}
+    order = pa.array([places[image_ids[position]] for position in wanted], pa.int64())
+    return joined.take(order), dict(outcome.stage_s)
+
+
+def _first_groups(wanted: Sequence[int], image_ids: Sequence[int], suspects: frozenset[int]) -> list[list[int]]:
+    """Suspects one by one, then the others together."""
+    alone = [position for position in wanted if image_ids[position] in suspects]
+    if len(alone) > _MOST_SUSPECTS:
+        alone = []
+    others = [position for position in wanted if position not in set(alone)]
+    return [*([position] for position in alone), *([others] if others else [])]
+
+
+def _after_death(group: list[int], death: Death, image_ids: Sequence[int], outcome: _Outcome) -> list[list[int]]:
+    """What to try next; a culprit becomes a row."""
+    if len(group) > 1:
+        half = len(group) // 2
+        return [group[:half], group[half:]]
+    (position,) = group
+    outcome.deaths[position] += 1
+    if not death.is_certain and outcome.deaths[position] == 1:
+        return [group]
+    _log.warning("image %d is quarantined: %s", image_ids[position], death.reason)
+    failed = Prediction(image_id=image_ids[position], failure=(death.reason, FailureClass.QUARANTINED))
+    outcome.rows.append(predictions_to_table([failed]).cast(PREDICTION_SCHEMA))
+    return []
+
+
+class _Room:
+    """The process, started when it is needed, and again after each death."""
+
+    def __init__(self, task: IsolationTask) -> None:
+        self._task = task
+        self._folder = tempfile.TemporaryDirectory(prefix="owlsam-isolated-")
+        self._memory_bytes = actor_memory_bytes(task.config.resources)
+        self._deadline_s = task.config.resources.image_deadline_s
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._groups = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+        self._folder.cleanup()
+
+    def label(self, positions: list[int]) -> tuple[pa.Table, dict[str, float]]:
+        """Rows of these images, any order; busy seconds.
+
+        Raises:
+            _Died: the process did.
+            OwlsamError, OSError: as of `isolate_shard`.
+        """
+        if self._process is None:
+            self._start()
+        self._groups += 1
+        path = Path(self._folder.name) / f"group-{self._groups}.arrow"
+        self._send({"positions": positions, "path": str(path)})
+        answer = self._await("done", self._deadline_s + _SILENCE_S)
+        with pa.memory_map(str(path)) as file:
+            rows = pa.ipc.open_file(file).read_all()
+        return rows, answer["stage_s"]
+
+    def _start(self) -> None:
+        """Start the process and wait until its models are loaded.
+
+        Raises:
+            IncompleteError: it does not get that far.
+        """
+        for _ in range(_STARTS_WITHOUT_READY):
+            self._launch()
+            try:
+                self._await("ready", _START_S)
+            except _Died as died:
+                last = died.death.reason
+            else:
+                return
+        raise IncompleteError(
+            f"the process that was to redo shard {self._task.shard} by itself ended before its first image ({last}): "
+            f"{self._last_words()}"
+        )
+
+    def _launch(self) -> None:
+        with (Path(self._folder.name) / "log").open("a", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "owlsam_ray.isolated"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                encoding="utf-8",
+            )
+        self._lines = queue.SimpleQueue()
+        threading.Thread(target=_read_lines, args=(self._process, self._lines), daemon=True).start()
+        task = self._task
+        self._send(
+            {
+                "run_url": task.run_url,
+                "shard": task.shard,
+                "config": task.config.model_dump(mode="json"),
+                "record": task.record.model_dump(mode="json"),
+                "allocation": asdict(task.allocation),
+                "models": {role: str(path) for role, path in asdict(task.models).items()},
+            }
+        )
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._process is None or self._process.stdin is None:
+            raise RuntimeError("there is no process to tell anything")
+        with contextlib.suppress(BrokenPipeError):  # it died: what it said last tells why
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+
+    def _await(self, wanted: str, silence_s: float) -> dict[str, Any]:
+        """The next answer of a kind.
+
+        Raises:
+            _Died: the process ended, or was ended.
+            OwlsamError, OSError: it met an error that is no image's.
+        """
+        process = self._process
+        if process is None:
+            raise RuntimeError("there is no process to hear anything from")
+        heard, said = time.monotonic(), None
+        while True:
+            with contextlib.suppress(queue.Empty):
+                line = self._lines.get(timeout=_LOOK_S)
+                if line is None:
+                    break
+                heard = time.monotonic()
+                message: dict[str, Any] = json.loads(line)
+                if message["kind"] == wanted:
+                    return message
+                if message["kind"] == "error":
+                    self._end()
+                    raise _as_raised(message)
+                said = message["reason"] if message["kind"] == "trouble" else said
+            if self._memory_bytes is not None and resident_bytes(process.pid) > 1.1 * self._memory_bytes:
+                said = said or memory_text(self._memory_bytes)
+                process.kill()
+            elif time.monotonic() - heard > silence_s:
+                said = hang_text(self._deadline_s)
+                process.kill()
+        code = process.wait()
+        self._end()
+        if said is None and time.monotonic() - heard > self._deadline_s:
+            said = hang_text(self._deadline_s)  # the last resort of its watchdog ended it
+        raise _Died(Death(said or _how_it_ended(code), is_certain=said is not None))
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+    def _last_words(self) -> str:
+        text = (Path(self._folder.name) / "log").read_text(encoding="utf-8", errors="replace").strip()
+        return text.splitlines()[-1] if text else "it said nothing"
+
+
+def _read_lines(process: "subprocess.Popen[str]", lines: "queue.SimpleQueue[str | None]") -> None:
+    with contextlib.suppress(ValueError):  # closed meanwhile
+        for line in process.stdout or ():
+            lines.put(line)
+    lines.put(None)
+
+
+def _how_it_ended(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed_process: {signal.Signals(-code).name}"
+    return f"killed_process: exit code {code}"
+
+
+def _as_raised(message: dict[str, Any]) -> OwlsamError | OSError:
+    """The error that the process met, as if it had been raised here."""
+    kind = getattr(errors, message["class"], None)
+    if isinstance(kind, type) and issubclass(kind, OwlsamError):
+        return kind(message["message"])
+    return OSError(message["errno"], message["message"])

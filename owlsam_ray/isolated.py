@@ -1,0 +1,137 @@
+"""The process that labels the groups of a suspect shard: started by `isolate.py`, told by lines of JSON what to do.
+
+It answers on its standard output: `ready` once the models are loaded, `alive` every second, `done` for each group, and
+`trouble` or `error` before it ends by itself.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from owlsam_ray import storage
+from owlsam_ray.config import RunConfig
+from owlsam_ray.engine import Engine, load_engine
+from owlsam_ray.errors import OwlsamError
+from owlsam_ray.fetch import fetch_shard, to_images
+from owlsam_ray.guard import QUERY_FILE, RunRecord, load_run_manifest
+from owlsam_ray.models.arithmetic import fix_arithmetic
+from owlsam_ray.models.weights import ModelPaths
+from owlsam_ray.resources import Allocation, actor_memory_bytes
+from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
+from owlsam_ray.watch import Trouble, Watch, Watchdog
+
+_ALIVE_S = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+class _Voice:
+    """Lines to the parent; nothing that a library prints gets in between."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        self._lock = threading.Lock()
+
+    def say(self, kind: str, **fields: Any) -> None:
+        with self._lock:
+            self._out.write(json.dumps({"kind": kind, **fields}) + "\n")
+            self._out.flush()
+
+
+def main() -> int:
+    """Do what the lines say; returns the exit code."""
+    _die_with_parent()
+    voice = _Voice()
+    lines = _lines()
+    setup = next(lines)
+    try:
+        _work(setup, lines, voice)
+    except (OwlsamError, OSError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        message = str(error.args[0]) if isinstance(error, OwlsamError) and error.args else str(error)
+        voice.say("error", **{"class": type(error).__name__, "errno": number, "message": message})
+        return 1
+    return 0
+
+
+def _lines() -> Iterator[dict[str, Any]]:
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], voice: _Voice) -> None:
+    config = RunConfig.model_validate(setup["config"])
+    record = RunRecord.model_validate(setup["record"])
+    storage.configure(config.storage.policy())
+    watch = Watch()
+
+    def end(trouble: Trouble) -> None:
+        voice.say("trouble", reason=trouble.text, image_ids=trouble.image_ids)
+        os._exit(1)
+
+    Watchdog(
+        watch,
+        deadline_s=config.resources.image_deadline_s,
+        memory_bytes=actor_memory_bytes(config.resources),
+        on_trouble=end,
+    ).start()
+    threading.Thread(target=_stay_alive, args=(voice,), daemon=True).start()
+    manifest = load_run_manifest(setup["run_url"], record)
+    with _load(setup, config, record, watch) as engine:
+        voice.say("ready")
+        for group in lines:
+            fetched = fetch_shard(
+                manifest,
+                setup["shard"],
+                threads=config.resources.fetch_threads,
+                max_file_mb=config.decode.max_file_mb,
+                deadline_s=config.resources.fetch_deadline_s,
+                positions=group["positions"],
+            )
+            predictions, stage_s = engine.annotate(to_images(fetched))
+            rows = predictions_to_table(predictions).cast(PREDICTION_SCHEMA)
+            with pa.OSFile(group["path"], "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
+                writer.write_table(rows)
+            voice.say("done", stage_s=stage_s)
+    watch.close()
+
+
+def _load(setup: dict[str, Any], config: RunConfig, record: RunRecord, watch: Watch) -> Engine:
+    """The engine, as an actor has it."""
+    from safetensors.torch import load as load_safetensors
+
+    allocation = Allocation(**setup["allocation"])
+    fix_arithmetic(allocation.torch_threads)
+    return load_engine(
+        config,
+        allocation,
+        models=ModelPaths(**{role: Path(path) for role, path in setup["models"].items()}),
+        query_embeddings=load_safetensors(storage.read_bytes(storage.join(setup["run_url"], QUERY_FILE)))["queries"],
+        query_labels=record.query_labels,
+        category_names=record.category_names,
+        watch=watch,
+    )
+
+
+def _stay_alive(voice: _Voice) -> None:
+    waiting = threading.Event()
+    while not waiting.wait(_ALIVE_S):
+        voice.say("alive")
+
+
+def _die_with_parent() -> None:
+    """End when the parent does, whatever this process is in the middle of."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

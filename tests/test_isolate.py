@@ -1,0 +1,206 @@
+"""The images that kill a process are found, and only these are given up."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from owlsam_ray import isolate
+from owlsam_ray.config import RunConfig
+from owlsam_ray.errors import GuardError, IncompleteError, InputError, WeightsError
+from owlsam_ray.guard import load_record, load_run_manifest
+from owlsam_ray.isolate import IsolationTask, isolate_shard
+from owlsam_ray.ledger import load_shard
+from owlsam_ray.models.fakes import ALLOCATE, HANG, HANG_MODEL, SEGFAULT
+from owlsam_ray.models.load import find_models
+from owlsam_ray.resources import allocate
+from tests.runs import ROOT, label_here
+
+NUM_IMAGES = 20
+POISONED = {3: SEGFAULT, 9: ALLOCATE, 10: HANG, 17: HANG_MODEL}
+REASONS = {
+    3: "killed_process: SIGSEGV",
+    9: "out_of_memory: above 1.5 GB",
+    10: "hang: no end within 3 s",
+    17: "hang: no end within 3 s",
+}
+
+
+def draw(folder: Path, poisoned: dict[int, int]) -> None:
+    """Pictures 000.png…; of those with a name in `poisoned` the first pixel tells what they do."""
+    folder.mkdir(parents=True)
+    chance = np.random.default_rng(8)
+    for number in range(NUM_IMAGES):
+        pixels = chance.integers(0, 250, (12, 16, 3), np.uint8)
+        if number in poisoned:
+            pixels[0, 0] = 255, 0, poisoned[number]
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+
+
+def make_task(root: Path, *, poisoned: dict[int, int] = POISONED) -> tuple[IsolationTask, pa.Table]:
+    """A shard that is labelled in peace already, and the task to do it again with poison at work."""
+    draw(root / "images", poisoned)
+    config = RunConfig.model_validate(
+        {
+            "run": str(root / "run"),
+            "data": {"source": "folder", "images": str(root / "images")},
+            "vocabulary": {"categories": ["cat", "dog"], "templates": "a {}"},
+            "detector": {"model": "fake"},
+            "segment": {"model": "fake"},
+            "reduce": {"min_mask_area": 0},
+            "resources": {
+                "shard_size": NUM_IMAGES,
+                "image_deadline_s": 3,
+                "actor_memory_gb": 1.5,
+                "actors": 1,
+                "torch_threads": 1,
+            },
+        }
+    )
+    label_here(config)
+    record = load_record(str(config.run))
+    assert record is not None
+    task = IsolationTask(
+        run_url=str(config.run),
+        shard=0,
+        positions=None,
+        config=config.model_copy(update={"fakes": config.fakes.model_copy(update={"poison": True})}),
+        record=record,
+        manifest=load_run_manifest(str(config.run), record),
+        allocation=allocate(config.resources, num_cpus=2, num_gpus=0),
+        models=find_models(config.detector, config.segment),
+    )
+    return task, load_shard(str(config.run), 0)[1]
+
+
+def test_only_the_culprits_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Suspects that are right, one that is wrong, and a culprit that nobody suspects."""
+    task, peaceful = make_task(tmp_path)
+    starts = count_starts(monkeypatch)
+    rows, stage_s = isolate_shard(replace(task, suspects=frozenset({4, 10, 11, 5, 777})))
+    check(rows, peaceful, REASONS)
+    assert set(stage_s) >= {"decode", "detect"}
+    assert len(starts) <= 12, "halves that find nothing"
+
+
+def check(rows: pa.Table, peaceful: pa.Table, reasons: dict[int, str]) -> None:
+    assert rows.schema.equals(peaceful.schema)
+    assert rows.num_rows == NUM_IMAGES
+    for number, (row, before) in enumerate(zip(rows.to_pylist(), peaceful.to_pylist(), strict=True)):
+        if number in reasons:
+            assert (row["status"], row["status_class"], row["reason"]) == ("failed", "quarantined", reasons[number])
+            assert row["image_id"] == before["image_id"]
+        else:
+            assert row == before
+
+
+def count_starts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Processes that are started from here on."""
+    pids: list[int] = []
+    start = subprocess.Popen
+
+    def started(*arguments: Any, **named: Any) -> Any:
+        process = start(*arguments, **named)
+        pids.append(process.pid)
+        return process
+
+    monkeypatch.setattr(isolate.subprocess, "Popen", started)
+    return pids
+
+
+def test_some_positions_and_a_kill_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, peaceful = make_task(tmp_path, poisoned={})
+    slow = task.config.model_copy(update={"fakes": task.config.fakes.model_copy(update={"delay_s": 0.7})})
+    pids = count_starts(monkeypatch)
+
+    def kill() -> None:
+        while not pids:
+            time.sleep(0.01)
+        while not list(Path("/proc", str(pids[0]), "task").glob("*/comm")):
+            time.sleep(0.01)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and b"owlsam-model" not in threads_of(pids[0]):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(pids[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    rows, _ = isolate_shard(replace(task, config=slow, positions=(2, 5, 7, 11)))
+    killer.join()
+    assert len(pids) == 2
+    assert rows.equals(peaceful.take([2, 5, 7, 11]))
+
+
+def threads_of(pid: int) -> bytes:
+    """Names of its threads; Python's are those of its interpreter, so the count tells."""
+    tasks = list(Path("/proc", str(pid), "task").glob("*/comm"))
+    return b"owlsam-model" if len(tasks) > 4 else b""
+
+
+def test_what_is_no_fault_of_an_image_is_told(tmp_path: Path) -> None:
+    task, _ = make_task(tmp_path, poisoned={})
+    gone = task.models.__class__(tmp_path / "nothing", tmp_path / "nothing")
+    settings = task.config.detector.model_copy(update={"model": "owlvit"})
+    broken = replace(task, models=gone, config=task.config.model_copy(update={"detector": settings}))
+    with pytest.raises((WeightsError, InputError, IncompleteError), match="nothing"):
+        isolate_shard(broken)
+    (tmp_path / "run" / "manifest" / "part-0000.parquet").write_bytes(b"no")
+    with pytest.raises((GuardError, OSError, pa.ArrowInvalid)):
+        isolate_shard(task)
+
+
+def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
+    """Also in the middle of a group."""
+    make_task(tmp_path, poisoned={6: HANG})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    time.sleep(4)
+    assert os.path.exists(f"/proc/{child}")
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{child}") and "Z" not in Path(f"/proc/{child}/stat").read_text().split(")")[1]:
+        assert time.monotonic() < deadline, "the process outlives its parent"
+        time.sleep(0.05)
+
+
+_PARENT = """
+import subprocess, sys
+from pathlib import Path
+from owlsam_ray import isolate
+from owlsam_ray.config import RunConfig
+from owlsam_ray.guard import load_record, load_run_manifest
+from owlsam_ray.models.load import find_models
+from owlsam_ray.resources import allocate
+root = Path(sys.argv[1])
+record = load_record(str(root / "run"))
+fields = record.config | {"run": str(root / "run"), "fakes": {"poison": True}}
+fields["resources"]["image_deadline_s"] = 600
+config = RunConfig.model_validate(fields)
+start = subprocess.Popen
+def told(*arguments, **named):
+    process = start(*arguments, **named)
+    print(process.pid, flush=True)
+    return process
+isolate.subprocess.Popen = told
+isolate.isolate_shard(isolate.IsolationTask(
+    run_url=str(root / "run"), shard=0, positions=None, config=config, record=record,
+    manifest=load_run_manifest(str(root / "run"), record),
+    allocation=allocate(config.resources, num_cpus=2, num_gpus=0), models=find_models(config.detector, config.segment),
+))
+"""
