@@ -39,8 +39,25 @@ class TinyRun:
 
     def call(self, name: str, run: Path | str, *, check: int | None = 0, **settings: Any) -> dict[str, Any]:
         """Run a command to its end; returns its JSON summary."""
+        return self.call_command(self.command(name, run, **settings), check=check)
+
+    def start(self, name: str, run: Path | str, **settings: Any) -> "subprocess.Popen[bytes]":
+        """Run a command in the background, its log beside the run directory."""
+        with Path(f"{run}.log").open("ab") as log:
+            return subprocess.Popen(
+                self.command(name, run, **settings),
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env=environment(),
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    @staticmethod
+    def call_command(command: list[str], *, check: int | None = 0) -> dict[str, Any]:
+        """The same for a command with options."""
         done = subprocess.run(
-            self.command(name, run, **settings),
+            command,
             capture_output=True,
             text=True,
             check=False,

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from owlsam_ray import isolate
 from owlsam_ray.config import RunConfig
 from owlsam_ray.errors import GuardError, IncompleteError, InputError, WeightsError
 from owlsam_ray.guard import load_record, load_run_manifest
@@ -114,7 +113,7 @@ def count_starts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         pids.append(process.pid)
         return process
 
-    monkeypatch.setattr(isolate.subprocess, "Popen", started)
+    monkeypatch.setattr("owlsam_ray.isolate.subprocess.Popen", started)
     return pids
 
 

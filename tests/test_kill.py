@@ -12,21 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from owlsam_ray.ledger import PREDICTIONS, done_shards, shard_url
-from tests.runs import ROOT, TWO_ACTORS, TinyRun, coco_bytes, environment
+from tests.runs import TWO_ACTORS, TinyRun, coco_bytes
 
 NUM_IMAGES, NUM_SHARDS = 320, 40
 
 
 def start(tiny: TinyRun, run: Path) -> "subprocess.Popen[bytes]":
-    with (run.parent / f"{run.name}.log").open("ab") as log:
-        return subprocess.Popen(
-            tiny.command("annotate", run, **TWO_ACTORS),
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            env=environment(),
-            cwd=ROOT,
-            start_new_session=True,
-        )
+    return tiny.start("annotate", run, **TWO_ACTORS)
 
 
 def wait_for(condition: Callable[[], bool], driver: "subprocess.Popen[bytes]", *, seconds: float = 180) -> None:

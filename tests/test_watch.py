@@ -1,0 +1,117 @@
+"""What threads work on is known to a watchdog, and to others after the process's death."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from owlsam_ray.watch import Trouble, Watch, Watchdog, read_breadcrumbs, remove_old_breadcrumbs, resident_bytes
+
+
+def test_slots_are_taken_and_given_back(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
+    assert read_breadcrumbs(watch.path) == []
+    with watch.busy("decode", [7]), watch.busy("model", range(100, 300)):
+        assert sorted(read_breadcrumbs(watch.path)) == [("decode", [7]), ("model", list(range(100, 164)))]
+        assert watch.in_hand() == (7, *range(100, 300))
+    with watch.busy("encode", [-(2**62)]):
+        assert read_breadcrumbs(watch.path) == [("encode", [-(2**62)])]
+    assert read_breadcrumbs(watch.path) == []
+    watch.close()
+    assert not watch.path.exists()
+
+
+def test_many_threads(tmp_path: Path) -> None:
+    """More at once than there are slots: nothing is lost that fits, and nothing stays."""
+    watch = Watch(tmp_path)
+    barrier = threading.Barrier(301)
+
+    def work(number: int) -> None:
+        with watch.busy("decode", [number]):
+            barrier.wait()
+            barrier.wait()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(300)]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    assert len(read_breadcrumbs(watch.path)) == 256
+    barrier.wait()
+    for thread in threads:
+        thread.join()
+    assert read_breadcrumbs(watch.path) == []
+    assert watch.in_hand() == ()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_dead_process_leaves_word(tmp_path: Path, number: signal.Signals) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from owlsam_ray.watch import Watch\n"
+        "watch = Watch(Path(sys.argv[1]))\n"
+        "with watch.busy('model', [1, 2]), watch.busy('decode', [3]):\n"
+        "    os.kill(os.getpid(), int(sys.argv[2]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(int(number))], check=False)
+    assert done.returncode == -number
+    (left,) = tmp_path.iterdir()
+    assert sorted(read_breadcrumbs(left)) == [("decode", [3]), ("model", [1, 2])]
+
+
+def test_a_file_of_something_else_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "odd").write_bytes(b"\xff" * 5000)
+    (tmp_path / "short").write_bytes(b"\x01")
+    assert read_breadcrumbs(tmp_path / "odd") == read_breadcrumbs(tmp_path / "short") == []
+
+
+def test_work_that_takes_too_long_is_told(tmp_path: Path) -> None:
+    watch, told, troubles = Watch(tmp_path), threading.Event(), list[Trouble]()
+
+    def tell(trouble: Trouble) -> None:
+        troubles.append(trouble)
+        told.set()
+
+    dog = Watchdog(watch, deadline_s=0.5, memory_bytes=None, on_trouble=tell, last_resort=False).start()
+    with watch.busy("decode", [5]):
+        time.sleep(0.05)
+    assert not told.is_set()
+    with watch.busy("decode", [6]):
+        assert told.wait(10)
+    dog.stop()
+    assert troubles == [Trouble("hang", (6,), "hang: no end within 0.5 s")]
+
+
+def test_memory_that_grows_is_told(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
+    assert resident_bytes() > 10**6
+    assert resident_bytes(2**30) == 0
+    with watch.busy("decode", [5]):
+        dog = Watchdog(watch, deadline_s=9, memory_bytes=1000, on_trouble=print)
+        assert dog.look() == Trouble("out_of_memory", (5,), "out_of_memory: above 1e-06 GB")
+    assert Watchdog(watch, deadline_s=9, memory_bytes=2**50, on_trouble=print).look() is None
+
+
+def test_a_process_whose_lock_is_held_ends_all_the_same() -> None:
+    """By a call into C that never gives the interpreter's lock back."""
+    code = (
+        "import ctypes, owlsam_ray.watch as w; w._LAST_RESORT_S = 0.5\n"
+        "w.Watchdog(w.Watch(), deadline_s=0.5, memory_bytes=None, on_trouble=print).start()\n"
+        "import time; time.sleep(1)\n"
+        "ctypes.PyDLL(None).sleep(600)\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
+    assert done.returncode == 1
+    assert time.monotonic() - start < 30
+
+
+def test_old_files_are_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    old, young = Watch(), Watch()
+    os.utime(old.path, (1, 1))
+    remove_old_breadcrumbs()
+    assert (old.path.exists(), young.path.exists()) == (False, True)
