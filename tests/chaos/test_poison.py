@@ -19,7 +19,8 @@ from tests.chaos.world import ray_processes
 from tests.runs import TinyRun
 
 NUM_IMAGES, SHARD_SIZE = 60, 10
-POISONED = {7: SEGFAULT, 28: ALLOCATE, 29: HANG, 45: SEGFAULT}
+FEW = {7: SEGFAULT, 12: HANG}
+MANY = {7: SEGFAULT, 28: ALLOCATE, 29: HANG, 45: SEGFAULT}
 REASONS = {
     SEGFAULT: "killed_process: SIGSEGV",
     ALLOCATE: "out_of_memory: above 1.5 GB",
@@ -27,22 +28,21 @@ REASONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def poisoned(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    root = tmp_path_factory.mktemp("poisoned")
+def draw(root: Path, poisoned: dict[int, int]) -> TinyRun:
+    """A run of which some pictures kill a process that lets them."""
     (root / "images").mkdir()
     chance = np.random.default_rng(9)
     for number in range(NUM_IMAGES):
         pixels = chance.integers(0, 250, (12, 16, 3), np.uint8)
-        if number in POISONED:
-            pixels[0, 0] = 255, 0, POISONED[number]
+        if number in poisoned:
+            pixels[0, 0] = 255, 0, poisoned[number]
         Image.fromarray(pixels).save(root / "images" / f"{number:03d}.png")
     config: dict[str, Any] = {
         "data": {"source": "folder", "images": str(root / "images")},
         "vocabulary": {"categories": ["cat", "dog"], "templates": "a {}"},
         "detector": {"model": "fake"},
         "segment": {"model": "fake"},
-        "reduce": {"min_mask_area": 0, "max_failed": len(POISONED)},
+        "reduce": {"min_mask_area": 0, "max_failed": len(poisoned)},
         "resources": {
             "actors": 1,
             "num_cpus": 2,
@@ -63,31 +63,33 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return [row for path in sorted((run / PREDICTIONS).glob("shard-*")) for row in pq.read_table(path).to_pylist()]
 
 
-def test_exactly_the_culprits_are_quarantined(poisoned: TinyRun) -> None:
-    peaceful, run = poisoned.root / "peaceful", poisoned.root / "run"
-    poisoned.call("annotate", peaceful)
-    counts = poisoned.call("annotate", run, **{"fakes.poison": True})
-    assert (counts["done"], counts["failed"]) == (NUM_IMAGES, len(POISONED))
+@pytest.mark.parametrize("kinds", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+def test_exactly_the_culprits_are_quarantined(tmp_path: Path, kinds: dict[int, int]) -> None:
+    tiny = draw(tmp_path, kinds)
+    peaceful, run = tmp_path / "peaceful", tmp_path / "run"
+    tiny.call("annotate", peaceful)
+    counts = tiny.call("annotate", run, **{"fakes.poison": True})
+    assert (counts["done"], counts["failed"]) == (NUM_IMAGES, len(kinds))
     for number, (row, before) in enumerate(zip(rows_of(run), rows_of(peaceful), strict=True)):
-        if number in POISONED:
-            assert (row["status_class"], row["reason"]) == ("quarantined", REASONS[POISONED[number]]), number
+        if number in kinds:
+            assert (row["status_class"], row["reason"]) == ("quarantined", REASONS[kinds[number]]), number
         else:
             assert row == before, number
     assert not os.listdir(run / "attempts" / "in-hand")
-    assert poisoned.call("reduce", run)["failed"] == len(POISONED)
+    assert tiny.call("reduce", run)["failed"] == len(kinds)
     failures = [json.loads(line) for line in (run / "coco" / "failures.jsonl").read_text().splitlines()]
-    assert {failure["file_name"] for failure in failures} == {f"{number:03d}.png" for number in POISONED}
+    assert {failure["file_name"] for failure in failures} == {f"{number:03d}.png" for number in kinds}
 
     # The files were mended: only by name are quarantined images tried again, and then all is as in peace.
-    assert poisoned.call("annotate", run, **{"fakes.poison": True})["new"] == 0
-    command = [*poisoned.command("annotate", run), "--retry-failed", "quarantined"]
-    assert poisoned.call_command(command)["failed"] == 0
+    assert tiny.call("annotate", run)["new"] == 0
+    assert len([row for row in rows_of(run) if row["status"] == "failed"]) == len(kinds)
+    assert tiny.call_command([*tiny.command("annotate", run), "--retry-failed", "quarantined"])["failed"] == 0
     assert rows_of(run) == rows_of(peaceful)
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_meanwhile_changes_nothing(poisoned: TinyRun) -> None:
-    run = poisoned.root / "killed"
+def test_a_driver_that_is_killed_meanwhile_changes_nothing(tmp_path: Path) -> None:
+    poisoned, run = draw(tmp_path, MANY), tmp_path / "killed"
     for moment in (12, 20):
         driver = poisoned.start("annotate", run, **{"fakes.poison": True})
         time.sleep(moment)
@@ -96,6 +98,6 @@ def test_a_driver_that_is_killed_meanwhile_changes_nothing(poisoned: TinyRun) ->
         deadline = time.monotonic() + 60
         while ray_processes(b"") and time.monotonic() < deadline:
             time.sleep(0.1)
-    assert poisoned.call("annotate", run, **{"fakes.poison": True})["failed"] == len(POISONED)
+    assert poisoned.call("annotate", run, **{"fakes.poison": True})["failed"] == len(MANY)
     found = {number: row["reason"] for number, row in enumerate(rows_of(run)) if row["status"] == "failed"}
-    assert found == {number: REASONS[what] for number, what in POISONED.items()}
+    assert found == {number: REASONS[what] for number, what in MANY.items()}

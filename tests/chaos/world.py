@@ -421,8 +421,16 @@ class Chaos:
         lost = set(range(1, NUM_IMAGES + 1)) - set(ids)
         assert not lost, self._failure(f"rows lost: {sorted(lost)}")
         assert len(ids) == NUM_IMAGES, self._failure("rows twice")
-        assert self.world.reduce(self.run) == self.world.reference, self._failure("other bytes")
+        found = self.world.reduce(self.run)
+        assert found == self.world.reference, self._failure(f"other bytes: {difference(found, self.world.reference)}")
         assert not list((self.run / "attempts" / "in-hand").glob("*")), self._failure("crumbs are left")
+
+
+def difference(one: bytes, other: bytes) -> str:
+    """Where two files begin to differ."""
+    place = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), -1)
+    around = slice(max(0, place - 60), place + 60)
+    return f"{len(one)} and {len(other)} bytes; at {place} {one[around]!r} and {other[around]!r}"
 
 
 def ray_processes(name: bytes) -> list[int]:
