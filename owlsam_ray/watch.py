@@ -135,7 +135,7 @@ def read_breadcrumbs(path: Path) -> list[tuple[str, list[int]]]:
     return found
 
 
-def remove_old_breadcrumbs(*, older_than_s: float = 7 * 86400.0) -> None:
+def remove_old_breadcrumbs(*, older_than_s: float = 86400.0) -> None:
     """Delete the files of processes that died long ago on this machine."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(tempfile.gettempdir()):

@@ -11,7 +11,7 @@ from owlsam_ray import crumbs
 from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.crumbs import Crumb
 from owlsam_ray.resources import actor_memory_bytes
-from owlsam_ray.watch import Trouble, Watch, Watchdog
+from owlsam_ray.watch import Trouble, Watch, Watchdog, remove_old_breadcrumbs
 
 EXIT_CODE = 70
 
@@ -31,6 +31,7 @@ class WatchedWork:
         self._worker = crumbs.new_worker_name()
         self._in_hand: dict[int, Crumb] = {}
         self._lock = threading.Lock()
+        remove_old_breadcrumbs()
         self.watch = Watch()
         Watchdog(
             self.watch,
