@@ -27,6 +27,7 @@ FOOTER_KEY = b"owlsam"
 _ZEROS = "0" * 64
 _TAIL_READ = 2**16
 """Bytes that are read of a file's end at first: more than the footer of a thousand images has."""
+_FOOTER_SHA256 = re.compile(rb'"footer_sha256": "([0-9a-f]{64})"')
 _NAME = re.compile(r"shard-([0-9]{8,})\.parquet")
 
 
@@ -182,15 +183,11 @@ def read_footer(run_url: str, shard: int) -> ShardFooter:
 
 def _parse_footer(url: str, shard: int, tail: bytes) -> ShardFooter:
     try:
+        checked = _check_footer(tail)  # before anything takes the bytes for what they seem
         metadata = pq.read_metadata(pa.BufferReader(tail))
         footer = ShardFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
-        if (footer.footer_sha256 is None) != (footer.data_sha256 is None):
+        if footer.footer_sha256 != checked or (checked is None) != (footer.data_sha256 is None):
             raise ValueError("one of its two checksums is missing")
-        if footer.footer_sha256 is not None:
-            digest = footer.footer_sha256.encode()
-            before, found, after = tail.rpartition(digest)
-            if not found or hashlib.sha256(before + _ZEROS.encode() + after).hexdigest().encode() != digest:
-                raise ValueError("the checksum of its footer does not fit")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise corrupt_shard(url, f"{type(error).__name__}: {error}") from None
     if footer.shard != shard or footer.num_rows != metadata.num_rows:
@@ -198,6 +195,22 @@ def _parse_footer(url: str, shard: int, tail: bytes) -> ShardFooter:
             url, f"it says shard {footer.shard} with {footer.num_rows} rows, and has {metadata.num_rows}"
         )
     return footer
+
+
+def _check_footer(tail: bytes) -> str | None:
+    """The checksum of a footer, which fits; None when it holds none.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    places = [match.span(1) for match in _FOOTER_SHA256.finditer(tail)]
+    if not places:
+        return None
+    start, end = places[-1]  # the last: reasons of failures, which anyone may have written, stand before it
+    digest = tail[start:end].decode()
+    if hashlib.sha256(tail[:start] + _ZEROS.encode() + tail[end:]).hexdigest() != digest:
+        raise ValueError("the checksum of its footer does not fit")
+    return digest
 
 
 def load_shard(run_url: str, shard: int) -> tuple[ShardFooter, pa.Table]:
