@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.world import Chaos, Disk, World, small_disk, small_world
+from tests.chaos.world import Chaos, Disk, World, small_disk, small_world, tell_together
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with small_world(tmp_path_factory.mktemp("world")) as world:
         yield world
+        if world.stories:
+            print(tell_together(world.stories))
 
 
 def play(world: World, seed: int, where: Path) -> None:
@@ -19,8 +21,7 @@ def play(world: World, seed: int, where: Path) -> None:
     with small_disk(where / "disk") as root:
         story = Chaos(world, seed, Disk(root), where / "log").play(lives=3, most_lives=9)
     print(story.tell())
-    with (world.root / "stories.txt").open("a", encoding="utf-8") as file:
-        file.write(story.tell() + "\n")
+    world.stories.append(story)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class World:
     nodes: Nodes
     s3: FaultyS3
     reference: bytes = b""
+    stories: list["Story"] = field(default_factory=list)
 
     @property
     def run_file(self) -> Path:
@@ -243,20 +244,42 @@ class Story:
     written: int = 0
     """Times that a shard file appeared; the number of shards when nothing was done twice."""
     shards: int = 0
+    begun: int = 0
+    """Times that an actor began a shard."""
+
+    @property
+    def kills(self) -> int:
+        """Processes and nodes that were killed."""
+        return sum(count for name, count in self.events.items() if name.startswith("kill"))
 
     def tell(self) -> str:
         events = ", ".join(f"{count} {name}" for name, count in sorted(self.events.items()))
         return (
             f"seed {self.seed}: {events}; {self.drivers} drivers ended with {self.exit_codes}; {self.shards} shards "
-            f"were written {self.written} times"
+            f"were begun {self.begun} times and written {self.written} times"
         )
 
 
+def tell_together(stories: Sequence[Story]) -> str:
+    """What all seeds come to; that no row was lost or stands twice was proven for each."""
+    events = sum((story.events for story in stories), Counter[str]())
+    codes = Counter(code for story in stories for code in story.exit_codes)
+    return (
+        f"{len(stories)} seeds, {sum(story.drivers for story in stories)} drivers, "
+        f"{sum(story.kills for story in stories)} kills survived; shards begun again: "
+        f"{sum(story.begun - story.shards for story in stories)} of {sum(story.shards for story in stories)}, written "
+        f"again: {sum(story.written - story.shards for story in stories)}; rows lost: 0, rows twice: 0\n"
+        f"events {dict(sorted(events.items()))}\nexit codes {dict(sorted(codes.items()))}"
+    )
+
+
 class FileWatcher:
-    """Counts how often shard files appear: each new one has an inode of its own."""
+    """Counts how often shards are begun, and their files appear: each new one has an inode of its own."""
 
     def __init__(self, run: Path) -> None:
         self._folder, self._stop = run / PREDICTIONS, threading.Event()
+        self._in_hand = run / "attempts" / "in-hand"
+        self.begun: set[str] = set()
         self.seen: set[tuple[str, int, int]] = set()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -278,6 +301,8 @@ class FileWatcher:
                         status = entry.stat()
                         self.seen.add((entry.name, status.st_ino, status.st_mtime_ns))
                         count += 1
+        with contextlib.suppress(OSError):
+            self.begun.update(name for name in os.listdir(self._in_hand) if name.startswith("shard-"))
         return count
 
     def _watch(self) -> None:
@@ -307,7 +332,7 @@ class Chaos:
             while code != 0 or self._transient():
                 assert self.story.drivers < most_lives, self._failure("the run does not come to an end")
                 code = self._live(watcher, troubled=self.story.drivers < lives)
-        self.story.written = len(watcher.seen)
+        self.story.written, self.story.begun = len(watcher.seen), len(watcher.begun)
         self._prove()
         return self.story
 
