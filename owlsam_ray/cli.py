@@ -285,8 +285,11 @@ def _check(config: RunConfig, options: argparse.Namespace, console: Console) -> 
     from owlsam_ray.check import check_run
     from owlsam_ray.progress import CountDisplay
 
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     with CountDisplay(console, interval_s=config.logging.progress_s) as display:
-        return check_run(config, images=options.images, say=display.say, show=display.show)
+        return check_run(config, images=options.images, say=say, show=display.show)
 
 
 def _verify(run_url: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -159,6 +159,11 @@ def _tail_bytes(end: bytes | memoryview, size: int) -> int:
     return length
 
 
+def footer_bytes(data: bytes | memoryview) -> int:
+    """How much of a shard file is not rows."""
+    return _tail_bytes(data[-8:], len(data))
+
+
 def read_footer(run_url: str, shard: int) -> ShardFooter:
     """What a finished shard says about itself, without reading its rows. The checksum of the footer is compared.
 

@@ -1,0 +1,57 @@
+"""Steps that are tried one after another, whatever became of those before, and told in one line each."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from owlsam_ray.errors import IncompleteError, OwlsamError
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[T]):
+    """What a step found."""
+
+    value: T
+    detail: str
+    """For people."""
+    error: OwlsamError | None = None
+    """What is wrong all the same."""
+
+
+@dataclass(slots=True)
+class Steps:
+    """Steps told one by one; the first error is kept."""
+
+    say: Callable[[str], None]
+    told: list[dict[str, Any]] = field(default_factory=list)
+    first: OwlsamError | None = None
+
+    def run(self, name: str, work: Callable[P, Done[T]], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Do a step; None when it fails."""
+        start = time.monotonic()
+        value = None
+        try:
+            done = work(*args, **kwargs)
+            value, detail, error = done.value, done.detail, done.error
+        except OwlsamError as raised:
+            detail, error = "", raised
+        except OSError as raised:
+            detail, error = "", IncompleteError(f"storage refused: {raised}")
+        if error is not None:
+            self.first = self.first or error
+            detail = str(error.args[0])
+        self._tell(name, "✓" if error is None else "✗", time.monotonic() - start, detail)
+        return value
+
+    def skip(self, name: str) -> None:
+        """Tell that a step is not tried, for what it needs failed."""
+        self._tell(name, "–", 0.0, "not tried: a step before it failed")
+
+    def _tell(self, name: str, mark: str, seconds: float, detail: str) -> None:
+        ok = {"✓": True, "✗": False}.get(mark)
+        self.told.append({"step": name, "ok": ok, "seconds": round(seconds, 1), "detail": detail})
+        self.say(f"{mark} {name:<14} {seconds:6.1f} s  {detail}")
