@@ -13,10 +13,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from owlsam_ray.config import load_config
 from owlsam_ray.ledger import PREDICTIONS
 from owlsam_ray.models.fakes import ALLOCATE, HANG, SEGFAULT
+from owlsam_ray.reduce.run import reduce_run
 from tests.chaos.world import ray_processes
-from tests.runs import TinyRun
+from tests.runs import TinyRun, label_here
 
 NUM_IMAGES, SHARD_SIZE = 60, 10
 FEW = {7: SEGFAULT, 12: HANG}
@@ -67,7 +69,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 def test_exactly_the_culprits_are_quarantined(tmp_path: Path, kinds: dict[int, int]) -> None:
     tiny = draw(tmp_path, kinds)
     peaceful, run = tmp_path / "peaceful", tmp_path / "run"
-    tiny.call("annotate", peaceful)
+    label_here(load_config([tiny.run_file], run=str(peaceful)))
     counts = tiny.call("annotate", run, **{"fakes.poison": True})
     assert (counts["done"], counts["failed"]) == (NUM_IMAGES, len(kinds))
     for number, (row, before) in enumerate(zip(rows_of(run), rows_of(peaceful), strict=True)):
@@ -76,13 +78,12 @@ def test_exactly_the_culprits_are_quarantined(tmp_path: Path, kinds: dict[int, i
         else:
             assert row == before, number
     assert not os.listdir(run / "attempts" / "in-hand")
-    assert tiny.call("reduce", run)["failed"] == len(kinds)
+    assert reduce_run(load_config([tiny.run_file], run=str(run)))["failed"] == len(kinds)
     failures = [json.loads(line) for line in (run / "coco" / "failures.jsonl").read_text().splitlines()]
     assert {failure["file_name"] for failure in failures} == {f"{number:03d}.png" for number in kinds}
 
     # The files were mended: only by name are quarantined images tried again, and then all is as in peace.
-    assert tiny.call("annotate", run)["new"] == 0
-    assert len([row for row in rows_of(run) if row["status"] == "failed"]) == len(kinds)
+    assert tiny.call_command([*tiny.command("annotate", run), "--retry-failed"])["failed"] == len(kinds)
     assert tiny.call_command([*tiny.command("annotate", run), "--retry-failed", "quarantined"])["failed"] == 0
     assert rows_of(run) == rows_of(peaceful)
 
