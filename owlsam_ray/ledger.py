@@ -131,7 +131,7 @@ def _footer_of(rows: pa.Table) -> dict[str, Any]:
     why = rows.select(["status_class", "reason"]).filter(failed).to_pylist()
     failures = Counter(f"{row['status_class']} {(row['reason'] or '').split(':')[0]}" for row in why)
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,  # first: readers find the text by it
         "num_rows": rows.num_rows,
         "counts": {
             status: pc.sum(pc.equal(rows["status"], status)).as_py() or 0 for status in ("ok", "empty", "failed")
@@ -188,22 +188,25 @@ def read_footer(run_url: str, shard: int) -> ShardFooter:
 
 def _parse_footer(url: str, shard: int, tail: bytes) -> ShardFooter:
     try:
-        checked = _check_footer(tail)  # before anything takes the bytes for what they seem
-        metadata = pq.read_metadata(pa.BufferReader(tail))
-        footer = ShardFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
-        if footer.footer_sha256 != checked or (checked is None) != (footer.data_sha256 is None):
+        text = _checked_text(tail)
+        if text is not None:  # whole, so nothing else of the footer needs to be parsed: a fifth of the time
+            footer = ShardFooter(**json.loads(text))
+            num_rows = footer.num_rows
+        else:
+            metadata = pq.read_metadata(pa.BufferReader(tail))
+            footer = ShardFooter(**json.loads((metadata.metadata or {})[FOOTER_KEY]))
+            num_rows = metadata.num_rows
+        if (text is None) != (footer.footer_sha256 is None) or (text is None) != (footer.data_sha256 is None):
             raise ValueError("one of its two checksums is missing")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise corrupt_shard(url, f"{type(error).__name__}: {error}") from None
-    if footer.shard != shard or footer.num_rows != metadata.num_rows:
-        raise corrupt_shard(
-            url, f"it says shard {footer.shard} with {footer.num_rows} rows, and has {metadata.num_rows}"
-        )
+    if footer.shard != shard or footer.num_rows != num_rows:
+        raise corrupt_shard(url, f"it says shard {footer.shard} with {footer.num_rows} rows, and has {num_rows}")
     return footer
 
 
-def _check_footer(tail: bytes) -> str | None:
-    """The checksum of a footer, which fits; None when it holds none.
+def _checked_text(tail: bytes) -> bytes | None:
+    """The JSON of a footer whose checksum fits; None when it holds none.
 
     Raises:
         ValueError: it does not fit.
@@ -212,10 +215,9 @@ def _check_footer(tail: bytes) -> str | None:
     if not places:
         return None
     start, end = places[-1]  # the last: reasons of failures, which anyone may have written, stand before it
-    digest = tail[start:end].decode()
-    if hashlib.sha256(tail[:start] + _ZEROS.encode() + tail[end:]).hexdigest() != digest:
+    if hashlib.sha256(tail[:start] + _ZEROS.encode() + tail[end:]).hexdigest().encode() != tail[start:end]:
         raise ValueError("the checksum of its footer does not fit")
-    return digest
+    return tail[tail.rindex(b'{"schema_version"', 0, start) : end + len('"}')]
 
 
 def load_shard(run_url: str, shard: int) -> tuple[ShardFooter, pa.Table]:
