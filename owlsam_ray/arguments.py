@@ -28,7 +28,8 @@ The hours are a rough guess from these images on this machine; `owlsam estimate`
   owlsam status runs/coco --watch 10               # until nothing is left, or Ctrl-C
 
 Needs the run directory alone, and writes nothing. An attempt is `live` when its heartbeat moved while this looked,
-`silent` when it stood still for longer than heartbeats are apart (it was killed, or cannot write), `unknown` when
+`silent` when it stood still for longer than heartbeats are apart (it was killed, or cannot write), `dead` when its
+process ran on this machine and is gone, `unknown` when
 --wait was too short to tell, `ended` when it signed off. Rate and ETA are those that live attempts tell.""",
     "verify": """examples:
   owlsam verify runs/coco

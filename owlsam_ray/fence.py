@@ -318,7 +318,7 @@ class _Observer:
 
     def _consider(self, other: AttemptRecord) -> None:
         """Take over what is dead; refuse, or go on waiting, for what lives."""
-        if _is_dead_here(other):
+        if is_dead_here(other):
             _log.warning("the attempt %s is dead: going on in its place", other.where)
             self._take_over(other)
             return
@@ -428,7 +428,7 @@ def _process_name(pid: int) -> str | None:
     return None if state in "ZX" else f"{boot} {space} {pid} {rest[18]}"
 
 
-def _is_dead_here(record: AttemptRecord) -> bool:
+def is_dead_here(record: AttemptRecord) -> bool:
     """Whether an attempt ran on this machine, in this container, and its process is gone."""
     mine = _process_name(os.getpid())
     if mine is None or record.process is None or record.process.split()[:2] != mine.split()[:2]:

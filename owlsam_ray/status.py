@@ -18,7 +18,7 @@ from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.crumbs import list_crumbs
 from owlsam_ray.errors import IncompleteError, InputError
 from owlsam_ray.failures import find_failures
-from owlsam_ray.fence import AttemptRecord, ended_attempts, live_attempts
+from owlsam_ray.fence import AttemptRecord, ended_attempts, is_dead_here, live_attempts
 from owlsam_ray.guard import RUN_FILE, load_record
 from owlsam_ray.manifest import load_manifest
 from owlsam_ray.progress import duration
@@ -41,7 +41,13 @@ class _Watched:
     moved: bool = False
 
     def state(self, now: float, patience_s: float) -> str:
-        """`live`, `silent` (for longer than an attempt that lives), or `unknown` (not looked at for long enough)."""
+        """What is known of it by now.
+
+        `dead` (its process ran on this machine and is gone), `live`, `silent` (for longer than an attempt that lives),
+        or `unknown` (not looked at for long enough).
+        """
+        if is_dead_here(self.record):
+            return "dead"
         if now - self.since > patience_s:
             return "silent"
         return "live" if self.moved else "unknown"
@@ -143,7 +149,7 @@ class RunStatus:
         rates = [
             record.progress["images_per_s"]
             for record, state in alive
-            if state != "silent" and record.scope == "label" and record.progress
+            if state not in ("silent", "dead") and record.scope == "label" and record.progress
         ]
         rate = sum(rates) if rates else None
         errors = [record for record in [*ended, *(record for record, _ in alive)] if record.last_error]

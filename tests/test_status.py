@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,19 @@ def test_live_silent_and_ended_attempts(run: ShardRun) -> None:
     assert ended == [("2-ended", 5), ("3-ended", 75)]
     errors = {each["attempt"]: each["error"] for each in state["last_errors"]}
     assert errors == {"1-gone": "no answer", other.id: "slow down", "2-ended": "disk full"}
+
+
+def test_a_process_of_this_machine_that_is_gone_is_dead(tmp_path: Path) -> None:
+    run = make_shard_run(str(tmp_path / "run"), num_images=4, shard_size=4)
+    code = (
+        "import os, sys; from owlsam_ray.fence import Slice, claim\n"
+        "with claim(sys.argv[1], scope='label', part=Slice(), heartbeat_s=1, takeover_s=2): os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, run.url], check=False)
+    start = time.monotonic()
+    (found,) = RunStatus(run.url).look()["attempts"]
+    assert found["state"] == "dead"
+    assert time.monotonic() - start < 8, "it was waited for"
 
 
 def test_waiting_ends_with_the_first_sign_of_life(run: ShardRun) -> None:
