@@ -6,9 +6,11 @@ are labelled. One that is killed by a signal has to do it twice, since anybody m
 much memory, is seen for itself.
 """
 
+import builtins
 import contextlib
 import json
 import logging
+import os
 import queue
 import signal
 import subprocess
@@ -37,10 +39,14 @@ from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from owlsam_ray.watch import hang_text, memory_text, resident_bytes
 
 _MOST_SUSPECTS = 16
-"""More than these were not seen, they were guessed: halves find the culprit sooner."""
+"""Of more than these, halves find the culprit sooner."""
 _LOOK_S = 0.2
 _SILENCE_S = 20.0
 """The process says every second that it runs. When it has not for so much longer than an image may take, it hangs."""
+_REAP_S = 10.0
+"""A process that hangs in the kernel cannot be killed; after so long it is left behind."""
+_LAST_RESORT_CODE = 1
+"""Exit code of a process whose watchdog could not run."""
 _START_S = 1800.0
 """Seconds in which models must load."""
 _STARTS_WITHOUT_READY = 2
@@ -123,12 +129,11 @@ def isolate_shard(task: IsolationTask) -> tuple[pa.Table, dict[str, float]]:
 
 
 def _first_groups(wanted: Sequence[int], image_ids: Sequence[int], suspects: frozenset[int]) -> list[list[int]]:
-    """Suspects one by one, then the others together."""
-    alone = [position for position in wanted if image_ids[position] in suspects]
-    if len(alone) > _MOST_SUSPECTS:
-        alone = []
-    others = [position for position in wanted if position not in set(alone)]
-    return [*([position] for position in alone), *([others] if others else [])]
+    """Suspects one by one (together when they are many, as the batches of a GPU are), then the others together."""
+    suspected = [position for position in wanted if image_ids[position] in suspects]
+    others = [position for position in wanted if image_ids[position] not in suspects]
+    first = [suspected] if len(suspected) > _MOST_SUSPECTS else [[position] for position in suspected]
+    return [*first, *([others] if others else [])]
 
 
 def _after_death(group: list[int], death: Death, image_ids: Sequence[int], outcome: _Outcome) -> list[list[int]]:
@@ -205,8 +210,8 @@ class _Room:
 
     def _launch(self) -> None:
         with (Path(self._folder.name) / "log").open("a", encoding="utf-8") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "owlsam_ray.isolated"],
+            self._process = subprocess.Popen(  # noqa: S603 (a module of ours)
+                [sys.executable, "-m", "owlsam_ray.isolated", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -220,6 +225,7 @@ class _Room:
             {
                 "run_url": task.run_url,
                 "shard": task.shard,
+                "folder": self._folder.name,
                 "config": task.config.model_dump(mode="json"),
                 "record": task.record.model_dump(mode="json"),
                 "allocation": asdict(task.allocation),
@@ -245,7 +251,7 @@ class _Room:
         if process is None:
             raise RuntimeError("there is no process to hear anything from")
         heard, said = time.monotonic(), None
-        while True:
+        while said is None:
             with contextlib.suppress(queue.Empty):
                 line = self._lines.get(timeout=_LOOK_S)
                 if line is None:
@@ -257,29 +263,37 @@ class _Room:
                 if message["kind"] == "error":
                     self._end()
                     raise _as_raised(message)
-                said = message["reason"] if message["kind"] == "trouble" else said
+                said = message["reason"] if message["kind"] == "trouble" else None
             if self._memory_bytes is not None and resident_bytes(process.pid) > 1.1 * self._memory_bytes:
                 said = said or memory_text(self._memory_bytes)
-                process.kill()
             elif time.monotonic() - heard > silence_s:
-                said = hang_text(self._deadline_s)
-                process.kill()
-        code = process.wait()
-        self._end()
-        if said is None and time.monotonic() - heard > self._deadline_s:
-            said = hang_text(self._deadline_s)  # the last resort of its watchdog ended it
+                said = said or hang_text(self._deadline_s)
+        code = self._end(grace_s=_REAP_S if said is None else 0.0)
+        if said is None and code == _LAST_RESORT_CODE and time.monotonic() - heard > self._deadline_s:
+            said = hang_text(self._deadline_s)
         raise _Died(Death(said or _how_it_ended(code), is_certain=said is not None))
 
-    def _end(self) -> None:
+    def _end(self, *, grace_s: float = 0.0) -> int:
+        """End the process, if there is one; returns its exit code.
+
+        Args:
+            grace_s: seconds that it gets to end by itself.
+        """
         process, self._process = self._process, None
         if process is None:
-            return
+            return 0
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
         process.kill()
-        process.wait()
+        try:
+            code = process.wait(_REAP_S)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
+        return code
 
     def _last_words(self) -> str:
         text = (Path(self._folder.name) / "log").read_text(encoding="utf-8", errors="replace").strip()
@@ -302,7 +316,7 @@ def _how_it_ended(code: int) -> str:
 
 def _as_raised(message: dict[str, Any]) -> OwlsamError | OSError:
     """The error that the process met, as if it had been raised here."""
-    kind = getattr(errors, message["class"], None)
-    if isinstance(kind, type) and issubclass(kind, OwlsamError):
-        return kind(message["message"])
-    return OSError(message["errno"], message["message"])
+    kind: Any = getattr(errors, message["name"], getattr(builtins, message["name"], None))
+    if not (isinstance(kind, type) and issubclass(kind, (OwlsamError, OSError))):
+        kind = OSError
+    return kind(*message["arguments"])

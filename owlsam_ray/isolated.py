@@ -2,33 +2,33 @@
 
 It answers on its standard output: `ready` once the models are loaded, `alive` every second, `done` for each group, and
 `trouble` or `error` before it ends by itself.
+
+Modules that take seconds are imported only after this process was bound to its parent, whose id is its argument.
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
-from owlsam_ray import storage
-from owlsam_ray.config import RunConfig
-from owlsam_ray.engine import Engine, load_engine
 from owlsam_ray.errors import OwlsamError
-from owlsam_ray.fetch import fetch_shard, to_images
-from owlsam_ray.guard import QUERY_FILE, RunRecord, load_run_manifest
-from owlsam_ray.models.arithmetic import fix_arithmetic
-from owlsam_ray.models.weights import ModelPaths
-from owlsam_ray.resources import Allocation, actor_memory_bytes
-from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
-from owlsam_ray.watch import Trouble, Watch, Watchdog
+from owlsam_ray.watch import Trouble, Watch, Watchdog, hang_text
+
+if TYPE_CHECKING:
+    from owlsam_ray.config import RunConfig
+    from owlsam_ray.engine import Engine
+    from owlsam_ray.guard import RunRecord
 
 _ALIVE_S = 1.0
+_MARGIN_S = 10.0
+"""Between two pieces of work that are watched."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -46,20 +46,42 @@ class _Voice:
             self._out.flush()
 
 
+class _ProgressWatch(Watch):
+    """Knows as well when a piece of work last came to its end: what is not watched could hang, too."""
+
+    moved: float | None = None
+    """None while there is nothing to label."""
+
+    @contextlib.contextmanager
+    def busy(self, kind: str, image_ids: Sequence[int]) -> Iterator[None]:
+        """See `Watch`."""
+        try:
+            with super().busy(kind, image_ids):
+                yield
+        finally:
+            if self.moved is not None:
+                self.moved = time.monotonic()
+
+
 def main() -> int:
     """Do what the lines say; returns the exit code."""
-    _die_with_parent()
+    _die_with_parent(int(sys.argv[1]))
     voice = _Voice()
     lines = _lines()
     setup = next(lines)
     try:
         _work(setup, lines, voice)
     except (OwlsamError, OSError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        message = str(error.args[0]) if isinstance(error, OwlsamError) and error.args else str(error)
-        voice.say("error", **{"class": type(error).__name__, "errno": number, "message": message})
+        voice.say("error", name=type(error).__name__, arguments=error_arguments(error))
         return 1
     return 0
+
+
+def error_arguments(error: OwlsamError | OSError) -> list[Any]:
+    """What an equal error is made from, as JSON values."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return [error.errno, error.strerror, *([error.filename] if isinstance(error.filename, str) else [])]
+    return [str(error)]
 
 
 def _lines() -> Iterator[dict[str, Any]]:
@@ -68,10 +90,19 @@ def _lines() -> Iterator[dict[str, Any]]:
 
 
 def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], voice: _Voice) -> None:
+    import pyarrow as pa
+
+    from owlsam_ray import storage
+    from owlsam_ray.config import RunConfig
+    from owlsam_ray.fetch import fetch_shard, to_images
+    from owlsam_ray.guard import RunRecord, load_run_manifest
+    from owlsam_ray.resources import actor_memory_bytes
+    from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
+
     config = RunConfig.model_validate(setup["config"])
     record = RunRecord.model_validate(setup["record"])
     storage.configure(config.storage.policy())
-    watch = Watch()
+    watch = _ProgressWatch(Path(setup["folder"]))
 
     def end(trouble: Trouble) -> None:
         voice.say("trouble", reason=trouble.text, image_ids=trouble.image_ids)
@@ -83,7 +114,8 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], voice: _Voice)
         memory_bytes=actor_memory_bytes(config.resources),
         on_trouble=end,
     ).start()
-    threading.Thread(target=_stay_alive, args=(voice,), daemon=True).start()
+    deadline_s = config.resources.image_deadline_s
+    threading.Thread(target=_stay_alive, args=(voice, watch, deadline_s), daemon=True).start()
     manifest = load_run_manifest(setup["run_url"], record)
     with _load(setup, config, record, watch) as engine:
         voice.say("ready")
@@ -96,7 +128,9 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], voice: _Voice)
                 deadline_s=config.resources.fetch_deadline_s,
                 positions=group["positions"],
             )
+            watch.moved = time.monotonic()
             predictions, stage_s = engine.annotate(to_images(fetched))
+            watch.moved = None
             rows = predictions_to_table(predictions).cast(PREDICTION_SCHEMA)
             with pa.OSFile(group["path"], "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
                 writer.write_table(rows)
@@ -104,9 +138,16 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], voice: _Voice)
     watch.close()
 
 
-def _load(setup: dict[str, Any], config: RunConfig, record: RunRecord, watch: Watch) -> Engine:
+def _load(setup: dict[str, Any], config: "RunConfig", record: "RunRecord", watch: Watch) -> "Engine":
     """The engine, as an actor has it."""
     from safetensors.torch import load as load_safetensors
+
+    from owlsam_ray import storage
+    from owlsam_ray.engine import load_engine
+    from owlsam_ray.guard import QUERY_FILE
+    from owlsam_ray.models.arithmetic import fix_arithmetic
+    from owlsam_ray.models.weights import ModelPaths
+    from owlsam_ray.resources import Allocation
 
     allocation = Allocation(**setup["allocation"])
     fix_arithmetic(allocation.torch_threads)
@@ -121,16 +162,26 @@ def _load(setup: dict[str, Any], config: RunConfig, record: RunRecord, watch: Wa
     )
 
 
-def _stay_alive(voice: _Voice) -> None:
+def _stay_alive(voice: _Voice, watch: _ProgressWatch, deadline_s: float) -> None:
+    """Say so as long as something comes to an end now and then, and somebody listens."""
     waiting = threading.Event()
     while not waiting.wait(_ALIVE_S):
-        voice.say("alive")
+        moved = watch.moved
+        try:
+            if moved is not None and time.monotonic() - moved > deadline_s + _MARGIN_S:
+                voice.say("trouble", reason=hang_text(deadline_s), image_ids=watch.in_hand())
+                os._exit(1)
+            voice.say("alive")
+        except OSError:
+            os._exit(1)
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """End when the parent does, whatever this process is in the middle of."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was quicker
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The images that kill a process are found, and only these are given up."""
 
+import errno
+import json
 import os
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +18,10 @@ import pytest
 from PIL import Image
 
 from owlsam_ray.config import RunConfig
-from owlsam_ray.errors import GuardError, IncompleteError, InputError, WeightsError
+from owlsam_ray.errors import GuardError, IncompleteError, InputError, OwlsamError, PreflightError, WeightsError
 from owlsam_ray.guard import load_record, load_run_manifest
-from owlsam_ray.isolate import IsolationTask, isolate_shard
+from owlsam_ray.isolate import IsolationTask, _as_raised, _first_groups, _Room, isolate_shard
+from owlsam_ray.isolated import error_arguments
 from owlsam_ray.ledger import load_shard
 from owlsam_ray.models.fakes import ALLOCATE, HANG, HANG_MODEL, SEGFAULT
 from owlsam_ray.models.load import find_models
@@ -86,10 +89,15 @@ def test_only_the_culprits_are_given_up(tmp_path: Path, monkeypatch: pytest.Monk
     """Suspects that are right, one that is wrong, and a culprit that nobody suspects."""
     task, peaceful = make_task(tmp_path)
     starts = count_starts(monkeypatch)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     rows, stage_s = isolate_shard(replace(task, suspects=frozenset({4, 10, 11, 5, 777})))
     check(rows, peaceful, REASONS)
     assert set(stage_s) >= {"decode", "detect"}
     assert len(starts) <= 12, "halves that find nothing"
+    left = [path.name for path in (tmp_path / "temporary").iterdir() if path.name.startswith("owlsam")]
+    assert left == [], "of processes that died"
 
 
 def check(rows: pa.Table, peaceful: pa.Table, reasons: dict[int, str]) -> None:
@@ -117,34 +125,88 @@ def count_starts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return pids
 
 
-def test_some_positions_and_a_kill_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_positions_and_kills_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an image that is alone, and of several: nobody is given up."""
     task, peaceful = make_task(tmp_path, poisoned={})
-    slow = task.config.model_copy(update={"fakes": task.config.fakes.model_copy(update={"delay_s": 0.7})})
-    pids = count_starts(monkeypatch)
+    slow = task.config.model_copy(update={"fakes": task.config.fakes.model_copy(update={"delay_s": 0.5})})
+    pids, groups = count_starts(monkeypatch), []
+    send = _Room._send
 
-    def kill() -> None:
-        while not pids:
-            time.sleep(0.01)
-        while not list(Path("/proc", str(pids[0]), "task").glob("*/comm")):
-            time.sleep(0.01)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and b"owlsam-model" not in threads_of(pids[0]):
-            time.sleep(0.01)
-        time.sleep(0.5)
-        os.kill(pids[0], signal.SIGKILL)
+    def send_and_kill(room: _Room, message: dict[str, Any]) -> None:
+        send(room, message)
+        if "positions" in message:
+            groups.append(message["positions"])
+            if len(groups) in (1, 3):
+                os.kill(pids[-1], signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    rows, _ = isolate_shard(replace(task, config=slow, positions=(2, 5, 7, 11)))
-    killer.join()
-    assert len(pids) == 2
+    monkeypatch.setattr(_Room, "_send", send_and_kill)
+    rows, _ = isolate_shard(replace(task, config=slow, positions=(2, 5, 7, 11), suspects=frozenset({6})))
+    assert groups == [[5], [5], [2, 7, 11], [2], [7, 11]]
+    assert len(pids) == 3
     assert rows.equals(peaceful.take([2, 5, 7, 11]))
 
 
-def threads_of(pid: int) -> bytes:
-    """Names of its threads; Python's are those of its interpreter, so the count tells."""
-    tasks = list(Path("/proc", str(pid), "task").glob("*/comm"))
-    return b"owlsam-model" if len(tasks) > 4 else b""
+@pytest.mark.parametrize(
+    ("suspects", "expected"),
+    [
+        ((), [[0, 1, 2]]),
+        ((11, 999), [[1], [0, 2]]),
+        ((10, 11, 12), [[0], [1], [2]]),
+    ],
+)
+def test_suspects_come_first(suspects: tuple[int, ...], expected: list[list[int]]) -> None:
+    assert _first_groups([0, 1, 2], [10, 11, 12], frozenset(suspects)) == expected
+
+
+def test_many_suspects_are_one_group() -> None:
+    groups = _first_groups(list(range(100)), list(range(100)), frozenset(range(30, 47)))
+    assert groups == [list(range(30, 47)), [*range(30), *range(47, 100)]]
+    assert _first_groups([], [], frozenset({1})) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        WeightsError("no weights at /w"),
+        PreflightError("a call does not fit"),
+        ConnectionResetError("gone"),
+        OSError(errno.ENOSPC, "No space left on device", "/x"),
+        PermissionError(errno.EACCES, "Permission denied"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_is_the_same_in_the_parent(error: OwlsamError | OSError) -> None:
+    message = json.loads(json.dumps({"name": type(error).__name__, "arguments": error_arguments(error)}))
+    raised = _as_raised(message)
+    assert (type(raised), str(raised)) == (type(error), str(error))
+    assert getattr(raised, "errno", None) == getattr(error, "errno", None)
+    assert getattr(raised, "filename", None) == getattr(error, "filename", None)
+
+
+def test_an_unknown_error_of_storage_is_an_os_error() -> None:
+    raised = _as_raised({"name": "SomeClientError", "arguments": ["gone"]})
+    assert (type(raised), str(raised)) == (OSError, "gone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "import owlsam_ray.engine as e, time; e.suppress = lambda *a, **k: time.sleep(9999)",
+        "import owlsam_ray.models.fakes as f, ctypes; "
+        "f.FakeDetector.preprocess = lambda *a: ctypes.PyDLL(None).sleep(9999)",
+    ],
+    ids=["where nobody watches", "with the interpreter's lock"],
+)
+def test_every_hang_comes_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    task, _ = make_task(tmp_path, poisoned={})
+    script = tmp_path / "python"
+    module = "sys.argv = sys.argv[2:]; runpy.run_module('owlsam_ray.isolated', run_name='__main__')"
+    script.write_text(f"#!{sys.executable}\nimport sys, runpy\n{fault}\n{module}\n", encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    rows, _ = isolate_shard(replace(task, positions=(5,)))
+    assert rows["reason"].to_pylist() == ["hang: no end within 3 s"]
 
 
 def test_what_is_no_fault_of_an_image_is_told(tmp_path: Path) -> None:
@@ -159,20 +221,21 @@ def test_what_is_no_fault_of_an_image_is_told(tmp_path: Path) -> None:
         isolate_shard(task)
 
 
-def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
-    """Also in the middle of a group."""
+@pytest.mark.parametrize("moment_s", [0.0, pytest.param(12.0, marks=pytest.mark.slow)], ids=["loading", "labelling"])
+def test_the_process_ends_with_its_parent(tmp_path: Path, moment_s: float) -> None:
+    """Also before it has loaded anything, and in the middle of a group."""
     make_task(tmp_path, poisoned={6: HANG})
     parent = subprocess.Popen(
         [sys.executable, "-c", _PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
-    time.sleep(4)
+    time.sleep(moment_s)
     assert os.path.exists(f"/proc/{child}")
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 5
     while os.path.exists(f"/proc/{child}") and "Z" not in Path(f"/proc/{child}/stat").read_text().split(")")[1]:
         assert time.monotonic() < deadline, "the process outlives its parent"
         time.sleep(0.05)
