@@ -8,15 +8,18 @@ Orientation: when the source states a size that equals the file's raw size, EXIF
 convention, its boxes are drawn on raw pixels); otherwise it is.
 """
 
+import ctypes
 import io
+import logging
 import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from owlsam_ray.errors import ImageError
 
@@ -48,6 +51,33 @@ _DECODER_ERRORS = (
 )
 _WIDE_GREY = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
 _EXIF_ORIENTATION = 0x0112
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+
+# What would let a small file cost minutes or gigabytes, beyond the pixels that it says it has.
+_SLOW_DECODERS = {"bmp_rle", "ppm", "ppm_plain"}
+"""Those that Pillow has in Python: up to a microsecond a pixel, whatever the file's length."""
+_SLOW_MAX_PIXELS = 32_000_000
+_MAX_COMMENTS = 1000
+"""Of a plain PPM file: each costs a copy of a megabyte."""
+_MAX_SCANNED = 5 * 10**10
+"""Pixels of a JPEG times its scans, some seconds: a progressive file has ten or so, and a scan may be a few bytes."""
+_MAX_TILE = 2**26
+"""Pixels of a TIFF file's tile, or four times those of its picture: a whole tile is decoded."""
+_STRIP_PIXELS = 2**20
+"""Pixels that are converted at once, so that no second picture is in memory."""
+
+
+def _silence_libtiff() -> None:
+    """It tells stderr what it finds wrong with a file, without a name; what counts comes as an exception as well."""
+    if not features.check("libtiff") or not Path("/proc/self/maps").exists():
+        return
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libtiff" in line}
+    for path in loaded:
+        ctypes.CDLL(path).TIFFSetErrorHandler(None)
+
+
+_silence_libtiff()
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # for the same reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,45 +103,89 @@ def decode_image(data: bytes | memoryview, *, stated_hw: tuple[int, int] | None,
     """
     if len(data) == 0:
         raise ImageError("empty_file")
+    data = bytes(data)
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":  # its decoder takes memory for the canvas at once
+        sides = [1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27)]
+        _check_size(sides[0], sides[1], max_pixels)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return _read(image, stated_hw=stated_hw, max_pixels=max_pixels)
+            _check_cost(image, data, max_pixels)
+            return _read(image, stated_hw)
     except UnidentifiedImageError:
-        raise ImageError(_unidentified(bytes(data[:4]))) from None
+        raise ImageError(_unidentified(data[:4])) from None
     except _DECODER_ERRORS as error:
         raise ImageError(_reason(error)) from None
 
 
-def _read(image: Image.Image, *, stated_hw: tuple[int, int] | None, max_pixels: int) -> Decoded:
-    width, height = image.size
+def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(f"too_large: {width}x{height}")
+
+
+def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """Refuse from the header, before memory or time are spent on pixels.
+
+    Raises:
+        ImageError: the picture is too large, or cannot be decoded within bounds.
+    """
+    width, height = image.size
+    _check_size(width, height, max_pixels)
+    decoders = {tile[0] for tile in getattr(image, "tile", [])}
+    if decoders & _SLOW_DECODERS and width * height > _SLOW_MAX_PIXELS:
+        raise ImageError(f"too_large: {width}x{height} in a kind of {image.format} that is decoded slowly")
+    if "ppm_plain" in decoders and data.count(b"#") > _MAX_COMMENTS:
+        raise ImageError(f"decode_error: more than {_MAX_COMMENTS} comments")
+    if "jpeg" in decoders and image.format != "TIFF":  # there libtiff decodes, and has a limit of its own
+        scans = data.count(b"\xff\xda")
+        if scans * width * height > _MAX_SCANNED:
+            raise ImageError(f"decode_error: {scans} scans of {width}x{height}")
+    tags = getattr(image, "tag_v2", {})
+    sides = [tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT)]
+    if sides[0] * sides[1] > max(_MAX_TILE, 4 * width * height):
+        raise ImageError(f"decode_error: tiles of {sides[0]}x{sides[1]} in a picture of {width}x{height}")
+
+
+def _read(image: Image.Image, stated_hw: tuple[int, int] | None) -> Decoded:
+    raw_hw = (image.height, image.width)
     image.load()
+    if 0 in image.size:
+        raise ImageError(f"decode_error: {image.width}x{image.height}")
     note = None
-    if stated_hw != (height, width):
+    orientation = 1
+    if stated_hw != raw_hw:
         orientation = _orientation(image)
-        upright = _rotate(image, orientation)
-        turned_hw = (upright.height, upright.width)
+        turned_hw = image.size if orientation > 4 else image.size[::-1]
         if stated_hw is not None and stated_hw != turned_hw:
             note = f"stated_size_differs: stated {stated_hw[0]}x{stated_hw[1]}, file {turned_hw[0]}x{turned_hw[1]}"
-        image = upright
-    pixels = _to_rgb(image)
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise ImageError(f"decode_error: pixels of shape {pixels.shape}")
-    return Decoded(np.ascontiguousarray(pixels), note)
+    return Decoded(_to_rgb(image, orientation), note)
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def _to_rgb(image: Image.Image, orientation: int) -> NDArray[np.uint8]:
+    """Pixels of a loaded picture, turned upright; strip by strip."""
     if image.mode == "F":
         # Floating point pictures state no range: any scaling would be a guess.
         raise ImageError("unsupported_mode: F")
-    if image.mode in _WIDE_GREY:
-        wide = np.asarray(image).astype(np.int64)
-        if wide.min(initial=0) < 0 or wide.max(initial=0) > 65535:
-            raise ImageError(f"unsupported_mode: {image.mode} beyond 16 bits")
-        grey = ((wide + 128) // 257).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.array(image.convert("RGB"))  # a copy: torch takes writable arrays only
+    width, height = image.size
+    pixels = np.empty((width, height, 3) if orientation > 4 else (height, width, 3), np.uint8)
+    raw = _raw_view(pixels, orientation)
+    rows = max(1, _STRIP_PIXELS // width)
+    for start in range(0, height, rows):
+        end = min(start + rows, height)
+        strip = image if end - start == height else image.crop((0, start, width, end))
+        raw[start:end] = _wide_to_rgb(strip) if image.mode in _WIDE_GREY else np.asarray(_convert(strip))
+    return pixels
+
+
+def _convert(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _wide_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    wide = np.asarray(image).astype(np.int64)
+    if wide.min(initial=0) < 0 or wide.max(initial=0) > 65535:
+        raise ImageError(f"unsupported_mode: {image.mode} beyond 16 bits")
+    grey = ((wide + 128) // 257).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -123,18 +197,25 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _rotate(image: Image.Image, orientation: int) -> Image.Image:
-    methods = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
-    method = methods.get(orientation)
-    return image if method is None else image.transpose(method)
+def _raw_view(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """An upright picture as the file has it, to be written to."""
+    match orientation:
+        case 2:
+            return pixels[:, ::-1]
+        case 3:
+            return pixels[::-1, ::-1]
+        case 4:
+            return pixels[::-1]
+        case 5:
+            return pixels.transpose(1, 0, 2)
+        case 6:
+            return np.rot90(pixels, 1)
+        case 7:
+            return pixels[::-1, ::-1].transpose(1, 0, 2)
+        case 8:
+            return np.rot90(pixels, -1)
+        case _:
+            return pixels
 
 
 def _unidentified(head: bytes) -> str:

@@ -11,16 +11,13 @@ import pytest
 from PIL import Image
 
 from owlsam_ray.errors import FailureClass, ImageError
+from owlsam_ray.stages import decode as decode_module
 from owlsam_ray.stages.decode import FORMATS, Decoded, decode_image
+from tests.crafted_images import many_scans
 from tests.drawn_images import draw_image
+from tests.image_files import chunk, originals, png, save, tiff
 
 MAX_PIXELS = 10**6
-
-
-def save(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def decode(data: bytes, stated_hw: tuple[int, int] | None = None) -> Decoded:
@@ -100,7 +97,7 @@ def test_16_bit_grey_is_scaled_not_clipped() -> None:
 
 def test_16_bit_colour_keeps_its_high_bytes() -> None:
     rows = b"".join(b"\0" + struct.pack(">3H", 65535, 256 * 7, 0) * 2 for _ in range(2))
-    assert decode(png(2, 2, rows, depth=16, colour=2)).pixels[0, 0].tolist() == [255, 7, 0]
+    assert decode(png(2, 2, zlib.compress(rows), depth=16, colour=2)).pixels[0, 0].tolist() == [255, 7, 0]
 
 
 def test_floating_point_is_refused() -> None:
@@ -171,16 +168,76 @@ def test_a_decompression_bomb_costs_nothing() -> None:
     assert reason(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")).startswith("too_large")
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_large_pictures_are_converted_in_strips(orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same pixels, in every mode and orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    wide = Image.fromarray(np.arange(70 * 90, dtype=np.uint16).reshape(70, 90) * 10)
+    base = draw_image(3).resize((90, 70))
+    modes = [base, base.convert("L"), base.convert("1"), base.quantize(9), base.convert("RGBA"), wide]
+    files = [save(image, "PNG", exif=exif) for image in modes] + [save(base.convert("CMYK"), "JPEG", exif=exif)]
+    whole = [decode(data) for data in files]
+    monkeypatch.setattr(decode_module, "_STRIP_PIXELS", 300)
+    for data, expected in zip(files, whole, strict=True):
+        np.testing.assert_array_equal(decode(data).pixels, expected.pixels)
+        assert decode(data).pixels.flags.c_contiguous
+        assert decode(data).pixels.flags.writeable
+
+
+# What would cost minutes or gigabytes
+
+
+def test_what_pillow_decodes_in_python_has_a_smaller_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = {name: originals()[name] for name in ("rle.bmp", "plain.ppm")} | {"scaled.ppm": b"P6 3 3 99\n" + bytes(27)}
+    for data in sound.values():
+        decode(data)
+    monkeypatch.setattr(decode_module, "_SLOW_MAX_PIXELS", 8)
+    reasons = {name: reason(data) for name, data in sound.items()}
+    assert reasons["plain.ppm"] == "too_large: 4x3 in a kind of PPM that is decoded slowly"
+    assert reasons["rle.bmp"].endswith("in a kind of BMP that is decoded slowly")
+    assert reasons["scaled.ppm"] == "too_large: 3x3 in a kind of PPM that is decoded slowly"
+    assert decode(originals()["rgb.bmp"]).note is None
+
+
+def test_many_scans_are_refused() -> None:
+    assert decode(originals()["progressive.jpeg"]).note is None
+    assert decode(many_scans(64, 64, 50)).pixels.shape == (64, 64, 3)
+    data = many_scans(800, 800, 80_000)
+    assert reason(data) == "decode_error: 80001 scans of 800x800"
+
+
+def test_many_comments_are_refused() -> None:
+    few, many = (b"P3 4 3 255\n" + b"#\n" * count + b"1 " * 36 for count in (1000, 1001))
+    assert decode(few).pixels[0, 0].tolist() == [1, 1, 1]
+    assert reason(many) == "decode_error: more than 1000 comments"
+
+
+def test_tiles_much_larger_than_the_picture_are_refused() -> None:
+    np.testing.assert_array_equal(decode(originals()["tiles.tiff"]).pixels, decode(originals()["grey.png"]).pixels)
+    data = originals()["tiles.tiff"]
+    at = data.index(struct.pack("<HHI", 322, 4, 1)) + 8
+    huge = data[:at] + struct.pack("<I", 2**22) + data[at + 4 :]
+    assert reason(huge).startswith("decode_error: tiles of 4194304x32 in a picture of ")
+
+
+def test_the_size_of_a_webp_canvas_is_looked_at_first() -> None:
+    data = bytearray(originals()["animated.webp"])
+    assert data[12:16] == b"VP8X"
+    data[24:30] = b"\xff" * 6
+    assert reason(bytes(data)) == "too_large: 16777216x16777216"
+
+
+def test_decoders_are_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    """What libtiff and Pillow would tell stderr names no file."""
+    tags = {256: (4, 1, 9), 257: (4, 1, 9), 258: (3, 1, 8), 259: (3, 1, 5), 273: (4, 1, 8), 279: (4, 1, 99)}
+    for entries in (tags, tags | {277: (3, 1, 65_535)}):
+        with pytest.raises(ImageError, match=r"decode_error|not_an_image|truncated"):
+            decode(tiff(entries, after=b"\xff" * 200))
+    assert capfd.readouterr() == ("", "")
+
+
 # Damage
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png(width: int, height: int, rows: bytes, *, depth: int = 8, colour: int = 2) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
