@@ -11,15 +11,17 @@ bounded by permits, and so is the number of views, so memory is bounded whatever
 batch is flushed before it is full only when no view of any shard is left to come.
 """
 
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +46,7 @@ from owlsam_ray.stages.tile import View, merge_views, tile_views
 from owlsam_ray.watch import Watch
 
 STAGES = ("decode", "detect", "suppress", "segment", "encode")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,7 @@ class Engine:
         """
         job = _Job(images, [None] * len(images), len(images))
         with self._state:
+            self._raise_if_broken()
             if self._closed:
                 raise RuntimeError("the engine is closed")
             self._jobs.add(job)
@@ -373,19 +377,16 @@ class Engine:
         Raises:
             PreflightError: it does for a single one.
         """
-        batch = pad_batch(inputs, self._settings.detector_batch)
-        try:
-            boxes, scores = self._detector.detect(batch, self._queries)
-        except torch.OutOfMemoryError:
-            _free_memory()
-            if len(inputs) == 1:
-                raise _does_not_fit(
-                    "detector_batch",
-                    self._settings.detector_batch,
-                    lambda size: self._detector.detect(batch[:size], self._queries),
-                ) from None
-        else:
+        size = self._settings.detector_batch
+        batch = pad_batch(inputs, size)
+        found = _unless_out_of_memory(partial(self._detector.detect, batch, self._queries))
+        if found is not None:
+            boxes, scores = found
             return list(zip(boxes[: len(inputs)], scores[: len(inputs)], strict=True))
+        if len(inputs) == 1:
+            raise _does_not_fit(
+                "detector_batch", size, lambda smaller: self._detector.detect(batch[:smaller], self._queries)
+            )
         half = len(inputs) // 2
         return self._detect_padded(inputs[:half]) + self._detect_padded(inputs[half:])
 
@@ -457,23 +458,17 @@ class Engine:
                 settings=settings.segment,
             )
 
-        embeddings = None
-        try:
-            embeddings = self._segmenter.encode(inputs)
-            return decode(embeddings, settings.decoder_batch)
-        except torch.OutOfMemoryError:
-            _free_memory()
-            if len(batch) == 1 and embeddings is None:
+        embeddings = _unless_out_of_memory(partial(self._segmenter.encode, inputs))
+        if embeddings is not None:
+            masks = _unless_out_of_memory(partial(decode, embeddings, settings.decoder_batch))
+            if masks is not None:
+                return masks
+        if len(batch) == 1:
+            if embeddings is None:
                 raise _does_not_fit(
                     "segmenter_batch", settings.segmenter_batch, lambda size: self._segmenter.encode(inputs[:size])
-                ) from None
-            if len(batch) == 1:
-                raise _does_not_fit(
-                    "decoder_batch",
-                    settings.decoder_batch,
-                    lambda size: decode(self._segmenter.encode(inputs), size),
-                    step=8,
-                ) from None
+                )
+            raise _does_not_fit("decoder_batch", settings.decoder_batch, partial(decode, embeddings), step=8)
         embeddings = None  # to be free while the halves are done
         half = len(batch) // 2
         return self._segment_padded(batch[:half]) + self._segment_padded(batch[half:])
@@ -484,10 +479,10 @@ class Engine:
     def _busy(self, kind: str, items: Sequence[_Item]) -> AbstractContextManager[None]:
         """Tell the watch, if there is one."""
         if self._watch is None:
-            return nullcontext()
+            return contextlib.nullcontext()
         return self._watch.busy(kind, [item.image.image_id for item in items])
 
-    @contextmanager
+    @contextlib.contextmanager
     def _timed(self, stage: str, items: Sequence[_Item]) -> Iterator[None]:
         """Charge the block's wall time to the jobs of its images, in equal parts."""
         start = time.perf_counter()
@@ -500,10 +495,17 @@ class Engine:
                     item.job.stage_s[stage] += share
 
 
-def _free_memory() -> None:
-    """Give back what the allocator keeps for later: it may be in pieces that are too small."""
+def _unless_out_of_memory(call: Callable[[], _Result]) -> _Result | None:
+    """What a call gives; None when memory runs out.
+
+    Nothing of a failed call is left then: as long as its error lives, so do the frames that it came through, and their
+    tensors.
+    """
+    with contextlib.suppress(torch.OutOfMemoryError):
+        return call()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # what the allocator keeps for later may be in pieces that are too small
+    return None
 
 
 def _does_not_fit(setting: str, size: int, call: Callable[[int], object], *, step: int = 1) -> PreflightError:
@@ -517,17 +519,13 @@ def _does_not_fit(setting: str, size: int, call: Callable[[int], object], *, ste
     """
     smaller = size // 2 // step * step
     while smaller >= step:
-        try:
-            call(smaller)
-        except torch.OutOfMemoryError:
-            _free_memory()
-            smaller = smaller // 2 // step * step
-            continue
-        return PreflightError(
-            f"a model call with resources.{setting} {size} runs out of GPU memory, and one with {smaller} does not: "
-            f"call again with --set resources.{setting}={smaller}. That is other numerics: a run that has finished "
-            "shards needs --allow-numerics-change as well."
-        )
+        if _unless_out_of_memory(partial(call, smaller)) is not None:
+            return PreflightError(
+                f"a model call with resources.{setting} {size} runs out of GPU memory, and one with {smaller} does "
+                f"not: call again with --set resources.{setting}={smaller}. That is other numerics: a run that has "
+                "finished shards needs --allow-numerics-change as well."
+            )
+        smaller = smaller // 2 // step * step
     return PreflightError(
         f"a model call runs out of GPU memory, whatever resources.{setting} is ({size} was asked for): take a GPU with "
         "more memory, set resources.dtype=bf16, or leave the GPU to one actor (resources.gpus_per_actor=1)."

@@ -24,13 +24,14 @@ from typing import IO
 KINDS = ("decode", "encode", "model")
 _MOST_IDS = 64
 _SLOTS = 256
-_HEADER = struct.Struct("<BB")  # kind (0: free, else 1 + place in KINDS), number of ids
+_HEADER = struct.Struct("<BB")  # number of ids, kind (0: free, else 1 + place in KINDS)
 _IDS = struct.Struct(f"<{_MOST_IDS}q")
 _SLOT_BYTES = _HEADER.size + _IDS.size
 _LOOK_S = 0.2
 _LAST_RESORT_S = 10.0
 """So much later than the deadline a process ends even when the watchdog cannot run."""
-_PREFIX = "owlsam-watch-"
+BREADCRUMBS = "owlsam-watch-"
+"""How the names of these files begin."""
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class Watch:
         Args:
             folder: for the file; default: the system's for temporary files.
         """
-        descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
+        descriptor, name = tempfile.mkstemp(prefix=BREADCRUMBS, dir=folder)
         self.path = Path(name)
         with os.fdopen(descriptor, "r+b") as file:
             file.truncate(_SLOTS * _SLOT_BYTES)
@@ -88,7 +89,7 @@ class Watch:
             yield
         finally:
             if slot >= 0:
-                self._map[slot * _SLOT_BYTES] = 0
+                self._map[slot * _SLOT_BYTES + 1] = 0
             with self._lock:
                 if self._slots.get(slot) is work:
                     del self._slots[slot]
@@ -99,7 +100,7 @@ class Watch:
         """Write the ids first and the kind last: a slot that is half written counts as free."""
         start = slot * _SLOT_BYTES
         struct.pack_into(f"<{len(image_ids)}q", self._map, start + _HEADER.size, *image_ids)
-        _HEADER.pack_into(self._map, start, 1 + KINDS.index(kind), len(image_ids))
+        _HEADER.pack_into(self._map, start, len(image_ids), 1 + KINDS.index(kind))
 
     def in_hand(self) -> tuple[int, ...]:
         """Ids of all images that are being worked on, rising."""
@@ -128,7 +129,7 @@ def read_breadcrumbs(path: Path) -> list[tuple[str, list[int]]]:
     data = path.read_bytes()
     found = []
     for start in range(0, len(data) - _SLOT_BYTES + 1, _SLOT_BYTES):
-        kind, count = _HEADER.unpack_from(data, start)
+        count, kind = _HEADER.unpack_from(data, start)
         if 1 <= kind <= len(KINDS) and count <= _MOST_IDS:
             ids = struct.unpack_from(f"<{count}q", data, start + _HEADER.size)
             found.append((KINDS[kind - 1], list(ids)))
@@ -140,7 +141,7 @@ def remove_old_breadcrumbs(*, older_than_s: float = 86400.0) -> None:
     with contextlib.suppress(OSError):
         for entry in os.scandir(tempfile.gettempdir()):
             with contextlib.suppress(OSError):
-                if entry.name.startswith(_PREFIX) and time.time() - entry.stat().st_mtime > older_than_s:
+                if entry.name.startswith(BREADCRUMBS) and time.time() - entry.stat().st_mtime > older_than_s:
                     os.unlink(entry.path)
 
 
@@ -182,8 +183,9 @@ class Watchdog:
         """Look no more."""
         self._stop.set()
         self._thread.join()
-        if self._last_resort:
+        if self._silent is not None:
             faulthandler.cancel_dump_traceback_later()
+            self._silent.close()
 
     def _run(self) -> None:
         while not self._stop.wait(_LOOK_S):

@@ -1,5 +1,6 @@
 """A GPU that runs out of memory: the same rows from more calls of the same shape, or the size that fits."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -112,6 +113,31 @@ def test_the_size_that_fits_is_told(detector: ColourDetector, segmenter: BoxSegm
     with engine(detector, segmenter) as one, pytest.raises(PreflightError, match=f"{setting} .*{fits}") as told:
         one.annotate(IMAGES)
     assert "--allow-numerics-change" in str(told.value)
+
+
+def test_a_call_that_failed_holds_nothing_while_others_are_tried() -> None:
+    """Its error holds its frames, and they their tensors: what is left would not tell what fits."""
+    held: list[weakref.ref[Tensor]] = []
+
+    class HoldingDetector(ColourDetector):
+        def detect(self, batch: Tensor, query_embeddings: Tensor) -> tuple[Tensor, Tensor]:
+            assert not any(reference() is not None for reference in held), "memory of an earlier call"
+            activations = batch.clone()
+            if len(batch) > 2:
+                held.append(weakref.ref(activations))
+                raise torch.OutOfMemoryError
+            return super().detect(batch, query_embeddings)
+
+    with engine(HoldingDetector(), BoxSegmenter()) as one, pytest.raises(PreflightError, match="detector_batch=2"):
+        one.annotate(IMAGES)
+    assert len(held) > 3
+
+
+def test_later_callers_hear_of_it_too() -> None:
+    with engine(ShortDetector(lambda batch: True), BoxSegmenter()) as one:
+        for _ in range(2):
+            with pytest.raises(PreflightError, match="detector_batch"):
+                one.annotate(IMAGES)
 
 
 def test_what_never_fits_is_told() -> None:

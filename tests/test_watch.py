@@ -68,6 +68,33 @@ def test_a_file_of_something_else_says_nothing(tmp_path: Path) -> None:
     assert read_breadcrumbs(tmp_path / "odd") == read_breadcrumbs(tmp_path / "short") == []
 
 
+def test_a_slot_that_is_half_written_counts_as_free(tmp_path: Path) -> None:
+    """Whatever the moment of death: a slot says all of what was in hand, or nothing."""
+    watch = Watch(tmp_path)
+    free = watch.path.read_bytes()
+    with watch.busy("decode", [5, 6]):
+        taken = watch.path.read_bytes()
+    changed = [place for place in range(len(free)) if free[place] != taken[place]]
+    ids, header = [place for place in changed if place > 1], [place for place in changed if place <= 1]
+    torn = bytearray(free)
+    for place in [*ids, *header]:  # in the order in which they are written
+        assert torn == free or read_breadcrumbs(_file(tmp_path / "torn", torn)) == []
+        torn[place] = taken[place]
+    assert read_breadcrumbs(_file(tmp_path / "torn", torn)) == [("decode", [5, 6])]
+
+
+def _file(path: Path, data: bytes | bytearray) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def test_a_watchdog_that_is_stopped_ends_nothing(tmp_path: Path) -> None:
+    dog = Watchdog(Watch(tmp_path), deadline_s=0.3, memory_bytes=None, on_trouble=print).start()
+    time.sleep(0.5)
+    dog.stop()
+    assert not dog._thread.is_alive()
+
+
 def test_work_that_takes_too_long_is_told(tmp_path: Path) -> None:
     watch, told, troubles = Watch(tmp_path), threading.Event(), list[Trouble]()
 

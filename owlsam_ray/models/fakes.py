@@ -77,9 +77,10 @@ class FakeDetector:
 
     def unscale(self, boxes_cxcywh: Tensor, size_hw: tuple[int, int]) -> Tensor:
         """As of a picture that is squashed to a square."""
-        cx, cy, w, h = boxes_cxcywh.unbind(-1)
-        scale = torch.tensor([size_hw[1], size_hw[0]] * 2, dtype=torch.float32)
-        return torch.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], dim=-1) * scale
+        boxes = boxes_cxcywh.numpy()
+        centres, halves = boxes[:, :2], boxes[:, 2:] / 2
+        scale = np.array([size_hw[1], size_hw[0]] * 2, np.float32)
+        return torch.from_numpy(np.concatenate([centres - halves, centres + halves], axis=1) * scale)
 
 
 class FakeSegmenter:
@@ -154,7 +155,7 @@ def _random(seeds: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
     golden = np.uint64(0x9E3779B97F4A7C15)
     state: NDArray[np.uint64]
     with np.errstate(over="ignore"):
-        state = (seeds * np.uint64(count + 1) + np.arange(1, count + 1, dtype=np.uint64)) * golden
+        state = np.multiply(seeds * np.uint64(count + 1) + np.arange(1, count + 1, dtype=np.uint64), golden)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state ^= state >> np.uint64(31)

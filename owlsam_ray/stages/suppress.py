@@ -133,6 +133,8 @@ def _owners(
         undecided, before = undecided[~goes], len(undecided)
         if num_suppressed * before < _ROUND_COST:
             break
+    if len(undecided) < 2:
+        return owners
     undecided.sort()
     first, second, _ = overlapping_pairs(boxes_xyxy[undecided], groups[undecided], kind, above=limits[undecided])
     owners[undecided] = undecided[_owners_of_pairs(first, second, len(undecided))]
