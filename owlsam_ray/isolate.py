@@ -1,9 +1,9 @@
 """A shard that processes died with, redone in a process of its own, until it is known which image kills it.
 
-The images that were in hand when a process died go first, each alone; then all others together. A group that kills the
-process is cut in halves, and the process started again. An image that kills it alone becomes a failed row, all others
-are labelled. One that is killed by a signal has to do it twice, since anybody may send one; what hangs, or takes too
-much memory, is seen for itself.
+The images that were in hand when a process died go first, each alone; then all others together. Of a group that kills
+the process those go first again that it left word of; without word the group is cut in halves. An image that kills it
+alone becomes a failed row, all others are labelled. One that is killed by a signal has to do it twice, since anybody
+may send one; what hangs, or takes too much memory, is seen for itself.
 """
 
 import builtins
@@ -36,7 +36,7 @@ from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.records import Prediction
 from owlsam_ray.resources import Allocation, actor_memory_bytes
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
-from owlsam_ray.watch import hang_text, memory_text, resident_bytes
+from owlsam_ray.watch import BREADCRUMBS, hang_text, memory_text, read_breadcrumbs, resident_bytes
 
 _MOST_SUSPECTS = 16
 """Of more than these, halves find the culprit sooner."""
@@ -78,6 +78,8 @@ class Death:
     """Of the failed row."""
     is_certain: bool
     """Nobody else can have done it."""
+    in_hand: frozenset[int] = frozenset()
+    """Ids of the images that it was working on, as far as it left word."""
 
 
 class _Died(Exception):  # noqa: N818 (not an error: what this module is for)
@@ -138,6 +140,8 @@ def _first_groups(wanted: Sequence[int], image_ids: Sequence[int], suspects: fro
 
 def _after_death(group: list[int], death: Death, image_ids: Sequence[int], outcome: _Outcome) -> list[list[int]]:
     """What to try next; a culprit becomes a row."""
+    if len(group) > 1 and 0 < sum(image_ids[position] in death.in_hand for position in group) < len(group):
+        return _first_groups(group, image_ids, death.in_hand)
     if len(group) > 1:
         half = len(group) // 2
         return [group[:half], group[half:]]
@@ -251,6 +255,7 @@ class _Room:
         if process is None:
             raise RuntimeError("there is no process to hear anything from")
         heard, said = time.monotonic(), None
+        accused: list[int] = []
         while said is None:
             with contextlib.suppress(queue.Empty):
                 line = self._lines.get(timeout=_LOOK_S)
@@ -263,7 +268,8 @@ class _Room:
                 if message["kind"] == "error":
                     self._end()
                     raise _as_raised(message)
-                said = message["reason"] if message["kind"] == "trouble" else None
+                if message["kind"] == "trouble":
+                    said, accused = message["reason"], message["image_ids"]
             if self._memory_bytes is not None and resident_bytes(process.pid) > 1.1 * self._memory_bytes:
                 said = said or memory_text(self._memory_bytes)
             elif time.monotonic() - heard > silence_s:
@@ -271,7 +277,16 @@ class _Room:
         code = self._end(grace_s=_REAP_S if said is None else 0.0)
         if said is None and code == _LAST_RESORT_CODE and time.monotonic() - heard > self._deadline_s:
             said = hang_text(self._deadline_s)
-        raise _Died(Death(said or _how_it_ended(code), is_certain=said is not None))
+        in_hand = frozenset(accused) or self._left_in_hand()
+        raise _Died(Death(said or _how_it_ended(code), is_certain=said is not None, in_hand=in_hand))
+
+    def _left_in_hand(self) -> frozenset[int]:
+        """What the breadcrumbs of processes that died tell, which are cleared away."""
+        found: set[int] = set()
+        for path in Path(self._folder.name).glob(f"{BREADCRUMBS}*"):
+            found.update(image_id for _, image_ids in read_breadcrumbs(path) for image_id in image_ids)
+            path.unlink()
+        return frozenset(found)
 
     def _end(self, *, grace_s: float = 0.0) -> int:
         """End the process, if there is one; returns its exit code.

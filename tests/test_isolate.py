@@ -95,7 +95,7 @@ def test_only_the_culprits_are_given_up(tmp_path: Path, monkeypatch: pytest.Monk
     rows, stage_s = isolate_shard(replace(task, suspects=frozenset({4, 10, 11, 5, 777})))
     check(rows, peaceful, REASONS)
     assert set(stage_s) >= {"decode", "detect"}
-    assert len(starts) <= 12, "halves that find nothing"
+    assert len(starts) <= 9, "it is not gone by what the processes leave word of"
     left = [path.name for path in (tmp_path / "temporary").iterdir() if path.name.startswith("owlsam")]
     assert left == [], "of processes that died"
 
