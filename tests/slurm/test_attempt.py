@@ -1,4 +1,4 @@
-"""The batch scripts without Slurm: stand-ins for owlsam, squeue, scontrol and sbatch in the PATH tell what they were asked."""
+"""The batch scripts without Slurm: stand-ins for owlsam, squeue, scontrol and sbatch tell what they were asked."""
 
 import os
 import shutil
