@@ -42,7 +42,7 @@ def stop_on_signals(stop_url: str, grace_s: float) -> Iterator[Callable[[], bool
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
         if asked.is_set():
-            raise GraceOverError
+            grace_is_over(number, frame)
         asked.set()
         _log.warning("%s: finishing the shards in hand, at most %g s", signal.Signals(number).name, grace_s)
         signal.setitimer(signal.ITIMER_REAL, max(grace_s, 0.01))
@@ -52,6 +52,8 @@ def stop_on_signals(stop_url: str, grace_s: float) -> Iterator[Callable[[], bool
             _log.warning("cannot tell the actors to stop: %s", error)
 
     def grace_is_over(number: int, frame: FrameType | None) -> None:
+        # Raised in the middle of Ray, it would be called a bug of Ray's, with a page of traceback.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         raise GraceOverError
 
     handlers = dict.fromkeys(SIGNALS, ask_to_stop) | {signal.SIGALRM: grace_is_over}

@@ -32,7 +32,11 @@ from tests.faulty_s3 import Faults, FaultyS3, faulty_s3
 from tests.runs import ROOT, environment
 
 NUM_IMAGES, SHARD_SIZE = 96, 8
-_HEALTH = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
+_QUICK = {
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_prestart_worker_first_driver": "0",
+}
 _CLOCK = Path(__file__).parent / "clock"
 _EXIT_CODES = {0, 1, 2, 5, 75, *(-number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))}
 """A signal in the first moments of a process, before it has handlers, ends it as the system does."""
@@ -62,8 +66,8 @@ class Nodes:
 @contextlib.contextmanager
 def ray_nodes() -> Iterator[Nodes]:
     """The cluster, for as long as the tests of a process need it."""
-    before = {name: os.environ.get(name) for name in (*_HEALTH, "RAY_AUTH_MODE", "PYTHONPATH")}
-    os.environ.update(_HEALTH | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)})
+    before = {name: os.environ.get(name) for name in (*_QUICK, "RAY_AUTH_MODE", "PYTHONPATH")}
+    os.environ.update(_QUICK | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)})
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(
