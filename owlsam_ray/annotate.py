@@ -143,6 +143,7 @@ def _annotate(
         tally.refresh()
         if not any(tally.transient_shards if retry.only_transient else tally.failed_shards for retry in retries):
             _log.info("nothing to do: all %d shards of %s are done", len(mine), _named(run_url, options.part))
+            crumbs.sweep(run_url, mine)  # of an attempt that was killed at its very end
             return tally.summary() | {"new": 0, "seconds": 0.0}
     elif listed:
         _log.info("resuming: %d of %d shards are done", len(listed), len(mine))

@@ -217,9 +217,12 @@ def memory_text(memory_bytes: int) -> str:
 
 
 def resident_bytes(pid: int | str = "self") -> int:
-    """Memory that a process holds; 0 where nobody can tell."""
+    """Memory that a process holds for itself; 0 where nobody can tell.
+
+    What it shares does not count: blocks of Ray's object store, and files that are mapped.
+    """
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, IndexError, ValueError):
+        _, resident, shared, *_ = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
         return 0
-    return pages * mmap.PAGESIZE
+    return (int(resident) - int(shared)) * mmap.PAGESIZE

@@ -1,5 +1,6 @@
 """What threads work on is known to a watchdog, and to others after the process's death."""
 
+import mmap
 import os
 import signal
 import subprocess
@@ -120,6 +121,17 @@ def test_memory_that_grows_is_told(tmp_path: Path) -> None:
         dog = Watchdog(watch, deadline_s=9, memory_bytes=1000, on_trouble=print)
         assert dog.look() == Trouble("out_of_memory", (5,), "out_of_memory: above 1e-06 GB")
     assert Watchdog(watch, deadline_s=9, memory_bytes=2**50, on_trouble=print).look() is None
+
+
+def test_shared_memory_is_nobodys_own() -> None:
+    before = resident_bytes()
+    with mmap.mmap(-1, 200 * 2**20) as shared:
+        for start in range(0, len(shared), 2**20):
+            shared[start : start + 2**20] = bytes(2**20)
+        assert resident_bytes() - before < 100 * 2**20
+    own = bytearray(b"x") * (200 * 2**20)
+    assert resident_bytes() - before > 100 * 2**20
+    del own
 
 
 def test_a_process_whose_lock_is_held_ends_all_the_same() -> None:
