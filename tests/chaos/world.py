@@ -169,9 +169,10 @@ def _run_file() -> dict[str, Any]:
         "reduce": {"min_mask_area": 0, "max_failed": 0.5},
         "resources": {
             "actors": 2,
-            "cpus_per_actor": 0.6,
-            "fetch_cpus": 0.25,
-            "write_cpus": 0.2,
+            # Few tasks at a time: each is a process of its own to start.
+            "cpus_per_actor": 0.5,
+            "fetch_cpus": 0.7,
+            "write_cpus": 0.3,
             "fetch_threads": 4,
             "detector_batch": 4,
             "segmenter_batch": 4,
