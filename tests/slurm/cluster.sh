@@ -2,6 +2,7 @@
 # A Slurm of two nodes on this machine's loopback, for tests. Everything that it writes lies in DIR.
 #   tests/slurm/cluster.sh up DIR       DIR: short, new, on a path that nobody else may write to
 #   tests/slurm/cluster.sh down DIR     cancels all jobs, and ends every process that `up` or a job has started
+#   tests/slurm/cluster.sh guard DIR    does that once its parent has died, and removes DIR
 # Use it with SLURM_CONF=DIR/slurm.conf and OWLSAM_TEST_SLURM=DIR, by which the processes of jobs are known.
 # Needs root, slurmctld, slurmd and munged. Both nodes are this machine, at ports of their own.
 set -euo pipefail
@@ -133,11 +134,19 @@ down() {
     return 1
 }
 
+guard() {
+    local parent=$PPID
+    trap 'exit 0' TERM
+    while kill -0 "$parent" 2>/dev/null; do sleep 0.5; done
+    down
+    rm -rf "$dir"
+}
+
 case ${1:-} in
-up | down) [ -n "${2:-}" ] ;;
+up | down | guard) [ -n "${2:-}" ] ;;
 *) false ;;
 esac || {
-    echo "usage: $0 up|down DIR" >&2
+    echo "usage: $0 up|down|guard DIR" >&2
     exit 2
 }
 dir=$2

@@ -64,9 +64,9 @@ class Slurm:
         deadline = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > deadline:
-                logs = [f"{path.name}:\n{path.read_text()[-2500:]}" for path in self.folder.glob("jobs/*/*.log")]
-                pytest.fail(f"not within {seconds} s: {what}\n{self.call('squeue', check=False)}\n" + "\n".join(logs))
+                pytest.fail(f"not within {seconds} s: {what}\n{self.call('squeue', check=False)}")
             time.sleep(0.3)
+        print(what, "after", round(time.monotonic() - deadline + seconds, 1), "s")
 
     def ended(self, *jobs: str) -> bool:
         return all(self.job(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED") for job in jobs)
@@ -83,10 +83,13 @@ def slurm() -> Iterator[Slurm]:
         pytest.skip(f"not installed: {', '.join(missing)} (Debian: slurm-wlm, munge)")
     # Not pytest's own folder: munged wants a socket that everybody may reach, at a short path.
     folder = Path(tempfile.mkdtemp(prefix="owl-"))
+    guard = subprocess.Popen([_CLUSTER, "guard", folder], start_new_session=True)  # for when this process is killed
     try:
         subprocess.run([_CLUSTER, "up", folder], check=True, timeout=60)
         yield Slurm(folder)
     finally:
+        guard.terminate()
+        guard.wait(timeout=10)
         subprocess.run([_CLUSTER, "down", folder], check=True, timeout=60)
         shutil.rmtree(folder)
 
@@ -97,6 +100,15 @@ class Data:
 
     run_file: Path
     expected: bytes
+
+
+@pytest.fixture(autouse=True)
+def _tell_logs(slurm: Slurm) -> Iterator[None]:
+    """For a test that fails."""
+    yield
+    for path in sorted(slurm.folder.glob("jobs/*/*.log")):
+        print(f"--- {path.name}\n{path.read_text(encoding='utf-8')[-6000:]}")
+    shutil.rmtree(slurm.folder / "jobs", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
