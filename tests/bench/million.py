@@ -65,8 +65,8 @@ def write_pictures(folder: Path, images: int, source: str) -> dict[str, Any]:
         numbers = range(bounds[part], bounds[part + 1])
         data = [kinds[number % DISTINCT][: 60 if is_broken(number) else None] for number in numbers]
         if source == "table":
-            table = pa.table({"id": pa.array(numbers, pa.int64()), "picture": pa.array(data, pa.binary())})
-            pq.write_table(table, folder / f"{part:04d}.parquet", row_group_size=1024)
+            cells = {"id": list(numbers), "bytes": [len(each) for each in data], "picture": data}
+            pq.write_table(pa.table(cells), folder / f"{part:04d}.parquet", row_group_size=1024)
         else:
             with tarfile.open(folder / f"{part:04d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
                 for number, each in zip(numbers, data, strict=True):
@@ -74,7 +74,8 @@ def write_pictures(folder: Path, images: int, source: str) -> dict[str, Any]:
                     member.size = len(each)
                     tar.addfile(member, io.BytesIO(each))
     if source == "table":
-        return {"source": "table", "files": str(folder / "*.parquet"), "columns": {"bytes": "picture", "id": "id"}}
+        columns = {"id": "id", "num_bytes": "bytes", "bytes": "picture"}
+        return {"source": "table", "files": str(folder / "*.parquet"), "columns": columns}
     return {"source": "webdataset", "files": str(folder / "*.tar")}
 
 
@@ -85,7 +86,10 @@ def write_run_file(path: Path, data: dict[str, Any], **resources: Any) -> None:
         "detector": {"model": "fake"},
         "segment": {"model": "fake"},
         "reduce": {"min_mask_area": 0, "max_failed": 0.01},
-        "resources": {"num_cpus": 2, "object_store_mb": 200} | resources,
+        # Threads that wait for each other cost more than these models do.
+        "resources": {"num_cpus": 2, "object_store_mb": 200, "torch_threads": 1}
+        | {"detector_batch": 32, "segmenter_batch": 32, "decoder_batch": 128}
+        | resources,
     }
     path.write_text(json.dumps(tree))
 
