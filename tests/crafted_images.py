@@ -52,7 +52,7 @@ def _no_images() -> Iterator[BadImage]:
         archive.writestr("a.jpg", jpeg)
         archive.writestr("bomb", bytes(20_000_000))
     yield BadImage("zip.jpg", buffer.getvalue())
-    yield BadImage("gzip.jpg", gzip.compress(jpeg))
+    yield BadImage("gzip.jpg", gzip.compress(jpeg, mtime=0))
     tar_buffer = io.BytesIO()
     with tarfile.open(fileobj=tar_buffer, mode="w") as tar:
         entry = tarfile.TarInfo("a.jpg")
