@@ -67,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _tell(IncompleteError(message), summary)
     except KeyboardInterrupt:
         code = _tell(InterruptedRunError("interrupted: call the same command again"), summary)
+    except Exception as error:  # noqa: BLE001 (Python's own exit code, 1, would say that images failed)
+        logging.getLogger("owlsam_ray").exception("an error that nobody expected; what was finished is kept")
+        summary["error"] = f"{type(error).__name__}: {error}"
+        code = ExitCode.INCOMPLETE
     summary |= {"wall_s": round(time.monotonic() - start, 1), "exit_code": int(code)}
     print(json.dumps(summary), flush=True)
     return int(code)

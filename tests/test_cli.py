@@ -247,6 +247,21 @@ def test_a_full_disk_keeps_what_is_done(
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
+def test_what_nobody_expected_is_no_matter_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python's own exit code for it, 1, means that too many images failed."""
+
+    def stumble(*arguments: object, **named: object) -> None:
+        raise ZeroDivisionError("what")
+
+    monkeypatch.setattr("owlsam_ray.audit.verify_run", stumble)
+    assert cli.main(["verify", str(tmp_path)]) == 5
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"] == "ZeroDivisionError: what"
+    assert "Traceback" in err
+
+
 def test_module_runs_as_a_program() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "owlsam_ray", "--version"],
