@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _tell(IncompleteError(message), summary)
     except KeyboardInterrupt:
         code = _tell(InterruptedRunError("interrupted: call the same command again"), summary)
-    except Exception as error:  # noqa: BLE001 (Python's own exit code, 1, would say that images failed)
+    except Exception as error:  # Python's own exit code, 1, would say that images failed
         logging.getLogger("owlsam_ray").exception("an error that nobody expected; what was finished is kept")
         summary["error"] = f"{type(error).__name__}: {error}"
         code = ExitCode.INCOMPLETE
