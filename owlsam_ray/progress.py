@@ -18,7 +18,7 @@ from owlsam_ray.tally import Tally
 PROGRESS_FILE = "progress.json"
 _FOOTERS_AT_ONCE = 256
 """Read between two looks at whether to stop: on a disk a fraction of a second."""
-_CATCH_UP_PAUSE_S = 0.05
+_CATCH_UP_PAUSE_S = 0.25
 """Between two of these, for the threads that hand out work."""
 _log = logging.getLogger(__name__)
 
