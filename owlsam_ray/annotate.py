@@ -36,7 +36,7 @@ from owlsam_ray.progress import PROGRESS_FILE, ProgressWatcher
 from owlsam_ray.ray_cluster import cluster_totals, start_ray
 from owlsam_ray.redo import Retry
 from owlsam_ray.resources import allocate, check_nodes, check_object_store
-from owlsam_ray.stopping import GraceOverError, stop_on_signals
+from owlsam_ray.stopping import GraceOverError, as_interrupts, stop_on_signals
 from owlsam_ray.tally import Tally
 from owlsam_ray.waves import Labeller, StoppedError, in_one_line
 
@@ -105,8 +105,8 @@ def annotate_run(
 
 def _set_up(config: RunConfig, run_url: str) -> _Prepared:
     """Plan, embed and guard, as the only one: the attempts of a job array begin at the same time."""
-    with claim_setup(run_url, config.resources):
-        plan = plan_run(config)
+    with claim_setup(run_url, config.resources) as setup:
+        plan = plan_run(config, still_mine=setup.check)
         record = plan.record
         if plan.new:
             _log.info("planned %d images in %d shards", plan.manifest.num_images, plan.manifest.num_shards)
@@ -117,12 +117,14 @@ def _set_up(config: RunConfig, run_url: str) -> _Prepared:
             models = find_models(config.detector, config.segment)
             if record.fingerprint is None:
                 embed_run_queries(config, record, models.detector, run_url)
-        except (OwlsamError, OSError):
+        except OwlsamError:
             if plan.new:  # by this call, for settings that do not work: corrected ones must not be refused
                 forget_plan(run_url)
             raise
         weights = {"detector": models.detector, "segmenter": models.segmenter}
-        record = guard_labels(record, fingerprint_parts(config, record, weights=weights, run_url=run_url), run_url)
+        parts = fingerprint_parts(config, record, weights=weights, run_url=run_url)
+        setup.check()
+        record = guard_labels(record, parts, run_url)
     return _Prepared(record, plan.manifest, models)
 
 
@@ -154,7 +156,8 @@ def _annotate(
             stop_on_signals(attempt.stop_url, config.resources.grace_s) as asked,
         ):
             job = _prepare(config, run, attempt)
-            with claim_setup(run_url, config.resources):
+            with claim_setup(run_url, config.resources) as setup:
+                setup.check()
                 numerics = numerics_of(job.allocation, config.resources.dtype)
                 allowed = options.allow_numerics_change
                 record = guard_numerics(run.record, numerics, run_url, allow_change=allowed)
@@ -168,7 +171,11 @@ def _annotate(
         crumbs.sweep(run_url, mine)
     except StoppedError:
         raise _interrupted(tally, "asked to stop") from None
+    except SystemExit:
+        # Of Ray's own handler, for a moment in place when it starts and when it ends.
+        raise _interrupted(tally, "asked to stop once more") from None
     except GraceOverError:
+        crumbs.give_back(run_url, attempt.id)  # nobody died of these
         raise _interrupted(tally, "the grace time is over; shards in hand were dropped") from None
     return tally.summary() | {
         "new": tally.images_fresh,
@@ -181,10 +188,11 @@ def _annotate(
 
 def _retries(asked: Retry | None) -> list[Retry]:
     """What is tried again at the end: always what storage gave up on, each row once."""
-    transient = Retry("transient")
     if asked is None:
-        return [transient]
-    return [asked] if asked.selects("", "transient") else [transient, asked]
+        return [Retry("transient")]
+    if asked.selects("", "transient"):
+        return [asked]
+    return [Retry("transient", but=asked.what), asked]
 
 
 def _named(run_url: str, part: Slice) -> str:
@@ -279,6 +287,7 @@ def _ray(config: RunConfig) -> Iterator[None]:
         raise InterruptedRunError("interrupted while Ray was starting; call the same command again") from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise IncompleteError(f"Ray does not start: {in_one_line(error)}") from error
+    as_interrupts()
     try:
         yield
     finally:

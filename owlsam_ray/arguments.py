@@ -1,6 +1,7 @@
 """What the `owlsam` command takes: sub-commands, options, and the examples of their help."""
 
 import argparse
+import math
 
 from owlsam_ray import __version__
 
@@ -133,6 +134,18 @@ _HELPS = {
 }
 
 
+def _seconds(text: str) -> float:
+    """A number of seconds, as an argument's type.
+
+    Raises:
+        ValueError: it is none; argparse says so.
+    """
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError(text)
+    return value
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     parser = argparse.ArgumentParser(
@@ -213,11 +226,11 @@ def _add_status_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help="run directory or fsspec URL")
     command.add_argument("--json", action="store_true", help="the line on stdout alone, and no table")
     command.add_argument(
-        "--watch", nargs="?", type=float, const=10.0, metavar="S", help="look again every S seconds (default: 10)"
+        "--watch", nargs="?", type=_seconds, const=10.0, metavar="S", help="look again every S seconds (default: 10)"
     )
     command.add_argument(
         "--wait",
-        type=float,
+        type=_seconds,
         metavar="S",
         help="wait at most S seconds for heartbeats (default: until it is clear who lives, a little more than the "
         "run's resources.heartbeat_s at most, not at all when no attempt is registered)",

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger("owlsam_ray").debug("storage refused", exc_info=True)
         message = f"storage refused: {error}. What was finished is kept: mend it, and call the same command again."
         code = _tell(IncompleteError(message), summary)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter of Ray's own handler of SIGTERM
         code = _tell(InterruptedRunError("interrupted: call the same command again"), summary)
     except Exception as error:  # Python's own exit code, 1, would say that images failed
         logging.getLogger("owlsam_ray").exception("an error that nobody expected; what was finished is kept")
@@ -105,10 +105,10 @@ def _plan(config: RunConfig, options: argparse.Namespace, console: Console) -> d
 
     check_writable(run_directory(config))
     with (
-        claim_setup(run_directory(config), config.resources),
+        claim_setup(run_directory(config), config.resources) as setup,
         CountDisplay(console, interval_s=config.logging.progress_s) as display,
     ):
-        plan = plan_run(config, extend=options.extend, show=display.show)
+        plan = plan_run(config, extend=options.extend, show=display.show, still_mine=setup.check)
     if not plan.new:
         selected = selection_of(config.plan)
         nothing = f"every image that {selected} selects" if selected else "every image of the listing"
@@ -155,7 +155,8 @@ def _annotate(config: RunConfig, options: argparse.Namespace, console: Console) 
         counts = annotate_run(config, wanted, show=display.show)
     record = load_record(run_directory(config))
     counts["fingerprint"] = record.fingerprint[:16] if record is not None and record.fingerprint else None
-    check_failures(config.reduce.max_failed, counts)
+    if wanted.part.is_whole:  # the failures of a slice are no share of the run's: `reduce` judges
+        check_failures(config.reduce.max_failed, counts)
     return counts
 
 

@@ -1,9 +1,9 @@
 """Breadcrumbs: which shards were in whose hands when a process died.
 
 While an actor works on a shard there is a small file of its own for the two under `RUN/attempts/in-hand/`. It is
-removed at the end of the work, however that ends, but not when the process dies. So a crumb of another process is a
-strike against the shard: something in it may have killed that process, or the process was killed from outside. With
-`MAX_STRIKES` of them the shard is given to isolation (`isolate.py`), which finds out.
+removed at the end of the work, but not when the process dies. So a crumb of another process is a strike against the
+shard: something in it may have killed that process, or the process was killed from outside. With `MAX_STRIKES` of them
+the shard is given to isolation (`isolate.py`), which finds out.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from owlsam_ray import storage
+from owlsam_ray.errors import OwlsamError
 from owlsam_ray.fence import ATTEMPTS
 
 IN_HAND = "in-hand"
@@ -68,14 +69,18 @@ def drop(run_url: str, crumb: Crumb) -> None:
 def in_hand(run_url: str, crumb: Crumb) -> Iterator[None]:
     """Keep a crumb while a shard is worked on.
 
+    An error that nobody expected leaves it behind, as a death does: an image may have caused it.
+
     Raises:
         OSError: storage refused.
     """
     drop(run_url, crumb)
     try:
         yield
-    finally:
+    except (OwlsamError, OSError):  # no matter of the images
         storage.remove(storage.join(_folder(run_url), crumb.name))
+        raise
+    storage.remove(storage.join(_folder(run_url), crumb.name))
 
 
 def list_crumbs(run_url: str) -> dict[int, list[str]]:
@@ -109,6 +114,19 @@ def suspects(run_url: str, names: Sequence[str]) -> frozenset[int]:
             for _, image_ids in read_breadcrumbs(Path(crumb.notes)):
                 found.update(image_ids)
     return frozenset(found)
+
+
+def give_back(run_url: str, attempt: str) -> None:
+    """Remove the crumbs of an attempt that ended its processes itself, but those that tell why one had to end."""
+    for names in list_crumbs(run_url).values():
+        for name in names:
+            url = storage.join(_folder(run_url), name)
+            try:
+                crumb = Crumb.model_validate_json(storage.read_bytes(url))
+            except (FileNotFoundError, ValidationError):
+                continue
+            if crumb.attempt == attempt and crumb.reason is None:
+                storage.remove(url)
 
 
 def sweep(run_url: str, shards: Collection[int]) -> None:

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import secrets
 import socket
@@ -40,6 +41,8 @@ LABEL, SETUP = "label", "setup"
 _ENDED = ".ended.json"
 _LIVE = ".json"
 _FENCED = ".fenced"
+_OF_SETUP = "-setup"
+"""How their ids end, so that a listing tells them apart."""
 _CLAIMING_BEAT_S = 1.0
 """An attempt that waits for others shows life more often, so that these need not wait long for it."""
 _log = logging.getLogger(__name__)
@@ -99,6 +102,8 @@ class AttemptRecord(BaseModel):
     """Its host's clock, for people."""
     beat: int = 0
     """Rises while it lives."""
+    heartbeat_s: float = 0.0
+    """Seconds between two of them."""
     state: str = "claiming"
     """`claiming`: it looks for others; `waiting`: it has seen some; `running`."""
     progress: dict[str, Any] | None = None
@@ -176,6 +181,8 @@ class Attempt:
         Raises:
             AttemptLiveError: another attempt took it over.
         """
+        with contextlib.suppress(OSError):  # that storage is gone is told where it matters
+            self._look_at_the_fence()
         if self._fenced_by is not None:
             raise AttemptLiveError(
                 f"the attempt {self.id} was taken over by {self._fenced_by} and stopped: finished shards are kept, and "
@@ -192,15 +199,19 @@ class Attempt:
             self.record.beat += 1
             _write(self.run_url, self.record, _LIVE)
 
+    def _look_at_the_fence(self) -> None:
+        if self._fenced_by is None and storage.exists(self.fence_url):
+            self._fenced_by = storage.read_bytes(self.fence_url).decode(errors="replace")
+            _log.warning("taken over by %s: nothing is written any more", self._fenced_by)
+
     def _beat(self) -> None:
-        while not self._stop.wait(
+        """Show life until the end, or until the attempt is fenced: should it hang then, its silence lets others in."""
+        while self._fenced_by is None and not self._stop.wait(
             self._heartbeat_s if self.record.state == "running" else min(_CLAIMING_BEAT_S, self._heartbeat_s)
         ):
             try:
                 self.save()
-                if self._fenced_by is None and storage.exists(self.fence_url):
-                    self._fenced_by = storage.read_bytes(self.fence_url).decode(errors="replace")
-                    _log.warning("taken over by %s: nothing is written any more", self._fenced_by)
+                self._look_at_the_fence()
             except (OSError, OwlsamError) as error:
                 # One that cannot show life may be taken over, and notices it as soon as storage answers again.
                 _log.warning("cannot show life: %s", error)
@@ -234,8 +245,9 @@ def claim(
     """
     me = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{_file_name(socket.gethostname())}-{os.getpid()}"
     record = AttemptRecord(
-        id=f"{me}-{secrets.token_hex(3)}",
+        id=f"{me}-{secrets.token_hex(3)}{_OF_SETUP if scope == SETUP else ''}",
         scope=scope,
+        heartbeat_s=heartbeat_s,
         slice=str(part),
         host=socket.gethostname(),
         pid=os.getpid(),
@@ -294,7 +306,9 @@ class _Observer:
         `waiting`, and claims anew when the way is free.
         """
         while True:
-            others = [other for other in live_attempts(self.mine.run_url) if self._is_in_the_way(other)]
+            self.mine.check()
+            every = live_attempts(self.mine.run_url, scope=self.mine.record.scope)
+            others = [other for other in every if self._is_in_the_way(other)]
             if not others and self.mine.record.state == "claiming":
                 return
             for other in others:
@@ -304,17 +318,12 @@ class _Observer:
             if state != self.mine.record.state:
                 self.mine.record.state = state
                 self.mine.save()
-            elif others:
-                time.sleep(min(0.5, self.takeover_s / 20))
+            elif others:  # the more there are, the more seldom each one looks
+                time.sleep(min(0.5, self.takeover_s / 20) * max(1.0, len(every) / 8) * random.uniform(0.75, 1.25))
 
     def _is_in_the_way(self, other: AttemptRecord) -> bool:
         mine = self.mine.record
-        return (
-            other.id != mine.id
-            and other.scope == mine.scope
-            and other.state != "waiting"
-            and self.part.overlaps(Slice.parse(other.slice))
-        )
+        return other.id != mine.id and other.state != "waiting" and self.part.overlaps(Slice.parse(other.slice))
 
     def _consider(self, other: AttemptRecord) -> None:
         """Take over what is dead; refuse, or go on waiting, for what lives."""
@@ -326,11 +335,11 @@ class _Observer:
         watched = self.seen.get(other.id)
         if watched is None or watched.record != other:
             watched = self.seen[other.id] = _Watched(other, now, moved=watched is not None)
-        if now - watched.since > self.takeover_s:
+        if now - watched.since > max(self.takeover_s, 2 * other.heartbeat_s):
             _log.warning("the attempt %s has not shown life for %g s: taking over", other.where, self.takeover_s)
             self._take_over(other)
             return
-        if self.takeover:
+        if self.takeover and other.state == "running":
             fence(self.mine.run_url, other.id, by=self.mine.record.where)
             self._tell(other, "is fenced: waiting until it has stopped")
             return
@@ -351,7 +360,8 @@ class _Observer:
     def _tell(self, other: AttemptRecord, what: str) -> None:
         if other.id not in self.told:
             self.told.add(other.id)
-            _log.info("the attempt %s %s", other.where, what)
+            who = "the attempt" if other.scope == LABEL else "planning and setting up by"
+            _log.info("%s %s %s", who, other.where, what)
 
 
 def fence(run_url: str, attempt_id: str, *, by: str) -> None:
@@ -361,10 +371,24 @@ def fence(run_url: str, attempt_id: str, *, by: str) -> None:
         storage.write_atomic(url, by.encode())
 
 
-def live_attempts(run_url: str) -> list[AttemptRecord]:
-    """Attempts that have not ended in an orderly way, by rising id: they live, or were killed."""
+def live_attempts(run_url: str, *, scope: str | None = None) -> list[AttemptRecord]:
+    """Attempts that have not ended in an orderly way, by rising id: they live, or were killed.
+
+    Args:
+        run_url: the run directory.
+        scope: `LABEL` or `SETUP`; None: both.
+    """
     names = storage.list_names(storage.join(run_url, ATTEMPTS))
-    return read_attempts(run_url, [name for name in names if name.endswith(_LIVE) and not name.endswith(_ENDED)])
+    return read_attempts(
+        run_url,
+        [
+            name
+            for name in names
+            if name.endswith(_LIVE)
+            and not name.endswith(_ENDED)
+            and (scope is None or name.endswith(f"{_OF_SETUP}{_LIVE}") == (scope == SETUP))
+        ],
+    )
 
 
 def ended_attempts(run_url: str) -> list[AttemptRecord]:
@@ -417,7 +441,10 @@ def _exit_code(error: BaseException | None) -> int:
 
 
 def _process_name(pid: int) -> str | None:
-    """A name that no other process has, as long as this machine runs: its start, and the process's within it."""
+    """A name that no other process has, as long as this machine runs: its start, and the process's within it.
+
+    None where that cannot be told; empty for a process that has ended, and only waits to be reaped.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         space = os.readlink("/proc/self/ns/pid")
@@ -425,12 +452,19 @@ def _process_name(pid: int) -> str | None:
     except OSError:
         return None
     state, *rest = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else f"{boot} {space} {pid} {rest[18]}"
+    return "" if state in "ZX" else f"{boot} {space} {pid} {rest[18]}"
 
 
 def is_dead_here(record: AttemptRecord) -> bool:
-    """Whether an attempt ran on this machine, in this container, and its process is gone."""
+    """Whether an attempt ran on this machine, in this container, and its process is certainly gone."""
     mine = _process_name(os.getpid())
-    if mine is None or record.process is None or record.process.split()[:2] != mine.split()[:2]:
+    if not mine or record.process is None or record.process.split()[:2] != mine.split()[:2]:
         return False
-    return _process_name(record.pid) != record.process
+    try:
+        os.kill(record.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's, and alive
+        return False
+    found = _process_name(record.pid)
+    return found is not None and found != record.process

@@ -2,8 +2,8 @@
 
 The images that were in hand when a process died go first, each alone; then all others together. Of a group that kills
 the process those go first again that it left word of; without word the group is cut in halves. An image that kills it
-alone becomes a failed row, all others are labelled. One that is killed by a signal has to do it twice, since anybody
-may send one; what hangs, or takes too much memory, is seen for itself.
+alone becomes a failed row, all others are labelled. What is killed by a signal, or hangs, has to do so twice, since
+anybody may kill a process or stop it for a while.
 """
 
 import builtins
@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from owlsam_ray import errors
 from owlsam_ray.config import RunConfig
-from owlsam_ray.errors import FailureClass, IncompleteError, OwlsamError
+from owlsam_ray.errors import FailureClass, IncompleteError, OwlsamError, PreflightError
 from owlsam_ray.guard import RunRecord
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.models.weights import ModelPaths
@@ -50,6 +50,8 @@ _LAST_RESORT_CODE = 1
 _START_S = 1800.0
 """Seconds in which models must load."""
 _STARTS_WITHOUT_READY = 2
+_MOST_GIVEN_UP = 5
+"""Images of a shard that are given up before the first one is labelled: then it is the process that is ill."""
 _log = logging.getLogger(__name__)
 
 
@@ -95,6 +97,8 @@ class _Outcome:
     stage_s: Counter[str] = field(default_factory=Counter)
     deaths: Counter[int] = field(default_factory=Counter)
     """Position → how often it killed a process alone."""
+    labelled: int = 0
+    given_up: int = 0
 
 
 def isolate_shard(task: IsolationTask) -> tuple[pa.Table, dict[str, float]]:
@@ -124,6 +128,7 @@ def isolate_shard(task: IsolationTask) -> tuple[pa.Table, dict[str, float]]:
             else:
                 outcome.rows.append(rows)
                 outcome.stage_s.update(stage_s)
+                outcome.labelled += len(group)
     joined = pa.concat_tables([PREDICTION_SCHEMA.empty_table(), *outcome.rows])
     places = {image_id: place for place, image_id in enumerate(joined["image_id"].to_pylist())}
     order = pa.array([places[image_ids[position]] for position in wanted], pa.int64())
@@ -149,6 +154,13 @@ def _after_death(group: list[int], death: Death, image_ids: Sequence[int], outco
     outcome.deaths[position] += 1
     if not death.is_certain and outcome.deaths[position] == 1:
         return [group]
+    outcome.given_up += 1
+    if outcome.labelled == 0 and outcome.given_up >= _MOST_GIVEN_UP:
+        raise PreflightError(
+            f"each of {outcome.given_up} images alone ended its process, and no image does not, the last with "
+            f"'{death.reason}': that is no matter of the images. Raise resources.actor_memory_gb or "
+            "resources.image_deadline_s, or look at the machine."
+        )
     _log.warning("image %d is quarantined: %s", image_ids[position], death.reason)
     failed = Prediction(image_id=image_ids[position], failure=(death.reason, FailureClass.QUARANTINED))
     outcome.rows.append(predictions_to_table([failed]).cast(PREDICTION_SCHEMA))
@@ -278,7 +290,9 @@ class _Room:
         if said is None and code == _LAST_RESORT_CODE and time.monotonic() - heard > self._deadline_s:
             said = hang_text(self._deadline_s)
         in_hand = frozenset(accused) or self._left_in_hand()
-        raise _Died(Death(said or _how_it_ended(code), is_certain=said is not None, in_hand=in_hand))
+        # A process that somebody stops for a while looks as if it hung.
+        certain = said is not None and said != hang_text(self._deadline_s)
+        raise _Died(Death(said or _how_it_ended(code), is_certain=certain, in_hand=in_hand))
 
     def _left_in_hand(self) -> frozenset[int]:
         """What the breadcrumbs of processes that died tell, which are cleared away."""

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,12 @@ def main() -> int:
         _work(setup, lines, voice)
     except (OwlsamError, OSError) as error:
         voice.say("error", name=type(error).__name__, arguments=error_arguments(error))
+        return 1
+    except Exception as error:  # noqa: BLE001 (whatever an image makes a model raise: it becomes its reason)
+        traceback.print_exc()
+        cause = error.__cause__ or error  # of what broke the engine
+        line = (str(cause).strip().splitlines() or [""])[0][:200]
+        voice.say("trouble", reason=f"model_error: {type(cause).__name__}: {line}", image_ids=[])
         return 1
     return 0
 

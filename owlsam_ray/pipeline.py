@@ -204,6 +204,7 @@ def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_operator_progress_bars = False
+    context.raise_original_map_exception = True  # an error of ours is to reach the driver as what it is
     allocation, resources = job.allocation, job.config.resources
     return (
         ray.data.from_arrow([pa.table({"shard": pa.array([shard], pa.int64())}) for shard in shards])

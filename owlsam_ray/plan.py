@@ -8,7 +8,7 @@ that a plan or an extension that is killed leaves nothing that another call woul
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,9 @@ class Plan:
     """Images of the listing that were left out because they stand in it twice (`plan.duplicates: first`)."""
 
 
-def plan_run(config: RunConfig, *, extend: bool = False, show: Show = silent) -> Plan:
+def plan_run(
+    config: RunConfig, *, extend: bool = False, show: Show = silent, still_mine: Callable[[], None] = lambda: None
+) -> Plan:
     """List the images once and freeze the layout; an existing plan is checked and kept.
 
     Args:
@@ -67,6 +69,8 @@ def plan_run(config: RunConfig, *, extend: bool = False, show: Show = silent) ->
         extend: add the images of the listing that the run does not have yet, as further shards. Old shards stay as they
             are; images that are no longer listed stay as well.
         show: progress.
+        still_mine: raises when another process has begun to plan in this one's place; called before anything is
+            written.
 
     Raises:
         InputError: the dataset or the vocabulary is wrong, a threshold is for a category that is not in it, or there is
@@ -83,17 +87,17 @@ def plan_run(config: RunConfig, *, extend: bool = False, show: Show = silent) ->
             raise GuardError(
                 f"{run_url} holds predictions but no {RUN_FILE}: restore that file, or choose another directory"
             )
-        return _freeze(config, show=show)
+        return _freeze(config, show=show, still_mine=still_mine)
     check_config(config, record, data_too=not extend)
     manifest = load_run_manifest(run_url, record)
     if extend:
-        return _freeze(config, show=show, before=Plan(record, manifest, 0))
+        return _freeze(config, show=show, still_mine=still_mine, before=Plan(record, manifest, 0))
     _check_names(config, record)
     _tell_other_selection(config.plan, record)
     return Plan(record, manifest, 0)
 
 
-def _freeze(config: RunConfig, *, show: Show, before: Plan | None = None) -> Plan:
+def _freeze(config: RunConfig, *, show: Show, still_mine: Callable[[], None], before: Plan | None = None) -> Plan:
     """List, select, write the parts, and make them count."""
     run_url = run_directory(config)
     listing = list_dataset(config)
@@ -114,8 +118,8 @@ def _freeze(config: RunConfig, *, show: Show, before: Plan | None = None) -> Pla
         if count == 0:
             raise InputError(_nothing_left(config.plan, spool))
         _verify(config, run_url, spool.tables(wanted), count, show)
-        if before is not None:
-            _as_it_was(before, run_url)  # or the parts of another extension would be taken for leftovers
+        still_mine()
+        _as_it_was(before, run_url)  # or the parts of another call would be taken for leftovers
         size = shard_size(
             count,
             config.resources.shard_size,
@@ -131,6 +135,7 @@ def _freeze(config: RunConfig, *, show: Show, before: Plan | None = None) -> Pla
             next_id=next_id,
         )
     record = _new_record(config, vocabulary, manifest, before)
+    still_mine()
     save_record(run_url, record)
     return Plan(record, manifest, count, **told)
 
@@ -142,8 +147,9 @@ def _new_record(config: RunConfig, vocabulary: Vocabulary, manifest: Manifest, b
         "layout_hash": manifest.layout_hash,
         "num_parts": len(manifest.parts),
     }
-    if before is not None:
-        return _as_it_was(before, run_directory(config)).model_copy(update=fields)
+    now = _as_it_was(before, run_directory(config))
+    if now is not None:
+        return now.model_copy(update=fields)
     return RunRecord(
         owlsam_version=__version__,
         categories=vocabulary.categories,
@@ -153,14 +159,14 @@ def _new_record(config: RunConfig, vocabulary: Vocabulary, manifest: Manifest, b
     )
 
 
-def _as_it_was(before: Plan, run_url: str) -> RunRecord:
-    """The record by now, with what an attempt may have set while this listed.
+def _as_it_was(before: Plan | None, run_url: str) -> RunRecord | None:
+    """The record by now, with what an attempt may have set while this listed; None for a first plan.
 
     Raises:
         GuardError: the plan is another one by now.
     """
     now = load_record(run_url)
-    if now is None or now.layout_hash != before.record.layout_hash:
+    if (now.layout_hash if now else None) != (before.record.layout_hash if before else None):
         raise GuardError(f"{run_url} was planned or extended by another call meanwhile: call this again")
     return now
 

@@ -22,9 +22,13 @@ class Retry:
 
     what: str
     """`failed`, a class (`transient`, `permanent`, `quarantined`), or the first word of a reason (`truncated`, …)."""
+    but: str | None = None
+    """The first word of reasons that are left out."""
 
     def selects(self, reason: str, status_class: str) -> bool:
         """Whether a failed row is to be tried again."""
+        if reason.split(":")[0] == self.but:
+            return False
         if self.what == ALL:
             return status_class != FailureClass.QUARANTINED
         return self.what in (status_class, reason.split(":")[0])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from owlsam_ray.errors import OwlsamError
 from owlsam_ray.ledger import ShardFooter, corrupt_shard, done_shards, read_footer, shard_url
-from owlsam_ray.manifest import Manifest
+from owlsam_ray.manifest import Manifest, load_manifest
 
 _COUNTED = ("ok", "empty", "failed", "transient", "detections", "masks")
 _CHUNK = 256
@@ -120,8 +120,8 @@ class Tally:
         with self._listing:
             found = done_shards(self.run_url)
             foreign = [shard for shard in found if shard >= self._in_run]
-            if foreign:
-                raise corrupt_shard(shard_url(self.run_url, min(foreign)), f"the run has {self._in_run} shards")
+            if foreign and max(foreign) >= self._in_run_by_now():
+                raise corrupt_shard(shard_url(self.run_url, max(foreign)), f"the run has {self._in_run} shards")
             found.intersection_update(self._shards)
             listed = np.zeros_like(self._listed)
             listed[[self._shards.index(shard) for shard in found]] = True
@@ -131,6 +131,11 @@ class Tally:
                 if self._first_listed is None:
                     self._first_listed = listed
         return found
+
+    def _in_run_by_now(self) -> int:
+        """Shards of the run with the parts that were added since: others may label them already."""
+        manifest = load_manifest(self.run_url, verify=False)
+        return manifest.num_shards if manifest is not None else self._in_run
 
     def refresh(self, limit: int | None = None) -> Self:
         """Look at the listing, and read footers that were not read yet.

@@ -21,6 +21,7 @@ from owlsam_ray.tally import Tally
 _STORAGE_IS_FULL_OR_CLOSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 _FRUITLESS_WAVES = 3
 """Waves in a row that may break without a shard or a strike more before the run gives up."""
+_ADVICE = "Failed to apply UDF transform"
 _log = logging.getLogger(__name__)
 
 
@@ -183,11 +184,27 @@ class Labeller:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The exception inside Ray's wrappers that our code or a library raised."""
+    """The exception inside Ray's wrappers that our code or a library raised, without what Ray adds to it."""
     inner = getattr(error, "cause", None) or error.__cause__
     if not isinstance(inner, BaseException) or isinstance(inner, SystemException):  # Ray's mark of its own errors
-        return error
+        return _as_it_was(error)
     return root_cause(inner)
+
+
+def _as_it_was(error: BaseException) -> BaseException:
+    """Without the advice on settings of Ray that it appends to the arguments; pickling makes it a file name."""
+    own = [argument for argument in error.args if not _is_advice(argument)]
+    if isinstance(error, OSError):
+        name = None if _is_advice(error.filename) else error.filename
+        if error.errno is not None:
+            return type(error)(error.errno, error.strerror, name)
+    elif isinstance(error, OwlsamError) and len(own) < len(error.args):
+        return type(error)(*own)
+    return error
+
+
+def _is_advice(argument: object) -> bool:
+    return isinstance(argument, str) and argument.startswith(_ADVICE)
 
 
 def in_one_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from owlsam_ray import fence as fence_module
 from owlsam_ray import storage
 from owlsam_ray.errors import AttemptLiveError, ConfigError
 from owlsam_ray.fence import (
@@ -187,6 +189,62 @@ def test_a_fenced_attempt_notices(tmp_path: Path) -> None:
 
     with pytest.raises(AttemptLiveError, match="taken over by somebody"):
         work()
+
+
+def test_two_takeovers_at_once_leave_one(tmp_path: Path) -> None:
+    """And the attempt that they take over ends."""
+    ends: dict[str, str] = {}
+    begun, last = threading.Event(), threading.Event()
+
+    def work(name: str, *, takeover: bool) -> None:
+        try:
+            with claimed(tmp_path, takeover=takeover) as attempt:
+                begun.set()
+                while not last.wait(0.01):
+                    attempt.check()
+            ends[name] = "complete"
+        except AttemptLiveError:
+            ends[name] = "fenced"
+
+    threads = [threading.Thread(target=work, args=("first",), kwargs={"takeover": False})]
+    threads[0].start()
+    begun.wait()
+    threads += [threading.Thread(target=work, args=(name,), kwargs={"takeover": True}) for name in ("one", "other")]
+    for thread in threads[1:]:
+        thread.start()
+    deadline = time.monotonic() + 30
+    while len(ends) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    last.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(ends.values()) == ["complete", "fenced", "fenced"]
+    assert ends["first"] == "fenced"
+
+
+def test_one_that_hangs_after_it_was_fenced_falls_silent(tmp_path: Path) -> None:
+    with claimed(tmp_path) as hanging, claimed(tmp_path, takeover=True, takeover_s=1.0) as attempt:
+        assert attempt.id != hanging.id
+
+
+def test_a_process_of_which_nothing_can_be_read_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's, where /proc hides them."""
+    mine = fence_module._process_name(os.getpid())
+    assert mine
+    record = AttemptRecord(id="i", scope="label", slice="1/1", host="h", pid=1, started="?", process=f"{mine} 0")
+    real = fence_module._process_name
+    monkeypatch.setattr(fence_module, "_process_name", lambda pid: real(pid) if pid == os.getpid() else None)
+    assert not fence_module.is_dead_here(record)
+    assert fence_module.is_dead_here(record.model_copy(update={"pid": 2**22 + 5}))
+
+
+def test_a_slow_heartbeat_is_waited_for(tmp_path: Path) -> None:
+    record = write_silent(tmp_path).model_copy(update={"heartbeat_s": 1.0})
+    storage.write_atomic(str(tmp_path / ATTEMPTS / "old.json"), json.dumps(record.model_dump()).encode())
+    start = time.monotonic()
+    with claimed(tmp_path, takeover_s=0.2):
+        assert time.monotonic() - start >= 2.0
 
 
 def test_the_wall_clock_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

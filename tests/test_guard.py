@@ -93,7 +93,7 @@ def test_every_field_is_in_the_fingerprint_or_on_the_list(config: RunConfig) -> 
         assert (after == before) == (path[0] in NON_LABEL_FIELDS), path
         walked += 1
     assert walked > 40
-    free = {"run", "plan", "storage", "resources", "reduce", "evaluate", "report", "logging"}
+    free = {"run", "plan", "storage", "resources", "fakes", "reduce", "evaluate", "report", "logging"}
     assert free >= FREE_FIELDS
     assert free | {"data"} >= NON_LABEL_FIELDS
 

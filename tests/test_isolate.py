@@ -95,7 +95,7 @@ def test_only_the_culprits_are_given_up(tmp_path: Path, monkeypatch: pytest.Monk
     rows, stage_s = isolate_shard(replace(task, suspects=frozenset({4, 10, 11, 5, 777})))
     check(rows, peaceful, REASONS)
     assert set(stage_s) >= {"decode", "detect"}
-    assert len(starts) <= 9, "it is not gone by what the processes leave word of"
+    assert len(starts) <= 12, "it is not gone by what the processes leave word of"
     left = [path.name for path in (tmp_path / "temporary").iterdir() if path.name.startswith("owlsam")]
     assert left == [], "of processes that died"
 
@@ -200,13 +200,45 @@ def test_an_unknown_error_of_storage_is_an_os_error() -> None:
 )
 def test_every_hang_comes_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     task, _ = make_task(tmp_path, poisoned={})
-    script = tmp_path / "python"
+    with_fault(monkeypatch, tmp_path, fault)
+    rows, _ = isolate_shard(replace(task, positions=(5,)))
+    assert rows["reason"].to_pylist() == ["hang: no end within 3 s"]
+
+
+def with_fault(monkeypatch: pytest.MonkeyPatch, folder: Path, fault: str) -> None:
+    """Have the processes that are started from here on run some code first."""
+    script = folder / "python"
     module = "sys.argv = sys.argv[2:]; runpy.run_module('owlsam_ray.isolated', run_name='__main__')"
     script.write_text(f"#!{sys.executable}\nimport sys, runpy\n{fault}\n{module}\n", encoding="utf-8")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    rows, _ = isolate_shard(replace(task, positions=(5,)))
-    assert rows["reason"].to_pylist() == ["hang: no end within 3 s"]
+
+
+_RAISES = """
+import owlsam_ray.models.fakes as fakes
+real, count = fakes.FakeDetector.preprocess, [0]
+def preprocess(self, pixels):
+    if EVERY or pixels.sum() == SUM:
+        raise MemoryError("no room for this one")
+    return real(self, pixels)
+fakes.FakeDetector.preprocess = preprocess
+"""
+
+
+def test_a_process_that_every_image_ends_is_ill_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, _ = make_task(tmp_path, poisoned={})
+    with_fault(monkeypatch, tmp_path, _RAISES.replace("EVERY", "True"))
+    with pytest.raises(PreflightError, match="no matter of the images"):
+        isolate_shard(task)
+
+
+def test_what_a_model_raises_is_the_reason_of_its_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, peaceful = make_task(tmp_path, poisoned={})
+    sum_of_one = int(np.asarray(Image.open(tmp_path / "images" / "002.png")).sum())
+    with_fault(monkeypatch, tmp_path, _RAISES.replace("EVERY", "False").replace("SUM", str(sum_of_one)))
+    rows, _ = isolate_shard(replace(task, positions=(0, 1, 2, 3)))
+    assert rows["reason"].to_pylist()[2] == "model_error: MemoryError: no room for this one"
+    assert rows.take([0, 1, 3]).equals(peaceful.take([0, 1, 3]))
 
 
 def test_what_is_no_fault_of_an_image_is_told(tmp_path: Path) -> None:

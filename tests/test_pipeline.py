@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import ray
+from ray.exceptions import RayError
 
 from owlsam_ray.annotate import annotate_run
 from owlsam_ray.config import load_config
-from owlsam_ray.errors import IncompleteError, PreflightError
+from owlsam_ray.errors import IncompleteError, PreflightError, StorageSetupError
 from owlsam_ray.fetch import FETCHED_SCHEMA
 from owlsam_ray.guard import load_record, load_run_manifest
 from owlsam_ray.ledger import done_shards, read_footer
@@ -20,6 +21,7 @@ from owlsam_ray.models.load import find_models
 from owlsam_ray.pipeline import ROWS_SCHEMA, FetchShard, Job, ShardSink, build_graph
 from owlsam_ray.resources import allocate
 from owlsam_ray.schema import predictions_to_table
+from owlsam_ray.waves import root_cause
 from tests.runs import TinyRun, coco_bytes
 from tests.test_ledger import prediction
 
@@ -80,15 +82,31 @@ def test_nothing_is_begun_once_the_attempt_was_asked_to_stop(job: Job) -> None:
 
 @pytest.fixture
 def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+def errors_of_ours_reach_the_driver_as_they_are(job: Job) -> None:
+    build_graph(job, [0])  # sets Ray up
+    for error in (PreflightError("no room"), StorageSetupError("no key"), OSError(28, "no space left", "/a/b")):
+
+        def stumble(block: pa.Table, error: Exception = error) -> pa.Table:
+            raise error
+
+        blocks = ray.data.from_arrow([pa.table({"shard": [0]})])
+        with pytest.raises(RayError) as raised:
+            blocks.map_batches(stumble, batch_size=None, batch_format="pyarrow").materialize()
+        found = root_cause(raised.value)
+        assert (type(found), found.args) == (type(error), error.args)
+        assert getattr(found, "filename", None) == getattr(error, "filename", None)
 
 
 def test_on_ray(
     job: Job, tiny: TinyRun, uninterrupted: bytes, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One start of Ray for what needs one: the shape of the graph, waves, and a sink that breaks."""
+    """One start of Ray for what needs one: errors, the shape of the graph, waves, and a sink that breaks."""
+    errors_of_ours_reach_the_driver_as_they_are(job)
     dataset = build_graph(replace(job, run_url=str(tiny.root / "uninterrupted")), range(5)).materialize()
     blocks = [ray.get(reference) for reference in dataset.get_internal_block_refs()]
     assert sorted((block["shard"][0].as_py(), block.num_rows) for block in blocks) == [(n, 8) for n in range(5)]

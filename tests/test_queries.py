@@ -20,7 +20,6 @@ from transformers import (
     OwlViTImageProcessor,
 )
 
-from owlsam_ray import queries as queries_module
 from owlsam_ray.demo.drawing import CATEGORIES, WITHHELD_SHAPE, Drawing, Split, draw
 from owlsam_ray.demo.models import WEIGHTS
 from owlsam_ray.errors import InputError
@@ -361,13 +360,13 @@ def test_the_model_is_loaded_once_and_only_for_exemplars(
 ) -> None:
     loaded = []
 
-    class Counted(Owl):
-        @staticmethod
-        def load(path: Path, settings: DetectorConfig, *, device: torch.device, dtype: torch.dtype) -> Owl:
-            loaded.append(path)
-            return Owl.load(path, settings, device=device, dtype=dtype)
+    load = Owl.load
 
-    monkeypatch.setattr(queries_module, "Owl", Counted)
+    def counted(path: Path, settings: DetectorConfig, *, device: torch.device, dtype: torch.dtype) -> Owl:
+        loaded.append(path)
+        return load(path, settings, device=device, dtype=dtype)
+
+    monkeypatch.setattr(Owl, "load", staticmethod(counted))
     embed(directory, text_queries(("a cat",)))
     assert loaded == []
     draw_image(1).save(tmp_path / "a.png")

@@ -50,6 +50,11 @@ def test_which_rows(run: str, what: str, plain: tuple[int, ...], quarantined: tu
     assert find_failed(run, 4, Retry(what)) == FailedRows(plain, quarantined)
 
 
+def test_what_was_tried_already_is_left_out(run: str) -> None:
+    assert find_failed(run, 4, Retry("transient", but="fetch_failed")) == FailedRows((), ())
+    assert find_failed(run, 4, Retry("transient", but="truncated")) == FailedRows((3,), ())
+
+
 def test_new_rows_take_the_place_of_old_ones(run: str) -> None:
     before = load_shard(run, 4)[1].to_pylist()
     mended = [prediction(23, 1), Prediction(image_id=20, failure=("empty_file", FailureClass.PERMANENT))]

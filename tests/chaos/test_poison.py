@@ -17,8 +17,8 @@ from owlsam_ray.config import load_config
 from owlsam_ray.ledger import PREDICTIONS
 from owlsam_ray.models.fakes import ALLOCATE, HANG, SEGFAULT
 from owlsam_ray.reduce.run import reduce_run
-from tests.chaos.world import ray_processes
 from tests.runs import TinyRun, label_here
+from tests.test_kill import alive, workers
 
 NUM_IMAGES, SHARD_SIZE = 60, 10
 FEW = {7: SEGFAULT, 12: HANG}
@@ -94,10 +94,11 @@ def test_a_driver_that_is_killed_meanwhile_changes_nothing(tmp_path: Path) -> No
     for moment in (12, 20):
         driver = poisoned.start("annotate", run, **{"fakes.poison": True})
         time.sleep(moment)
+        orphans = workers(driver.pid)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         deadline = time.monotonic() + 60
-        while ray_processes(b"") and time.monotonic() < deadline:
+        while any(alive(pid) for pid in orphans) and time.monotonic() < deadline:
             time.sleep(0.1)
     assert poisoned.call("annotate", run, **{"fakes.poison": True})["failed"] == len(MANY)
     found = {number: row["reason"] for number, row in enumerate(rows_of(run)) if row["status"] == "failed"}
