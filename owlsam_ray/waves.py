@@ -4,7 +4,7 @@ import errno
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
@@ -192,19 +192,21 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def _as_it_was(error: BaseException) -> BaseException:
-    """Without the advice on settings of Ray that it appends to the arguments; pickling makes it a file name."""
-    own = [argument for argument in error.args if not _is_advice(argument)]
-    if isinstance(error, OSError):
-        name = None if _is_advice(error.filename) else error.filename
-        if error.errno is not None:
-            return type(error)(error.errno, error.strerror, name)
-    elif isinstance(error, OwlsamError) and len(own) < len(error.args):
-        return type(error)(*own)
+    """Without the advice on settings of Ray that it appends to a message, or as a further argument.
+
+    Pickling makes a further argument of an OSError the name of its file.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        names = [] if _cut(error.filename) in ("", None) else [error.filename]
+        return type(error)(error.errno, error.strerror, *names)
+    if isinstance(error, OwlsamError):
+        return type(error)(*(argument for argument in map(_cut, error.args) if argument != ""))
     return error
 
 
-def _is_advice(argument: object) -> bool:
-    return isinstance(argument, str) and argument.startswith(_ADVICE)
+def _cut(argument: Any) -> Any:
+    """A text up to Ray's advice; anything else as it is."""
+    return argument.partition(_ADVICE)[0].rstrip() if isinstance(argument, str) else argument
 
 
 def in_one_line(error: BaseException) -> str:
