@@ -38,6 +38,7 @@ def written_shards(run: Path) -> dict[str, tuple[int, int]]:
     }
 
 
+@pytest.mark.slow
 def test_sigkill_of_the_driver_at_three_moments(tiny: TinyRun, uninterrupted: bytes) -> None:
     run = tiny.root / "killed"
     written: dict[str, tuple[int, int]] = {}
