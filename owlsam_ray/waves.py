@@ -140,21 +140,17 @@ class Labeller:
                 cause: BaseException | None = root_cause(error)
             else:
                 cause = None
-                again = self._strikes(job, wave)
-                if not job.stopping():
-                    work.handed_back([shard for shard in wave or left if again.get(shard, 0) < MAX_STRIKES or not wave])
+            after = crumbs.strikes(crumbs.list_crumbs(job.run_url))
+            if cause is None and not job.stopping():
+                work.handed_back([shard for shard in wave or left if after.get(shard, 0) < MAX_STRIKES or not wave])
             self._stop_if_asked()
             before, left = left, work.left()
-            strikes = sum(self._strikes(job, left).values())
+            strikes = sum(after.get(shard, 0) for shard in left)
             if len(left) < len(before) or strikes > sum(struck[shard] for shard in left):
                 fruitless = 0
             else:
                 fruitless += 1
             self._go_on_or_give_up(cause, fruitless, len(wave) or len(before))
-
-    def _strikes(self, job: Job, shards: Sequence[int]) -> dict[int, int]:
-        found = crumbs.list_crumbs(job.run_url)
-        return {shard: len(found[shard]) for shard in shards if shard in found}
 
     def _stop_if_asked(self) -> None:
         self.attempt.check()
