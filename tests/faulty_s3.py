@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import boto3
 from gcp_storage_emulator.server import create_server
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
@@ -144,10 +145,11 @@ AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_
 def faulty_s3(bucket: str = "labels") -> Iterator[FaultyS3]:
     """A server with one empty bucket, which this process and its children find in their environment."""
     with FaultyS3() as server, in_environment(AWS | {"AWS_ENDPOINT_URL": server.url}):
-        filesystem, _ = storage.open_filesystem(f"s3://{bucket}")
-        filesystem.call_s3("create_bucket", Bucket=bucket)
-        for entry in filesystem.call_s3("list_objects_v2", Bucket=bucket).get("Contents", []):
-            filesystem.call_s3("delete_object", Bucket=bucket, Key=entry["Key"])
+        client = boto3.client("s3", endpoint_url=server.url)  # the storage's own may have a test's short deadlines
+        client.create_bucket(Bucket=bucket)
+        for entry in client.list_objects_v2(Bucket=bucket).get("Contents", []):
+            client.delete_object(Bucket=bucket, Key=entry["Key"])
+        client.close()
         yield server
 
 
