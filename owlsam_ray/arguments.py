@@ -2,8 +2,10 @@
 
 import argparse
 import math
+from typing import get_args
 
 from owlsam_ray import __version__
+from owlsam_ray.reduce_settings import FormatName
 
 _EXIT_CODES = """exit codes:
   0   complete
@@ -74,7 +76,12 @@ One PNG with boxes, masks, names and scores: of one picture at its own size, of 
 they stand; without --prompts the vocabulary of the run file is. A table goes to stderr.""",
     "reduce": """examples:
   owlsam reduce jobs/coco.yaml --run runs/coco
-  owlsam reduce jobs/coco.yaml --run runs/coco --set reduce.score_threshold=0.3""",
+  owlsam reduce jobs/coco.yaml --run runs/coco --set reduce.score_threshold=0.3
+  owlsam reduce jobs/coco.yaml --run runs/coco --out labels/strict --set reduce.score_threshold=0.5 --formats coco yolo
+  owlsam reduce jobs/coco.yaml --run runs/coco --operating-points runs/coco/operating_points.json
+  owlsam reduce jobs/coco.yaml --run runs/coco --partial     # what is labelled by now; exit code 5
+
+One run can be reduced in many ways, one --out for each, without a GPU. Every setting stands in `info`.""",
     "evaluate": """examples:
   owlsam evaluate jobs/coco.yaml --run runs/coco
   owlsam evaluate jobs/coco.yaml --run runs/coco --set 'evaluate.size_edges_px=[32]' --json
@@ -294,6 +301,38 @@ def _add_annotate_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_reduce_options(command: argparse.ArgumentParser) -> None:
+    _add_run_options(command)
+    command.add_argument(
+        "--out", dest="reduce_out", metavar="DIR", help="where the files go (default: coco/ in the run directory)"
+    )
+    command.add_argument(
+        "--formats",
+        dest="reduce_formats",
+        nargs="+",
+        choices=get_args(FormatName),
+        metavar="NAME",
+        help=f"{', '.join(get_args(FormatName))} (default: coco)",
+    )
+    command.add_argument(
+        "--operating-points",
+        dest="reduce_operating_points",
+        metavar="FILE",
+        help="thresholds of categories, as `owlsam calibrate` writes them",
+    )
+    command.add_argument(
+        "--corrections",
+        dest="reduce_corrections",
+        metavar="FILE",
+        help="a COCO file of a review tool, replayed over the labels",
+    )
+    command.add_argument(
+        "--partial",
+        action="store_true",
+        help="reduce what is labelled by now; the exit code is 5 when images are missing",
+    )
+
+
 def _add_evaluate_options(command: argparse.ArgumentParser) -> None:
     _add_run_options(command, files="*")
     command.add_argument("--json", action="store_true", help="every number in the line on stdout, and no table")
@@ -357,6 +396,7 @@ _ADD_OPTIONS = {
     "preview": _add_preview_options,
     "annotate": _add_annotate_options,
     "evaluate": _add_evaluate_options,
+    "reduce": _add_reduce_options,
     "finetune": _add_finetune_options,
     "demo": _add_demo_options,
 }

@@ -85,6 +85,11 @@ def _all_overrides(options: argparse.Namespace) -> list[str]:
     return [
         *options.overrides,
         *(f"plan.{name}={json.dumps(value)}" for name, value in named.items() if value is not None),
+        *(
+            f"reduce.{name}={json.dumps(value)}"
+            for name in ("out", "formats", "operating_points", "corrections")
+            if (value := getattr(options, f"reduce_{name}", None)) is not None
+        ),
     ]
 
 
@@ -185,10 +190,12 @@ def _estimate(config: RunConfig, options: argparse.Namespace, console: Console) 
 
 
 def _reduce(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.progress import CountDisplay
     from owlsam_ray.reduce.proof import check_failures
     from owlsam_ray.reduce.run import reduce_run
 
-    counts = reduce_run(config)
+    with CountDisplay(console, interval_s=config.logging.progress_s) as display:
+        counts = reduce_run(config, partial=options.partial, show=display.show)
     check_failures(config.reduce.max_failed, counts)
     return counts
 

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from owlsam_ray.errors import ConfigError
+from owlsam_ray.reduce_settings import ReduceConfig
 from owlsam_ray.settings import (
     KINDS,
     Auto,
@@ -174,18 +175,6 @@ class ResourcesConfig(Section):
         return self
 
 
-class ReduceConfig(Section):
-    """What is decided without a GPU."""
-
-    score_threshold: Fraction | None = None
-    """Annotations are kept when their score is greater; not below `detector.score_floor`."""
-    min_mask_area: Annotated[int, Field(ge=0)] = 500
-    """Annotations whose mask has fewer pixels are left out; 0 keeps all that `segment.min_area` kept. Those
-    without a mask stay."""
-    max_failed: Annotated[int, Field(ge=0)] | Fraction = 0.01
-    """Failed images that are put up with: a count (integer) or a share (with a decimal point)."""
-
-
 def allowed_failures(max_failed: int | float, num_images: int) -> int:
     """Failed images that `reduce.max_failed` puts up with: an integer is a count, a float is a share."""
     return max_failed if isinstance(max_failed, int) else math.floor(max_failed * num_images)
@@ -245,13 +234,19 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
-    def _threshold_is_kept(self) -> Self:
-        threshold = self.reduce.score_threshold
-        if threshold is not None and threshold < self.detector.score_floor:
-            raise ValueError(
-                f"reduce.score_threshold {threshold} is below detector.score_floor {self.detector.score_floor}: "
-                "inference did not keep those boxes"
-            )
+    def _reduce_decides_about_what_is_there(self) -> Self:
+        floor = self.detector.score_floor
+        asked = {"score_threshold": self.reduce.score_threshold} | {
+            f"score_thresholds.{name}": value for name, value in self.reduce.score_thresholds.items()
+        }
+        for name, threshold in asked.items():
+            if threshold is not None and threshold < floor:
+                raise ValueError(
+                    f"reduce.{name} {threshold} is below detector.score_floor {floor}: inference did not keep those "
+                    "boxes"
+                )
+        if self.reduce.suppress is not None:
+            _check_stricter(self.reduce.suppress, self.suppress)
         return self
 
     @model_validator(mode="after")
@@ -270,6 +265,23 @@ class RunConfig(Section):
     def frozen_fields(self) -> dict[str, Any]:
         """The part that a plan freezes: what can change labels, and which images there are."""
         return self.model_dump(mode="json", exclude=set(FREE_FIELDS))
+
+
+def _check_stricter(late: SuppressConfig, early: SuppressConfig) -> None:
+    """Refuse a suppression at reduce that would bring back what the one at inference has removed.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    if late.strategy == "none" or early.strategy not in ("nms", "merge") or late.strategy == "soft_nms":
+        return
+    comparable = (late.overlap, late.across_labels) == (early.overlap, early.across_labels)
+    there, here = (0.7 if each.threshold is None else each.threshold for each in (early, late))
+    if comparable and here > there and not late.thresholds and not early.thresholds:
+        raise ValueError(
+            f"reduce.suppress.threshold {here:g} is looser than suppress.threshold {there:g}, with which inference "
+            "has removed boxes already: nothing brings these back. Take a smaller one, or leave reduce.suppress out"
+        )
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -464,6 +476,13 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "vocabulary": vocabulary,
             "detector": config.detector.model_copy(update={"weights": path_or_hub_name(config.detector.weights)}),
             "segment": config.segment.model_copy(update={"weights": path_or_hub_name(segment_weights)}),
+            "reduce": config.reduce.model_copy(
+                update={
+                    name: absolute(value)
+                    for name in ("out", "operating_points", "corrections", "scratch")
+                    if (value := getattr(config.reduce, name))
+                }
+            ),
             "evaluate": config.evaluate.model_copy(
                 update={"ground_truth": absolute(config.evaluate.ground_truth)} if config.evaluate.ground_truth else {}
             ),

@@ -14,10 +14,10 @@ from owlsam_ray.evaluate.ground_truth import (
     read_images,
     read_json,
 )
-from owlsam_ray.evaluate.names import fold_category, same_things
 from owlsam_ray.evaluate.regions import Region, box_of, is_number, rle_area, rle_box, rle_of
 from owlsam_ray.evaluate.translation import Translation, fitting_mapping, translation
 from owlsam_ray.settings import MappingName
+from owlsam_ray.vocabulary.names import fold_category, same_things
 
 
 @dataclass(frozen=True, slots=True)

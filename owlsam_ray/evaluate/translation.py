@@ -13,10 +13,10 @@ from typing import Any, get_args
 
 from owlsam_ray.errors import InputError
 from owlsam_ray.evaluate.ground_truth import GroundTruth
-from owlsam_ray.evaluate.names import by_name, fold_category
 from owlsam_ray.settings import BuiltinVocabulary, MappingName
 from owlsam_ray.vocabulary.builtin import BuiltinCategory, builtin
 from owlsam_ray.vocabulary.mapping import ENDS, category_mapping
+from owlsam_ray.vocabulary.names import by_name, fold_category
 
 _log = logging.getLogger(__name__)
 _NAMED = 5

@@ -97,7 +97,7 @@ def read_shard(
 
 
 def prove_shard(
-    run_url: str, shard: int, image_ids: Collection[int], rules: ShardRules
+    run_url: str, shard: int, image_ids: Collection[int] | pa.ChunkedArray, rules: ShardRules
 ) -> tuple[ShardFooter, pa.Table]:
     """A whole shard file, proven: its checksums, its footer, and each of its rows.
 
@@ -120,7 +120,7 @@ def prove_shard(
         raise corrupt_shard(url, "it has another label fingerprint")
     if rules.numerics is not None and footer.numerics not in rules.numerics:
         raise corrupt_shard(url, f"no attempt of the run had its numerics {footer.numerics}")
-    if table["image_id"].to_pylist() != list(image_ids):
+    if not np.array_equal(table["image_id"].to_numpy(), np.asarray(image_ids, np.int64)):
         raise corrupt_shard(url, f"its {table.num_rows} image ids are not the manifest's {len(image_ids)}")
     for start in range(0, table.num_rows, ROW_GROUP_IMAGES):
         part = table.slice(start, ROW_GROUP_IMAGES)

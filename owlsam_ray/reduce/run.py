@@ -1,65 +1,355 @@
-"""A finished run → its label files."""
+"""A labelled run → its label files, and the proof that every image is accounted for."""
 
+import contextlib
 import logging
-from dataclasses import asdict
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from owlsam_ray import __version__
-from owlsam_ray.config import RunConfig
-from owlsam_ray.errors import IncompleteError, InputError
-from owlsam_ray.guard import check_config, check_writable, load_record, load_run_manifest, run_directory
-from owlsam_ray.reduce.coco import CocoSettings, reduce_coco
+import msgspec
 
+from owlsam_ray import __version__, storage
+from owlsam_ray.config import ResourcesConfig, RunConfig
+from owlsam_ray.errors import IncompleteError, InputError
+from owlsam_ray.fence import SETUP, Slice, claim
+from owlsam_ray.guard import RunRecord, check_config, check_writable, load_record, load_run_manifest, run_directory
+from owlsam_ray.ledger import done_shards
+from owlsam_ray.manifest import Manifest
+from owlsam_ray.reduce.coco import ANNOTATIONS, FAILURES, CocoOutput, FailuresOutput
+from owlsam_ray.reduce.executors import map_in_order, num_workers
+from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, Job, write_chunk
+from owlsam_ray.reduce.labels import Counts
+from owlsam_ray.reduce.operating_points import load_operating_points
+from owlsam_ray.reduce.outputs import FileSpan, Head, Output
+from owlsam_ray.reduce.proof import ShardRules, check_all_present
+from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
+from owlsam_ray.reduce_settings import ReduceConfig
+
+COCO_FOLDER = "coco"
+SUMMARY_FILE = "reduce.json"
+_SCRATCH = "fragments-"
+_CHUNKS_PER_WORKER = 8
+"""So that the last chunks end at about the same time."""
+_MOST_SHARDS = 64
+"""In a chunk: a worker's progress is told after each."""
+_SMALL = 20_000
+"""Images up to which starting processes takes longer than the work."""
 _log = logging.getLogger(__name__)
 
+Show = Callable[[str, int, int | None], None]
 
-def reduce_run(config: RunConfig) -> dict[str, Any]:
-    """Merge all shards of a run into `coco/annotations.json`, and prove that every image is accounted for.
+
+def _quiet(what: str, done: int, total: int | None) -> None:
+    """Show nothing."""
+
+
+def _nothing() -> None:
+    """Look at nothing."""
+
+
+def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = _quiet) -> dict[str, Any]:
+    """Merge the shards of a run into the files of `reduce.formats`, under `reduce.out`.
+
+    Args:
+        config: of the run; the section `reduce` decides.
+        partial: reduce what is labelled by now; says so in `info`, and ends with an error when something was missing.
+        show: called with ("reduced", images by now, images of the run).
+
+    Returns:
+        Counts: images, ok, empty, failed, unlabelled, num_annotations, num_masks, left_out (by step), failed_by_reason,
+        flagged_by_reason, and the files.
 
     Raises:
-        InputError: there is no run.
+        InputError: there is no run, or a setting does not fit it.
         GuardError: the run was made with other settings.
-        IncompleteError: shards are missing or damaged, or the proof does not add up.
+        AttemptLiveError: another reduce writes to the same directory.
+        IncompleteError: shards are missing or damaged, or the proof does not add up; nothing appears then. With
+            `partial` missing shards are told when all is written.
+        OSError: storage refused.
     """
     run_url = run_directory(config)
     record = load_record(run_url)
     if record is None:
         raise InputError(f"{run_url} holds no run (no run.json): call `owlsam plan` and `owlsam annotate` first")
     check_config(config, record)
-    check_writable(run_url)
     manifest = load_run_manifest(run_url, record)
     if record.fingerprint is None:
         raise IncompleteError(f"nothing was labelled in {run_url} yet: call `owlsam annotate`")
-    parts = record.fingerprint_parts or {}
-    result = reduce_coco(
-        run_url,
-        manifest,
-        CocoSettings(
-            categories=record.categories,
-            ids_per_image=record.ids_per_image,
-            fingerprint=record.fingerprint,
-            provenance={
-                "version": __version__,
-                "fingerprint": record.fingerprint,
-                "detector": parts["config"]["detector"]["model"],
-                "segmenter": parts["config"]["segment"]["model"],
-                "weights_sha256": parts["weights"],
-                "queries": [query.model_dump(mode="json", exclude_defaults=True) for query in record.queries],
-                "ids_per_image": record.ids_per_image,
-                "score_floor": parts["config"]["detector"]["score_floor"],
-                "score_threshold": config.reduce.score_threshold,
-                "min_mask_area": config.reduce.min_mask_area,
-            },
-            score_threshold=config.reduce.score_threshold,
-            min_mask_area=config.reduce.min_mask_area,
-        ),
-    )
-    if result.num_small:
-        _log.info(
-            "left out %d annotations whose masks have fewer than %d pixels (reduce.min_mask_area)",
-            result.num_small,
-            config.reduce.min_mask_area,
+    shards: Sequence[int] = range(manifest.num_shards)
+    if partial:
+        done = done_shards(run_url)
+        shards = [shard for shard in shards if shard in done]
+    else:
+        check_all_present(run_url, manifest)
+    out_url = _plain(config.reduce.out or storage.join(run_url, COCO_FOLDER))
+    check_writable(out_url)
+    with (
+        claim(
+            out_url,
+            scope=SETUP,
+            part=Slice(),
+            heartbeat_s=config.resources.heartbeat_s,
+            takeover_s=config.resources.takeover_s,
+        ) as attempt,
+        _scratch(config, out_url) as scratch,
+    ):
+        reduction = _prepare(config, record, manifest, scratch, out_url)
+        counts = reduction.work(shards, partial=partial, show=show, still_mine=attempt.check)
+    if counts["unlabelled"]:
+        raise IncompleteError(
+            f"{counts['unlabelled']} of {counts['images']} images of {run_url} are not labelled yet: what is written "
+            "is of the others (`partial` stands in its info). Call `owlsam annotate` again, and reduce once more.",
+            counts,
         )
-    counts = asdict(result)
-    counts["images"] = counts.pop("num_images")
     return counts
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """One call of `reduce`, its settings resolved."""
+
+    settings: ReduceConfig
+    resources: ResourcesConfig
+    job: Job
+    spans: tuple[FileSpan, ...]
+    out_url: str
+    provenance: dict[str, Any]
+
+    def work(
+        self, shards: Sequence[int], *, partial: bool, show: Show = _quiet, still_mine: Callable[[], None] = _nothing
+    ) -> dict[str, Any]:
+        """Write everything; returns the counts."""
+        manifest, settings = self.job.manifest, self.settings
+        workers = num_workers(
+            settings.workers, num_images=manifest.num_images, small=_SMALL, executor=settings.executor
+        )
+        if any(url.startswith("memory://") for url in (manifest.run_url, self.out_url)):
+            workers = 1  # nobody else sees it
+        chunks = list(_chunks(self.job, self.spans, shards, workers))
+        results: list[ChunkResult] = []
+        counts, images = Counts(), 0
+        show("reduced", 0, manifest.num_images)
+        for result in map_in_order(write_chunk, chunks, workers, settings.executor, self.resources):
+            results.append(result)
+            counts.add(result.counts)
+            images += result.num_images
+            show("reduced", images, manifest.num_images)
+        unlabelled = manifest.num_images - images
+        _check_sum(counts, images)
+        proof = _proof(manifest.num_images, counts, unlabelled, partial=partial)
+        source = manifest.parts[0].source
+        head = Head(
+            info=source["info"] | {"owlsam_ray": self.provenance | {"proof": proof}},
+            licenses=source["licenses"],
+            categories=self.job.decisions.categories,
+            counts=counts,
+        )
+        still_mine()
+        files = self._assemble(head, results)
+        if counts.left_out["small_mask"]:
+            _log.info(
+                "left out %d annotations whose masks have fewer than %d pixels (reduce.min_mask_area)",
+                counts.left_out["small_mask"],
+                settings.min_mask_area,
+            )
+        return _summary(manifest.num_images, counts, unlabelled) | {
+            "annotations": storage.join(self.out_url, ANNOTATIONS) if ANNOTATIONS in files else None,
+            "failures": storage.join(self.out_url, FAILURES),
+            "out": self.out_url,
+            "files": files,
+        }
+
+    def _assemble(self, head: Head, results: list[ChunkResult]) -> list[str]:
+        """Put the files in their places. `reduce.json` tells which belong together: it goes first and comes last."""
+        summary_url = storage.join(self.out_url, SUMMARY_FILE)
+        before = _files_of(summary_url)
+        storage.remove(summary_url)
+        files: list[str] = []
+        for output in self.job.outputs:
+            files += output.assemble(Fragments(self.job, output.name, self.out_url, head, self.spans, results))
+        for name in sorted(before - set(files)):
+            _remove(storage.join(self.out_url, name))
+        text = msgspec.json.format(
+            msgspec.json.encode({"info": head.info["owlsam_ray"], "files": files}, order="deterministic"), indent=1
+        )
+        storage.write_atomic(summary_url, text)
+        return files
+
+
+def _prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: str, out_url: str) -> Reduction:
+    """Resolve the settings; refuse what does not fit the run before a shard is read."""
+    settings = config.reduce
+    parts, fingerprint = record.fingerprint_parts or {}, record.fingerprint or ""
+    score_floor = parts["config"]["detector"]["score_floor"]
+    points = None
+    if settings.operating_points is not None:
+        points = load_operating_points(settings.operating_points, fingerprint=fingerprint)
+    decisions = resolve_decisions(settings, record, score_floor, points)
+    prompts = tuple(query.text for query in record.queries) if settings.provenance else None
+    job = Job(
+        run_url=manifest.run_url,
+        manifest=manifest,
+        rules=ShardRules(fingerprint, record.ids_per_image, len(record.categories)),
+        decisions=decisions,
+        outputs=_outputs(settings, prompts),
+        scratch=scratch,
+    )
+    provenance = {
+        "version": __version__,
+        "fingerprint": fingerprint,
+        "detector": parts["config"]["detector"]["model"],
+        "segmenter": parts["config"]["segment"]["model"],
+        "weights_sha256": parts["weights"],
+        "queries": [query.model_dump(mode="json", exclude_defaults=True) for query in record.queries],
+        "ids_per_image": record.ids_per_image,
+        "score_floor": score_floor,
+        **settings_in_use(settings, points),
+    }
+    return Reduction(settings, config.resources, job, spans_of(manifest, settings.images_per_file), out_url, provenance)
+
+
+def _outputs(settings: ReduceConfig, prompts: tuple[str, ...] | None) -> tuple[Output, ...]:
+    """The formats that are asked for, and the failures."""
+    made: dict[str, Callable[[], Output]] = {
+        "coco": lambda: CocoOutput(prompts),
+    }
+    missing = [name for name in settings.formats if name not in made]
+    if missing:
+        raise InputError(f"reduce.formats: {missing[0]} is not there yet")
+    return (FailuresOutput(), *(made[name]() for name in settings.formats))
+
+
+def spans_of(manifest: Manifest, images_per_file: int | None) -> tuple[FileSpan, ...]:
+    """As many whole shards in each file as it may hold images.
+
+    Raises:
+        InputError: a single shard has more.
+    """
+    if images_per_file is None:
+        return (FileSpan(0, 1, 0, manifest.num_shards),)
+    starts, images = [0], 0
+    for shard in manifest.iter_shards():
+        _, size = manifest.shard_span(shard)
+        if size > images_per_file:
+            raise InputError(
+                f"reduce.images_per_file {images_per_file} is less than the {size} images of a shard, and files are "
+                "cut at borders of shards: take a larger number"
+            )
+        if images + size > images_per_file:
+            starts.append(shard)
+            images = 0
+        images += size
+    ends = [*starts[1:], manifest.num_shards]
+    return tuple(
+        FileSpan(number, len(starts), start, end - start)
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True))
+    )
+
+
+def _chunks(job: Job, spans: tuple[FileSpan, ...], shards: Sequence[int], workers: int) -> Iterator[Chunk]:
+    """Runs of shards of one span each, in manifest order."""
+    size = max(1, min(_MOST_SHARDS, len(shards) // (workers * _CHUNKS_PER_WORKER)))
+    number, position = 0, 0
+    for span in spans:
+        end = span.first_shard + span.num_shards
+        own = []
+        while position < len(shards) and shards[position] < end:
+            own.append(shards[position])
+            position += 1
+        for start in range(0, len(own), size):
+            yield Chunk(job, number, span.number, tuple(own[start : start + size]))
+            number += 1
+
+
+def _check_sum(counts: Counts, images: int) -> None:
+    """Law 1.
+
+    Raises:
+        IncompleteError: the images or the detections do not add up.
+    """
+    told = sum(counts.status.values())
+    left_out = sum(counts.left_out.values())
+    if told != images:
+        raise IncompleteError(f"{told} images are ok, empty or failed, but the shards hold {images}")
+    if counts.detections != counts.annotations + left_out:
+        raise IncompleteError(
+            f"{counts.annotations} annotations and {left_out} detections left out are not the {counts.detections} "
+            "detections of the shards"
+        )
+
+
+def _proof(num_images: int, counts: Counts, unlabelled: int, *, partial: bool) -> dict[str, Any]:
+    return {
+        "images": num_images,
+        **{status: counts.status[status] for status in ("ok", "empty", "failed")},
+        **({"unlabelled": unlabelled, "partial": True} if partial else {}),
+        "failed_by_reason": dict(sorted(counts.failed.items())),
+        "flagged_by_reason": dict(sorted(counts.flagged.items())),
+        "detections": counts.detections,
+        "annotations": counts.annotations,
+        "left_out": {step: count for step, count in sorted(counts.left_out.items()) if count},
+    }
+
+
+def _summary(num_images: int, counts: Counts, unlabelled: int) -> dict[str, Any]:
+    return {
+        "images": num_images,
+        **{status: counts.status[status] for status in ("ok", "empty", "failed")},
+        "unlabelled": unlabelled,
+        "num_annotations": counts.annotations,
+        "num_masks": counts.masks,
+        "num_small": counts.left_out["small_mask"],
+        "left_out": {step: count for step, count in counts.left_out.items() if count},
+        "failed_by_reason": dict(sorted(counts.failed.items())),
+        "flagged_by_reason": dict(sorted(counts.flagged.items())),
+    }
+
+
+@contextlib.contextmanager
+def _scratch(config: RunConfig, out_url: str) -> Iterator[str]:
+    """A folder for the fragments, gone afterwards; what killed reduces of this directory have left goes first."""
+    root = config.reduce.scratch
+    if root is None and "://" in out_url and config.reduce.executor == "local":
+        with tempfile.TemporaryDirectory(prefix="owlsam-reduce-") as folder:
+            yield folder
+        return
+    root = _plain(root or out_url)
+    if config.reduce.scratch is None:  # the claim says that nobody else works here
+        for name in storage.list_names(root):
+            if name.startswith(_SCRATCH):
+                _remove(storage.join(root, name))
+    folder = storage.join(root, f"{_SCRATCH}{secrets.token_hex(4)}")
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _plain(url: str) -> str:
+    """A path for what lies on a disk, be it written as a URL; other URLs as they are."""
+    filesystem, path = storage.open_filesystem(url)
+    return path if storage.is_local(filesystem) else url
+
+
+def _remove(url: str) -> None:
+    """Delete a file, or a folder with all that is in it, where there is such a thing."""
+    if "://" not in url:
+        shutil.rmtree(url, ignore_errors=True)
+    else:
+        for path, _ in storage.walk_files(url):
+            storage.remove(storage.join(url, path))
+    with contextlib.suppress(IsADirectoryError):
+        storage.remove(url)
+
+
+def _files_of(summary_url: str) -> set[str]:
+    """Files of an earlier reduce into the same directory."""
+    try:
+        files = msgspec.json.decode(storage.read_bytes(summary_url))["files"]
+    except (FileNotFoundError, msgspec.DecodeError, KeyError, TypeError):
+        return set()
+    # A name that leaves the directory was not written by us.
+    return {name for name in files if isinstance(name, str) and name and "/" not in name and name not in (".", "..")}

@@ -65,7 +65,8 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return [row for path in sorted((run / PREDICTIONS).glob("shard-*")) for row in pq.read_table(path).to_pylist()]
 
 
-@pytest.mark.parametrize("kinds", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [FEW, MANY], ids=["few", "many"])
 def test_exactly_the_culprits_are_quarantined(tmp_path: Path, kinds: dict[int, int]) -> None:
     tiny = draw(tmp_path, kinds)
     peaceful, run = tmp_path / "peaceful", tmp_path / "run"

@@ -175,10 +175,8 @@ def full_directory(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return directory
 
 
-@pytest.mark.parametrize(
-    "picture",
-    ["landscape", *(pytest.param(name, marks=pytest.mark.slow) for name in ("portrait", "square", "tiny"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("picture", ["landscape", "portrait", "square", "tiny"])
 def test_vit_b_equals_transformers(full_directory: Path, shared: Path, picture: str) -> None:
     name = "000000000872" if picture == "portrait" else "000000000208"
     image = Image.open(shared / "data" / "coco_mini" / "images" / f"{name}.jpg").convert("RGB")

@@ -18,9 +18,10 @@ from owlsam_ray.ledger import FOOTER_KEY, shard_url, write_shard
 from owlsam_ray.manifest import Layout, Manifest, write_parts
 from owlsam_ray.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
-from owlsam_ray.reduce.coco import CocoSettings, ReduceResult, reduce_coco
+from owlsam_ray.reduce_settings import ReduceConfig
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from owlsam_ray.settings import Category
+from tests.reduce.made_runs import reduce_shards
 
 K = 5
 SIZE = (6, 8)
@@ -76,11 +77,14 @@ def write(run: Path, shard: int, table: pa.Table, fingerprint: str = "f") -> Non
     write_shard(str(run), shard, table, fingerprint=fingerprint, numerics="n", stage_s={})
 
 
-def reduce(run: Path, manifest: Manifest, threshold: float | None = None) -> ReduceResult:
-    return reduce_coco(
+def reduce(run: Path, manifest: Manifest, **settings: Any) -> dict[str, Any]:
+    return reduce_shards(
         str(run),
         manifest,
-        CocoSettings(CATEGORIES, ids_per_image=K, fingerprint="f", provenance={"v": 1}, score_threshold=threshold),
+        ReduceConfig(**({"min_mask_area": 0} | settings)),
+        categories=CATEGORIES,
+        ids_per_image=K,
+        fingerprint="f",
     )
 
 
@@ -88,29 +92,22 @@ def test_small_masks_are_left_out_and_counted(tmp_path: Path) -> None:
     """The mask of every detection has 6 pixels; one detection has none and stays."""
     manifest = make_run(tmp_path)
 
-    def with_area(pixels: int) -> tuple[ReduceResult, list[int]]:
-        settings = CocoSettings(
-            CATEGORIES, ids_per_image=K, fingerprint="f", provenance={}, min_mask_area=pixels, score_threshold=0.45
-        )
-        result = reduce_coco(str(tmp_path), manifest, settings)
+    def with_area(pixels: int) -> tuple[dict[str, Any], list[int]]:
+        counts = reduce(tmp_path, manifest, min_mask_area=pixels, score_threshold=0.45)
         tree = json.loads((tmp_path / "coco" / "annotations.json").read_text(encoding="utf-8"))
-        assert tree["info"]["owlsam_ray"]["proof"]["small_left_out"] == result.num_small
-        return result, [annotation["id"] for annotation in tree["annotations"]]
+        assert tree["info"]["owlsam_ray"]["proof"]["left_out"].get("small_mask", 0) == counts["num_small"]
+        return counts, [annotation["id"] for annotation in tree["annotations"]]
 
-    result, ids = with_area(6)
-    assert (result.num_annotations, result.num_small, ids) == (2, 0, [5, 6])
-    result, ids = with_area(7)
-    assert (result.num_annotations, result.num_small, ids) == (0, 2, [])
-    whole = reduce_coco(
-        str(tmp_path),
-        manifest,
-        CocoSettings(CATEGORIES, ids_per_image=K, fingerprint="f", provenance={}, min_mask_area=7),
-    )
-    assert (whole.num_annotations, whole.num_masks, whole.num_small) == (1, 0, 2)
+    counts, ids = with_area(6)
+    assert (counts["num_annotations"], counts["num_small"], ids) == (2, 0, [5, 6])
+    counts, ids = with_area(7)
+    assert (counts["num_annotations"], counts["num_small"], ids) == (0, 2, [])
+    whole = reduce(tmp_path, manifest, min_mask_area=7)
+    assert (whole["num_annotations"], whole["num_masks"], whole["num_small"]) == (1, 0, 2)
 
 
 def test_content(tmp_path: Path) -> None:
-    result = reduce(tmp_path, make_run(tmp_path))
+    counts = reduce(tmp_path, make_run(tmp_path))
     tree = json.loads((tmp_path / "coco" / "annotations.json").read_text(encoding="utf-8"))
     assert [image["id"] for image in tree["images"]] == [101, 55, 8]
     assert tree["images"][0] == {
@@ -122,16 +119,16 @@ def test_content(tmp_path: Path) -> None:
     assert tree["info"]["owlsam_ray"]["proof"] == {
         "images": 5, "ok": 2, "empty": 1, "failed": 2, "annotations": 3,
         "failed_by_reason": {"fetch_failed": 1, "truncated": 1},
-        "flagged_by_reason": {"stated_size_differs": 1}, "small_left_out": 0,
+        "flagged_by_reason": {"stated_size_differs": 1}, "detections": 3, "left_out": {},
     }  # fmt: skip
     first, second, third = tree["annotations"]
-    counts = first["segmentation"].pop("counts")
+    rle = first["segmentation"].pop("counts")
     assert first == {
         "id": 1 * K + 0, "image_id": 101, "category_id": 7, "bbox": [0.1, 1.0, 5.2000003, 3.0], "area": 6, "iscrowd": 0,
         "segmentation": {"size": [6, 8]}, "score": 0.9, "predicted_iou": 0.9, "stability": 0.5,
         "mask_bbox": [2, 1, 3, 2],
     }  # fmt: skip
-    assert isinstance(counts, str)
+    assert isinstance(rle, str)
     assert (second["id"], second["category_id"]) == (K + 1, 3)
     assert third["id"] == 4 * K
     assert "segmentation" not in third
@@ -141,8 +138,8 @@ def test_content(tmp_path: Path) -> None:
         {"image_id": 7, "file_name": "ü/7.jpg", "reason": "truncated", "class": "permanent"},
         {"image_id": 9, "file_name": "ü/9.jpg", "reason": "fetch_failed: slow", "class": "transient"},
     ]
-    assert (result.num_images, result.ok, result.empty, result.failed) == (5, 2, 1, 2)
-    assert (result.num_annotations, result.num_masks) == (3, 2)
+    assert [counts[name] for name in ("images", "ok", "empty", "failed", "unlabelled")] == [5, 2, 1, 2, 0]
+    assert [counts[name] for name in ("num_annotations", "num_masks")] == [3, 2]
 
 
 def test_pycocotools_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,10 +155,10 @@ def test_ids_stay_when_the_threshold_changes(tmp_path: Path) -> None:
     manifest = make_run(tmp_path)
     ids = []
     for threshold in (None, 0.4, 0.5):
-        result = reduce(tmp_path, manifest, threshold)
+        counts = reduce(tmp_path, manifest, score_threshold=threshold)
         tree = json.loads((tmp_path / "coco" / "annotations.json").read_text())
         ids.append([annotation["id"] for annotation in tree["annotations"]])
-        assert result.num_annotations == len(ids[-1])
+        assert counts["num_annotations"] == len(ids[-1])
         assert len(tree["images"]) == 3
     # 0.4 as float32 is a little more than 0.4.
     assert ids == [[K, K + 1, 4 * K], [K, K + 1, 4 * K], [K]]

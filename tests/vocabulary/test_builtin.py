@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from owlsam_ray.reduce.coco import _category
+from owlsam_ray.reduce.coco import category_entry
 from owlsam_ray.settings import Category, VocabularyConfig
 from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
 from owlsam_ray.vocabulary.builtin import builtin
@@ -93,9 +93,9 @@ def test_a_typo_is_no_file(value: Any, words: str) -> None:
 
 def test_frequency_and_synonyms_stand_in_the_output() -> None:
     bare = Category(id=1, name="cat")
-    assert _category(bare) == {"id": 1, "name": "cat", "supercategory": ""}
+    assert category_entry(bare) == {"id": 1, "name": "cat", "supercategory": ""}
     (rare,) = resolve(categories="lvis", only="bull", synonyms=True).categories
-    assert _category(rare) == {
+    assert category_entry(rare) == {
         "id": 162, "name": "bull", "supercategory": "", "synonyms": ["horned_cow"], "frequency": "c",
     }  # fmt: skip
 

@@ -1,0 +1,168 @@
+"""What is decided at reduce: which detections of a shard become annotations, from columns, without a loop over them.
+
+In this order, each step on what the one before left: categories (a subset, a mapping), score thresholds, mask area,
+predicted IoU, stability, suppression (with the score thresholds once more on decayed scores), the most per image. A
+detection without a mask passes the three that are of masks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from owlsam_ray.records import Detections
+from owlsam_ray.settings import Category, SuppressConfig
+from owlsam_ray.stages.suppress import suppress
+
+STEPS = (
+    "category",
+    "score",
+    "small_mask",
+    "predicted_iou",
+    "stability",
+    "suppressed",
+    "over_max",
+)
+"""Names of what leaves detections out, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """Settings of a reduce, resolved for the categories of the run."""
+
+    categories: tuple[Category, ...]
+    """(C,) of the output."""
+    target: NDArray[np.int32]
+    """(L,) label of the run → index into `categories`; -1: left out."""
+    thresholds: NDArray[np.float64]
+    """(L,) scores must be greater; -inf keeps all."""
+    min_mask_area: int = 0
+    """Pixels."""
+    min_predicted_iou: float = -np.inf
+    min_stability: float = -np.inf
+    suppress: SuppressConfig | None = None
+    suppress_thresholds: NDArray[np.float64] | None = None
+    """(C,) of `suppress`, by output category."""
+    max_per_image: int | None = None
+
+    @staticmethod
+    def all_of(categories: Sequence[Category]) -> "Decisions":
+        """Keep everything."""
+        count = len(categories)
+        return Decisions(tuple(categories), np.arange(count, dtype=np.int32), np.full(count, -np.inf))
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Detections of one shard that are still in: by image, then by rising det_index."""
+
+    image: NDArray[np.int64]
+    """(N,) row of the shard."""
+    place: NDArray[np.int64]
+    """(N,) position among the shard's detections."""
+    det_index: NDArray[np.int64]
+    label: NDArray[np.int64]
+    category: NDArray[np.int64]
+    """(N,) index into the output's categories."""
+    score: NDArray[np.float32]
+    boxes_xyxy: NDArray[np.float32]
+    """(N, 4) original pixels."""
+    num_merged: NDArray[np.int64]
+
+    def take(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> "Columns":
+        """Those at `index`."""
+        return Columns(*(getattr(self, name)[index] for name in self.__slots__))
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+
+def decide(detections: pa.Table, image: NDArray[np.int64], decisions: Decisions) -> tuple[Columns, dict[str, int]]:
+    """Apply the decisions to the detections of a shard.
+
+    Args:
+        detections: (D rows) the list columns of `PREDICTION_SCHEMA`, flat.
+        image: (D,) row of the shard that each belongs to, rising.
+        decisions: of the output.
+
+    Returns:
+        What is kept, and for each of `STEPS` how many it left out.
+    """
+    left_out = dict.fromkeys(STEPS, 0)
+    label = detections["label"].to_numpy().astype(np.int64)
+    columns = Columns(
+        image=image,
+        place=np.arange(len(image)),
+        det_index=detections["det_index"].to_numpy().astype(np.int64),
+        label=label,
+        category=decisions.target[label].astype(np.int64),
+        score=detections["score"].to_numpy(),
+        boxes_xyxy=np.stack([detections[axis].to_numpy() for axis in ("x0", "y0", "x1", "y1")], axis=1),
+        num_merged=detections["num_merged"].to_numpy().astype(np.int64),
+    )
+
+    def keep(step: str, passes: NDArray[np.bool_]) -> None:
+        nonlocal columns
+        left_out[step] += len(passes) - int(np.count_nonzero(passes))
+        if not passes.all():
+            columns = columns.take(passes)
+
+    keep("category", columns.category >= 0)
+    keep("score", columns.score > decisions.thresholds[columns.label])
+    for step, name, least in (
+        ("small_mask", "mask_area", decisions.min_mask_area),
+        ("predicted_iou", "predicted_iou", decisions.min_predicted_iou),
+        ("stability", "stability", decisions.min_stability),
+    ):
+        values = detections[name].to_numpy()[columns.place]  # NaN without a mask
+        keep(step, np.isnan(values) | (values >= least))
+    if decisions.suppress is not None and decisions.suppress.strategy != "none":
+        before = len(columns)
+        columns = _suppress(columns, decisions.suppress, decisions.suppress_thresholds)
+        columns = columns.take(columns.score > decisions.thresholds[columns.label])
+        left_out["suppressed"] = before - len(columns)
+    if decisions.max_per_image is not None:
+        keep("over_max", _ranks(columns) < decisions.max_per_image)
+    return columns, left_out
+
+
+def _suppress(columns: Columns, settings: SuppressConfig, thresholds: NDArray[np.float64] | None) -> Columns:
+    """The final suppression, image by image, by output category."""
+    starts = np.flatnonzero(np.diff(columns.image, prepend=-1))
+    ends = np.append(starts[1:], len(columns))[: len(starts)]
+    score, boxes, merged = columns.score.copy(), columns.boxes_xyxy.copy(), columns.num_merged.copy()
+    kept = np.zeros(len(columns), np.bool_)
+    for start, end in zip(starts, ends, strict=True):
+        if end - start == 1:
+            kept[start] = True
+            continue
+        order = start + np.argsort(-columns.score[start:end], kind="stable")
+        found = suppress(
+            Detections(
+                boxes_xyxy=columns.boxes_xyxy[order],
+                scores=columns.score[order],
+                raw_scores=columns.score[order],
+                labels=columns.category[order],
+                prompt_ids=order,  # not of use here: it tells which one is which afterwards
+                num_merged=columns.num_merged[order],
+            ),
+            settings,
+            thresholds=thresholds,
+        )
+        places = found.prompt_ids
+        kept[places] = True
+        score[places], boxes[places], merged[places] = found.scores, found.boxes_xyxy, found.num_merged
+    return replace(columns, score=score, boxes_xyxy=boxes, num_merged=merged).take(kept)
+
+
+def _ranks(columns: Columns) -> NDArray[np.int64]:
+    """(N,) how many of the same image score more, or the same with a smaller det_index."""
+    order = np.lexsort((columns.det_index, -columns.score.astype(np.float64), columns.image))
+    image = columns.image[order]
+    starts = np.flatnonzero(np.diff(image, prepend=-1))
+    within = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = within
+    return ranks

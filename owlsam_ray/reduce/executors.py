@@ -1,0 +1,92 @@
+"""Who does the chunks of a reduce: this process, others on this machine, or tasks of a Ray cluster. Always in order."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+from owlsam_ray import storage
+from owlsam_ray.config import ResourcesConfig
+from owlsam_ray.datasets.files import in_order
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+Executor = Literal["local", "ray"]
+
+
+def num_workers(setting: int | str, *, num_images: int, small: int, executor: Executor) -> int:
+    """Workers for a run.
+
+    Args:
+        setting: a number, or `auto`.
+        num_images: of the run.
+        small: images up to which `auto` starts no process.
+        executor: of the workers.
+    """
+    if not isinstance(setting, str):
+        return setting
+    if executor == "local" and num_images <= small:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_order(
+    function: Callable[[ItemT], ResultT],
+    items: Sequence[ItemT],
+    workers: int,
+    executor: Executor,
+    resources: ResourcesConfig,
+) -> Iterator[ResultT]:
+    """Results of a function in the order of its arguments, of which a few are worked on at once.
+
+    Args:
+        function: of a module, since other processes look it up by its name.
+        items: its arguments.
+        workers: at a time.
+        executor: `local` with one worker calls the function here.
+        resources: which Ray.
+
+    Raises:
+        Whatever the function raises, at its place.
+    """
+    if executor == "local":
+        yield from in_order(function, items, workers)
+        return
+    yield from _ray_in_order(function, items, workers, resources)
+
+
+def _ray_in_order(
+    function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, resources: ResourcesConfig
+) -> Iterator[ResultT]:
+    import ray
+
+    from owlsam_ray.ray_cluster import start_ray
+
+    started = start_ray(resources, level="info")
+    try:
+        call = ray.remote(num_cpus=1, max_retries=3)(_call)
+        waiting: deque[Any] = deque()
+        left = iter(items)
+        policy = storage.policy()
+        for item in left:
+            waiting.append(call.remote(function, item, policy))
+            if len(waiting) >= 2 * workers:
+                yield _result(ray, waiting.popleft())
+        while waiting:
+            yield _result(ray, waiting.popleft())
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _call(function: Callable[[Any], Any], item: Any, policy: storage.StoragePolicy) -> Any:
+    storage.configure(policy)
+    return function(item)
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    """The result of a task; its error as it was raised there."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None

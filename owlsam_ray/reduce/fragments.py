@@ -1,0 +1,211 @@
+"""Shards → fragments, in parallel: each chunk of shards becomes a few files in a scratch folder, in manifest order.
+
+A process holds one shard at a time, so memory does not grow with the run. What the fragments become is for the outputs.
+"""
+
+import contextlib
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import IO, Protocol
+
+import pyarrow as pa
+
+from owlsam_ray import storage
+from owlsam_ray.manifest import Manifest
+from owlsam_ray.reduce.decisions import Decisions
+from owlsam_ray.reduce.labels import Counts, ShardLabels, read_labels
+from owlsam_ray.reduce.outputs import FileSpan, Head, Output
+from owlsam_ray.reduce.proof import ShardRules
+
+_FOLDER = "tree"
+_BLOCK = 2**22
+
+
+class Edit(Protocol):
+    """Changes the labels of a shard after the decisions; goes to other processes."""
+
+    def apply(self, labels: ShardLabels) -> ShardLabels:
+        """The same shard with other annotations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all chunks of a reduce have in common."""
+
+    run_url: str
+    manifest: Manifest
+    rules: ShardRules
+    decisions: Decisions
+    outputs: tuple[Output, ...]
+    scratch: str
+    """Folder of the fragments: a path, or a URL that all workers reach."""
+    edit: Edit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Shards that one worker reads one after the other; all of one span."""
+
+    job: Job
+    number: int
+    span: int
+    shards: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class ChunkResult:
+    """What became of a chunk."""
+
+    number: int
+    span: int
+    num_images: int = 0
+    counts: Counts = field(default_factory=Counts)
+    sizes: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Bytes by output and section."""
+    num_files: dict[str, int] = field(default_factory=dict)
+    """Files of outputs with one for each image."""
+
+
+def write_chunk(chunk: Chunk) -> ChunkResult:
+    """Prove, decide and render the shards of a chunk; the fragments stand in the scratch folder afterwards.
+
+    Raises:
+        IncompleteError: a shard cannot be trusted.
+        OSError: storage refused.
+    """
+    pa.set_cpu_count(1)  # every worker has a core of its own, and threads would only add memory
+    job = chunk.job
+    result = ChunkResult(chunk.number, chunk.span)
+    with ExitStack() as stack:
+        files: dict[tuple[str, str], IO[bytes]] = {}
+        for shard in chunk.shards:
+            labels = read_labels(job.run_url, job.manifest, shard, job.rules, job.decisions)
+            if job.edit is not None:
+                labels = job.edit.apply(labels)
+            result.num_images += labels.images.num_rows
+            result.counts.add(labels.counts)
+            for output in job.outputs:
+                rendered = output.render(labels)
+                for section, data in rendered.sections.items():
+                    key = (output.name, section)
+                    if key not in files:
+                        files[key] = stack.enter_context(_create(_fragment(job.scratch, key, chunk.number)))
+                        result.sizes[key] = 0
+                    files[key].write(data)
+                    result.sizes[key] += len(data)
+                for path, data in rendered.files.items():
+                    with _create(storage.join(job.scratch, _FOLDER, output.name, path)) as file:
+                        file.write(data)
+                result.num_files[output.name] = result.num_files.get(output.name, 0) + len(rendered.files)
+    return result
+
+
+def _fragment(scratch: str, key: tuple[str, str], number: int) -> str:
+    return storage.join(scratch, f"{key[0]}.{key[1]}.{number:08d}")
+
+
+def _create(url: str) -> AbstractContextManager[IO[bytes]]:
+    """A scratch file. Nobody reads it before its writer has ended, so on a disk it needs no other name and no sync."""
+    if "://" in url:
+        return storage.open_atomic(url)
+    os.makedirs(os.path.dirname(url), exist_ok=True)
+    return open(url, "wb")
+
+
+def _open(url: str) -> AbstractContextManager[IO[bytes]]:
+    return storage.open_input(url) if "://" in url else open(url, "rb")
+
+
+class Fragments:
+    """The fragments of one output, as `outputs.Parts`."""
+
+    def __init__(
+        self,
+        job: Job,
+        output: str,
+        out_url: str,
+        head: Head,
+        spans: tuple[FileSpan, ...],
+        chunks: Sequence[ChunkResult],
+    ) -> None:
+        self.head, self.spans = head, spans
+        self._job, self._output, self._out_url = job, output, out_url
+        self._chunks: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+        """By section: span, bytes and place of each fragment, in manifest order."""
+        for chunk in sorted(chunks, key=lambda each: each.number):
+            for (name, section), size in chunk.sizes.items():
+                if name == output and size:
+                    place = _fragment(job.scratch, (name, section), chunk.number)
+                    self._chunks[section].append((chunk.span, size, place))
+        self._num_files = sum(chunk.num_files.get(output, 0) for chunk in chunks)
+
+    def size(self, section: str, span: FileSpan | None = None) -> int:
+        """Bytes of a section."""
+        return sum(size for size, _ in self._of(section, span))
+
+    def copy(self, section: str, out: IO[bytes], span: FileSpan | None = None, *, without_last: int = 0) -> None:
+        """Write a section to a file, without its last bytes."""
+        left = self.size(section, span) - without_last
+        for size, place in self._of(section, span):
+            wanted = min(size, left)
+            left -= wanted
+            with _open(place) as file:
+                while wanted > 0:
+                    block = file.read(min(_BLOCK, wanted))
+                    if not block:
+                        raise OSError(f"{place} is shorter than what was written there")
+                    out.write(block)
+                    wanted -= len(block)
+
+    def read(self, section: str, shown: Callable[[IO[bytes]], None], span: FileSpan | None = None) -> None:
+        """Call a function with each fragment, opened."""
+        for _, place in self._of(section, span):
+            with _open(place) as file:
+                shown(file)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        """A file of the output directory, which appears whole or not at all."""
+        with storage.open_atomic(storage.join(self._out_url, name)) as file:
+            yield file
+
+    def install_folder(self, name: str, more: dict[str, bytes]) -> int:
+        """Put the rendered files under a folder of the output directory.
+
+        On a disk the whole folder appears at once, in the place of an earlier one. On an object store, where nothing
+        can be renamed, the files are copied one by one, and `more` comes last.
+        """
+        source, target = storage.join(self._job.scratch, _FOLDER, self._output), storage.join(self._out_url, name)
+        if "://" in target:
+            for path, _ in storage.walk_files(source):
+                storage.write_atomic(storage.join(target, path), storage.read_bytes(storage.join(source, path)))
+            for path, data in more.items():
+                storage.write_atomic(storage.join(target, path), data)
+        else:
+            for path, data in more.items():
+                with _create(storage.join(source, path)) as file:
+                    file.write(data)
+            os.makedirs(source, exist_ok=True)
+            _swap(source, target)
+        return self._num_files + len(more)
+
+    def _of(self, section: str, span: FileSpan | None) -> list[tuple[int, str]]:
+        return [(size, place) for number, size, place in self._chunks[section] if span is None or number == span.number]
+
+
+def _swap(source: str, target: str) -> None:
+    """Put a folder in the place of another one."""
+    old = f"{source}.old"
+    if os.path.lexists(target):
+        os.rename(target, old)
+    try:
+        os.rename(source, target)
+    except OSError:
+        if os.path.lexists(old):
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

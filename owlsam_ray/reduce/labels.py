@@ -1,0 +1,185 @@
+"""The labels of one shard after all decisions: what every output is written from."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from owlsam_ray.manifest import Manifest
+from owlsam_ray.reduce.decisions import Decisions, decide
+from owlsam_ray.reduce.proof import ShardRules, prove_shard
+from owlsam_ray.schema import PREDICTION_SCHEMA
+
+IMAGE_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("file_name", pa.string(), nullable=False),
+        pa.field("ordinal", pa.int64(), nullable=False),  # 1-based position in the manifest
+        pa.field("status", pa.string(), nullable=False),  # ok | empty | failed
+        pa.field("reason", pa.string()),
+        pa.field("status_class", pa.string()),
+        pa.field("height", pa.int32()),  # null only for failed images
+        pa.field("width", pa.int32()),
+        pa.field("extra", pa.string()),  # JSON object of the source's other fields
+    ]
+)
+"""One row for each image of a shard, failed ones too, in manifest order."""
+
+ANNOTATION_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),  # ordinal × K + det_index: rises
+        pa.field("image", pa.int32(), nullable=False),  # row of the shard's images
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("category", pa.int32(), nullable=False),  # index into the output's categories
+        pa.field("category_id", pa.int64(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),  # index into the run's categories
+        pa.field("prompt_id", pa.int32(), nullable=False),  # index into the run's queries
+        pa.field("x0", pa.float32(), nullable=False),
+        pa.field("y0", pa.float32(), nullable=False),
+        pa.field("x1", pa.float32(), nullable=False),
+        pa.field("y1", pa.float32(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("raw_score", pa.float32(), nullable=False),
+        pa.field("num_merged", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        # Of the mask; all null where there is none.
+        pa.field("predicted_iou", pa.float32()),
+        pa.field("stability", pa.float32()),
+        pa.field("mask_area", pa.int64()),
+        pa.field("mask_x0", pa.int32()),
+        pa.field("mask_y0", pa.int32()),
+        pa.field("mask_x1", pa.int32()),
+        pa.field("mask_y1", pa.int32()),
+        pa.field("rle_counts", pa.binary()),
+    ]
+)
+"""One row for each annotation, by rising id, that is by image, then by det_index."""
+
+_OF_A_DETECTION = tuple(each.name for each in PREDICTION_SCHEMA if pa.types.is_list(each.type))
+_CARRIED = ("prompt_id", "raw_score", "predicted_iou", "stability", "mask_area", "mask_x0", "mask_y0", "mask_x1",
+            "mask_y1", "rle_counts")  # fmt: skip
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a reduce has counted; those of several shards add up."""
+
+    status: Counter[str] = field(default_factory=Counter)
+    """Images by ok, empty, failed."""
+    failed: Counter[str] = field(default_factory=Counter)
+    """Failed images by the first words of their reasons."""
+    flagged: Counter[str] = field(default_factory=Counter)
+    """Labelled images with a remark, likewise."""
+    detections: int = 0
+    """That inference kept."""
+    annotations: int = 0
+    masks: int = 0
+    """Annotations with a mask."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Detections by the step that left them out."""
+
+    def add(self, other: "Counts") -> None:
+        """Count these too."""
+        for name in ("status", "failed", "flagged", "left_out"):
+            getattr(self, name).update(getattr(other, name))
+        self.detections += other.detections
+        self.annotations += other.annotations
+        self.masks += other.masks
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLabels:
+    """The labels of a shard."""
+
+    shard: int
+    images: pa.Table
+    """`IMAGE_SCHEMA`, single chunks."""
+    annotations: pa.Table
+    """`ANNOTATION_SCHEMA`, single chunks."""
+    counts: Counts
+
+    @property
+    def is_labelled(self) -> NDArray[np.bool_]:
+        """(images,) False for those that failed: no output names these."""
+        return pc.not_equal(self.images["status"], "failed").to_numpy()
+
+
+def read_labels(run_url: str, manifest: Manifest, shard: int, rules: ShardRules, decisions: Decisions) -> ShardLabels:
+    """Read a shard, prove it, and decide.
+
+    Raises:
+        IncompleteError: the shard cannot be trusted.
+        OSError: storage gave up.
+    """
+    sources = manifest.read_shard(shard)
+    _, rows = prove_shard(run_url, shard, sources["image_id"], rules)
+    first_ordinal, _ = manifest.shard_span(shard)
+    images = images_of(sources, rows, first_ordinal)
+    lengths = pc.fill_null(pc.list_value_length(rows["det_index"]), 0).to_numpy()
+    image = np.repeat(np.arange(rows.num_rows), lengths)
+    detections = pa.table({name: pc.list_flatten(rows[name]).combine_chunks() for name in _OF_A_DETECTION})
+    kept, left_out = decide(detections, image, decisions)
+    ids = np.array([category.id for category in decisions.categories], np.int64)
+    carried = detections.select(_CARRIED).take(pa.array(kept.place)) if len(kept) < len(image) else detections
+    own = {
+        "id": (first_ordinal + kept.image) * rules.ids_per_image + kept.det_index,
+        "image": kept.image,
+        "image_id": images["image_id"].to_numpy()[kept.image],
+        "category": kept.category,
+        "category_id": ids[kept.category],
+        "label": kept.label,
+        **dict(zip(("x0", "y0", "x1", "y1"), kept.boxes_xyxy.T, strict=True)),
+        "score": kept.score,
+        "num_merged": kept.num_merged,
+        **{side: images[side].combine_chunks().take(pa.array(kept.image)) for side in ("height", "width")},
+    }
+    annotations = pa.table(
+        [
+            _single(carried[each.name]) if each.name in _CARRIED else _array(own[each.name], each.type)
+            for each in ANNOTATION_SCHEMA
+        ],
+        schema=ANNOTATION_SCHEMA,
+    )
+    counts = Counts(
+        detections=len(image),
+        annotations=len(kept),
+        masks=len(kept) - annotations["rle_counts"].null_count,
+        left_out=Counter(left_out),
+    )
+    _count_images(images, counts)
+    return ShardLabels(shard, images, annotations, counts)
+
+
+def images_of(sources: pa.Table, rows: pa.Table, first_ordinal: int) -> pa.Table:
+    """`IMAGE_SCHEMA` of a shard: its rows of the manifest, and what became of them."""
+    ordinals = pa.array(np.arange(first_ordinal, first_ordinal + rows.num_rows), pa.int64())
+    from_rows = ("status", "reason", "status_class", "height", "width")
+    return pa.table(
+        [
+            ordinals if each.name == "ordinal" else _single((rows if each.name in from_rows else sources)[each.name])
+            for each in IMAGE_SCHEMA
+        ],
+        schema=IMAGE_SCHEMA,
+    )
+
+
+def _array(values: NDArray[np.generic] | pa.Array, kind: pa.DataType) -> pa.Array:
+    return values if isinstance(values, pa.Array) else pa.array(np.ascontiguousarray(values), kind, safe=False)
+
+
+def _single(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks()
+
+
+def _count_images(images: pa.Table, counts: Counts) -> None:
+    for entry in images["status"].value_counts().to_pylist():
+        counts.status[entry["values"]] += entry["counts"]
+    if images["reason"].null_count == images.num_rows:
+        return
+    for status, reason in zip(images["status"].to_pylist(), images["reason"].to_pylist(), strict=True):
+        if reason is not None:
+            (counts.failed if status == "failed" else counts.flagged)[reason.split(":")[0]] += 1

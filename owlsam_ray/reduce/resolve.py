@@ -1,0 +1,171 @@
+"""Settings of `reduce` → what they mean for the categories of a run."""
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from owlsam_ray.errors import ConfigError, InputError
+from owlsam_ray.guard import RunRecord
+from owlsam_ray.reduce.decisions import Decisions
+from owlsam_ray.reduce.operating_points import OperatingPoints
+from owlsam_ray.reduce_settings import ReduceConfig
+from owlsam_ray.settings import Category, MappingName
+from owlsam_ray.stages.suppress import label_thresholds
+from owlsam_ray.vocabulary.mapping import category_mapping
+from owlsam_ray.vocabulary.names import by_name, fold_category
+
+_log = logging.getLogger(__name__)
+
+
+def resolve_decisions(
+    settings: ReduceConfig, record: RunRecord, score_floor: float, points: OperatingPoints | None
+) -> Decisions:
+    """Decisions by label of the run and by category of the output.
+
+    Args:
+        settings: the section `reduce`.
+        record: of the run.
+        score_floor: of its inference.
+        points: of `settings.operating_points`.
+
+    Raises:
+        ConfigError: a name is no category's.
+        InputError: the mapping does not start from the run's categories; operating points lie below the score floor.
+    """
+    kept = _subset(settings.only, record.categories)
+    categories, target = _targets(settings.mapping, record.categories, kept)
+    late = settings.suppress
+    return Decisions(
+        categories=categories,
+        target=target,
+        thresholds=_thresholds(settings, record.categories, score_floor, points),
+        min_mask_area=settings.min_mask_area,
+        min_predicted_iou=-np.inf if settings.min_predicted_iou is None else settings.min_predicted_iou,
+        min_stability=-np.inf if settings.min_stability is None else settings.min_stability,
+        suppress=late,
+        suppress_thresholds=None
+        if late is None or not late.thresholds
+        else label_thresholds(late, [category.name for category in categories]),
+        max_per_image=settings.max_per_image,
+    )
+
+
+def _subset(only: Sequence[int | str] | None, categories: Sequence[Category]) -> set[int]:
+    """Labels that are kept."""
+    if only is None:
+        return set(range(len(categories)))
+    places: dict[int | str, int] = {}
+    for label, category in enumerate(categories):
+        places |= {category.id: label, category.name: label}
+    return {places[_known(each, places, "reduce.only")] for each in only}
+
+
+def _known(name: int | str, known: Mapping[int | str, int], setting: str) -> int | str:
+    """A name or id that is a category's.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if name in known:
+        return name
+    near = difflib.get_close_matches(str(name), [str(each) for each in known])
+    hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+    raise ConfigError(f"{setting} names {name!r}, which is no category of the run{hint}")
+
+
+def _targets(
+    mapping: MappingName | dict[str, str] | None, categories: tuple[Category, ...], kept: set[int]
+) -> tuple[tuple[Category, ...], np.ndarray[tuple[int], np.dtype[np.int32]]]:
+    """Categories of the output, and the place of each label among them, or -1."""
+    target = np.full(len(categories), -1, np.int32)
+    if mapping is None:
+        chosen = [label for label in range(len(categories)) if label in kept]
+        target[chosen] = np.arange(len(chosen))
+        return tuple(categories[label] for label in chosen), target
+    if isinstance(mapping, str):
+        of_label, out = _builtin_targets(mapping, categories)
+    else:
+        of_label, out = _named_targets(mapping, categories)
+    places = {category.id: place for place, category in enumerate(out)}
+    for label, category_id in of_label.items():
+        if label in kept:
+            target[label] = places[category_id]
+    lost = [category.name for label, category in enumerate(categories) if label in kept and label not in of_label]
+    if lost:
+        _log.info(
+            "reduce.mapping: %d of %d categories have no counterpart and are left out: %s",
+            len(lost), len(kept), ", ".join(lost[:5]) + (", …" if len(lost) > 5 else ""),
+        )  # fmt: skip
+    return out, target
+
+
+def _builtin_targets(
+    name: MappingName, categories: tuple[Category, ...]
+) -> tuple[dict[int, int], tuple[Category, ...]]:
+    mapping = category_mapping(name)
+    ours = {label: category.name for label, category in enumerate(categories)}
+    places = {place: each.spellings for place, each in enumerate(mapping.source)}
+    partners = by_name(ours, places, fold=fold_category)
+    if 2 * len(partners) < len(categories):
+        raise InputError(
+            f"reduce.mapping {name} starts from categories of {name.split('_')[0]}, and the run looked for others "
+            f"({len(categories) - len(partners)} of {len(categories)} are not in that list)"
+        )
+    ids = {label: mapping.ids[mapping.source[place].id] for label, place in partners.items()
+           if mapping.source[place].id in mapping.ids}  # fmt: skip
+    return ids, tuple(each.category(with_synonyms=True) for each in mapping.target)
+
+
+def _named_targets(
+    mapping: dict[str, str], categories: tuple[Category, ...]
+) -> tuple[dict[int, int], tuple[Category, ...]]:
+    """Categories by new names, numbered from 1 in the order of the run's categories."""
+    labels: dict[int | str, int] = {category.name: label for label, category in enumerate(categories)}
+    for name in mapping:
+        _known(name, labels, "reduce.mapping")
+    ids: dict[str, int] = {}
+    of_label = {}
+    for label, category in enumerate(categories):
+        if category.name in mapping:
+            of_label[label] = ids.setdefault(mapping[category.name], len(ids) + 1)
+    return of_label, tuple(Category(id=number, name=name) for name, number in ids.items())
+
+
+def _thresholds(
+    settings: ReduceConfig, categories: tuple[Category, ...], score_floor: float, points: OperatingPoints | None
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Of each label: a single category's own, else the operating point, else the common one."""
+    start = -np.inf if settings.score_threshold is None else settings.score_threshold
+    thresholds = np.full(len(categories), start, np.float64)
+    by_id = {category.id: label for label, category in enumerate(categories)}
+    for point in points.categories if points is not None else ():
+        if point.category_id not in by_id:
+            raise InputError(
+                f"reduce.operating_points has a threshold for {point.name!r} (id {point.category_id}), which is no "
+                "category of the run"
+            )
+        if point.threshold < score_floor:
+            raise InputError(
+                f"the operating point of {point.name!r}, {point.threshold:g}, is below detector.score_floor "
+                f"{score_floor:g}: inference did not keep those boxes"
+            )
+        thresholds[by_id[point.category_id]] = point.threshold
+    labels: dict[int | str, int] = {category.name: label for label, category in enumerate(categories)}
+    for name, threshold in settings.score_thresholds.items():
+        thresholds[labels[_known(name, labels, "reduce.score_thresholds")]] = threshold
+    return thresholds
+
+
+def settings_in_use(settings: ReduceConfig, points: OperatingPoints | None) -> dict[str, object]:
+    """For `info`: every setting that is not at its default and changes labels, as plain JSON values."""
+    apart = {"out", "formats", "max_failed", "executor", "workers", "scratch", "images_per_file", "operating_points"}
+    told = settings.model_dump(mode="json", exclude=apart, exclude_defaults=True)
+    told |= {"score_threshold": settings.score_threshold, "min_mask_area": settings.min_mask_area}
+    if points is not None:
+        told["operating_points"] = {
+            "target": points.target,
+            "thresholds": {point.name: point.threshold for point in points.categories},
+        }
+    return told
