@@ -1,8 +1,8 @@
 """What is decided at reduce: which detections of a shard become annotations, from columns, without a loop over them.
 
 In this order, each step on what the one before left: categories (a subset, a mapping), score thresholds, mask area,
-predicted IoU, stability, suppression (with the score thresholds once more on decayed scores), the most per image. A
-detection without a mask passes the three that are of masks.
+predicted IoU, stability, what people rejected, suppression (with the score thresholds once more on decayed scores),
+the most per image. A detection without a mask passes the three that are of masks. What people confirmed passes all.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ STEPS = (
     "small_mask",
     "predicted_iou",
     "stability",
+    "rejected",
     "suppressed",
     "over_max",
 )
@@ -55,6 +56,18 @@ class Decisions:
 
 
 @dataclass(frozen=True, slots=True)
+class Pins:
+    """What people said about the D detections of a shard."""
+
+    kept: NDArray[np.bool_]
+    """(D,) stays, whatever the settings say. Takes part in the suppression of others."""
+    dropped: NDArray[np.bool_]
+    """(D,) goes, before it can suppress another one."""
+    category: NDArray[np.int64]
+    """(D,) index into the output's categories, -1: left out; of those that nobody touched the machine's."""
+
+
+@dataclass(frozen=True, slots=True)
 class Columns:
     """Detections of one shard that are still in: by image, then by rising det_index."""
 
@@ -70,6 +83,8 @@ class Columns:
     boxes_xyxy: NDArray[np.float32]
     """(N, 4) original pixels."""
     num_merged: NDArray[np.int64]
+    pinned: NDArray[np.bool_]
+    """(N,) confirmed by people."""
 
     def take(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> "Columns":
         """Those at `index`."""
@@ -79,13 +94,16 @@ class Columns:
         return len(self.place)
 
 
-def decide(detections: pa.Table, image: NDArray[np.int64], decisions: Decisions) -> tuple[Columns, dict[str, int]]:
+def decide(
+    detections: pa.Table, image: NDArray[np.int64], decisions: Decisions, pins: Pins | None = None
+) -> tuple[Columns, dict[str, int]]:
     """Apply the decisions to the detections of a shard.
 
     Args:
         detections: (D rows) the list columns of `PREDICTION_SCHEMA`, flat.
         image: (D,) row of the shard that each belongs to, rising.
         decisions: of the output.
+        pins: what people said; None: nothing.
 
     Returns:
         What is kept, and for each of `STEPS` how many it left out.
@@ -97,14 +115,16 @@ def decide(detections: pa.Table, image: NDArray[np.int64], decisions: Decisions)
         place=np.arange(len(image)),
         det_index=detections["det_index"].to_numpy().astype(np.int64),
         label=label,
-        category=decisions.target[label].astype(np.int64),
+        category=decisions.target[label].astype(np.int64) if pins is None else pins.category,
         score=detections["score"].to_numpy(),
         boxes_xyxy=np.stack([detections[axis].to_numpy() for axis in ("x0", "y0", "x1", "y1")], axis=1),
         num_merged=detections["num_merged"].to_numpy().astype(np.int64),
+        pinned=np.zeros(len(image), np.bool_) if pins is None else pins.kept,
     )
 
     def keep(step: str, passes: NDArray[np.bool_]) -> None:
         nonlocal columns
+        passes = passes | columns.pinned
         left_out[step] += len(passes) - int(np.count_nonzero(passes))
         if not passes.all():
             columns = columns.take(passes)
@@ -118,11 +138,14 @@ def decide(detections: pa.Table, image: NDArray[np.int64], decisions: Decisions)
     ):
         values = detections[name].to_numpy()[columns.place]  # NaN without a mask
         keep(step, np.isnan(values) | (values >= least))
+    if pins is not None:
+        keep("rejected", ~pins.dropped[columns.place])
     if decisions.suppress is not None and decisions.suppress.strategy != "none":
-        before = len(columns)
+        before = columns
         columns = _suppress(columns, decisions.suppress, decisions.suppress_thresholds)
         columns = columns.take(columns.score > decisions.thresholds[columns.label])
-        left_out["suppressed"] = before - len(columns)
+        columns = _with_lost_pins(columns, before)
+        left_out["suppressed"] = len(before) - len(columns)
     if decisions.max_per_image is not None:
         keep("over_max", _ranks(columns) < decisions.max_per_image)
     return columns, left_out
@@ -157,9 +180,18 @@ def _suppress(columns: Columns, settings: SuppressConfig, thresholds: NDArray[np
     return replace(columns, score=score, boxes_xyxy=boxes, num_merged=merged).take(kept)
 
 
+def _with_lost_pins(columns: Columns, before: Columns) -> Columns:
+    """With those confirmed ones of before that the suppression left out, as they were."""
+    lost = before.take(before.pinned & ~np.isin(before.place, columns.place))
+    if not len(lost):
+        return columns
+    both = Columns(*(np.concatenate([getattr(columns, name), getattr(lost, name)]) for name in columns.__slots__))
+    return both.take(np.argsort(both.place))
+
+
 def _ranks(columns: Columns) -> NDArray[np.int64]:
-    """(N,) how many of the same image score more, or the same with a smaller det_index."""
-    order = np.lexsort((columns.det_index, -columns.score.astype(np.float64), columns.image))
+    """(N,) how many of the same image go before: confirmed ones, then by score, of equal ones by det_index."""
+    order = np.lexsort((columns.det_index, -columns.score.astype(np.float64), ~columns.pinned, columns.image))
     image = columns.image[order]
     starts = np.flatnonzero(np.diff(image, prepend=-1))
     within = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))

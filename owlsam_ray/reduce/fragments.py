@@ -10,26 +10,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import IO, Protocol
+from typing import IO
 
 import pyarrow as pa
 
 from owlsam_ray import storage
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.decisions import Decisions
-from owlsam_ray.reduce.labels import Counts, ShardLabels, read_labels
+from owlsam_ray.reduce.labels import Counts, Overlay, read_labels
 from owlsam_ray.reduce.outputs import FileSpan, Head, Output
 from owlsam_ray.reduce.proof import ShardRules
 
 _FOLDER = "tree"
 _BLOCK = 2**22
-
-
-class Edit(Protocol):
-    """Changes the labels of a shard after the decisions; goes to other processes."""
-
-    def apply(self, labels: ShardLabels) -> ShardLabels:
-        """The same shard with other annotations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +36,8 @@ class Job:
     outputs: tuple[Output, ...]
     scratch: str
     """Folder of the fragments: a path, or a URL that all workers reach."""
-    edit: Edit | None = None
+    overlay: Overlay | None = None
+    """People's corrections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +77,7 @@ def write_chunk(chunk: Chunk) -> ChunkResult:
     with ExitStack() as stack:
         files: dict[tuple[str, str], IO[bytes]] = {}
         for shard in chunk.shards:
-            labels = read_labels(job.run_url, job.manifest, shard, job.rules, job.decisions)
-            if job.edit is not None:
-                labels = job.edit.apply(labels)
+            labels = read_labels(job.run_url, job.manifest, shard, job.rules, job.decisions, job.overlay)
             result.num_images += labels.images.num_rows
             result.counts.add(labels.counts)
             for output in job.outputs:

@@ -99,10 +99,16 @@ def annotation_lines(
         Piece(", ", _column(table, "mask_y0")),
         Piece(", ", mask_widths),
         Piece(", ", mask_heights, "]"),
+        *_corrected(_column(table, "corrected")),
         *more,
         literal("}" + LINE_END, table.num_rows),
     ]
     return join_rows(pieces, table.num_rows)
+
+
+def _corrected(which: pa.Array) -> list[Piece]:
+    """A field of those that people drew or changed."""
+    return [Piece(', "corrected": ', pc.if_else(which, "true", None))] if pc.any(which).as_py() else []
 
 
 def provenance_pieces(labels: ShardLabels, prompts: Sequence[str]) -> list[Piece]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from owlsam_ray.manifest import Manifest
-from owlsam_ray.reduce.decisions import Decisions, decide
+from owlsam_ray.reduce.decisions import Columns, Decisions, Pins, decide
 from owlsam_ray.reduce.proof import ShardRules, prove_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA
 
@@ -17,6 +18,7 @@ IMAGE_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("file_name", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),  # null where the picture lies in a tar or Parquet file
         pa.field("ordinal", pa.int64(), nullable=False),  # 1-based position in the manifest
         pa.field("status", pa.string(), nullable=False),  # ok | empty | failed
         pa.field("reason", pa.string()),
@@ -35,18 +37,20 @@ ANNOTATION_SCHEMA = pa.schema(
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("category", pa.int32(), nullable=False),  # index into the output's categories
         pa.field("category_id", pa.int64(), nullable=False),
-        pa.field("label", pa.int32(), nullable=False),  # index into the run's categories
-        pa.field("prompt_id", pa.int32(), nullable=False),  # index into the run's queries
+        # Four that only a detection has; null in what people drew.
+        pa.field("label", pa.int32()),  # index into the run's categories
+        pa.field("prompt_id", pa.int32()),  # index into the run's queries
+        pa.field("raw_score", pa.float32()),
+        pa.field("num_merged", pa.int32()),
         pa.field("x0", pa.float32(), nullable=False),
         pa.field("y0", pa.float32(), nullable=False),
         pa.field("x1", pa.float32(), nullable=False),
         pa.field("y1", pa.float32(), nullable=False),
         pa.field("score", pa.float32(), nullable=False),
-        pa.field("raw_score", pa.float32(), nullable=False),
-        pa.field("num_merged", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
-        # Of the mask; all null where there is none.
+        pa.field("corrected", pa.bool_(), nullable=False),  # drawn or changed by people: see corrections.py
+        # Of the mask; all null where there is none. People's masks have neither predicted IoU nor stability.
         pa.field("predicted_iou", pa.float32()),
         pa.field("stability", pa.float32()),
         pa.field("mask_area", pa.int64()),
@@ -81,10 +85,12 @@ class Counts:
     """Annotations with a mask."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Detections by the step that left them out."""
+    corrections: Counter[str] = field(default_factory=Counter)
+    """What became of people's corrections, see corrections.py. `added` ones are annotations and no detections."""
 
     def add(self, other: "Counts") -> None:
         """Count these too."""
-        for name in ("status", "failed", "flagged", "left_out"):
+        for name in ("status", "failed", "flagged", "left_out", "corrections"):
             getattr(self, name).update(getattr(other, name))
         self.detections += other.detections
         self.annotations += other.annotations
@@ -101,6 +107,8 @@ class ShardLabels:
     annotations: pa.Table
     """`ANNOTATION_SCHEMA`, single chunks."""
     counts: Counts
+    remarks: dict[str, bytes] = field(default_factory=dict)
+    """About people's corrections: lines of JSON by kind."""
 
     @property
     def is_labelled(self) -> NDArray[np.bool_]:
@@ -108,7 +116,51 @@ class ShardLabels:
         return pc.not_equal(self.images["status"], "failed").to_numpy()
 
 
-def read_labels(run_url: str, manifest: Manifest, shard: int, rules: ShardRules, decisions: Decisions) -> ShardLabels:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What inference left of one shard."""
+
+    shard: int
+    first_ordinal: int
+    images: pa.Table
+    """`IMAGE_SCHEMA`."""
+    detections: pa.Table
+    """(D rows) the list columns of `PREDICTION_SCHEMA`, flat."""
+    image: NDArray[np.int64]
+    """(D,) row of the shard that each belongs to, rising."""
+
+
+class Review(Protocol):
+    """What people said about one shard."""
+
+    @property
+    def pins(self) -> Pins:
+        """For the decisions."""
+
+    def apply(self, labels: ShardLabels, kept: Columns) -> ShardLabels:
+        """The shard with people's annotations in place of the machine's, by rising id, counted.
+
+        Args:
+            labels: as the decisions leave it.
+            kept: (rows of its annotations) which detections these are.
+        """
+
+
+class Overlay(Protocol):
+    """What people said about a run; goes to other processes."""
+
+    def review(self, found: Found, decisions: Decisions) -> Review | None:
+        """About one shard; None: nothing."""
+
+
+def read_labels(
+    run_url: str,
+    manifest: Manifest,
+    shard: int,
+    rules: ShardRules,
+    decisions: Decisions,
+    overlay: Overlay | None = None,
+) -> ShardLabels:
     """Read a shard, prove it, and decide.
 
     Raises:
@@ -122,11 +174,30 @@ def read_labels(run_url: str, manifest: Manifest, shard: int, rules: ShardRules,
     lengths = pc.fill_null(pc.list_value_length(rows["det_index"]), 0).to_numpy()
     image = np.repeat(np.arange(rows.num_rows), lengths)
     detections = pa.table({name: pc.list_flatten(rows[name]).combine_chunks() for name in _OF_A_DETECTION})
-    kept, left_out = decide(detections, image, decisions)
+    found = Found(shard, first_ordinal, images, detections, image)
+    review = None if overlay is None else overlay.review(found, decisions)
+    kept, left_out = decide(detections, image, decisions, None if review is None else review.pins)
+    annotations = annotations_of(found, kept, decisions, rules.ids_per_image)
+    counts = Counts(
+        detections=len(image),
+        annotations=len(kept),
+        masks=len(kept) - annotations["rle_counts"].null_count,
+        left_out=Counter(left_out),
+    )
+    _count_images(images, counts)
+    labels = ShardLabels(shard, images, annotations, counts)
+    return labels if review is None else review.apply(labels, kept)
+
+
+def annotations_of(found: Found, kept: Columns, decisions: Decisions, ids_per_image: int) -> pa.Table:
+    """`ANNOTATION_SCHEMA` of the detections of a shard that are kept."""
+    images = found.images
     ids = np.array([category.id for category in decisions.categories], np.int64)
-    carried = detections.select(_CARRIED).take(pa.array(kept.place)) if len(kept) < len(image) else detections
+    carried = found.detections
+    if len(kept) < len(found.image):
+        carried = carried.select(_CARRIED).take(pa.array(kept.place))
     own = {
-        "id": (first_ordinal + kept.image) * rules.ids_per_image + kept.det_index,
+        "id": (found.first_ordinal + kept.image) * ids_per_image + kept.det_index,
         "image": kept.image,
         "image_id": images["image_id"].to_numpy()[kept.image],
         "category": kept.category,
@@ -135,32 +206,29 @@ def read_labels(run_url: str, manifest: Manifest, shard: int, rules: ShardRules,
         **dict(zip(("x0", "y0", "x1", "y1"), kept.boxes_xyxy.T, strict=True)),
         "score": kept.score,
         "num_merged": kept.num_merged,
+        "corrected": np.zeros(len(kept), np.bool_),
         **{side: images[side].combine_chunks().take(pa.array(kept.image)) for side in ("height", "width")},
     }
-    annotations = pa.table(
+    return pa.table(
         [
             _single(carried[each.name]) if each.name in _CARRIED else _array(own[each.name], each.type)
             for each in ANNOTATION_SCHEMA
         ],
         schema=ANNOTATION_SCHEMA,
     )
-    counts = Counts(
-        detections=len(image),
-        annotations=len(kept),
-        masks=len(kept) - annotations["rle_counts"].null_count,
-        left_out=Counter(left_out),
-    )
-    _count_images(images, counts)
-    return ShardLabels(shard, images, annotations, counts)
 
 
 def images_of(sources: pa.Table, rows: pa.Table, first_ordinal: int) -> pa.Table:
     """`IMAGE_SCHEMA` of a shard: its rows of the manifest, and what became of them."""
     ordinals = pa.array(np.arange(first_ordinal, first_ordinal + rows.num_rows), pa.int64())
+    made = {
+        "ordinal": ordinals,
+        "uri": pc.if_else(_single(sources["container"]).is_null(), _single(sources["uri"]), None),
+    }
     from_rows = ("status", "reason", "status_class", "height", "width")
     return pa.table(
         [
-            ordinals if each.name == "ordinal" else _single((rows if each.name in from_rows else sources)[each.name])
+            made[each.name] if each.name in made else _single((rows if each.name in from_rows else sources)[each.name])
             for each in IMAGE_SCHEMA
         ],
         schema=IMAGE_SCHEMA,

@@ -274,10 +274,11 @@ def _check_sum(counts: Counts, images: int) -> None:
     left_out = sum(counts.left_out.values())
     if told != images:
         raise IncompleteError(f"{told} images are ok, empty or failed, but the shards hold {images}")
-    if counts.detections != counts.annotations + left_out:
+    kept = counts.annotations - counts.corrections["added"]
+    if counts.detections != kept + left_out:
         raise IncompleteError(
-            f"{counts.annotations} annotations and {left_out} detections left out are not the {counts.detections} "
-            "detections of the shards"
+            f"{kept} annotations and {left_out} detections left out are not the {counts.detections} detections of the "
+            "shards"
         )
 
 
