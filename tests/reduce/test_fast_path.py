@@ -107,7 +107,14 @@ def test_numbers_are_the_shortest_that_give_the_same_float_back() -> None:
     numbers = np.random.default_rng(seed)
     bits = numbers.integers(0, 2**32, 20_000, np.uint32).view(np.float32)
     values = np.concatenate([bits[np.isfinite(bits)], (numbers.random(20_000) * 2000).astype(np.float32)])
-    values = np.concatenate([values, np.array([0, 1, 100, 1e9, 1e10, 1e-6, 1e-7, 16777216, 0.1, -5.25], np.float32)])
+    few = np.round(numbers.random(20_000) * 10.0 ** numbers.integers(-4, 8, 20_000), 2).astype(np.float32)
+    powers = np.concatenate([np.float32(2.0) ** np.arange(-20, 30), np.float32(10.0) ** np.arange(-6, 10)])
+    edges = [np.nextafter(powers, np.float32(way), dtype=np.float32) for way in (0, np.inf)]
+    units = numbers.random(100_000, np.float32)
+    values = np.concatenate([values, few, -few, powers, *edges, units, np.arange(2000) / 8]).astype(np.float32)
+    values = np.concatenate(
+        [values, np.array([0, -0.0, 1, 100, 1e9, 1e10, 1e-6, 1e-7, 16777216, 0.1, -5.25], np.float32)]
+    )
     rows = join_rows([Piece("", pa.array(values))], len(values)).to_pylist()
     for value, text in zip(values, rows, strict=True):
         assert np.float32(json.loads(text)) == value
