@@ -20,6 +20,8 @@ class Rendered:
     files: dict[str, Bytes] = field(default_factory=dict)
     """By path relative to the output's folder; each image in one shard, so each path from one shard. Only for formats
     with a file for each image: they appear as a whole folder."""
+    told: dict[str, int] = field(default_factory=dict)
+    """What the format itself left out, added or lost in this shard; adds up over the shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,16 @@ class Head:
     licenses: list[Any]
     categories: tuple[Category, ...]
     counts: Counts
+    told: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By output: what these counted themselves; without those that count nothing."""
+
+    def info_of(self, output: str) -> dict[str, Any]:
+        """`info` with what this output counted in the proof; a file does not depend on which others are written."""
+        told = self.told.get(output)
+        if not told:
+            return self.info
+        own = self.info["owlsam_ray"]
+        return self.info | {"owlsam_ray": own | {"proof": own.get("proof", {}) | {output: told}}}
 
 
 class Parts(Protocol):

@@ -5,6 +5,7 @@ import logging
 import secrets
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,13 @@ from owlsam_ray.fence import SETUP, Slice, claim
 from owlsam_ray.guard import RunRecord, check_config, check_writable, load_record, load_run_manifest, run_directory
 from owlsam_ray.ledger import done_shards
 from owlsam_ray.manifest import Manifest
-from owlsam_ray.reduce.coco import ANNOTATIONS, FAILURES, CocoOutput, FailuresOutput
+from owlsam_ray.reduce.coco import ANNOTATIONS, FAILURES, FailuresOutput
 from owlsam_ray.reduce.executors import map_in_order, num_workers
+from owlsam_ray.reduce.formats import outputs_of
 from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, Job, write_chunk
 from owlsam_ray.reduce.labels import Counts
 from owlsam_ray.reduce.operating_points import load_operating_points
-from owlsam_ray.reduce.outputs import FileSpan, Head, Output
+from owlsam_ray.reduce.outputs import FileSpan, Head
 from owlsam_ray.reduce.proof import ShardRules, check_all_present
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
 from owlsam_ray.reduce_settings import ReduceConfig
@@ -146,6 +148,7 @@ class Reduction:
             licenses=source["licenses"],
             categories=self.job.decisions.categories,
             counts=counts,
+            told=_told(results),
         )
         still_mine()
         files = self._assemble(head, results)
@@ -160,6 +163,7 @@ class Reduction:
             "failures": storage.join(self.out_url, FAILURES),
             "out": self.out_url,
             "files": files,
+            **({"told": head.told} if head.told else {}),
         }
 
     def _assemble(self, head: Head, results: list[ChunkResult]) -> list[str]:
@@ -172,9 +176,8 @@ class Reduction:
             files += output.assemble(Fragments(self.job, output.name, self.out_url, head, self.spans, results))
         for name in sorted(before - set(files)):
             _remove(storage.join(self.out_url, name))
-        text = msgspec.json.format(
-            msgspec.json.encode({"info": head.info["owlsam_ray"], "files": files}, order="deterministic"), indent=1
-        )
+        summary = {"info": head.info["owlsam_ray"], "files": files} | ({"told": head.told} if head.told else {})
+        text = msgspec.json.format(msgspec.json.encode(summary, order="deterministic"), indent=1)
         storage.write_atomic(summary_url, text)
         return files
 
@@ -188,13 +191,12 @@ def _prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: 
     if settings.operating_points is not None:
         points = load_operating_points(settings.operating_points, fingerprint=fingerprint)
     decisions = resolve_decisions(settings, record, score_floor, points)
-    prompts = tuple(query.text for query in record.queries) if settings.provenance else None
     job = Job(
         run_url=manifest.run_url,
         manifest=manifest,
         rules=ShardRules(fingerprint, record.ids_per_image, len(record.categories)),
         decisions=decisions,
-        outputs=_outputs(settings, prompts),
+        outputs=(FailuresOutput(), *outputs_of(settings, record, decisions)),
         scratch=scratch,
     )
     provenance = {
@@ -209,17 +211,6 @@ def _prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: 
         **settings_in_use(settings, points),
     }
     return Reduction(settings, config.resources, job, spans_of(manifest, settings.images_per_file), out_url, provenance)
-
-
-def _outputs(settings: ReduceConfig, prompts: tuple[str, ...] | None) -> tuple[Output, ...]:
-    """The formats that are asked for, and the failures."""
-    made: dict[str, Callable[[], Output]] = {
-        "coco": lambda: CocoOutput(prompts),
-    }
-    missing = [name for name in settings.formats if name not in made]
-    if missing:
-        raise InputError(f"reduce.formats: {missing[0]} is not there yet")
-    return (FailuresOutput(), *(made[name]() for name in settings.formats))
 
 
 def spans_of(manifest: Manifest, images_per_file: int | None) -> tuple[FileSpan, ...]:
@@ -280,6 +271,15 @@ def _check_sum(counts: Counts, images: int) -> None:
             f"{kept} annotations and {left_out} detections left out are not the {counts.detections} detections of the "
             "shards"
         )
+
+
+def _told(results: list[ChunkResult]) -> dict[str, dict[str, int]]:
+    """By output: what these counted themselves."""
+    sums: dict[str, Counter[str]] = {}
+    for result in results:
+        for output, told in result.told.items():
+            sums.setdefault(output, Counter()).update(told)
+    return {output: dict(sorted(told.items())) for output, told in sums.items() if told}
 
 
 def _proof(num_images: int, counts: Counts, unlabelled: int, *, partial: bool) -> dict[str, Any]:
