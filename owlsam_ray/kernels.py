@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By numba, at the first call."""
     try:
         return numba.njit(function, cache=True, nogil=True)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
@@ -158,7 +159,7 @@ _TENS = np.array([float(f"1e{exponent}") for exponent in range(_SMALLEST, 24)])
 """Powers of ten, from 10^-6 on."""
 
 
-@_compiled
+@compiled
 def _float_texts(values, bits, below, above, tens, data, lengths):  # type: ignore[no-untyped-def]
     """Digits at the left end of each row; -1 as the length where Arrow is to be asked.
 
@@ -238,7 +239,7 @@ _SLACK = 2 * _BLOCK
 """Bytes behind what is read and written."""
 
 
-@_compiled
+@compiled
 def _put(out, position, source, start, length):  # type: ignore[no-untyped-def]
     """Copy in whole blocks, beyond the end too: what stands there is written later."""
     done = np.uint64(0)
@@ -248,7 +249,7 @@ def _put(out, position, source, start, length):  # type: ignore[no-untyped-def]
         done += np.uint64(_BLOCK)
 
 
-@_compiled
+@compiled
 def _specials(data, start, length):  # type: ignore[no-untyped-def]
     """Letters that need a backslash."""
     count = np.uint64(0)
@@ -257,7 +258,7 @@ def _specials(data, start, length):  # type: ignore[no-untyped-def]
     return count
 
 
-@_compiled
+@compiled
 def _fill_rows(table, valid, literals, ends, data, bounds, integers, floats, float_ends, out, row_ends):  # type: ignore[no-untyped-def]
     """Write the rows, and where each ends. With signed positions, which may count from the end, loops would be slow."""
     position, one, ten = np.uint64(0), np.uint64(1), np.uint64(10)
@@ -314,7 +315,7 @@ def rle_sums(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.
     return sums
 
 
-@_compiled
+@compiled
 def _rle_sums(data, offsets, sums):  # type: ignore[no-untyped-def]
     """One mask after the other, one number after the other; most numbers are a single byte."""
     one = np.uint64(1)

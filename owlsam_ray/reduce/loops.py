@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from owlsam_ray.kernels import _compiled as compiled
+from owlsam_ray.kernels import compiled
 
 
 @dataclass(frozen=True, slots=True)
