@@ -136,6 +136,40 @@ def test_large_files_come_in_pieces_and_go_in_parts(s3: FaultyS3, monkeypatch: p
     assert storage.read_bytes("s3://labels/parts") == storage.read_bytes("s3://labels/spooled") == data
 
 
+@pytest.mark.parametrize("size", [0, 5, 6 * 2**20, 6 * 2**20 + 1, 13 * 2**20])
+def test_streams_go_in_parts_and_appear_whole(s3: FaultyS3, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("owlsam_ray.storage.uploads._PART", 6 * 2**20)
+    data = random.Random(size).randbytes(size)
+    s3.faults = Faults(seed=size, rate=0.4, kinds=("500", "503"))
+    with storage.open_stream("s3://labels/stream") as file:
+        for start in range(0, size, 700_001):
+            file.write(data[start : start + 700_001])
+        assert not storage.exists("s3://labels/stream")
+    s3.faults = Faults()
+    assert storage.read_bytes("s3://labels/stream") == data
+
+
+def test_a_stream_that_is_cut_leaves_nothing(s3: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("owlsam_ray.storage.uploads._PART", 6 * 2**20)
+    storage.write_atomic("s3://labels/stream", b"before")
+
+    def write_and_fail() -> None:
+        with storage.open_stream("s3://labels/stream") as file:
+            file.write(bytes(7 * 2**20))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_and_fail()
+    s3.faults = Faults(always={"PUT /labels/stream": "500"})
+    with pytest.raises(OSError, match="500"), storage.open_stream("s3://labels/stream") as file:
+        file.write(bytes(13 * 2**20))
+    s3.faults = Faults()
+    assert storage.read_bytes("s3://labels/stream") == b"before"
+    client, _ = storage.open_filesystem("s3://labels")
+    assert s3.faults.counts["PUT"] == 0
+    assert "Uploads" not in client.call_s3("list_multipart_uploads", Bucket="labels")
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_s3_with_faults_loses_and_changes_nothing(s3: FaultyS3, seed: int) -> None:
     """Every kind of fault on every kind of request: all succeed in the end."""

@@ -166,7 +166,7 @@ class Fragments:
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """A file of the output directory, which appears whole or not at all."""
-        with storage.open_atomic(storage.join(self._out_url, name)) as file:
+        with storage.open_stream(storage.join(self._out_url, name)) as file:
             yield file
 
     def install_folder(self, name: str, more: dict[str, bytes]) -> int:

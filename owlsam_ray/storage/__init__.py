@@ -17,6 +17,7 @@ from owlsam_ray.storage.asking import (
 )
 from owlsam_ray.storage.listing import TEMPORARY_PREFIX, glob_files, list_names, walk_files
 from owlsam_ray.storage.reading import exists, is_directory, num_bytes, open_input, read_bytes, read_range
+from owlsam_ray.storage.uploads import open_stream
 from owlsam_ray.storage.writing import (
     free_bytes,
     make_directory,
@@ -47,6 +48,7 @@ __all__ = [
     "open_atomic",
     "open_filesystem",
     "open_input",
+    "open_stream",
     "policy",
     "read_bytes",
     "read_range",
