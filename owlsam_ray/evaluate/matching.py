@@ -16,6 +16,8 @@ Shape = Literal["box", "mask"]
 Outcome = tuple[int, float, bool, float | None]
 """Category; w × h of the object's box, or of the prediction's where it found none; whether there is an object; IoU, or
 None where nothing was paired."""
+FALSE, IGNORED = -1, -2
+"""Of a prediction that found no object: whether it counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,19 +128,13 @@ def _match_cell(
     objects: list[Region], predictions: list[Region], by: Shape, *, iou_threshold: float, exhaustive: bool
 ) -> list[Outcome]:
     """One image and category; predictions by falling score."""
-    ious = _ious(predictions, objects, by)
-    crowd = np.array([each.is_crowd for each in objects], np.bool_)
-    free = ~crowd
-    pairs: dict[int, float] = {}
-    rows: list[Outcome] = []
-    for position, region in enumerate(predictions):
-        candidates = np.where(free, ious[position], -1.0)
-        best = int(candidates.argmax()) if len(objects) else -1
-        if best >= 0 and free[best] and candidates[best] >= iou_threshold:
-            free[best] = False
-            pairs[best] = float(candidates[best])
-        elif exhaustive and not (ious[position, crowd] >= iou_threshold).any():
-            rows.append((region.category_id, region.box_area, False, None))
+    outcomes, ious = pair_cell(objects, predictions, by, iou_threshold=iou_threshold, exhaustive=exhaustive)
+    pairs = {int(found): float(iou) for found, iou in zip(outcomes, ious, strict=True) if found >= 0}
+    rows: list[Outcome] = [
+        (region.category_id, region.box_area, False, None)
+        for region, outcome in zip(predictions, outcomes, strict=True)
+        if outcome == FALSE
+    ]
     return rows + [
         (each.category_id, each.box_area, True, pairs.get(index))
         for index, each in enumerate(objects)
@@ -146,7 +142,38 @@ def _match_cell(
     ]
 
 
-def _ious(predictions: list[Region], objects: list[Region], by: Shape) -> NDArray[np.float64]:
+def pair_cell(
+    objects: Sequence[Region], predictions: Sequence[Region], by: Shape, *, iou_threshold: float, exhaustive: bool
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """What becomes of each prediction of one image and category, by the rules of `match`.
+
+    Args:
+        objects: crowd regions among them.
+        predictions: by falling score. What becomes of one depends on those before it only.
+        by: IoU of what.
+        iou_threshold: a pair needs at least this.
+        exhaustive: whether every object is listed.
+
+    Returns:
+        (N,) the index of the object that each finds, `FALSE` or `IGNORED`; and (N,) its IoU with the object, else NaN.
+    """
+    ious = _ious(predictions, objects, by)
+    crowd = np.array([each.is_crowd for each in objects], np.bool_)
+    free = ~crowd
+    outcomes = np.full(len(predictions), IGNORED, np.int64)
+    found = np.full(len(predictions), np.nan)
+    for position in range(len(predictions)):
+        candidates = np.where(free, ious[position], -1.0)
+        best = int(candidates.argmax()) if len(objects) else -1
+        if best >= 0 and free[best] and candidates[best] >= iou_threshold:
+            free[best] = False
+            outcomes[position], found[position] = best, candidates[best]
+        elif exhaustive and not (ious[position, crowd] >= iou_threshold).any():
+            outcomes[position] = FALSE
+    return outcomes, found
+
+
+def _ious(predictions: Sequence[Region], objects: Sequence[Region], by: Shape) -> NDArray[np.float64]:
     """(predictions, objects) IoU; with a crowd region the share of the prediction that it covers."""
     if not predictions or not objects:
         return np.zeros((len(predictions), len(objects)))
@@ -155,7 +182,7 @@ def _ious(predictions: list[Region], objects: list[Region], by: Shape) -> NDArra
     return np.nan_to_num(np.asarray(coco_mask.iou(left, right, crowd), np.float64))
 
 
-def _shapes(regions: list[Region], by: Shape) -> Any:
+def _shapes(regions: Sequence[Region], by: Shape) -> Any:
     if by == "mask":
         return [region.rle for region in regions]
     return np.array([region.box_xywh for region in regions], np.float64)

@@ -1,0 +1,144 @@
+"""How much thresholds and what they give would differ on other images: resamples of the images, all at once.
+
+Letters: B resamples, I images, G cuts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from owlsam_ray.calibrate.curves import CONFIDENCE, NOTHING, Counts, Cuts, Target, blended, choose, cuts_of
+from owlsam_ray.calibrate.pooling import GRID, Basis
+from owlsam_ray.calibrate.samples import Sample
+
+Floats = NDArray[np.float64]
+_AT_ONCE = 2**23
+"""Entries of the matrix of how often each image is drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Of one category over the resamples: both ends of percentile intervals; None where no resample tells."""
+
+    threshold: tuple[float, float]
+    precision: tuple[float, float] | None
+    """Above the chosen threshold."""
+    recall: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Bins:
+    """A sample as how many detections of each image lie between which cuts."""
+
+    right: csr_array
+    """(G, I)"""
+    found: csr_array
+    objects: NDArray[np.float64]
+    """(I,)"""
+
+    @staticmethod
+    def of(sample: Sample, cuts: Cuts, num_images: int) -> "_Bins":
+        bins = np.searchsorted(-cuts.lowest, -sample.score.astype(np.float64))
+        shape = (len(cuts.lowest), num_images)
+
+        def matrix(chosen: NDArray[np.bool_]) -> csr_array:
+            entries = (np.ones(int(chosen.sum())), (bins[chosen], sample.image[chosen]))
+            return csr_array(entries, shape=shape)
+
+        return _Bins(
+            matrix(sample.right),
+            matrix(np.ones(len(bins), np.bool_)),
+            np.bincount(sample.object_image, minlength=num_images).astype(np.float64),
+        )
+
+    def counts(self, times: Floats) -> Counts:
+        """Counts (B, G) when each image is there so many times: (I, B)."""
+        right, found = (np.cumsum((side @ times).T, axis=1) for side in (self.right, self.found))
+        return Counts.plain(right, found, (self.objects @ times)[:, None])
+
+
+def spreads(
+    chosen: Sequence[tuple[Basis, int]], target: Target, *, num_images: int, resamples: int, seed: int
+) -> list[Spread]:
+    """Intervals of each category.
+
+    Args:
+        chosen: what a threshold was chosen from, and its cut.
+        target: by which it was chosen, and is again in each resample.
+        num_images: of the samples.
+        resamples: how many times as many images are drawn, with replacement.
+        seed: of the draws.
+
+    The cuts are at most some hundred, so the threshold's interval has no finer steps.
+    """
+    prepared = [_prepare(basis, cut, num_images) for basis, cut in chosen]
+    pools = {basis.pool.name: basis.pool for basis, _ in chosen if basis.pool is not None}
+    pool_bins = {name: _Bins.of(pool.sample, pool.cuts, num_images) for name, pool in pools.items()}
+    parts: list[list[tuple[NDArray[np.int64], Floats, Floats]]] = [[] for _ in chosen]
+    for times in _draws(num_images, resamples, seed):
+        of_pools = {name: bins.counts(times) for name, bins in pool_bins.items()}
+        for part, (basis, _), (_, bins, place) in zip(parts, chosen, prepared, strict=True):
+            counts = bins.counts(times)
+            if basis.pool is not None:
+                counts = blended(counts, of_pools[basis.pool.name], basis.weight)
+            part.append(_resampled(counts, place, target))
+    return [
+        _spread(cuts, *(np.concatenate(column) for column in zip(*part, strict=True)))
+        for part, (cuts, _, _) in zip(parts, prepared, strict=True)
+    ]
+
+
+def _prepare(basis: Basis, cut: int, num_images: int) -> tuple[Cuts, _Bins, int]:
+    """Few cuts, the chosen one among them; the counts between them; and its place."""
+    cuts = basis.cuts
+    if basis.pool is None and len(cuts.lowest) > GRID:
+        few = cuts_of(basis.sample.score, cuts.floor, GRID)
+        places = np.searchsorted(-cuts.lowest, -few.lowest)
+        places = np.unique(np.append(places, cut) if cut != NOTHING else places)
+        if cut != NOTHING:
+            cut = int(np.searchsorted(places, cut))
+        cuts = Cuts(cuts.lowest[places], cuts.below[places], cuts.floor)
+    return cuts, _Bins.of(basis.sample, cuts, num_images), cut
+
+
+def _draws(num_images: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """(I, some of B) how often each image is drawn."""
+    random = np.random.default_rng(seed)
+    step = max(1, _AT_ONCE // num_images)
+    for start in range(0, resamples, step):
+        count = min(step, resamples - start)
+        drawn = random.integers(num_images, size=(count, num_images))
+        flat = (drawn + np.arange(count)[:, None] * num_images).ravel()
+        yield np.bincount(flat, minlength=count * num_images).reshape(count, num_images).T.astype(np.float64)
+
+
+def _resampled(counts: Counts, place: int, target: Target) -> tuple[NDArray[np.int64], Floats, Floats]:
+    """(B,) the cut that each resample would choose; precision and recall above `place`, NaN where there is none."""
+    size = len(counts.right)
+    if counts.right.shape[1] == 0:
+        return np.full(size, NOTHING), np.full(size, np.nan), np.full(size, np.nan)
+    cut, _ = choose(counts, target)
+    has_object = counts.objects[:, 0] > 0
+    if place == NOTHING:
+        return cut, np.full(size, np.nan), np.where(has_object, 0.0, np.nan)
+    precision = np.where(counts.found[:, place] > 0, counts.precision[:, place], np.nan)
+    return cut, precision, np.where(has_object, counts.recall[:, place], np.nan)
+
+
+def _spread(cuts: Cuts, chosen: NDArray[np.int64], precision: Floats, recall: Floats) -> Spread:
+    low, high = np.quantile(chosen, _ENDS, method="inverted_cdf")
+    return Spread((cuts.threshold(int(high)), cuts.threshold(int(low))), _ends(precision), _ends(recall))
+
+
+def _ends(values: Floats) -> tuple[float, float] | None:
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return None
+    low, high = np.quantile(values, _ENDS)
+    return float(low), float(high)
+
+
+_ENDS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)

@@ -1,0 +1,230 @@
+"""Counts above every threshold, and the choice of one.
+
+A *cut* is a threshold told by the lowest score that it keeps, so that equal scores are kept or cut together. Letters:
+G cuts by falling score. Leading axes, if any, are resamples.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from owlsam_ray.calibrate.samples import Sample
+from owlsam_ray.errors import ConfigError
+
+Floats = NDArray[np.float64]
+TargetName = Literal["precision", "recall", "f1"]
+CONFIDENCE = 0.95
+"""Of every interval, both ends together."""
+Z = 1.959963984540054
+"""Standard deviations of a normal variable to either side that hold so much."""
+SAFE_Z = 2.3263478740408408
+"""Likewise of what holds 98 %: a ratio is *safely* at least a target when the lower end of such an interval is. That is
+99 % on one side; and, since two ratios of equally many differ by √2 as much as one from the truth, 95 % for the ratio
+in another set of as many detections."""
+NOTHING = -1
+"""The cut that keeps nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What thresholds are chosen for.
+
+    - `precision`: the lowest threshold at which precision is safely (`SAFE_Z`) at least `value`. Where only the bare
+      ratio is, every other new set of images would miss it.
+    - `recall`: the highest threshold at which recall is safely at least `value`.
+    - `f1`: the threshold with the best F1, of equal ones the highest.
+    """
+
+    name: TargetName = "f1"
+    value: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no data can show."""
+        if self.name == "f1" and self.value is not None:
+            raise ConfigError(f"the best F1 is looked for, whatever it is: leave {self.value} out")
+        if self.name != "f1" and not (self.value is not None and 0 < self.value < 1):
+            raise ConfigError(f"a {self.name} of {self.value} cannot be aimed at: give a number between 0 and 1")
+
+    @property
+    def fewest_examples(self) -> int:
+        """How many there must be so that the target can be shown, were all of them right."""
+        return 1 if self.value is None else int(np.ceil(SAFE_Z**2 * self.value / (1 - self.value)))
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """Thresholds to choose from."""
+
+    lowest: Floats
+    """(G,) the lowest score that each keeps, falling."""
+    below: Floats
+    """(G,) the score next to it that is cut; the score floor for the last, which keeps all."""
+    floor: float
+
+    def threshold(self, cut: int) -> float:
+        """A score that keeps exactly these, in few digits; the floor itself for the cut that keeps all.
+
+        `NOTHING` gives the highest score of all (kept means greater); without any detection there is only the floor.
+        """
+        if len(self.lowest) == 0:
+            return self.floor
+        if cut == NOTHING:
+            return float(self.lowest[0])
+        if cut == len(self.lowest) - 1 and self.below[cut] == self.floor:
+            return self.floor
+        return between(float(self.below[cut]), float(self.lowest[cut]))
+
+
+def between(low: float, high: float) -> float:
+    """A number of few decimals near the middle of two float32 scores.
+
+    It keeps the higher and cuts the lower one off, be it compared in float64 or in float32.
+    """
+    middle = low + (high - low) / 2
+    for digits in range(2, 18):
+        short = round(middle, digits)
+        if low <= short and np.float32(short) < high:
+            return short
+    return low
+
+
+def cuts_of(score: NDArray[np.float32], floor: float, most: int | None = None) -> Cuts:
+    """Cuts of detections.
+
+    Args:
+        score: (D,) falling, all greater than the floor.
+        floor: the lowest threshold.
+        most: so many at most, half of them evenly spread over the detections, half with steps that grow from the best
+            one on; the lowest is among them. Default: every distinct score.
+    """
+    values = score.astype(np.float64)
+    last = np.flatnonzero(np.diff(values, append=-np.inf))  # of equal ones
+    lowest = values[last]
+    below = np.append(lowest[1:], floor)
+    if most is not None and len(lowest) > most:
+        ranks = np.concatenate([np.linspace(1, len(values), most // 2), np.geomspace(1, len(values), most // 2)])
+        places = np.unique(np.searchsorted(last, np.round(ranks).astype(np.int64) - 1))
+        lowest, below = lowest[places], below[places]
+    return Cuts(lowest, below[: len(lowest)], floor)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Above each cut; weights may make them fractions."""
+
+    right: Floats
+    """(…, G)"""
+    found: Floats
+    """(…, G) right or false."""
+    objects: Floats
+    """(…, 1)"""
+    evidence: Floats
+    """(…, G) the number of equally weighted detections that tell as much as `found` (Kish's effective size)."""
+    object_evidence: Floats
+    """(…, 1) likewise of `objects`."""
+
+    @staticmethod
+    def plain(right: Floats, found: Floats, objects: Floats) -> "Counts":
+        """All with the weight 1."""
+        return Counts(right, found, objects, found, objects)
+
+    def at(self, cut: int) -> "Counts":
+        """Above one cut."""
+        return Counts(self.right[..., cut, None], self.found[..., cut, None], self.objects,
+                      self.evidence[..., cut, None], self.object_evidence)  # fmt: skip
+
+    @property
+    def precision(self) -> Floats:
+        """(…, G); 0 where nothing was found."""
+        return _ratio(self.right, self.found)
+
+    @property
+    def recall(self) -> Floats:
+        """(…, G); 0 where there is no object."""
+        return _ratio(self.right, self.objects)
+
+    @property
+    def f1(self) -> Floats:
+        """(…, G) their harmonic mean."""
+        return _ratio(2 * self.right, self.found + self.objects)
+
+
+def counts_of(sample: Sample, cuts: Cuts) -> Counts:
+    """Counts of a sample above each cut."""
+    kept = np.searchsorted(-sample.score.astype(np.float64), -cuts.lowest, side="right")
+    right = np.append(0, np.cumsum(sample.right))[kept]
+    return Counts.plain(right.astype(np.float64), kept.astype(np.float64), np.array([float(len(sample.object_image))]))
+
+
+def blended(own: Counts, pool: Counts, weight: float) -> Counts:
+    """Counts of a category, and with a weight those of the others of its pool.
+
+    Args:
+        own: of the category, at the cuts of the pool.
+        pool: of all of its categories, this one among them.
+        weight: of the others' detections and objects.
+    """
+    others = [getattr(pool, name) - getattr(own, name) for name in ("right", "found", "objects")]
+    right, found, objects = (
+        getattr(own, name) + weight * other for name, other in zip(("right", "found", "objects"), others, strict=True)
+    )
+    return Counts(
+        right, found, objects,
+        evidence=_ratio(found**2, own.found + weight**2 * others[1]),
+        object_evidence=_ratio(objects**2, own.objects + weight**2 * others[2]),
+    )  # fmt: skip
+
+
+def choose(counts: Counts, target: Target) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The cut for a target.
+
+    Args:
+        counts: of at least one cut.
+        target: what for.
+
+    Returns:
+        (…) its index, or `NOTHING`; and (…) whether the target is reached. Where it is not: for precision, of the cuts
+        whose interval still holds the target the one whose lower end is highest, and `NOTHING` where there is none; for
+        recall the lowest cut; for F1, which is 0 then, `NOTHING`.
+    """
+    if target.value is None:
+        chosen = counts.f1.argmax(-1)
+        reached = np.ones(chosen.shape, np.bool_)
+    elif target.name == "precision":
+        low, high = wilson(counts.precision, counts.evidence, SAFE_Z)
+        fits = low >= target.value
+        reached = np.asarray(fits.any(-1))
+        maybe = np.where((high >= target.value) & (counts.right > 0), low, -1.0)
+        nearest = np.where(maybe.max(-1) >= 0, maybe.argmax(-1), NOTHING)
+        chosen = np.where(reached, fits.shape[-1] - 1 - fits[..., ::-1].argmax(-1), nearest)
+    else:
+        low, _ = wilson(counts.recall, np.broadcast_to(counts.object_evidence, counts.right.shape), SAFE_Z)
+        fits = low >= target.value
+        reached = np.asarray(fits.any(-1))
+        chosen = np.where(reached, fits.argmax(-1), fits.shape[-1] - 1)
+    hopeless = counts.right[..., -1] <= 0
+    if target.value is None:
+        chosen = np.where(hopeless, NOTHING, chosen)
+    return chosen, reached & ~hopeless
+
+
+def wilson(share: Floats, number: Floats, z: float = Z) -> tuple[Floats, Floats]:
+    """Both ends of Wilson's score interval of a share.
+
+    Args:
+        share: right ones among all.
+        number: of all, maybe a fraction; 0 gives 0 and 1.
+        z: standard deviations; default: those of `CONFIDENCE`.
+
+    Source: Wilson, 1927.
+    """
+    spread = z * np.sqrt(np.maximum(share * (1 - share), 0.0) * number + z * z / 4)
+    centre, whole = share * number + z * z / 2, number + z * z
+    return np.clip((centre - spread) / whole, 0.0, 1.0), np.clip((centre + spread) / whole, 0.0, 1.0)
+
+
+def _ratio(part: Floats, whole: Floats) -> Floats:
+    part, whole = np.broadcast_arrays(part, whole)
+    return np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)

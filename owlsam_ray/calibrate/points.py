@@ -1,0 +1,176 @@
+"""Samples → an operating point for each category, as JSON values: None for what is not defined, never NaN."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from owlsam_ray.calibrate.bootstrap import Spread, spreads
+from owlsam_ray.calibrate.curves import NOTHING, Counts, Target, choose, wilson
+from owlsam_ray.calibrate.pooling import Basis, bases
+from owlsam_ray.calibrate.reliability import reliability
+from owlsam_ray.calibrate.samples import Sample
+from owlsam_ray.errors import ConfigError
+from owlsam_ray.settings import Category
+
+_log = logging.getLogger(__name__)
+_NAMED = 8
+"""As many names a log line tells."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """How thresholds are fitted."""
+
+    min_examples: int = 50
+    """Categories with fewer detections or objects borrow from others."""
+    resamples: int = 1000
+    """Of the images, for the intervals."""
+    seed: int = 0
+    """Of the resamples."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        for name, least in (("min_examples", 1), ("resamples", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} {getattr(self, name)} is too small: give at least {least}")
+
+
+def operating_points(
+    samples: Sequence[Sample],
+    categories: Sequence[Category],
+    groups: Sequence[Sequence[str]],
+    target: Target,
+    fitting: Fitting,
+    *,
+    num_images: int,
+    floor: float,
+) -> dict[str, Any]:
+    """Fit.
+
+    Args:
+        samples: of each category; at least one detection in all, and all scores above the floor.
+        categories: the same.
+        groups: of each, names of pools, the narrowest first.
+        target: what for.
+        fitting: how.
+        num_images: of the samples.
+        floor: the lowest threshold.
+
+    Returns:
+        `enough_examples`: with which a category stands for itself, so many that the target can be shown.
+        `overall`: detections and precision `before` (everything above the floor) and `after`, and recall; `reliability`
+        of all categories together. `categories`: rows of `category_id`, `name`, `threshold`, `threshold_interval`,
+        `reached`, `pool` (None, or its `name`, `categories`, and the `weight` of each of the others' examples),
+        `precision`, `precision_interval`, `recall`, `recall_interval`, `f1` (estimates, with what is borrowed),
+        `num_objects`, `num_detections`, `num_kept`, `num_right` (of its own images), `reliability`.
+
+        Intervals of 95 %. A threshold's is the bootstrap's. Those of precision and recall, above the chosen threshold,
+        are the hull of the bootstrap's and Wilson's: the one knows that detections of one picture go together, the
+        other what a unanimous sample does not show.
+    """
+    enough = max(fitting.min_examples, target.fewest_examples)
+    found, everything = bases(samples, groups, floor, enough)
+    chosen: list[tuple[Basis, int]] = []
+    reached: list[bool] = []
+    for basis in found:
+        cut, is_reached = choose(basis.counts, target) if len(basis.cuts.lowest) else (NOTHING, False)
+        chosen.append((basis, int(cut)))
+        reached.append(bool(is_reached))
+    spread = spreads(chosen, target, num_images=num_images, resamples=fitting.resamples, seed=fitting.seed)
+    rows = [
+        {"category_id": category.id, "name": category.name} | _row(basis, cut, is_reached, each)
+        for category, (basis, cut), is_reached, each in zip(categories, chosen, reached, spread, strict=True)
+    ]
+    _tell(rows, target, enough)
+    return {
+        "enough_examples": enough,
+        "overall": _overall(rows, everything.sample),
+        "reliability": reliability(everything.sample),
+        "categories": rows,
+    }
+
+
+def _row(basis: Basis, cut: int, reached: bool, spread: Spread) -> dict[str, Any]:
+    threshold = basis.cuts.threshold(cut)
+    kept, right = basis.sample.numbers_at(threshold)
+    pool = basis.pool
+    estimates = _estimates(basis.counts.at(cut), spread) if cut != NOTHING else _of_nothing(basis.counts)
+    return {
+        "threshold": threshold,
+        "threshold_interval": list(spread.threshold),
+        "reached": reached,
+        "pool": None
+        if pool is None
+        else {"name": pool.name, "categories": len(pool.members), "weight": float(basis.weight)},
+        **estimates,
+        "num_objects": len(basis.sample.object_image),
+        "num_detections": len(basis.sample.score),
+        "num_kept": kept,
+        "num_right": right,
+        "reliability": reliability(basis.sample),
+    }
+
+
+def _estimates(counts: Counts, spread: Spread) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, ratio, evidence, whole, resampled in (
+        ("precision", counts.precision, counts.evidence, counts.found, spread.precision),
+        ("recall", counts.recall, counts.object_evidence, counts.objects, spread.recall),
+    ):
+        value = float(ratio[0]) if whole[0] > 0 else None
+        values[name] = value
+        values[f"{name}_interval"] = None
+        if value is not None:
+            ends = [float(end[0]) for end in wilson(ratio, evidence)] + list(resampled or ())
+            values[f"{name}_interval"] = [min(ends), max(ends)]
+    f1 = float(counts.f1[0]) if counts.found[0] + counts.objects[0] > 0 else None
+    return values | {"f1": f1}
+
+
+def _of_nothing(counts: Counts) -> dict[str, Any]:
+    """Of a threshold that keeps nothing."""
+    recall, interval = None, None
+    if counts.objects[0] > 0:
+        low, high = wilson(np.zeros(1), counts.object_evidence)
+        recall, interval = 0.0, [float(low[0]), float(high[0])]
+    return {"precision": None, "precision_interval": None, "recall": recall, "recall_interval": interval, "f1": recall}
+
+
+def _overall(rows: list[dict[str, Any]], everything: Sample) -> dict[str, Any]:
+    """Own detections of all categories, counted together."""
+    objects, kept, right = (sum(row[f"num_{name}"] for row in rows) for name in ("objects", "kept", "right"))
+    return {
+        "num_objects": objects,
+        "before": _numbers(len(everything.score), int(np.count_nonzero(everything.right)), objects),
+        "after": _numbers(kept, right, objects),
+    }
+
+
+def _numbers(found: int, right: int, objects: int) -> dict[str, Any]:
+    return {
+        "detections": found,
+        "right": right,
+        "precision": right / found if found else None,
+        "recall": right / objects if objects else None,
+    }
+
+
+def _tell(rows: list[dict[str, Any]], target: Target, enough: int) -> None:
+    missed = [row["name"] for row in rows if not row["reached"]]
+    if missed:
+        wanted = "any F1 above 0" if target.value is None else f"{target.name} {target.value:g}"
+        _log.warning(
+            "%d of %d categories cannot be shown to reach %s, and get the threshold that comes nearest, or one that "
+            "keeps nothing (`reached` is false): %s", len(missed), len(rows), wanted, _some(missed),
+        )  # fmt: skip
+    few = [row["name"] for row in rows if row["pool"] is not None]
+    if few:
+        _log.info("%d of %d categories have fewer than %d examples and borrow from others: %s",
+                  len(few), len(rows), enough, _some(few))  # fmt: skip
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")

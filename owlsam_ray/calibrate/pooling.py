@@ -1,0 +1,98 @@
+"""Categories with few examples borrow from others.
+
+A category with n < m examples counts with m - n examples of the others of its pool on top, as if each were a small part
+of one: with none of its own it gets the pool's threshold, with m its own. The pool is that of its frequency (LVIS),
+else of its supercategory, else all: the first that has m examples besides its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from owlsam_ray.calibrate.curves import Counts, Cuts, blended, counts_of, cuts_of
+from owlsam_ray.calibrate.samples import Sample, pooled
+
+GRID = 512
+"""Cuts of a pool, and of resamples."""
+ALL = "all categories"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Categories that are taken together."""
+
+    name: str
+    members: frozenset[int]
+    """Places of its categories."""
+    sample: Sample
+    floor: float
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """At most `GRID`."""
+        return cuts_of(self.sample.score, self.floor, GRID)
+
+    @cached_property
+    def counts(self) -> Counts:
+        """At its cuts."""
+        return counts_of(self.sample, self.cuts)
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What a category's threshold is chosen from."""
+
+    place: int
+    """Of the category."""
+    sample: Sample
+    """Its own."""
+    cuts: Cuts
+    """Every distinct score; those of the pool where there is one."""
+    counts: Counts
+    pool: Pool | None = None
+    """None for a category with enough examples."""
+    weight: float = 0.0
+    """Of each detection and object of the pool's other categories."""
+
+
+def bases(
+    samples: Sequence[Sample], groups: Sequence[Sequence[str]], floor: float, enough: int
+) -> tuple[list[Basis], Pool]:
+    """What the threshold of each category is chosen from, and the pool of all.
+
+    Args:
+        samples: of each category; at least one has a detection.
+        groups: of each category, names of pools, the narrowest first.
+        floor: the lowest threshold.
+        enough: examples with which a category stands for itself.
+    """
+    members: dict[str, list[int]] = {}
+    for place, names in enumerate(groups):
+        for name in names:
+            members.setdefault(name, []).append(place)
+    members[ALL] = list(range(len(samples)))
+    examples = np.array([each.num_examples for each in samples])
+    made: dict[str, Pool] = {}
+
+    def pool_of(name: str) -> Pool:
+        if name not in made:
+            sample = pooled([samples[place] for place in members[name]])
+            made[name] = Pool(name, frozenset(members[name]), sample, floor)
+        return made[name]
+
+    found = []
+    for place, sample in enumerate(samples):
+        missing = enough - int(examples[place])
+        if missing <= 0:
+            cuts = cuts_of(sample.score, floor)
+            found.append(Basis(place, sample, cuts, counts_of(sample, cuts)))
+            continue
+        others = {name: int(examples[members[name]].sum() - examples[place]) for name in (*groups[place], ALL)}
+        name = next((name for name, count in others.items() if count >= enough), ALL)
+        pool = pool_of(name)
+        weight = min(1.0, missing / max(1, others[name]))
+        own = counts_of(sample, pool.cuts)
+        found.append(Basis(place, sample, pool.cuts, blended(own, pool.counts, weight), pool, weight))
+    return found, pool_of(ALL)

@@ -1,0 +1,177 @@
+"""A labelled run and a ground truth of some of its images → `operating_points.json`, which `reduce` applies."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from owlsam_ray import storage
+from owlsam_ray.calibrate.collect import Rules, collect
+from owlsam_ray.calibrate.curves import CONFIDENCE, Target
+from owlsam_ray.calibrate.points import Fitting, operating_points
+from owlsam_ray.config import RunConfig
+from owlsam_ray.errors import ConfigError, IncompleteError, InputError
+from owlsam_ray.evaluate.ground_truth import NO_GROUP, GroundTruth, load_ground_truth
+from owlsam_ray.evaluate.matching import Shape
+from owlsam_ray.guard import check_config, load_record, load_run_manifest, run_directory
+from owlsam_ray.reduce.operating_points import OPERATING_POINTS_FILE, OperatingPoints
+from owlsam_ray.reduce.proof import ShardRules
+from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
+from owlsam_ray.reduce_settings import ReduceConfig
+from owlsam_ray.settings import Category
+from owlsam_ray.vocabulary.names import fold_category
+
+_log = logging.getLogger(__name__)
+_APART: dict[str, Any] = {
+    "score_threshold": None, "score_thresholds": {}, "operating_points": None, "mapping": None, "corrections": None,
+}  # fmt: skip
+"""Settings of `reduce` that do not take part: what is fitted, and what is put over it."""
+
+Show = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """When a detection is right."""
+
+    shape: Shape = "box"
+    """IoU of what."""
+    iou_threshold: float = 0.5
+    """It needs at least this with an object."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        if not 0 < self.iou_threshold <= 1:
+            raise ConfigError(f"an IoU of {self.iou_threshold} is none: give one above 0, up to 1")
+
+
+def _quiet(what: str, done: int, total: int | None) -> None:
+    """Show nothing."""
+
+
+def calibrate_run(
+    config: RunConfig,
+    target: Target,
+    ground_truth: str | None = None,
+    *,
+    matching: Matching | None = None,
+    fitting: Fitting | None = None,
+    out: str | None = None,
+    show: Show = _quiet,
+) -> dict[str, Any]:
+    """Fit score thresholds on what `reduce` would show of the images that a ground truth lists, without a model.
+
+    The section `reduce` decides as it does there (subset, mask area, predicted IoU, stability, suppression, most per
+    image), but for score thresholds, mapping and corrections.
+
+    Args:
+        config: of the run.
+        target: what for.
+        ground_truth: path or fsspec URL of a COCO or LVIS file of some of the run's images, all of whose objects (of
+            the categories that were looked for) are annotated; default: `evaluate.ground_truth`, `data.annotations`.
+        matching: default: boxes, IoU 0.5.
+        fitting: default: pools below 50 examples, 1,000 resamples.
+        out: of the JSON; a PNG comes beside it. Default: `RUN/operating_points.json`.
+        show: called with ("calibrated", shards by now, shards with a listed image).
+
+    Returns:
+        What the file holds: `version`, `fingerprint`, `target`, `ground_truth`, `matching`, `fitting`, `settings` (of
+        `reduce`), `score_floor`, `counts` (images, objects, detections by what became of them), and what
+        `operating_points` returns.
+
+    Raises:
+        InputError: there is no run, no ground truth, or they do not fit each other.
+        GuardError: the run was made with other settings.
+        IncompleteError: nothing of it is labelled, or a shard cannot be trusted.
+        OSError: storage refused.
+    """
+    matching, fitting = matching or Matching(), fitting or Fitting()
+    run_url = run_directory(config)
+    record = load_record(run_url)
+    if record is None:
+        raise InputError(f"{run_url} holds no run (no run.json): plan and annotate it first")
+    check_config(config, record)
+    manifest = load_run_manifest(run_url, record)
+    if record.fingerprint is None:
+        raise IncompleteError(f"nothing was labelled in {run_url} yet: call `owlsam annotate`")
+    truth = _load_truth(config, ground_truth, matching.shape)
+    floor = float((record.fingerprint_parts or {})["config"]["detector"]["score_floor"])
+    settings = config.reduce.model_copy(update=_APART)
+    _warn(settings)
+    decisions = resolve_decisions(settings, record, floor, None)
+    decisions = replace(decisions, thresholds=np.full(len(record.categories), floor))
+    rules = ShardRules(record.fingerprint, record.ids_per_image, len(record.categories))
+    found = collect(manifest, truth, Rules(rules, decisions, matching.shape, matching.iou_threshold), show)
+    fitted = operating_points(
+        found.samples,
+        decisions.categories,
+        [_groups(category, truth) for category in decisions.categories],
+        target,
+        fitting,
+        num_images=found.num_images,
+        floor=floor,
+    )
+    told = {} if target.value is None else {"value": target.value}
+    result: dict[str, Any] = {
+        "version": 1,
+        "fingerprint": record.fingerprint,
+        "target": {"name": target.name, **told, "shape": matching.shape, "iou_threshold": matching.iou_threshold},
+        "ground_truth": truth.url,
+        "confidence": CONFIDENCE,
+        "fitting": {"min_examples": fitting.min_examples, "resamples": fitting.resamples, "seed": fitting.seed},
+        "settings": settings_in_use(settings, None),
+        "score_floor": floor,
+        "counts": found.counts,
+        **fitted,
+    }
+    _write(result, out or storage.join(run_url, OPERATING_POINTS_FILE))
+    return result
+
+
+def _load_truth(config: RunConfig, given: str | None, shape: Shape) -> GroundTruth:
+    url = given or config.evaluate.ground_truth or config.data.annotations
+    if url is None:
+        raise InputError(
+            "no ground truth: give --ground-truth FILE, or set evaluate.ground_truth, a COCO or LVIS JSON file with "
+            "the objects of some of the run's images"
+        )
+    truth = load_ground_truth(url, masks=shape == "mask")
+    if shape == "mask" and not truth.has_masks:
+        raise InputError(f"{url} has no segmentations: calibrate on boxes (--kind box)")
+    return truth
+
+
+def _groups(category: Category, truth: GroundTruth) -> list[str]:
+    """Names of pools: LVIS's frequency, the supercategory; the ground truth's words where it has the category."""
+    there = next(
+        (each for each in truth.categories.values() if fold_category(each.name) == fold_category(category.name)), None
+    )
+    frequency = (there.frequency if there else None) or category.frequency
+    group = there.group if there else category.supercategory
+    return [
+        *([f"frequency {frequency}"] if frequency else []),
+        *([f"supercategory {group}"] if group and group != NO_GROUP else []),
+    ]
+
+
+def _warn(settings: ReduceConfig) -> None:
+    """Tell where a threshold does more than to cut the end off."""
+    late = settings.suppress
+    if late is not None and (late.strategy == "merge" or late.across_labels):
+        what = "strategy: merge" if late.strategy == "merge" else "across_labels"
+        _log.warning(
+            "reduce.suppress (%s) comes after the score thresholds, and what these leave out changes what it does: "
+            "precision and recall hold nearly, not exactly", what,
+        )  # fmt: skip
+
+
+def _write(result: dict[str, Any], url: str) -> None:
+    OperatingPoints.model_validate(result)
+    from owlsam_ray.calibrate.plots import draw_operating_points
+
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    storage.write_atomic(f"{url.removesuffix('.json')}.png", draw_operating_points(result))
+    storage.write_atomic(url, text.encode())

@@ -1,0 +1,194 @@
+"""Pools, resamples against a loop, reliability against a loop, and rows without NaN."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from owlsam_ray.calibrate import bootstrap
+from owlsam_ray.calibrate.bootstrap import spreads
+from owlsam_ray.calibrate.curves import NOTHING, Target, blended, choose, counts_of, cuts_of
+from owlsam_ray.calibrate.plots import draw_operating_points
+from owlsam_ray.calibrate.points import Fitting, operating_points
+from owlsam_ray.calibrate.pooling import ALL, GRID, Basis, bases
+from owlsam_ray.calibrate.reliability import BINS, reliability
+from owlsam_ray.calibrate.samples import Sample, pooled
+from owlsam_ray.errors import ConfigError
+from owlsam_ray.settings import Category
+from tests.calibrate.test_curves import FLOOR, random_sample, sample_of
+
+EMPTY = Sample.of(np.empty(0, np.float32), np.empty(0, np.bool_), np.empty(0, np.int32), np.empty(0, np.int32))
+IMAGES = 20
+
+
+def threshold_of(basis: Basis, target: Target) -> float:
+    cut, _ = choose(basis.counts, target)
+    return basis.cuts.threshold(int(cut))
+
+
+def test_enough_examples_stand_alone_and_none_get_the_pools_threshold() -> None:
+    many, rich, other = (random_sample(seed, detections=300) for seed in (1, 2, 3))
+    target = Target("precision", 0.7)
+    found, everything = bases([many, EMPTY, rich, other], [[]] * 4, FLOOR, enough=50)
+    assert [basis.pool is None for basis in found] == [True, False, True, True]
+    together = pooled([many, rich, other])
+    assert everything.sample.score.tolist() == together.score.tolist()
+    alone, few = cuts_of(many.score, FLOOR), cuts_of(together.score, FLOOR, GRID)
+    assert threshold_of(found[0], target) == alone.threshold(int(choose(counts_of(many, alone), target)[0]))
+    assert threshold_of(found[1], target) == few.threshold(int(choose(counts_of(together, few), target)[0]))
+
+
+@pytest.mark.parametrize(("own", "rest"), [(1, "pool"), (49, "own")])
+def test_the_pool_fades_with_every_example(own: int, rest: str) -> None:
+    """The category's own detections are right above 0.9 only, the others' above 0.2."""
+
+    def sample(count: int, least: float) -> Sample:
+        score = np.linspace(0.1, 0.99, 2 * count, dtype=np.float32)
+        numbers = np.arange(2 * count, dtype=np.int32) % IMAGES
+        return Sample.of(score, score > least, numbers, numbers[:count])
+
+    found, _ = bases([sample(own, 0.9), sample(2000, 0.2)], [[], []], FLOOR, enough=50)
+    threshold = threshold_of(found[0], Target())
+    assert found[0].weight == pytest.approx((50 - own) / 2000)
+    assert threshold == pytest.approx(0.2 if rest == "pool" else 0.9, abs=0.06)
+
+
+def test_the_narrowest_pool_that_is_large_enough() -> None:
+    samples = [sample_of("xx", 2), *(random_sample(seed, detections=80) for seed in range(4))]
+    groups = [["frequency r", "supercategory a"], ["frequency r"], ["supercategory a"], ["supercategory a"], []]
+    for enough, name in ((10, "frequency r"), (90, "supercategory a"), (150, ALL), (10**6, ALL)):
+        found, _ = bases(samples, groups, FLOOR, enough)
+        assert found[0].pool is not None
+        assert found[0].pool.name == name
+        assert 0 < found[0].weight <= 1
+
+
+def test_a_blend_is_what_repeating_the_others_gives() -> None:
+    """With the weight 2 each of the others is there twice, and both together tell as much as one."""
+    own, other = random_sample(4), random_sample(5)
+    pool = pooled([own, other])
+    cuts = cuts_of(pool.score, FLOOR)
+    counts = blended(counts_of(own, cuts), counts_of(pool, cuts), 2.0)
+    repeated = counts_of(pooled([own, other, other]), cuts)
+    for name in ("right", "found", "objects"):
+        assert np.array_equal(getattr(counts, name), getattr(repeated, name))
+    alone, others = counts_of(own, cuts).found, counts_of(other, cuts).found
+    assert np.allclose(counts.evidence, (alone + 2 * others) ** 2 / (alone + 4 * others))
+
+
+@pytest.mark.parametrize("target", [Target("precision", 0.6), Target("recall", 0.5), Target()], ids=str)
+def test_resamples_equal_a_loop(target: Target) -> None:
+    seed, resamples = 3, 40
+    samples = [random_sample(7), random_sample(8), sample_of("x.xx", 3)]
+    found, _ = bases(samples, [[]] * 3, FLOOR, enough=20)
+    chosen = [(basis, int(choose(basis.counts, target)[0])) for basis in found]
+    spread = spreads(chosen, target, num_images=IMAGES, resamples=resamples, seed=seed)
+    assert spread == spreads(chosen, target, num_images=IMAGES, resamples=resamples, seed=seed)
+    drawn = np.random.default_rng(seed).integers(IMAGES, size=(resamples, IMAGES))
+
+    def again(sample: Sample, images: np.ndarray) -> Sample:
+        rows = np.concatenate([np.flatnonzero(sample.image == each) for each in images])
+        objects = np.concatenate([sample.object_image[sample.object_image == each] for each in images])
+        return Sample.of(sample.score[rows], sample.right[rows], sample.image[rows], objects)
+
+    for (basis, cut), got in zip(chosen, spread, strict=True):
+        thresholds, precisions, recalls = [], [], []
+        for images in drawn:
+            counts = counts_of(again(basis.sample, images), basis.cuts)
+            if basis.pool is not None:
+                counts = blended(counts, counts_of(again(basis.pool.sample, images), basis.cuts), basis.weight)
+            thresholds.append(basis.cuts.threshold(int(choose(counts, target)[0])))
+            if counts.found[cut] > 0:
+                precisions.append(counts.precision[cut])
+            if counts.objects[0] > 0:
+                recalls.append(counts.recall[cut])
+        assert got.precision == pytest.approx(tuple(np.quantile(precisions, (0.025, 0.975))))
+        assert got.recall == pytest.approx(tuple(np.quantile(recalls, (0.025, 0.975))))
+        assert min(thresholds) <= got.threshold[0] <= got.threshold[1] <= max(thresholds)
+        assert np.mean(np.array(thresholds) < got.threshold[0]) <= 0.05
+
+
+def test_resamples_in_parts_and_with_many_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = random_sample(9, detections=3000)
+    cuts = cuts_of(sample.score, FLOOR)
+    counts = counts_of(sample, cuts)
+    target = Target("precision", 0.8)
+    cut = int(choose(counts, target)[0])
+    chosen = [(Basis(0, sample, cuts, counts), cut)]
+    (whole,) = spreads(chosen, target, num_images=IMAGES, resamples=200, seed=1)
+    monkeypatch.setattr(bootstrap, "_AT_ONCE", 7 * IMAGES)
+    assert spreads(chosen, target, num_images=IMAGES, resamples=200, seed=1) != []
+    assert whole.precision is not None
+    assert whole.precision[0] < float(counts.precision[cut]) < whole.precision[1]
+    assert whole.threshold[0] <= cuts.threshold(cut) <= whole.threshold[1]
+    (nothing,) = spreads([(chosen[0][0], NOTHING)], target, num_images=IMAGES, resamples=20, seed=1)
+    assert (nothing.precision, nothing.recall) == (None, (0.0, 0.0))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_reliability_equals_a_loop(seed: int) -> None:
+    sample = random_sample(seed, digits=1 + seed)
+    curve = reliability(sample)
+    gap = 0.0
+    rows = []
+    for number in range(BINS):
+        inside = [
+            place for place, score in enumerate(sample.score.astype(np.float64))
+            if number / BINS < score <= (number + 1) / BINS or (number == 0 and score == 0)
+        ]  # fmt: skip
+        if inside:
+            mean, right = float(np.mean(sample.score[inside].astype(np.float64))), float(np.mean(sample.right[inside]))
+            rows.append((number / BINS, len(inside), pytest.approx(mean), pytest.approx(right)))
+            gap += abs(mean - right) * len(inside) / len(sample.score)
+    assert [(each["low"], each["count"], each["mean_score"], each["precision"]) for each in curve["bins"]] == rows
+    assert curve["ece"] == pytest.approx(gap)
+    assert all(each["precision_interval"][0] <= each["precision"] <= each["precision_interval"][1]
+               for each in curve["bins"])  # fmt: skip
+    assert reliability(EMPTY) == {"ece": None, "bins": []}
+
+
+@pytest.mark.parametrize("target", [Target("precision", 0.8), Target("recall", 0.5), Target()], ids=str)
+def test_rows(target: Target, caplog: pytest.LogCaptureFixture) -> None:
+    """No objects, no detections, neither, nothing right: numbers or None, never NaN."""
+    caplog.set_level(logging.INFO)
+    nothing_right = sample_of("." * 200, 80)
+    only_objects = Sample.of(EMPTY.score, EMPTY.right, EMPTY.image, np.zeros(60, np.int32))
+    no_objects = sample_of("." * 60, 0)
+    samples = [random_sample(1, detections=400, share=0.9), EMPTY, only_objects, no_objects, nothing_right]
+    categories = [Category(id=10 + place, name=f"$ thing {place}") for place in range(5)]
+
+    def fit(seed: int) -> dict[str, object]:
+        fitting = Fitting(seed=seed, resamples=100)
+        return operating_points(samples, categories, [[]] * 5, target, fitting, num_images=200, floor=FLOOR)
+
+    result = fit(0)
+    assert fit(0) == result
+    assert fit(1) != result
+    json.dumps(result, allow_nan=False)
+    rows = result["categories"]
+    assert isinstance(rows, list)
+    assert [row["category_id"] for row in rows] == [10, 11, 12, 13, 14]
+    assert [row["pool"] is None for row in rows] == [True, False, False, False, True]
+    assert all(FLOOR <= row["threshold"] <= 1 for row in rows)
+    assert (rows[0]["reached"], rows[4]["reached"]) == (True, False)
+    assert f"{sum(not row['reached'] for row in rows)} of 5 categories cannot be shown" in caplog.text
+    assert "3 of 5 categories have fewer than 50 examples" in caplog.text
+    if target.name != "recall":
+        assert (rows[4]["num_kept"], rows[4]["precision"], rows[4]["recall"]) == (0, None, 0.0)
+    for row in rows:
+        low, high = row["threshold_interval"]
+        assert FLOOR <= low <= high
+        for name in ("precision", "recall"):
+            if row[name] is not None:
+                assert row[f"{name}_interval"][0] <= row[name] <= row[f"{name}_interval"][1]
+    told = {"name": target.name, "shape": "box", "iou_threshold": 0.5} | (
+        {} if target.value is None else {"value": target.value}
+    )
+    assert draw_operating_points(result | {"target": told}).startswith(b"\x89PNG")
+
+
+def test_fitting_that_cannot_be() -> None:
+    for values in ({"min_examples": 0}, {"resamples": 0}, {"seed": -1}):
+        with pytest.raises(ConfigError, match="too small"):
+            Fitting(**values)
