@@ -8,12 +8,13 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 import fsspec
 
 from owlsam_ray import storage
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import IncompleteError, InputError
 
 _GLOB = re.compile(r"[*?\[]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -135,6 +136,7 @@ def in_order(
         apart: whether other processes can do it; `memory://` is in this one alone.
 
     Raises:
+        IncompleteError: a process was killed.
         Whatever the function raises, at its place.
     """
     workers = min(workers, len(items)) if apart else 1
@@ -152,7 +154,14 @@ def in_order(
             for item in itertools.islice(left, 2 * workers):
                 waiting.append(pool.submit(function, item))
             while waiting:
-                yield waiting.popleft().result()
+                try:
+                    result = waiting.popleft().result()
+                except BrokenProcessPool:
+                    raise IncompleteError(
+                        f"one of {workers} processes was killed from outside, perhaps for lack of memory: call again, "
+                        "or with fewer workers"
+                    ) from None
+                yield result
                 waiting.extend(pool.submit(function, item) for item in itertools.islice(left, 1))
         finally:
             for future in waiting:

@@ -80,7 +80,10 @@ def annotations_of_run(run_url: str) -> str:
     if storage.exists(annotations):
         return annotations
     if storage.exists(storage.join(run_url, "run.json")):
-        raise IncompleteError(f"{run_url} is not reduced yet (no coco/annotations.json): call `owlsam reduce` first")
+        raise IncompleteError(
+            f"{run_url} is not reduced yet, or not to one COCO file (no coco/annotations.json): call `owlsam reduce` "
+            "first, or give FILE, the path of another one, instead of --run"
+        )
     raise InputError(
         f"{run_url} holds no run (neither run.json nor coco/annotations.json): give the directory of a reduced run, or "
         "name a COCO file instead of --run"

@@ -38,7 +38,11 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     check_config(config, record)
     annotations = storage.join(run_url, "coco", "annotations.json")
     if record.fingerprint is None or not storage.exists(annotations):
-        raise IncompleteError(f"{run_url} is not reduced yet (no coco/annotations.json): call `owlsam reduce` first")
+        raise IncompleteError(
+            f"{run_url} is not reduced yet, or not to one COCO file (no coco/annotations.json): call `owlsam reduce` "
+            "first, without reduce.out and reduce.images_per_file. Other files go without a run: --ground-truth, "
+            "--predictions"
+        )
     truth = load_ground_truth(_ground_truth_url(config), masks=True)
     predictions = load_predictions(annotations, truth, masks=truth.has_masks, mapping=config.evaluate.mapping)
     provenance = _provenance(predictions, record)

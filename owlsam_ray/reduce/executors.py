@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from owlsam_ray import storage
 from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.datasets.files import in_order
+from owlsam_ray.resources import export_ray_environment
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -58,6 +59,8 @@ def map_in_order(
 def _ray_in_order(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, resources: ResourcesConfig
 ) -> Iterator[ResultT]:
+    export_ray_environment(resources.auth_mode)  # read when ray is imported
+
     import ray
 
     from owlsam_ray.ray_cluster import start_ray

@@ -1,6 +1,7 @@
 """Patterns of file names, and files read side by side."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from owlsam_ray import storage
 from owlsam_ray.datasets.files import check_schemes, expand_braces, expand_files, in_order, relative_names
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import IncompleteError, InputError
 
 
 @pytest.mark.parametrize(
@@ -102,3 +103,14 @@ def test_results_come_in_order(workers: int) -> None:
     with pytest.raises(InputError, match="seven"):
         list(in_order(slow_square, range(5, 9), workers))
     assert next(in_order(slow_square, range(6), workers))[0] == 0, "and may be left early"
+
+
+def die(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_process_that_is_killed_is_told() -> None:
+    with pytest.raises(IncompleteError, match="killed from outside"):
+        list(in_order(die, range(9), 2))
