@@ -82,6 +82,16 @@ they stand; without --prompts the vocabulary of the run file is. A table goes to
   owlsam reduce jobs/coco.yaml --run runs/coco --partial     # what is labelled by now; exit code 5
 
 One run can be reduced in many ways, one --out for each, without a GPU. Every setting stands in `info`.""",
+    "calibrate": """examples:
+  owlsam calibrate run.yaml --run runs/1 --ground-truth labelled.json --precision 0.9
+  owlsam calibrate run.yaml --run runs/1 --ground-truth labelled.json --recall 0.8 --kind mask --iou 0.75
+  owlsam calibrate run.yaml --run runs/1 --ground-truth labelled.json          # the best F1
+  owlsam reduce    run.yaml --run runs/1 --operating-points runs/1/operating_points.json
+
+Looks at what the run found in the images that the ground truth lists, a part of the run that people have labelled
+wholly, and fits a score threshold for each category: without a model, as often as you like. Categories with few
+examples borrow from others. A table goes to stderr; thresholds, intervals and reliability to operating_points.json,
+curves to a PNG beside it.""",
     "evaluate": """examples:
   owlsam evaluate jobs/coco.yaml --run runs/coco
   owlsam evaluate jobs/coco.yaml --run runs/coco --set 'evaluate.size_edges_px=[32]' --json
@@ -133,6 +143,7 @@ _HELPS = {
     "status": "tell how far a run is, and who works on it",
     "verify": "prove every file of a run; set bad ones aside for the next attempt",
     "reduce": "merge the shards into COCO annotations, and prove that nothing is missing",
+    "calibrate": "fit a score threshold for each category on labelled images: for a precision, a recall or the best F1",
     "evaluate": "measure labels against a ground truth: AP, matched masks, seconds per image",
     "stats": "count what a COCO file or a run holds: a table, JSON, plots",
     "clean": "remove broken and repeated annotations from a COCO file, and say which",
@@ -333,6 +344,35 @@ def _add_reduce_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_calibrate_options(command: argparse.ArgumentParser) -> None:
+    _add_run_options(command)
+    command.add_argument(
+        "--ground-truth",
+        metavar="FILE",
+        help="COCO or LVIS JSON of some of the images (default: evaluate.ground_truth)",
+    )
+    target = command.add_mutually_exclusive_group()
+    target.add_argument("--precision", type=float, metavar="P", help="the lowest thresholds with safely this precision")
+    target.add_argument("--recall", type=float, metavar="R", help="the highest thresholds with safely this recall")
+    target.add_argument("--f1", action="store_true", help="the best F1 (default)")
+    command.add_argument(
+        "--kind", choices=("box", "mask"), default="box", help="what is compared (default: %(default)s)"
+    )
+    command.add_argument(
+        "--iou", type=float, default=0.5, metavar="X", help="from which a detection is right (default: %(default)s)"
+    )
+    command.add_argument(
+        "--min-examples",
+        type=int,
+        default=50,
+        metavar="N",
+        help="with fewer, a category borrows (default: %(default)s)",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the intervals (default: %(default)s)")
+    command.add_argument("--out", metavar="FILE", help="the JSON file (default: operating_points.json of the run)")
+    command.add_argument("--json", action="store_true", help="everything in the line on stdout, and no table")
+
+
 def _add_evaluate_options(command: argparse.ArgumentParser) -> None:
     _add_run_options(command, files="*")
     command.add_argument("--json", action="store_true", help="every number in the line on stdout, and no table")
@@ -395,6 +435,7 @@ _ADD_OPTIONS = {
     "estimate": _add_estimate_options,
     "preview": _add_preview_options,
     "annotate": _add_annotate_options,
+    "calibrate": _add_calibrate_options,
     "evaluate": _add_evaluate_options,
     "reduce": _add_reduce_options,
     "finetune": _add_finetune_options,

@@ -200,6 +200,46 @@ def _reduce(config: RunConfig, options: argparse.Namespace, console: Console) ->
     return counts
 
 
+def _calibrate(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.calibrate.curves import Target
+    from owlsam_ray.calibrate.points import Fitting
+    from owlsam_ray.calibrate.run import Matching, calibrate_run
+    from owlsam_ray.calibrate.table import operating_points_table
+    from owlsam_ray.guard import run_directory
+    from owlsam_ray.progress import CountDisplay
+    from owlsam_ray.reduce.operating_points import OPERATING_POINTS_FILE
+
+    target = Target()
+    if options.precision is not None:
+        target = Target("precision", options.precision)
+    elif options.recall is not None:
+        target = Target("recall", options.recall)
+    out = absolute(options.out) if options.out else storage.join(run_directory(config), OPERATING_POINTS_FILE)
+    with CountDisplay(console, interval_s=config.logging.progress_s, unit="shards") as display:
+        result = calibrate_run(
+            config,
+            target,
+            absolute(options.ground_truth) if options.ground_truth else None,
+            matching=Matching(options.kind, options.iou),
+            fitting=Fitting(min_examples=options.min_examples, seed=options.seed),
+            out=out,
+            show=display.show,
+        )
+    if options.json:
+        return result | {"operating_points": out}
+    wide = console if console.is_terminal else Console(stderr=True, width=160)
+    wide.print(operating_points_table(result))
+    rows = result["categories"]
+    return {
+        "operating_points": out,
+        "ground_truth": result["ground_truth"],
+        "target": result["target"],
+        "counts": result["counts"],
+        "categories": len(rows),
+        "reached": sum(row["reached"] for row in rows),
+    }
+
+
 def _evaluate(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if options.ground_truth or options.predictions or options.kind or options.lvis:
         raise ConfigError(
@@ -357,6 +397,7 @@ _COMMANDS = {
     "plan": _plan,
     "estimate": _estimate,
     "annotate": _annotate,
+    "calibrate": _calibrate,
     "reduce": _reduce,
     "evaluate": _evaluate,
 }

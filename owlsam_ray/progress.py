@@ -9,7 +9,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from owlsam_ray import storage
 from owlsam_ray.errors import OwlsamError
@@ -172,21 +180,24 @@ class LazyDisplay:
 class CountDisplay:
     """Images counted in one step after another: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, console: Console, *, interval_s: float) -> None:
+    def __init__(self, console: Console, *, interval_s: float, unit: str = "images") -> None:
         """Prepare to show.
 
         Args:
             console: where to.
             interval_s: seconds between two lines.
+            unit: what is counted.
         """
-        self._interval_s = interval_s
+        self._interval_s, self._unit = interval_s, unit
         self._bar = (
             Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]} images/s"),
+                TextColumn(f"{{task.fields[rate]}} {unit}/s"),
                 TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
                 console=console,
             )
             if console.is_terminal
@@ -219,4 +230,4 @@ class CountDisplay:
         elif now - self._told >= self._interval_s:
             self._told = now
             left = f" of {total:,} · ETA {duration((total - done) / rate)}" if total is not None and rate > 0 else ""
-            _log.info("%s %s%s · %s images/s", what, f"{done:,}", left, f"{rate:,.0f}")
+            _log.info("%s %s%s · %s %s/s", what, f"{done:,}", left, f"{rate:,.0f}", self._unit)
