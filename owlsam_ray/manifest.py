@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from owlsam_ray import storage
@@ -85,6 +86,14 @@ class Manifest:
         start = (shard - part.first_shard) * part.shard_size
         return part.first_ordinal + start, min(part.shard_size, part.num_rows - start)
 
+    def shard_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(N,) shards of images of the manifest, by their ordinals."""
+        shards = np.zeros(len(ordinals), np.int64)
+        for part in self.parts:
+            inside = (ordinals >= part.first_ordinal) & (ordinals < part.first_ordinal + part.num_rows)
+            shards[inside] = part.first_shard + (ordinals[inside] - part.first_ordinal) // part.shard_size
+        return shards
+
     def read_shard(self, shard: int) -> pa.Table:
         """Rows of `MANIFEST_SCHEMA` of one shard, in order: one row group."""
         part = self._part_of(shard)
@@ -93,6 +102,13 @@ class Manifest:
             reader = pq.ParquetFile(file, metadata=_footer(url, part.sha256))
             table = reader.read_row_group(shard - part.first_shard)
         return _with_container(table).select(MANIFEST_SCHEMA.names)
+
+    def iter_names(self) -> Iterator[pa.Table]:
+        """`image_id` and `file_name`, some at a time, of all images in order."""
+        for part in self.parts:
+            with storage.open_input(storage.join(self.run_url, MANIFEST, part.file)) as file:
+                for batch in pq.ParquetFile(file).iter_batches(columns=["image_id", "file_name"], batch_size=65536):
+                    yield pa.Table.from_batches([batch])
 
     def iter_images(self) -> Iterator[pa.Table]:
         """Rows of `MANIFEST_SCHEMA` without `extra`, some at a time, of all images in order."""

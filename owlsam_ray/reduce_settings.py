@@ -51,7 +51,14 @@ class ReduceConfig(Section):
     images_per_file: PositiveInt | None = None
     """Cut `coco` and `lvis` into files of at most so many images, at borders of shards; default: one file."""
     corrections: Name | None = None
-    """A COCO file of a review tool with `owlsam_corrections`-aware ids: replayed over the labels."""
+    """A COCO file of a review tool, replayed over the labels; what it says and the machine found meets by annotation
+    id, so it fits whatever is decided otherwise."""
+    corrections_scope: Literal["auto", "images", "annotations"] = "auto"
+    """`images`: each image of that file has exactly the file's annotations (with a field `owlsam_reviewed` at the
+    images: those where it is true). `annotations`: only what the file names was looked at. `auto`: as the file's
+    `info` says, which files of `owlsam reduce` and `owlsam review-list` carry; needed where a tool dropped it."""
+    corrections_base: Name | None = None
+    """The file that was given to people, for tools that drop its `info`: that is read from here then."""
 
     max_failed: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """Failed images that are put up with: a count (integer) or a share (with a decimal point)."""

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -20,6 +20,8 @@ from owlsam_ray.guard import RunRecord, check_config, check_writable, load_recor
 from owlsam_ray.ledger import done_shards
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.coco import ANNOTATIONS, FAILURES, FailuresOutput
+from owlsam_ray.reduce.corrections import load_corrections
+from owlsam_ray.reduce.corrections_report import summary_of
 from owlsam_ray.reduce.executors import map_in_order, num_workers
 from owlsam_ray.reduce.formats import outputs_of
 from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, Job, write_chunk
@@ -119,6 +121,8 @@ class Reduction:
     spans: tuple[FileSpan, ...]
     out_url: str
     provenance: dict[str, Any]
+    corrections: Counter[str] = field(default_factory=Counter)
+    """Of people, those that no shard sees."""
 
     def work(
         self, shards: Sequence[int], *, partial: bool, show: Show = _quiet, still_mine: Callable[[], None] = _nothing
@@ -132,7 +136,7 @@ class Reduction:
             workers = 1  # nobody else sees it
         chunks = list(_chunks(self.job, self.spans, shards, workers))
         results: list[ChunkResult] = []
-        counts, images = Counts(), 0
+        counts, images = Counts(corrections=Counter(self.corrections)), 0
         show("reduced", 0, manifest.num_images)
         for result in map_in_order(write_chunk, chunks, workers, settings.executor, self.resources):
             results.append(result)
@@ -191,13 +195,20 @@ def _prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: 
     if settings.operating_points is not None:
         points = load_operating_points(settings.operating_points, fingerprint=fingerprint)
     decisions = resolve_decisions(settings, record, score_floor, points)
+    rules = ShardRules(fingerprint, record.ids_per_image, len(record.categories))
+    corrections = load_corrections(settings, manifest, rules, decisions, categories=record.categories, scratch=scratch)
     job = Job(
         run_url=manifest.run_url,
         manifest=manifest,
-        rules=ShardRules(fingerprint, record.ids_per_image, len(record.categories)),
+        rules=rules,
         decisions=decisions,
-        outputs=(FailuresOutput(), *outputs_of(settings, record, decisions)),
+        outputs=(
+            FailuresOutput(),
+            *([corrections.output] if corrections is not None else []),
+            *outputs_of(settings, record, decisions),
+        ),
         scratch=scratch,
+        overlay=corrections.overlay if corrections is not None else None,
     )
     provenance = {
         "version": __version__,
@@ -209,8 +220,17 @@ def _prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: 
         "ids_per_image": record.ids_per_image,
         "score_floor": score_floor,
         **settings_in_use(settings, points),
+        **({"corrections": corrections.provenance} if corrections is not None else {}),
     }
-    return Reduction(settings, config.resources, job, spans_of(manifest, settings.images_per_file), out_url, provenance)
+    return Reduction(
+        settings,
+        config.resources,
+        job,
+        spans_of(manifest, settings.images_per_file),
+        out_url,
+        provenance,
+        corrections.counts if corrections is not None else Counter(),
+    )
 
 
 def spans_of(manifest: Manifest, images_per_file: int | None) -> tuple[FileSpan, ...]:
@@ -292,7 +312,12 @@ def _proof(num_images: int, counts: Counts, unlabelled: int, *, partial: bool) -
         "detections": counts.detections,
         "annotations": counts.annotations,
         "left_out": {step: count for step, count in sorted(counts.left_out.items()) if count},
+        **_corrections(counts),
     }
+
+
+def _corrections(counts: Counts) -> dict[str, Any]:
+    return {"corrections": summary_of(counts.corrections)} if counts.corrections else {}
 
 
 def _summary(num_images: int, counts: Counts, unlabelled: int) -> dict[str, Any]:
@@ -304,6 +329,7 @@ def _summary(num_images: int, counts: Counts, unlabelled: int) -> dict[str, Any]
         "num_masks": counts.masks,
         "num_small": counts.left_out["small_mask"],
         "left_out": {step: count for step, count in counts.left_out.items() if count},
+        **_corrections(counts),
         "failed_by_reason": dict(sorted(counts.failed.items())),
         "flagged_by_reason": dict(sorted(counts.flagged.items())),
     }

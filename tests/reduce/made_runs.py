@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from owlsam_ray.manifest import Layout, Manifest, write_parts
 from owlsam_ray.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.reduce.coco import CocoOutput, FailuresOutput
+from owlsam_ray.reduce.corrections import load_corrections
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.fragments import Job
 from owlsam_ray.reduce.outputs import Output
@@ -59,16 +61,31 @@ def reduce_shards(
             min_mask_area=settings.min_mask_area,
         )
     scratch = storage.join(out, "fragments-test")
-    job = Job(
-        run_url=run_url,
-        manifest=manifest,
-        rules=ShardRules(fingerprint, ids_per_image, len(categories)),
-        decisions=decisions,
-        outputs=(FailuresOutput(), *outputs),
-        scratch=scratch,
-    )
-    reduction = Reduction(settings, ResourcesConfig(), job, spans_of(manifest, settings.images_per_file), out, {"v": 1})
+    rules = ShardRules(fingerprint, ids_per_image, len(categories))
+    provenance: dict[str, Any] = {"fingerprint": fingerprint, "ids_per_image": ids_per_image}
     try:
+        corrections = load_corrections(settings, manifest, rules, decisions, categories=categories, scratch=scratch)
+        if corrections is not None:
+            outputs = (corrections.output, *outputs)
+            provenance["corrections"] = corrections.provenance
+        job = Job(
+            run_url=run_url,
+            manifest=manifest,
+            rules=rules,
+            decisions=decisions,
+            outputs=(FailuresOutput(), *outputs),
+            scratch=scratch,
+            overlay=None if corrections is None else corrections.overlay,
+        )
+        reduction = Reduction(
+            settings,
+            ResourcesConfig(),
+            job,
+            spans_of(manifest, settings.images_per_file),
+            out,
+            provenance,
+            Counter() if corrections is None else corrections.counts,
+        )
         return reduction.work(list(manifest.iter_shards()), partial=False)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
