@@ -106,12 +106,17 @@ def _polygons(rings: Rings, *, join_parts: bool) -> list[Ring]:
 
 
 def _joined(rings: list[Ring]) -> Ring:
-    """One ring: each further one is entered from the nearest corner to its first one, and left the same way."""
+    """One ring: each further one is entered and left by a short cut, between two corners near to each other."""
     whole = rings[0]
     for ring in rings[1:]:
-        near = int(((whole - ring[0]) ** 2).sum(axis=1).argmin())
-        whole = np.concatenate([whole[: near + 1], ring, ring[:1], whole[near:]])
+        own = _nearest(ring, whole[_nearest(whole, ring[0])])
+        near = _nearest(whole, ring[own])
+        whole = np.concatenate([whole[: near + 1], ring[own:], ring[: own + 1], whole[near:]])
     return whole
+
+
+def _nearest(ring: Ring, point: NDArray[np.int64]) -> int:
+    return int(((ring - point) ** 2).sum(axis=1).argmin())
 
 
 def _pixels_off(polygons: list[Ring], counts: bytes, height: int, width: int) -> int:
