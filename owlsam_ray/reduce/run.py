@@ -15,7 +15,7 @@ import msgspec
 from owlsam_ray import __version__, storage
 from owlsam_ray.config import ResourcesConfig, RunConfig
 from owlsam_ray.errors import IncompleteError, InputError
-from owlsam_ray.fence import SETUP, Slice, claim
+from owlsam_ray.fence import ATTEMPTS, SETUP, Attempt, Slice, claim, live_attempts
 from owlsam_ray.guard import RunRecord, check_config, check_writable, load_record, load_run_manifest, run_directory
 from owlsam_ray.ledger import done_shards
 from owlsam_ray.manifest import Manifest
@@ -75,32 +75,16 @@ def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = _quiet)
         OSError: storage refused.
     """
     run_url = run_directory(config)
-    record = load_record(run_url)
-    if record is None:
-        raise InputError(f"{run_url} holds no run (no run.json): call `owlsam plan` and `owlsam annotate` first")
-    check_config(config, record)
-    manifest = load_run_manifest(run_url, record)
-    if record.fingerprint is None:
-        raise IncompleteError(f"nothing was labelled in {run_url} yet: call `owlsam annotate`")
+    record, manifest = open_run(config, run_url)
     shards: Sequence[int] = range(manifest.num_shards)
     if partial:
         done = done_shards(run_url)
         shards = [shard for shard in shards if shard in done]
     else:
         check_all_present(run_url, manifest)
-    out_url = _plain(config.reduce.out or storage.join(run_url, COCO_FOLDER))
-    check_writable(out_url)
-    with (
-        claim(
-            out_url,
-            scope=SETUP,
-            part=Slice(),
-            heartbeat_s=config.resources.heartbeat_s,
-            takeover_s=config.resources.takeover_s,
-        ) as attempt,
-        _scratch(config, out_url) as scratch,
-    ):
-        reduction = _prepare(config, record, manifest, scratch, out_url)
+    out_url = plain_url(config.reduce.out or storage.join(run_url, COCO_FOLDER))
+    with claimed_folder(config, out_url) as (attempt, scratch):
+        reduction = prepare(config, record, manifest, scratch, out_url)
         counts = reduction.work(shards, partial=partial, show=show, still_mine=attempt.check)
     if counts["unlabelled"]:
         raise IncompleteError(
@@ -109,6 +93,24 @@ def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = _quiet)
             counts,
         )
     return counts
+
+
+def open_run(config: RunConfig, run_url: str) -> tuple[RunRecord, Manifest]:
+    """A run that something was labelled in.
+
+    Raises:
+        InputError: there is no run.
+        GuardError: it was made with other settings.
+        IncompleteError: nothing was labelled yet.
+    """
+    record = load_record(run_url)
+    if record is None:
+        raise InputError(f"{run_url} holds no run (no run.json): call `owlsam plan` and `owlsam annotate` first")
+    check_config(config, record)
+    manifest = load_run_manifest(run_url, record)
+    if record.fingerprint is None:
+        raise IncompleteError(f"nothing was labelled in {run_url} yet: call `owlsam annotate`")
+    return record, manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +126,19 @@ class Reduction:
     corrections: Counter[str] = field(default_factory=Counter)
     """Of people, those that no shard sees."""
 
+    @property
+    def workers(self) -> int:
+        """Processes or tasks at a time."""
+        manifest, settings = self.job.manifest, self.settings
+        if any(url.startswith("memory://") for url in (manifest.run_url, self.out_url)):
+            return 1  # nobody else sees it
+        return num_workers(settings.workers, num_images=manifest.num_images, small=_SMALL, executor=settings.executor)
+
     def work(
         self, shards: Sequence[int], *, partial: bool, show: Show = _quiet, still_mine: Callable[[], None] = _nothing
     ) -> dict[str, Any]:
         """Write everything; returns the counts."""
-        manifest, settings = self.job.manifest, self.settings
-        workers = num_workers(
-            settings.workers, num_images=manifest.num_images, small=_SMALL, executor=settings.executor
-        )
-        if any(url.startswith("memory://") for url in (manifest.run_url, self.out_url)):
-            workers = 1  # nobody else sees it
+        manifest, settings, workers = self.job.manifest, self.settings, self.workers
         chunks = list(_chunks(self.job, self.spans, shards, workers))
         results: list[ChunkResult] = []
         counts, images = Counts(corrections=Counter(self.corrections)), 0
@@ -186,8 +191,13 @@ class Reduction:
         return files
 
 
-def _prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: str, out_url: str) -> Reduction:
-    """Resolve the settings; refuse what does not fit the run before a shard is read."""
+def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: str, out_url: str) -> Reduction:
+    """Resolve the settings; refuse what does not fit the run before a shard is read.
+
+    Raises:
+        InputError: a setting does not fit the run.
+        GuardError: a file that a setting names is of another run.
+    """
     settings = config.reduce
     parts, fingerprint = record.fingerprint_parts or {}, record.fingerprint or ""
     score_floor = parts["config"]["detector"]["score_floor"]
@@ -336,15 +346,40 @@ def _summary(num_images: int, counts: Counts, unlabelled: int) -> dict[str, Any]
 
 
 @contextlib.contextmanager
+def claimed_folder(config: RunConfig, out_url: str) -> Iterator[tuple[Attempt, str]]:
+    """Write to a directory as the only one; with a folder for the fragments, gone afterwards.
+
+    Raises:
+        InputError: it cannot be written.
+        AttemptLiveError: another call writes there.
+    """
+    check_writable(out_url)
+    with (
+        claim(
+            out_url,
+            scope=SETUP,
+            part=Slice(),
+            heartbeat_s=config.resources.heartbeat_s,
+            takeover_s=config.resources.takeover_s,
+        ) as attempt,
+        _scratch(config, out_url) as scratch,
+    ):
+        yield attempt, scratch
+    if not live_attempts(out_url):
+        _remove(storage.join(out_url, ATTEMPTS))  # it is no place to look for what has happened
+
+
+@contextlib.contextmanager
 def _scratch(config: RunConfig, out_url: str) -> Iterator[str]:
     """A folder for the fragments, gone afterwards; what killed reduces of this directory have left goes first."""
+    storage.remove_stale_temporaries(out_url, older_than_s=0)  # the claim says that nobody else works here
     root = config.reduce.scratch
     if root is None and "://" in out_url and config.reduce.executor == "local":
         with tempfile.TemporaryDirectory(prefix="owlsam-reduce-") as folder:
             yield folder
         return
-    root = _plain(root or out_url)
-    if config.reduce.scratch is None:  # the claim says that nobody else works here
+    root = plain_url(root or out_url)
+    if config.reduce.scratch is None:
         for name in storage.list_names(root):
             if name.startswith(_SCRATCH):
                 _remove(storage.join(root, name))
@@ -355,7 +390,7 @@ def _scratch(config: RunConfig, out_url: str) -> Iterator[str]:
         _remove(folder)
 
 
-def _plain(url: str) -> str:
+def plain_url(url: str) -> str:
     """A path for what lies on a disk, be it written as a URL; other URLs as they are."""
     filesystem, path = storage.open_filesystem(url)
     return path if storage.is_local(filesystem) else url
