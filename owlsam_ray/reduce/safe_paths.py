@@ -7,8 +7,8 @@ _MOST_BYTES = 251
 """Of a name between slashes, so that `.txt` in the place of a shorter suffix still fits into 255."""
 _MOST_BYTES_OF_ALL = 900
 """Object stores take keys of 1,024."""
-# Control characters, whatever ends a line of text for Python, and the backslash.
-_ODD = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u2028\u2029]|^\\.| $")
+# Control characters, whatever ends a line of text for Python, and the backslash; dots in front, space at the end.
+_ODD = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u2028\u2029]|^\\.+$|^\\.|\\s$")
 _FINE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
 
 
