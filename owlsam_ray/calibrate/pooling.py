@@ -14,7 +14,7 @@ import numpy as np
 from owlsam_ray.calibrate.curves import Counts, Cuts, blended, counts_of, cuts_of
 from owlsam_ray.calibrate.samples import Sample, pooled
 
-GRID = 512
+GRID = 256
 """Cuts of a pool, and of resamples."""
 ALL = "all categories"
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,7 +108,7 @@ def calibrate_run(
     fitted = operating_points(
         found.samples,
         decisions.categories,
-        [_groups(category, truth) for category in decisions.categories],
+        _groups(decisions.categories, truth),
         target,
         fitting,
         num_images=found.num_images,
@@ -144,34 +144,38 @@ def _load_truth(config: RunConfig, given: str | None, shape: Shape) -> GroundTru
     return truth
 
 
-def _groups(category: Category, truth: GroundTruth) -> list[str]:
-    """Names of pools: LVIS's frequency, the supercategory; the ground truth's words where it has the category."""
-    there = next(
-        (each for each in truth.categories.values() if fold_category(each.name) == fold_category(category.name)), None
-    )
-    frequency = (there.frequency if there else None) or category.frequency
-    group = there.group if there else category.supercategory
-    return [
-        *([f"frequency {frequency}"] if frequency else []),
-        *([f"supercategory {group}"] if group and group != NO_GROUP else []),
-    ]
+def _groups(categories: Sequence[Category], truth: GroundTruth) -> list[list[str]]:
+    """Names of each one's pools: LVIS's frequency, the supercategory; by the ground truth where it has the category."""
+    by_name = {fold_category(each.name): each for each in truth.categories.values()}
+    found = []
+    for category in categories:
+        there = by_name.get(fold_category(category.name))
+        frequency = (there.frequency if there else None) or category.frequency
+        group = there.group if there else category.supercategory
+        names = [f"frequency {frequency}"] if frequency else []
+        found.append(names + ([f"supercategory {group}"] if group and group != NO_GROUP else []))
+    return found
 
 
 def _warn(settings: ReduceConfig) -> None:
     """Tell where a threshold does more than to cut the end off."""
     late = settings.suppress
-    if late is not None and (late.strategy == "merge" or late.across_labels):
-        what = "strategy: merge" if late.strategy == "merge" else "across_labels"
-        _log.warning(
-            "reduce.suppress (%s) comes after the score thresholds, and what these leave out changes what it does: "
-            "precision and recall hold nearly, not exactly", what,
-        )  # fmt: skip
+    for name, matters in (
+        ("suppress.strategy: merge", late is not None and late.strategy == "merge"),
+        ("suppress.across_labels", late is not None and late.across_labels),
+        ("max_per_image", settings.max_per_image is not None),
+    ):
+        if matters:
+            _log.warning(
+                "reduce.%s comes after the score thresholds, and makes something else of what they leave: precision "
+                "and recall hold nearly, not exactly", name,
+            )  # fmt: skip
 
 
 def _write(result: dict[str, Any], url: str) -> None:
     OperatingPoints.model_validate(result)
     from owlsam_ray.calibrate.plots import draw_operating_points
 
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(result, indent=1, allow_nan=False)
     storage.write_atomic(f"{url.removesuffix('.json')}.png", draw_operating_points(result))
     storage.write_atomic(url, text.encode())

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +210,19 @@ def test_runs_that_are_not_there_yet(tmp_path: Path) -> None:
         calibrate_run(small.config(f"run={tmp_path / 'nothing'}"), Target())
 
 
-def test_late_suppression_that_thresholds_change_is_told(small: SmallRun, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    calibrate_run(small.config("reduce.suppress={strategy: merge, threshold: 0.5}"), Target(), fitting=QUICK)
-    assert "strategy: merge" in caplog.text
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("suppress={strategy: merge, threshold: 0.5}", "suppress.strategy: merge"),
+        ("suppress={across_labels: true}", "suppress.across_labels"),
+        ("max_per_image=3", "max_per_image"),
+        ("suppress={threshold: 0.5}", ""),
+    ],
+)
+def test_what_thresholds_change_beyond_their_cut_is_told(
+    small: SmallRun, caplog: pytest.LogCaptureFixture, setting: str, words: str
+) -> None:
+    calibrate_run(small.config(f"reduce.{setting}"), Target(), fitting=QUICK)
+    assert [word for word in ("strategy: merge", "across_labels", "max_per_image") if word in caplog.text] == [
+        word for word in ("strategy: merge", "across_labels", "max_per_image") if word in words
+    ]
