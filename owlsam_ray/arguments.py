@@ -92,6 +92,14 @@ Looks at what the run found in the images that the ground truth lists, a part of
 wholly, and fits a score threshold for each category: without a model, as often as you like. Categories with few
 examples borrow from others. A table goes to stderr; thresholds, intervals and reliability to operating_points.json,
 curves to a PNG beside it.""",
+    "review-list": """examples:
+  owlsam review-list run.yaml --run runs/1                              # of each category and score bin, 10
+  owlsam review-list run.yaml --run runs/1 --by uncertain --per-cell 50 --set reduce.score_threshold=0.3
+  owlsam review-list run.yaml --run runs/1 --by predicted_iou --whole-images --out reviews/masks
+  owlsam reduce      run.yaml --run runs/1 --corrections runs/1/review/review.json    # once people have changed it
+
+Chooses annotations for people to look at, after the decisions of the section `reduce`: review.json, a COCO file that
+any tool opens, and review.csv, which says why each was chosen. The same seed chooses the same ones.""",
     "evaluate": """examples:
   owlsam evaluate jobs/coco.yaml --run runs/coco
   owlsam evaluate jobs/coco.yaml --run runs/coco --set 'evaluate.size_edges_px=[32]' --json
@@ -144,6 +152,7 @@ _HELPS = {
     "verify": "prove every file of a run; set bad ones aside for the next attempt",
     "reduce": "merge the shards into COCO annotations, and prove that nothing is missing",
     "calibrate": "fit a score threshold for each category on labelled images: for a precision, a recall or the best F1",
+    "review-list": "choose annotations for people to look at",
     "evaluate": "measure labels against a ground truth: AP, matched masks, seconds per image",
     "stats": "count what a COCO file or a run holds: a table, JSON, plots",
     "clean": "remove broken and repeated annotations from a COCO file, and say which",
@@ -160,6 +169,18 @@ def _seconds(text: str) -> float:
     """
     value = float(text)
     if not 0 <= value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+def _positive(text: str) -> int:
+    """A whole number from 1 on, as an argument's type.
+
+    Raises:
+        ValueError: it is none; argparse says so.
+    """
+    value = int(text)
+    if value < 1:
         raise ValueError(text)
     return value
 
@@ -373,6 +394,25 @@ def _add_calibrate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="everything in the line on stdout, and no table")
 
 
+def _add_review_options(command: argparse.ArgumentParser) -> None:
+    _add_run_options(command)
+    command.add_argument(
+        "--by",
+        choices=("score", "uncertain", "predicted_iou", "stability"),
+        default="score",
+        help="as many from each score bin, the nearest to the threshold, or the lowest (default: %(default)s)",
+    )
+    command.add_argument(
+        "--per-cell", type=_positive, default=10, metavar="N", help="of each category (and score bin; default: %(default)s)"
+    )
+    command.add_argument("--bins", type=_positive, default=10, metavar="N", help="of scores (default: %(default)s)")
+    command.add_argument(
+        "--whole-images", action="store_true", help="list everything in the images that hold a chosen one"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the choice (default: %(default)s)")
+    command.add_argument("--out", metavar="DIR", help="where the files go (default: review/ in the run directory)")
+
+
 def _add_evaluate_options(command: argparse.ArgumentParser) -> None:
     _add_run_options(command, files="*")
     command.add_argument("--json", action="store_true", help="every number in the line on stdout, and no table")
@@ -436,6 +476,7 @@ _ADD_OPTIONS = {
     "preview": _add_preview_options,
     "annotate": _add_annotate_options,
     "calibrate": _add_calibrate_options,
+    "review-list": _add_review_options,
     "evaluate": _add_evaluate_options,
     "reduce": _add_reduce_options,
     "finetune": _add_finetune_options,

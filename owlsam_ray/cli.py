@@ -240,6 +240,22 @@ def _calibrate(config: RunConfig, options: argparse.Namespace, console: Console)
     }
 
 
+def _review_list(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from owlsam_ray.progress import CountDisplay
+    from owlsam_ray.reduce.review import review_list
+    from owlsam_ray.reduce.sampling import SampleOptions
+
+    wanted = SampleOptions(
+        by=options.by,
+        per_cell=options.per_cell,
+        bins=options.bins,
+        whole_images=options.whole_images,
+        seed=options.seed,
+    )
+    with CountDisplay(console, interval_s=config.logging.progress_s) as display:
+        return review_list(config, wanted, out=absolute(options.out) if options.out else None, show=display.show)
+
+
 def _evaluate(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if options.ground_truth or options.predictions or options.kind or options.lvis:
         raise ConfigError(
@@ -399,6 +415,7 @@ _COMMANDS = {
     "annotate": _annotate,
     "calibrate": _calibrate,
     "reduce": _reduce,
+    "review-list": _review_list,
     "evaluate": _evaluate,
 }
 _ON_DIRECTORY = {"verify": _verify, "status": _status}

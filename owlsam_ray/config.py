@@ -479,7 +479,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "reduce": config.reduce.model_copy(
                 update={
                     name: absolute(value)
-                    for name in ("out", "operating_points", "corrections", "scratch")
+                    for name in ("out", "operating_points", "corrections", "corrections_base", "scratch")
                     if (value := getattr(config.reduce, name))
                 }
             ),
