@@ -85,8 +85,12 @@ def _runs_and_box(data, height):  # type: ignore[no-untyped-def]
 def _draw(runs, height, x0, y0, pixels):  # type: ignore[no-untyped-def]
     """Set the pixels of every second run, in a picture that begins at x0 - 1, y0 - 1."""
     for index in range(1, len(runs), 2):
-        for position in range(runs[index - 1], runs[index]):
-            pixels[position % height - y0 + 1, position // height - x0 + 1] = 1
+        row, column = runs[index - 1] % height, runs[index - 1] // height
+        for _ in range(runs[index] - runs[index - 1]):
+            pixels[row - y0 + 1, column - x0 + 1] = 1
+            row += 1
+            if row == height:
+                row, column = 0, column + 1
 
 
 @compiled
