@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from owlsam_ray.calibrate.table import target_words
 
@@ -71,6 +72,9 @@ def _draw_scores(axes: Axes, bins: list[dict[str, Any]]) -> None:
     axes.bar(places, [each["count"] for each in bins], width=0.09, color=_BLUE)
     axes.set_xlim(0, 1)
     axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("score")
     axes.set_ylabel("detections (log)")
 
@@ -93,7 +97,7 @@ def _draw_points(axes: Axes, rows: list[dict[str, Any]], number: int, target: di
     axes.set_xlim(0, 1.02)
     axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=7.5)
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, frameon=False, fontsize=8)
 
 
 def _label(row: dict[str, Any]) -> str:
