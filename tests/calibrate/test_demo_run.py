@@ -113,7 +113,7 @@ def test_thresholds_hold_on_the_other_half(
         total = counted["categories"]
         lines += [
             f"fitted on half {fitted}, held against half {held}: {total} categories with at least {EXAMPLES} examples "
-            f"in each. Held out {counted['within']} reach {PRECISION} within the interval, {counted['strict']} outright;",
+            f"in each. Held out {counted['within']} reach {PRECISION} within, {counted['strict']} outright;",
             f"  calibrate says so of {counted['reached']}, of which {counted['word']} do; at the bare ratio "
             f"{counted['bare_within']} do, {counted['bare']} outright",
             f"  precision of everything {before:.3f}, above 0.5 {right / kept:.3f}",
