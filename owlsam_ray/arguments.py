@@ -403,7 +403,11 @@ def _add_review_options(command: argparse.ArgumentParser) -> None:
         help="as many from each score bin, the nearest to the threshold, or the lowest (default: %(default)s)",
     )
     command.add_argument(
-        "--per-cell", type=_positive, default=10, metavar="N", help="of each category (and score bin; default: %(default)s)"
+        "--per-cell",
+        type=_positive,
+        default=10,
+        metavar="N",
+        help="of each cell (default: %(default)s)",
     )
     command.add_argument("--bins", type=_positive, default=10, metavar="N", help="of scores (default: %(default)s)")
     command.add_argument(
