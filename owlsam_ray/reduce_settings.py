@@ -50,9 +50,13 @@ class ReduceConfig(Section):
     were merged."""
     images_per_file: PositiveInt | None = None
     """Cut `coco` and `lvis` into files of at most so many images, at borders of shards; default: one file."""
+    label_studio_url: Name | None = None
+    """What stands before the file names in the tasks of `label_studio`: `/data/local-files/?d=set/images/`, or
+    `https://host/images/`; default: the manifest's URIs, such as `s3://…`, which Label Studio opens through a storage
+    of the project."""
     corrections: Name | None = None
-    """A COCO file of a review tool, replayed over the labels; what it says and the machine found meets by annotation
-    id, so it fits whatever is decided otherwise."""
+    """A COCO file of a review tool, or the JSON export of a Label Studio project, replayed over the labels. What it
+    says and what the machine found meet by annotation id, so it fits whatever is decided otherwise."""
     corrections_scope: Literal["auto", "images", "annotations"] = "auto"
     """`images`: each image of that file has exactly the file's annotations (with a field `owlsam_reviewed` at the
     images: those where it is true). `annotations`: only what the file names was looked at. `auto`: as the file's

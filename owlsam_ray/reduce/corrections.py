@@ -38,6 +38,7 @@ from owlsam_ray.errors import GuardError, InputError
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.corrections_report import CorrectionsOutput, conflict_line
 from owlsam_ray.reduce.decisions import Decisions
+from owlsam_ray.reduce.label_studio_export import open_corrections
 from owlsam_ray.reduce.overlay import CORRECTION_SCHEMA, DELETED, ENTRY, IMAGE, REJECTED, SPARED, StoredOverlay
 from owlsam_ray.reduce.overlay_store import ShardRows
 from owlsam_ray.reduce.proof import ShardRules
@@ -102,7 +103,7 @@ def load_corrections(
     url = settings.corrections
     if url is None:
         return None
-    with open_document(url) as document:
+    with open_corrections(url) as document:
         if not document.has("images") or not document.has("annotations"):
             raise InputError(f"reduce.corrections {url} is not a COCO file: it lacks `images` or `annotations`")
         origin = _read_origin(document, settings, rules)

@@ -6,11 +6,13 @@ read.py lvis LVIS
 read.py lvis_results RESULTS LVIS
 read.py yolo FOLDER IMAGES
 read.py parquet ANNOTATIONS IMAGES
+read.py label_studio TASKS CONFIG
 """
 
 import contextlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,32 @@ def read_parquet(annotations: str, images: str) -> dict[str, Any]:
     }
 
 
+def read_label_studio(tasks: str, config: str) -> dict[str, Any]:
+    """With Label Studio's SDK: what is wrong with tasks and predictions; and its converter to COCO, for which every
+    prediction is accepted as somebody's annotation.
+    """
+    from label_studio_sdk.converter import Converter  # type: ignore[import-not-found]
+    from label_studio_sdk.label_interface import LabelInterface  # type: ignore[import-not-found]
+
+    interface = LabelInterface(Path(config).read_text(encoding="utf-8"))
+    listed = json.loads(Path(tasks).read_text(encoding="utf-8"))
+    # Apart from its predictions: with them `validate_task` of 2.1.2 raises a TypeError.
+    wrong = [f"task {task['data']}" for task in listed if not interface.validate_task({"data": task["data"]})]
+    accepted = []
+    for number, task in enumerate(listed):
+        for prediction in task["predictions"]:
+            wrong += interface.validate_prediction(prediction, return_errors=True)
+        annotations = [{"result": prediction["result"]} for prediction in task["predictions"]]
+        accepted.append({"id": number, "data": task["data"], "annotations": annotations})
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "export.json")
+        source.write_text(json.dumps(accepted), encoding="utf-8")
+        converter = Converter(config, project_dir=folder, download_resources=False)
+        converter.convert_to_coco(str(source), folder, is_dir=False)
+        coco = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+    return {"wrong": wrong, "coco": {key: coco[key] for key in ("images", "annotations", "categories")}}
+
+
 def _counts(images: Any, annotations: Any, categories: Any) -> dict[str, int]:
     return {"num_images": len(images), "num_annotations": len(annotations), "num_categories": len(categories)}
 
@@ -135,6 +163,7 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "lvis_results": read_lvis_results,
     "yolo": read_yolo,
     "parquet": read_parquet,
+    "label_studio": read_label_studio,
 }
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 
 from owlsam_ray.config import RunConfig
 from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
@@ -26,7 +27,7 @@ from owlsam_ray.reduce.run import reduce_run
 from tests.runs import ROOT, label_here
 
 PYTHON = ROOT / ".venv-readers" / "bin" / "python"
-FORMATS = ["coco", "coco_results", "lvis", "yolo", "yolo_segment", "parquet"]
+FORMATS = ["coco", "coco_results", "lvis", "yolo", "yolo_segment", "parquet", "label_studio"]
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-readers: call tests/readers/install.sh")
 
@@ -249,9 +250,30 @@ def test_duckdb_reads_the_tables(labels: Labels) -> None:
 
 
 def test_label_studio_reads_its_tasks(labels: Labels) -> None:
-    pytest.importorskip("owlsam_ray.reduce.label_studio", reason="format label_studio is not there yet")
-    out = labels.polygons.with_name("label_studio")
-    settings = labels.config.reduce.model_copy(update={"out": str(out), "formats": ("label_studio",)})
-    files = reduce_run(labels.config.model_copy(update={"reduce": settings}))["files"]
-    seen = read("label_studio", *(out / name for name in files if name != "failures.jsonl"))
-    assert {key: seen[key] for key in ("num_images", "num_annotations")}.items() <= labels.counts.items()
+    seen = read("label_studio", labels.out / "label_studio.json", labels.out / "label_studio_config.xml")
+    assert seen["wrong"] == []
+    coco = seen["coco"]
+    assert {each["name"]: each["id"] for each in coco["categories"]} == {
+        each["name"]: each["id"] for each in labels.tree["categories"]
+    }
+    assert [Path(image["file_name"]).name for image in coco["images"]] == [
+        Path(image["file_name"]).name for image in labels.tree["images"]
+    ]
+    theirs: dict[int, list[dict[str, Any]]] = {number: [] for number in range(len(coco["images"]))}
+    for each in coco["annotations"]:
+        theirs[each["image_id"]].append(each)
+    for number, (image, ours) in enumerate(zip(labels.tree["images"], labels.of_image.values(), strict=True)):
+        # Their converter takes first what one of the two tools drew, then the other's.
+        found: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        for each in theirs[number]:
+            found[bool(each["segmentation"])].append(each)
+        for is_polygon, regions in found.items():
+            own = [each for each in ours if ("segmentation" in each) == is_polygon]
+            assert [each["category_id"] for each in regions] == [each["category_id"] for each in own]
+            for each, region in zip(own, regions, strict=True):
+                box = each["mask_bbox"] if is_polygon else each["bbox"]
+                np.testing.assert_allclose(region["bbox"], box, atol=2e-3)
+                if is_polygon:
+                    corners = [[round(side, 2) for side in polygon] for polygon in region["segmentation"]]
+                    rle = coco_mask.merge(coco_mask.frPyObjects(corners, image["height"], image["width"]))
+                    assert int(coco_mask.area(rle)) == each["area"]
