@@ -7,10 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 wanted=tests/readers/requirements.txt
 installed=.venv-readers/installed.txt
 cmp -s "$wanted" "$installed" && exit 0
-python=.venv/bin/python
-[ -x "$python" ] || python=python3
 rm -rf .venv-readers
-if ! { "$python" -m venv .venv-readers && .venv-readers/bin/pip install --quiet --disable-pip-version-check -r "$wanted"; }; then
+if ! { "${PYTHON:-python3}" -m venv .venv-readers && .venv-readers/bin/pip install --quiet --disable-pip-version-check -r "$wanted"; }; then
     rm -rf .venv-readers
     echo "cannot install $wanted. The tests of the readers are skipped." >&2
     exit 0
