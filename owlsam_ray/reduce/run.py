@@ -20,7 +20,6 @@ from owlsam_ray.guard import RunRecord, check_config, check_writable, load_recor
 from owlsam_ray.ledger import done_shards
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.coco import ANNOTATIONS, FAILURES, FailuresOutput
-from owlsam_ray.reduce.corrections import load_corrections
 from owlsam_ray.reduce.corrections_report import summary_of
 from owlsam_ray.reduce.executors import map_in_order, num_workers
 from owlsam_ray.reduce.formats import outputs_of
@@ -206,7 +205,14 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
         points = load_operating_points(settings.operating_points, fingerprint=fingerprint)
     decisions = resolve_decisions(settings, record, score_floor, points)
     rules = ShardRules(fingerprint, record.ids_per_image, len(record.categories))
-    corrections = load_corrections(settings, manifest, rules, decisions, categories=record.categories, scratch=scratch)
+    corrections = None
+    if settings.corrections is not None:
+        # Imported here: others need neither OpenCV nor pycocotools.
+        from owlsam_ray.reduce.corrections import load_corrections
+
+        corrections = load_corrections(
+            settings, manifest, rules, decisions, categories=record.categories, scratch=scratch
+        )
     job = Job(
         run_url=manifest.run_url,
         manifest=manifest,
