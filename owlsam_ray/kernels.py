@@ -154,9 +154,9 @@ def _write_floats(values: NDArray[np.float32], data: NDArray[np.uint8], lengths:
         data[row, : len(text)] = np.frombuffer(text.encode(), np.uint8)
 
 
-_SMALLEST = -6
+_SMALLEST = -9
 _TENS = np.array([float(f"1e{exponent}") for exponent in range(_SMALLEST, 24)])
-"""Powers of ten, from 10^-6 on."""
+"""Powers of ten, from 10^-9 on."""
 
 
 @compiled
@@ -189,14 +189,14 @@ def _float_texts(values, bits, below, above, tens, data, lengths):  # type: igno
             lengths[row] = -1
             continue
         first, last = np.uint32(low_floor) + np.uint32(1), np.uint32(high_floor)
-        step, dropped = np.uint32(1), 0
+        step, shorter, dropped = np.uint32(1), last, 0
         while dropped < 9:
-            longer = step * ten
-            if last - last % longer < first:
+            shorter //= ten
+            if shorter * (step * ten) < first:
                 break
-            step, dropped = longer, dropped + 1
+            step, dropped = step * ten, dropped + 1
         # The multiple of `step` that is nearest, among those in between.
-        quotient = scaled / step + 0.5
+        quotient = scaled * tens[-dropped - _SMALLEST] + 0.5
         whole = np.floor(quotient)
         if quotient - whole < unsure or quotient - whole > 1 - unsure:
             lengths[row] = -1
