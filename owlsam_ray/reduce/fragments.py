@@ -5,7 +5,6 @@ A process holds one shard at a time, so memory does not grow with the run. What 
 
 import contextlib
 import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -17,6 +16,7 @@ import pyarrow as pa
 from owlsam_ray import storage
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.decisions import Decisions
+from owlsam_ray.reduce.folder import FOLDER_ENTRIES, put_folder
 from owlsam_ray.reduce.labels import Counts, Overlay, read_labels
 from owlsam_ray.reduce.outputs import FileSpan, Head, Output
 from owlsam_ray.reduce.proof import ShardRules
@@ -170,23 +170,23 @@ class Fragments:
             yield file
 
     def install_folder(self, name: str, more: dict[str, bytes]) -> int:
-        """Put the rendered files under a folder of the output directory.
+        """Put the rendered files, and then some more, into a folder of the output directory.
 
-        On a disk the whole folder appears at once, in the place of an earlier one. On an object store, where nothing
-        can be renamed, the files are copied one by one, and `more` comes last.
+        What is there under other names stays. The last of `more` says that the rest is complete: an earlier one goes
+        first. On a disk each folder of files appears at once, in the place of an earlier one; on an object store, where
+        nothing can be renamed, the files are copied one by one.
         """
         source, target = storage.join(self._job.scratch, _FOLDER, self._output), storage.join(self._out_url, name)
-        if "://" in target:
+        for entry in reversed(FOLDER_ENTRIES[1:]):
+            storage.remove(storage.join(target, entry))
+        if "://" in target or "://" in source:
             for path, _ in storage.walk_files(source):
                 storage.write_atomic(storage.join(target, path), storage.read_bytes(storage.join(source, path)))
-            for path, data in more.items():
-                storage.write_atomic(storage.join(target, path), data)
         else:
-            for path, data in more.items():
-                with _create(storage.join(source, path)) as file:
-                    file.write(data)
-            os.makedirs(source, exist_ok=True)
-            _swap(source, target)
+            os.makedirs(target, exist_ok=True)
+            put_folder(os.path.join(source, FOLDER_ENTRIES[0]), os.path.join(target, FOLDER_ENTRIES[0]))
+        for path, data in more.items():
+            storage.write_atomic(storage.join(target, path), data)
         return self._num_files + len(more)
 
     def _of(self, section: str, span: FileSpan | None) -> list[tuple[int, str]]:
@@ -206,17 +206,3 @@ def _copy_in_kernel(source: IO[bytes], out: IO[bytes], wanted: int) -> int:
             copied += step
         out.seek(0, os.SEEK_END)
     return copied
-
-
-def _swap(source: str, target: str) -> None:
-    """Put a folder in the place of another one."""
-    old = f"{source}.old"
-    if os.path.lexists(target):
-        os.rename(target, old)
-    try:
-        os.rename(source, target)
-    except OSError:
-        if os.path.lexists(old):
-            os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

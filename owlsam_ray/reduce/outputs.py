@@ -79,7 +79,7 @@ class Parts(Protocol):
         """A file of the output directory, which appears whole or not at all."""
 
     def install_folder(self, name: str, more: dict[str, bytes]) -> int:
-        """Put all `files` of this output, and some more, under this folder of the output directory; how many."""
+        """Put all `files` of this output, and then some more, into this folder of the output directory; how many."""
 
 
 class Output(Protocol):

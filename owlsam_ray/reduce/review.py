@@ -26,10 +26,11 @@ from owlsam_ray.kernels import text_bytes
 from owlsam_ray.ledger import done_shards
 from owlsam_ray.reduce.coco import category_entry
 from owlsam_ray.reduce.executors import map_in_order
+from owlsam_ray.reduce.folder import claimed_folder, plain_url
 from owlsam_ray.reduce.fragments import Job
 from owlsam_ray.reduce.json_rows import LINE_END, annotation_lines, dump_json, image_lines
 from owlsam_ray.reduce.labels import ShardLabels, read_labels
-from owlsam_ray.reduce.run import COCO_FOLDER, Reduction, claimed_folder, open_run, plain_url, prepare
+from owlsam_ray.reduce.run import COCO_FOLDER, Reduction, open_run, prepare
 from owlsam_ray.reduce.sampling import Picks, SampleOptions, pick, why
 
 REVIEW_FOLDER = "review"

@@ -1,10 +1,6 @@
 """A labelled run → its label files, and the proof that every image is accounted for."""
 
-import contextlib
 import logging
-import secrets
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +11,13 @@ import msgspec
 from owlsam_ray import __version__, storage
 from owlsam_ray.config import ResourcesConfig, RunConfig
 from owlsam_ray.errors import IncompleteError, InputError
-from owlsam_ray.fence import ATTEMPTS, SETUP, Attempt, Slice, claim, live_attempts
-from owlsam_ray.guard import RunRecord, check_config, check_writable, load_record, load_run_manifest, run_directory
+from owlsam_ray.guard import RunRecord, check_config, load_record, load_run_manifest, run_directory
 from owlsam_ray.ledger import done_shards
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.coco import ANNOTATIONS, FAILURES, FailuresOutput
 from owlsam_ray.reduce.corrections_report import summary_of
 from owlsam_ray.reduce.executors import map_in_order, num_workers
+from owlsam_ray.reduce.folder import SUMMARY_FILE, claimed_folder, files_of_before, plain_url, remove_output
 from owlsam_ray.reduce.formats import outputs_of
 from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, Job, write_chunk
 from owlsam_ray.reduce.labels import Counts
@@ -32,8 +28,6 @@ from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
 from owlsam_ray.reduce_settings import ReduceConfig
 
 COCO_FOLDER = "coco"
-SUMMARY_FILE = "reduce.json"
-_SCRATCH = "fragments-"
 _CHUNKS_PER_WORKER = 8
 """So that the last chunks end at about the same time."""
 _MOST_SHARDS = 64
@@ -176,17 +170,15 @@ class Reduction:
 
     def _assemble(self, head: Head, results: list[ChunkResult]) -> list[str]:
         """Put the files in their places. `reduce.json` tells which belong together: it goes first and comes last."""
-        summary_url = storage.join(self.out_url, SUMMARY_FILE)
-        before = _files_of(summary_url)
-        storage.remove(summary_url)
+        before = files_of_before(self.out_url)
         files: list[str] = []
         for output in self.job.outputs:
             files += output.assemble(Fragments(self.job, output.name, self.out_url, head, self.spans, results))
         for name in sorted(before - set(files)):
-            _remove(storage.join(self.out_url, name))
+            remove_output(self.out_url, name)
         summary = {"info": head.info["owlsam_ray"], "files": files} | ({"told": head.told} if head.told else {})
         text = msgspec.json.format(msgspec.json.encode(summary, order="deterministic"), indent=1)
-        storage.write_atomic(summary_url, text)
+        storage.write_atomic(storage.join(self.out_url, SUMMARY_FILE), text)
         return files
 
 
@@ -349,75 +341,3 @@ def _summary(num_images: int, counts: Counts, unlabelled: int) -> dict[str, Any]
         "failed_by_reason": dict(sorted(counts.failed.items())),
         "flagged_by_reason": dict(sorted(counts.flagged.items())),
     }
-
-
-@contextlib.contextmanager
-def claimed_folder(config: RunConfig, out_url: str) -> Iterator[tuple[Attempt, str]]:
-    """Write to a directory as the only one; with a folder for the fragments, gone afterwards.
-
-    Raises:
-        InputError: it cannot be written.
-        AttemptLiveError: another call writes there.
-    """
-    check_writable(out_url)
-    with (
-        claim(
-            out_url,
-            scope=SETUP,
-            part=Slice(),
-            heartbeat_s=config.resources.heartbeat_s,
-            takeover_s=config.resources.takeover_s,
-        ) as attempt,
-        _scratch(config, out_url) as scratch,
-    ):
-        yield attempt, scratch
-    if not live_attempts(out_url):
-        _remove(storage.join(out_url, ATTEMPTS))  # it is no place to look for what has happened
-
-
-@contextlib.contextmanager
-def _scratch(config: RunConfig, out_url: str) -> Iterator[str]:
-    """A folder for the fragments, gone afterwards; what killed reduces of this directory have left goes first."""
-    storage.remove_stale_temporaries(out_url, older_than_s=0)  # the claim says that nobody else works here
-    root = config.reduce.scratch
-    if root is None and "://" in out_url and config.reduce.executor == "local":
-        with tempfile.TemporaryDirectory(prefix="owlsam-reduce-") as folder:
-            yield folder
-        return
-    root = plain_url(root or out_url)
-    if config.reduce.scratch is None:
-        for name in storage.list_names(root):
-            if name.startswith(_SCRATCH):
-                _remove(storage.join(root, name))
-    folder = storage.join(root, f"{_SCRATCH}{secrets.token_hex(4)}")
-    try:
-        yield folder
-    finally:
-        _remove(folder)
-
-
-def plain_url(url: str) -> str:
-    """A path for what lies on a disk, be it written as a URL; other URLs as they are."""
-    filesystem, path = storage.open_filesystem(url)
-    return path if storage.is_local(filesystem) else url
-
-
-def _remove(url: str) -> None:
-    """Delete a file, or a folder with all that is in it, where there is such a thing."""
-    if "://" not in url:
-        shutil.rmtree(url, ignore_errors=True)
-    else:
-        for path, _ in storage.walk_files(url):
-            storage.remove(storage.join(url, path))
-    with contextlib.suppress(IsADirectoryError):
-        storage.remove(url)
-
-
-def _files_of(summary_url: str) -> set[str]:
-    """Files of an earlier reduce into the same directory."""
-    try:
-        files = msgspec.json.decode(storage.read_bytes(summary_url))["files"]
-    except (FileNotFoundError, msgspec.DecodeError, KeyError, TypeError):
-        return set()
-    # A name that leaves the directory was not written by us.
-    return {name for name in files if isinstance(name, str) and name and "/" not in name and name not in (".", "..")}

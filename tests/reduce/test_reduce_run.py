@@ -158,6 +158,36 @@ def test_two_at_once_on_one_directory_are_refused(labelled: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(_FILES)
 
 
+def test_what_people_keep_beside_the_files_stays(labelled: Path, tmp_path: Path) -> None:
+    """Pictures in the folder of YOLO, files whose names are near ours; only ours go when they are not asked for."""
+    kept = ("yolo/images/a.jpg", "yolo/notes.txt", "fragments-mine/x", ".tmp-mine", "attempts/mine.json", "mine.json")
+    for name in kept:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    reduced(labelled, tmp_path, "formats=[coco, yolo]")
+    first = contents(tmp_path)
+    reduced(labelled, tmp_path, "formats=[yolo]", "score_threshold=0.5")
+    assert "annotations.json" not in contents(tmp_path)
+    assert contents(tmp_path)["yolo/labels/train/000000000001.txt"] != first["yolo/labels/train/000000000001.txt"]
+    reduced(labelled, tmp_path)
+    assert contents(tmp_path) == {name: name.encode() for name in kept} | {name: first[name] for name in _FILES[:2]} | {
+        "reduce.json": contents(tmp_path)["reduce.json"]
+    }
+    reduced(labelled, tmp_path, "formats=[coco, yolo]")
+    assert contents(tmp_path) == first
+    forged = {"files": ["mine.json", "../mine.json", "yolo/images"]}
+    (tmp_path / "reduce.json").write_text(json.dumps(forged))
+    reduced(labelled, tmp_path)
+    assert all((tmp_path / name).is_file() for name in kept)
+
+
+def test_a_run_directory_is_no_place_for_files(labelled: Path) -> None:
+    with pytest.raises(InputError, match="is a run directory"):
+        reduced(labelled, labelled / "run")
+    assert (labelled / "run" / "predictions").is_dir()
+
+
 def command(root: Path, out: Path | str, *overrides: str) -> list[str]:
     settings = [f"--set=reduce.{each}" for each in (f"out={out}", "workers=2", *overrides)]
     return [sys.executable, "-m", "owlsam_ray", "reduce", str(root / "run.yaml"), "--run", str(root / "run"), *settings]
@@ -243,7 +273,7 @@ def test_a_full_disk_leaves_nothing_that_is_wrong(
     assert ended.returncode in (2, 5), ended.stderr
     assert "No space left" in ended.stderr
     check_nothing_is_wrong(contents(out), versions)
-    assert not list(out.glob("fragments-*"))
+    assert not list(out.glob("owlsam-fragments-*"))
     (disk / "ballast").unlink()
     reduced(labelled, out)
     assert contents(out) == versions[0]

@@ -1,0 +1,162 @@
+"""The directory that a reduce writes to: claimed, with a place for fragments, and cleaned of what is ours alone.
+
+People keep other things there, be it by accident: nothing is deleted that does not have a name which only we give.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import msgspec
+
+from owlsam_ray import storage
+from owlsam_ray.config import RunConfig
+from owlsam_ray.errors import InputError
+from owlsam_ray.fence import ATTEMPTS, SETUP, Attempt, Slice, claim, live_attempts
+from owlsam_ray.guard import RUN_FILE, check_writable
+
+SUMMARY_FILE = "reduce.json"
+_SCRATCH = "owlsam-fragments-"
+_IS_SCRATCH = re.compile(rf"{_SCRATCH}[0-9a-f]{{8}}")
+_IS_TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{32}")
+_IS_ATTEMPT = re.compile(r"\d{8}T\d{6}Z-.+-\d+-[0-9a-f]{6}-setup(\.ended\.json|\.json|\.fenced|\.stop)")
+_IS_OURS = re.compile(
+    r"(annotations|lvis|label_studio)(-\d{5,}-of-\d{5,})?\.json|failures\.jsonl|results\.json|corrections\.json"
+    r"|label_studio_config\.xml|(annotations|images)\.parquet|yolo(_segment)?"
+)
+FOLDER_ENTRIES = ("labels", "train.txt", "renamed.jsonl", "data.yaml")
+"""What is ours in a folder of a format; people put their pictures beside it."""
+
+
+@contextlib.contextmanager
+def claimed_folder(config: RunConfig, out_url: str) -> Iterator[tuple[Attempt, str]]:
+    """Write to a directory as the only one; with a folder for the fragments, gone afterwards.
+
+    Raises:
+        InputError: it cannot be written, or is a run directory.
+        AttemptLiveError: another call writes there.
+    """
+    if storage.exists(storage.join(out_url, RUN_FILE)):
+        raise InputError(f"{out_url} is a run directory: write to a folder in it, or elsewhere")
+    check_writable(out_url)
+    try:
+        with (
+            claim(
+                out_url,
+                scope=SETUP,
+                part=Slice(),
+                heartbeat_s=config.resources.heartbeat_s,
+                takeover_s=config.resources.takeover_s,
+            ) as attempt,
+            _scratch(config, out_url) as scratch,
+        ):
+            yield attempt, scratch
+    finally:
+        with contextlib.suppress(OSError):
+            _forget_attempts(out_url)
+
+
+def _forget_attempts(out_url: str) -> None:
+    """No place to look for what has happened: dead claims go, and the folder when nothing else is in it."""
+    if live_attempts(out_url):
+        return
+    folder = storage.join(out_url, ATTEMPTS)
+    for name in storage.list_names(folder):
+        if _IS_ATTEMPT.fullmatch(name):
+            storage.remove(storage.join(folder, name))
+    if "://" not in folder:
+        os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def _scratch(config: RunConfig, out_url: str) -> Iterator[str]:
+    """A folder for the fragments, gone afterwards; what killed reduces of this directory have left goes first."""
+    if "://" not in out_url:
+        for name in storage.temporary_files(out_url):  # the claim says that nobody else works here
+            if _IS_TEMPORARY.fullmatch(name):
+                os.unlink(os.path.join(out_url, name))
+    root = config.reduce.scratch
+    if root is None and "://" in out_url and config.reduce.executor == "local":
+        with tempfile.TemporaryDirectory(prefix="owlsam-reduce-") as folder:
+            yield folder
+        return
+    root = plain_url(root or out_url)
+    if config.reduce.scratch is None:
+        for name in storage.list_names(root):
+            if _IS_SCRATCH.fullmatch(name):
+                _remove_tree(storage.join(root, name))
+    folder = storage.join(root, f"{_SCRATCH}{secrets.token_hex(4)}")
+    try:
+        yield folder
+    finally:
+        _remove_tree(folder)
+
+
+def plain_url(url: str) -> str:
+    """A path for what lies on a disk, be it written as a URL; other URLs as they are."""
+    filesystem, path = storage.open_filesystem(url)
+    return path if storage.is_local(filesystem) else url
+
+
+def files_of_before(out_url: str) -> set[str]:
+    """Files and folders of an earlier reduce into the same directory; the list itself is deleted.
+
+    Until the next one is complete no `reduce.json` says that files belong together.
+    """
+    url = storage.join(out_url, SUMMARY_FILE)
+    try:
+        files = msgspec.json.decode(storage.read_bytes(url))["files"]
+    except (FileNotFoundError, msgspec.DecodeError, KeyError, TypeError):
+        files = []
+    storage.remove(url)
+    return {name for name in files if isinstance(name, str) and _IS_OURS.fullmatch(name)}
+
+
+def remove_output(out_url: str, name: str) -> None:
+    """Delete a file of an earlier reduce, or what is ours in a folder of one."""
+    url = storage.join(out_url, name)
+    if not name.startswith("yolo"):
+        storage.remove(url)
+        return
+    for entry in reversed(FOLDER_ENTRIES):
+        if entry == "labels":
+            _remove_tree(storage.join(url, entry))
+        else:
+            storage.remove(storage.join(url, entry))
+    if "://" not in url:
+        with contextlib.suppress(OSError):  # something else is in it
+            os.rmdir(url)
+
+
+def put_folder(source: str, target: str) -> None:
+    """Put a folder of a disk in the place of another one, at once."""
+    around, name = os.path.split(target)
+    stale = re.compile(rf"\.tmp-{re.escape(name)}-[0-9a-f]{{32}}(\.old)?")
+    for each in os.listdir(around):
+        if stale.fullmatch(each):
+            _remove_tree(os.path.join(around, each))
+    aside = os.path.join(around, f".tmp-{name}-{secrets.token_hex(16)}")
+    os.makedirs(source, exist_ok=True)
+    shutil.move(source, aside)  # copies, where the fragments lie on another disk
+    old = f"{aside}.old"
+    if os.path.lexists(target):
+        os.rename(target, old)
+    os.rename(aside, target)
+    if os.path.lexists(old):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_tree(url: str) -> None:
+    """Delete a folder of ours with all that is in it, where there is such a thing; of a link only the link."""
+    if "://" not in url:
+        if os.path.islink(url):
+            os.unlink(url)
+        else:
+            shutil.rmtree(url, ignore_errors=True)
+        return
+    for path, _ in storage.walk_files(url):
+        storage.remove(storage.join(url, path))
