@@ -82,7 +82,7 @@ def join_rows(pieces: Sequence[Piece], num_rows: int) -> pa.LargeStringArray:
     )
     most = num_rows * (sum(map(len, literals)) + _WIDTH * (len(integers) + len(floats))) + len(data) + quoted + _SLACK
     row_ends, out = np.zeros(num_rows + 1, np.int64), np.empty(most, np.uint8)
-    _fill_rows(*arguments, out, row_ends)
+    _fill_rows(*arguments, _PAIRS, out, row_ends)
     return pa.LargeStringArray.from_buffers(num_rows, pa.py_buffer(row_ends), pa.py_buffer(out[: row_ends[-1]]))
 
 
@@ -147,7 +147,7 @@ def _write_floats(values: NDArray[np.float32], data: NDArray[np.uint8], lengths:
     """`float_texts`, into arrays that are there."""
     values = np.ascontiguousarray(values)
     bits = values.view(np.uint32)
-    _float_texts(values, bits, (bits - 1).view(np.float32), (bits + 1).view(np.float32), _TENS, data, lengths)
+    _float_texts(values, bits, (bits - 1).view(np.float32), (bits + 1).view(np.float32), _TENS, _PAIRS, data, lengths)
     left = np.flatnonzero(lengths < 0)
     for row, text in zip(left, pc.cast(pa.array(values[left]), pa.string()).to_pylist(), strict=True):
         lengths[row] = len(text)
@@ -159,19 +159,23 @@ _TENS = np.array([float(f"1e{exponent}") for exponent in range(_SMALLEST, 24)])
 """Powers of ten, from 10^-9 on."""
 
 
+_PAIRS = np.frombuffer("".join(f"{number:02d}" for number in range(100)).encode(), np.uint8).copy()
+"""`00` to `99`: two digits are one division."""
+
+
 @compiled
-def _float_texts(values, bits, below, above, tens, data, lengths):  # type: ignore[no-untyped-def]
+def _float_texts(values, bits, below, above, tens, pairs, data, lengths):  # type: ignore[no-untyped-def]
     """Digits at the left end of each row; -1 as the length where Arrow is to be asked.
 
-    Numbers of nine digits fit 32 bits, and unsigned ones are divided by ten in the fewest steps.
+    Numbers of nine digits fit 32 bits, and unsigned ones are divided by a constant in the fewest steps.
     """
     unsure = 1e-5  # far above the error of a scaled double: 1e9 × 2e-16
-    ten = np.uint32(10)
+    ten, hundred = np.uint32(10), np.uint32(100)
     for row in range(len(values)):
-        value = abs(np.float64(values[row]))
         if bits[row] == 0:
             data[row, 0], lengths[row] = 48, 1
             continue
+        value = abs(np.float64(values[row]))
         if not (1e-5 <= value < 1e7):
             lengths[row] = -1
             continue
@@ -180,15 +184,14 @@ def _float_texts(values, bits, below, above, tens, data, lengths):  # type: igno
         exponent += value >= tens[exponent + 1 - _SMALLEST]
         scale = 8 - exponent  # nine digits before the point
         factor = tens[scale - _SMALLEST]
-        scaled = value * factor
         low = (value + abs(np.float64(below[row]))) * 0.5 * factor
         high = (value + abs(np.float64(above[row]))) * 0.5 * factor
-        low_floor, high_floor = np.floor(low), np.floor(high)
-        low_rest, high_rest = low - low_floor, high - high_floor
-        if min(low_rest, high_rest) < unsure or max(low_rest, high_rest) > 1 - unsure:
+        first, last = np.uint32(np.int64(low)), np.uint32(np.int64(high))
+        low_rest, high_rest = low - first, high - last
+        if (min(low_rest, high_rest) < unsure) | (max(low_rest, high_rest) > 1 - unsure):
             lengths[row] = -1
             continue
-        first, last = np.uint32(low_floor) + np.uint32(1), np.uint32(high_floor)
+        first += np.uint32(1)
         step, shorter, dropped = np.uint32(1), last, 0
         while dropped < 9:
             shorter //= ten
@@ -196,12 +199,12 @@ def _float_texts(values, bits, below, above, tens, data, lengths):  # type: igno
                 break
             step, dropped = step * ten, dropped + 1
         # The multiple of `step` that is nearest, among those in between.
-        quotient = scaled * tens[-dropped - _SMALLEST] + 0.5
-        whole = np.floor(quotient)
-        if quotient - whole < unsure or quotient - whole > 1 - unsure:
+        quotient = value * factor * tens[-dropped - _SMALLEST] + 0.5
+        digits = np.uint32(np.int64(quotient))
+        rest = quotient - digits
+        if (rest < unsure) | (rest > 1 - unsure):
             lengths[row] = -1
             continue
-        digits = np.uint32(whole)
         if digits * step < first:
             digits += np.uint32(1)
         elif digits * step > last:
@@ -216,17 +219,24 @@ def _float_texts(values, bits, below, above, tens, data, lengths):  # type: igno
             before += 1
         end = place + before if decimals <= 0 else place + max(before, 1) + 1 + decimals
         lengths[row] = end
-        for position in range(end - 1, end - 1 + decimals, -1):  # zeros before the point that are no digits
-            data[row, position] = 48
-        for _ in range(decimals):
-            end -= 1
-            data[row, end] = 48 + digits % ten
-            digits //= ten
         if decimals > 0:
+            left = decimals
+            while left >= 2:
+                pair = digits % hundred
+                digits //= hundred
+                end -= 2
+                left -= 2
+                data[row, end], data[row, end + 1] = pairs[2 * pair], pairs[2 * pair + 1]
+            if left:
+                end -= 1
+                data[row, end] = 48 + digits % ten
+                digits //= ten
             end -= 1
             data[row, end] = 46
         else:
-            end += decimals
+            for _ in range(-decimals):  # zeros before the point that are no digits
+                end -= 1
+                data[row, end] = 48
         while end > place:
             end -= 1
             data[row, end] = 48 + digits % ten
@@ -259,9 +269,9 @@ def _specials(data, start, length):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _fill_rows(table, valid, literals, ends, data, bounds, integers, floats, float_ends, out, row_ends):  # type: ignore[no-untyped-def]
+def _fill_rows(table, valid, literals, ends, data, bounds, integers, floats, float_ends, pairs, out, row_ends):  # type: ignore[no-untyped-def]
     """Write the rows, and where each ends. With signed positions, which may count from the end, loops would be slow."""
-    position, one, ten = np.uint64(0), np.uint64(1), np.uint64(10)
+    position, one, two, ten, hundred = np.uint64(0), np.uint64(1), np.uint64(2), np.uint64(10), np.uint64(100)
     for row in range(valid.shape[1]):
         for piece in range(table.shape[1]):
             if not valid[piece, row]:
@@ -276,14 +286,19 @@ def _fill_rows(table, valid, literals, ends, data, bounds, integers, floats, flo
                     out[position] = 45
                     position += one
                 rest, width = np.uint64(abs(number)), one
-                while rest >= ten:
-                    rest //= ten
+                limit = ten
+                while rest >= limit and width < np.uint64(19):
+                    limit *= ten
                     width += one
-                rest = np.uint64(abs(number))
                 position += width
-                for back in range(one, width + one):
-                    out[position - back] = np.uint64(48) + rest % ten
-                    rest //= ten
+                back = position
+                while rest >= ten:
+                    pair = rest % hundred
+                    rest //= hundred
+                    back -= two
+                    out[back], out[back + one] = pairs[two * pair], pairs[two * pair + one]
+                if width & one:
+                    out[back - one] = np.uint64(48) + rest
             elif kind == _FLOAT:
                 length = float_ends[place, row]
                 _put(out, position, floats[place, row], np.uint64(0), length)

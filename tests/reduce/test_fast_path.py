@@ -141,3 +141,15 @@ def test_rows_join_pieces_around_nulls() -> None:
         rows = join_rows(pieces, count)
         assert rows.to_pylist() == expected
         assert bytes(text_bytes(rows)).decode() == "".join(expected)
+
+
+def test_integers_are_their_digits() -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    numbers = np.random.default_rng(seed)
+    powers = [10**power + more for power in range(19) for more in (-1, 0, 1)]
+    values = [*powers, *(-each for each in powers), *(int(each) for each in numbers.integers(-(2**62), 2**62, 1000))]
+    values += [int(each) for each in numbers.integers(-(10**6), 10**6, 1000)]
+    assert join_rows([Piece("", pa.array(values, pa.int64()))], len(values)).to_pylist() == [str(v) for v in values]
+    small = pa.array([0, None, 9, 10, 255], pa.uint8())
+    assert join_rows([Piece("<", small, ">")], 5).to_pylist() == ["<0>", "", "<9>", "<10>", "<255>"]
