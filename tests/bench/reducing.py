@@ -184,8 +184,7 @@ def reduce_plainly(run_url: str, manifest: Manifest, out: Path) -> None:
 
 
 def compare(root: Path, annotations: int, rounds: int) -> dict[str, Any]:
-    """Both ways in turns, each time in a process of its own, which has done it once before on a single shard."""
-    make_run(root / "warm", 1024 * PER_IMAGE)
+    """Both ways in turns, each time in a process of its own, which has done the same once before."""
     make_run(root / "compared", annotations)
     times: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": []}
     for _ in range(rounds):
@@ -204,7 +203,8 @@ def compare(root: Path, annotations: int, rounds: int) -> dict[str, Any]:
 
 def _timed(side: str, root: Path) -> tuple[float, float]:
     """Seconds of the CPU, which other processes of the machine change less, and of the clock."""
-    for folder in (root / "warm", root / "compared"):
+    folder = root / "compared"
+    for _ in range(2):
         config = load_config([folder / "run.yaml"], run=str(folder / "run"), overrides=["reduce.workers=1"])
         manifest = load_manifest(str(config.run), verify=False)
         assert manifest is not None
