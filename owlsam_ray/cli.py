@@ -78,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _all_overrides(options: argparse.Namespace) -> list[str]:
     """`--set`, and the options that stand for settings of the section `plan`."""
-    named = {name: getattr(options, name, None) for name in ("limit", "sample", "seed", "splits", "verify")}
+    named = {name: getattr(options, name, None) for name in ("limit", "sample", "splits", "verify")}
+    if hasattr(options, "sample"):  # other commands have a seed of their own
+        named["seed"] = options.seed
     wanted: list[str] | None = getattr(options, "categories", None)
     if wanted is not None:
         named["categories"] = [int(each) if each.isdecimal() else each for each in wanted]

@@ -28,7 +28,7 @@ def outputs_of(settings: ReduceConfig, record: RunRecord, decisions: Decisions) 
         "coco": lambda: CocoOutput(prompts, polygons=settings.segmentation == "polygon"),
         "coco_results": CocoResultsOutput,
         "label_studio": lambda: _label_studio(settings, record, decisions),
-        "lvis": lambda: LvisOutput.of(decisions, record.ids_per_image, prompts),
+        "lvis": lambda: LvisOutput.of(decisions, prompts),
         "parquet": lambda: TableOutput(tuple(category.name for category in decisions.categories), texts),
         "yolo": YoloOutput,
         "yolo_segment": lambda: YoloOutput(outlines=True),

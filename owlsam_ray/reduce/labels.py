@@ -26,6 +26,8 @@ IMAGE_SCHEMA = pa.schema(
         pa.field("height", pa.int32()),  # null only for failed images
         pa.field("width", pa.int32()),
         pa.field("extra", pa.string()),  # JSON object of the source's other fields
+        # The lowest score where inference kept as many detections as it may: below it, some may have been cut.
+        pa.field("limit_score", pa.float32()),
     ]
 )
 """One row for each image of a shard, failed ones too, in manifest order."""
@@ -170,10 +172,13 @@ def read_labels(
     sources = manifest.read_shard(shard)
     _, rows = prove_shard(run_url, shard, sources["image_id"], rules)
     first_ordinal, _ = manifest.shard_span(shard)
-    images = images_of(sources, rows, first_ordinal)
     lengths = pc.fill_null(pc.list_value_length(rows["det_index"]), 0).to_numpy()
     image = np.repeat(np.arange(rows.num_rows), lengths)
     detections = pa.table({name: pc.list_flatten(rows[name]).combine_chunks() for name in _OF_A_DETECTION})
+    limits = np.full(rows.num_rows, np.nan, np.float32)
+    is_last = detections["det_index"].to_numpy() == rules.ids_per_image - 1
+    limits[image[is_last]] = detections["score"].to_numpy()[is_last]
+    images = images_of(sources, rows, first_ordinal, limits)
     found = Found(shard, first_ordinal, images, detections, image)
     review = None if overlay is None else overlay.review(found, decisions)
     kept, left_out = decide(detections, image, decisions, None if review is None else review.pins)
@@ -218,12 +223,13 @@ def annotations_of(found: Found, kept: Columns, decisions: Decisions, ids_per_im
     )
 
 
-def images_of(sources: pa.Table, rows: pa.Table, first_ordinal: int) -> pa.Table:
+def images_of(sources: pa.Table, rows: pa.Table, first_ordinal: int, limits: NDArray[np.float32]) -> pa.Table:
     """`IMAGE_SCHEMA` of a shard: its rows of the manifest, and what became of them."""
     ordinals = pa.array(np.arange(first_ordinal, first_ordinal + rows.num_rows), pa.int64())
     made = {
         "ordinal": ordinals,
         "uri": pc.if_else(_single(sources["container"]).is_null(), _single(sources["uri"]), None),
+        "limit_score": pa.array(limits, from_pandas=True),
     }
     from_rows = ("status", "reason", "status_class", "height", "width")
     return pa.table(

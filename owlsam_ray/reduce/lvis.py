@@ -43,27 +43,29 @@ class LvisOutput:
     Images carry `neg_category_ids`, the categories that were asked for and not found, and
     `not_exhaustive_category_ids`, those found of which a limit may have cut some: the 300 best detections of an image
     (by score, of equal ones the first by id), `reduce.max_per_image` or `detector.max_detections`. In an image that
-    reached one of the latter two nothing is said to be absent. `coco_url` and what else the source tells is carried
-    along, but not its own two lists. A detection without a mask gets its box as the polygon, as LVIS's reader of
-    results does.
+    reached one of the latter two, with scores above a threshold, nothing is said to be absent. `coco_url` and what else
+    the source tells is carried along, but not its own two lists. A detection without a mask gets its box as the
+    polygon, as LVIS's reader of results does.
     """
 
     categories: tuple[Category, ...]
     """(C,) of the output."""
     asked: tuple[bool, ...]
     """(C,) those that the run looked for and no setting leaves out."""
-    ids_per_image: int
-    """K: det_index K - 1 says that inference kept as many as it may."""
+    least_score: float = -np.inf
+    """The lowest threshold of a category: what inference cut below it is no loss."""
     max_per_image: int | None = None
     prompts: tuple[str, ...] | None = None
     """See `CocoOutput`."""
     name: str = "lvis"
 
     @staticmethod
-    def of(decisions: Decisions, ids_per_image: int, prompts: tuple[str, ...] | None = None) -> "LvisOutput":
+    def of(decisions: Decisions, prompts: tuple[str, ...] | None = None) -> "LvisOutput":
         """For a reduce with these decisions."""
         asked = np.isin(np.arange(len(decisions.categories)), decisions.target).tolist()
-        return LvisOutput(decisions.categories, tuple(asked), ids_per_image, decisions.max_per_image, prompts)
+        thresholds = decisions.thresholds[decisions.target >= 0]
+        least = float(thresholds.min()) if len(thresholds) else np.inf
+        return LvisOutput(decisions.categories, tuple(asked), least, decisions.max_per_image, prompts)
 
     def render(self, labels: ShardLabels) -> Rendered:
         """Lines of images and annotations, and how often each category occurs."""
@@ -73,7 +75,10 @@ class LvisOutput:
             for each in (row_of[labels.annotations["image"].to_numpy()], labels.annotations["category"].to_numpy())
         )
         found = self._pairs(images, category)
-        is_full = self._is_full(labels.annotations, images, int(row_of[-1]) + 1 if len(row_of) else 0)
+        limits = labels.images["limit_score"].to_numpy()[labels.is_labelled]  # NaN where none was reached
+        is_full = limits > self.least_score
+        if self.max_per_image is not None:
+            is_full = is_full | (np.bincount(images, minlength=len(is_full)) >= self.max_per_image)
         best = _best(labels.annotations, images)
         cut = self._pairs(images[~best], category[~best])
         if not best.all():
@@ -121,15 +126,6 @@ class LvisOutput:
                 told["box_for_mask"],
             )
         return names
-
-    def _is_full(self, table: pa.Table, images: NDArray[np.int64], num_images: int) -> NDArray[np.bool_]:
-        """(images,) where a limit may have cut detections of any category."""
-        is_full = np.zeros(num_images, np.bool_)
-        is_last = table["id"].to_numpy() % self.ids_per_image == self.ids_per_image - 1
-        is_full[images[is_last & table["label"].is_valid().to_numpy()]] = True  # what people drew has no label
-        if self.max_per_image is not None:
-            is_full |= np.bincount(images, minlength=num_images) >= self.max_per_image
-        return is_full
 
     def _pairs(self, images: NDArray[np.int64], categories: NDArray[np.int64]) -> Pairs:
         count = max(1, len(self.categories))

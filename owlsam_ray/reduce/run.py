@@ -22,7 +22,7 @@ from owlsam_ray.reduce.formats import outputs_of
 from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, Job, write_chunk
 from owlsam_ray.reduce.labels import Counts
 from owlsam_ray.reduce.operating_points import load_operating_points
-from owlsam_ray.reduce.outputs import FileSpan, Head
+from owlsam_ray.reduce.outputs import Checked, FileSpan, Head
 from owlsam_ray.reduce.proof import ShardRules, check_all_present
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
 from owlsam_ray.reduce_settings import ReduceConfig
@@ -170,10 +170,17 @@ class Reduction:
 
     def _assemble(self, head: Head, results: list[ChunkResult]) -> list[str]:
         """Put the files in their places. `reduce.json` tells which belong together: it goes first and comes last."""
+        parts = [
+            (output, Fragments(self.job, output.name, self.out_url, head, self.spans, results))
+            for output in self.job.outputs
+        ]
+        for output, fragments in parts:
+            if isinstance(output, Checked):
+                output.check(fragments)
         before = files_of_before(self.out_url)
         files: list[str] = []
-        for output in self.job.outputs:
-            files += output.assemble(Fragments(self.job, output.name, self.out_url, head, self.spans, results))
+        for output, fragments in parts:
+            files += output.assemble(fragments)
         for name in sorted(before - set(files)):
             remove_output(self.out_url, name)
         summary = {"info": head.info["owlsam_ray"], "files": files} | ({"told": head.told} if head.told else {})

@@ -9,6 +9,8 @@ _MOST_BYTES_OF_ALL = 900
 """Object stores take keys of 1,024."""
 # Control characters, whatever ends a line of text for Python, and the backslash; dots in front, space at the end.
 _ODD = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u2028\u2029]|^\\.+$|^\\.|\\s$")
+# Readers put `labels` in the place of the last folder of this name, so that the only one must be ours.
+_IMAGES = re.compile(r"(^|/)images/")
 _FINE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
 
 
@@ -16,17 +18,21 @@ def safe_path(name: str, *, suffix: str = ".txt") -> str:
     """A relative path for an image's name: the same name in nearly all cases.
 
     What could leave the folder, hide a file, break a line of a list, or name a drive or a scheme is written as in URLs
-    (`../a` → `%2E./a`); so is the end of a folder's name that is `suffix`, because a file beside it may need that name.
-    Slashes at the start, the end, or behind another one go. Too long names are cut, and end in a hash.
+    (`../a` → `%2E./a`), and so is a folder `images`, and the end of a folder's name that is `suffix`, because a file
+    beside it may need that name. Slashes at the start, the end, or behind another one go. Too long names are cut, and
+    end in a hash.
 
     Args:
         name: any text.
         suffix: of the files that will stand beside or below it.
     """
-    if len(name) <= 200 and suffix not in name.lower() and _FINE.fullmatch(name):
+    if len(name) <= 200 and suffix not in name.lower() and _FINE.fullmatch(name) and not _IMAGES.search(name):
         return name
     parts = [part for part in name.split("/") if part] or [""]
-    folders = [_plain(_without_suffix(part, suffix), first=not index) for index, part in enumerate(parts[:-1])]
+    folders = [
+        _plain("%69mages" if part == "images" else _without_suffix(part, suffix), first=not index)
+        for index, part in enumerate(parts[:-1])
+    ]
     path = "/".join([*folders, _plain(parts[-1], first=len(parts) == 1)])
     if len(path.encode()) > _MOST_BYTES_OF_ALL:
         stem, dot, end = parts[-1].rpartition(".")

@@ -80,14 +80,17 @@ class YoloOutput:
             told | {"renamed": len(renamed)},
         )
 
-    def assemble(self, parts: Parts) -> list[str]:
-        """The folder.
+    def check(self, parts: Parts) -> None:
+        """Each image has a file of labels of its own.
 
         Raises:
-            InputError: two images would have one file of labels.
+            InputError: two would have the same.
         """
+        self._check_apart(np.frombuffer(_bytes(parts, "keys"), np.uint64), _bytes(parts, "train"))
+
+    def assemble(self, parts: Parts) -> list[str]:
+        """The folder."""
         train, renamed = _bytes(parts, "train"), _bytes(parts, "renamed")
-        self._check_apart(np.frombuffer(_bytes(parts, "keys"), np.uint64), train)
         names = {number: category.name for number, category in enumerate(parts.head.categories)}
         content = {"train": "train.txt", "val": "train.txt", "nc": len(names), "names": names}
         more = {"train.txt": train} | ({"renamed.jsonl": renamed} if renamed else {})

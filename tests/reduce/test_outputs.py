@@ -32,7 +32,7 @@ EVERYTHING = Decisions.all_of(CATEGORIES)
 ALL: tuple[Output, ...] = (
     CocoOutput(polygons=True),
     CocoResultsOutput(),
-    LvisOutput.of(EVERYTHING, K),
+    LvisOutput.of(EVERYTHING),
     YoloOutput(),
     YoloOutput(outlines=True),
     table.TableOutput(tuple(category.name for category in CATEGORIES), PROMPTS),
@@ -111,7 +111,7 @@ def test_no_annotation_at_all_is_an_empty_list_and_empty_tables(tmp_path: Path) 
 
 def test_lvis_lists_what_was_not_found_and_counts_over_shards(tmp_path: Path) -> None:
     manifest = random_run(tmp_path, 8, num_images=50, shard_size=6)
-    out = reduced(tmp_path, manifest, CocoOutput(), LvisOutput.of(EVERYTHING, K))
+    out = reduced(tmp_path, manifest, CocoOutput(), LvisOutput.of(EVERYTHING))
     plain, tree = tree_of(out / "annotations.json"), tree_of(out / "lvis.json")
     found: dict[int, set[int]] = {image["id"]: set() for image in plain["images"]}
     for each in plain["annotations"]:
@@ -141,9 +141,7 @@ def test_lvis_keeps_the_300_best_and_says_what_it_cut(tmp_path: Path) -> None:
     labels = [0] * 299 + [1, 1, 2]  # the 300 best hold one of two dogs and no bus
     manifest = run_of(tmp_path, [boxes_of(1, labels), boxes_of(2, [0] * 300)])
     settings = ReduceConfig(out=str(tmp_path / "coco"))
-    counts = reduce_shards(
-        str(tmp_path), manifest, settings, ids_per_image=1000, outputs=(LvisOutput.of(EVERYTHING, 1000),)
-    )
+    counts = reduce_shards(str(tmp_path), manifest, settings, ids_per_image=1000, outputs=(LvisOutput.of(EVERYTHING),))
     tree = tree_of(tmp_path / "coco" / "lvis.json")
     assert Counter(each["image_id"] for each in tree["annotations"]) == {1: 300, 2: 300}
     assert [each["id"] for each in tree["annotations"][:300]] == list(range(1000, 1300))
@@ -159,7 +157,7 @@ def test_lvis_claims_no_absence_where_a_limit_was_reached(tmp_path: Path) -> Non
     manifest = run_of(tmp_path, rows)
 
     def lists(decisions: Decisions) -> list[tuple[list[int], list[int]]]:
-        outputs = (LvisOutput.of(decisions, K),)
+        outputs = (LvisOutput.of(decisions),)
         settings = ReduceConfig(out=str(tmp_path / "coco"))
         reduce_shards(str(tmp_path), manifest, settings, decisions=decisions, outputs=outputs)
         images = tree_of(tmp_path / "coco" / "lvis.json")["images"]
@@ -168,6 +166,11 @@ def test_lvis_claims_no_absence_where_a_limit_was_reached(tmp_path: Path) -> Non
     assert lists(EVERYTHING) == [([], [7]), ([11], []), ([3, 11], []), ([7, 3, 11], [])]
     capped = Decisions(CATEGORIES, EVERYTHING.target, EVERYTHING.thresholds, max_per_image=2)
     assert lists(capped) == [([], [7]), ([], [7]), ([], [7]), ([7, 3, 11], [])]
+    # What is left out later does not undo the limit: the last detection of the first image may be the one.
+    small = Decisions(CATEGORIES, EVERYTHING.target, EVERYTHING.thresholds, min_mask_area=10**6)
+    assert lists(small)[0][0] == []
+    subset = Decisions(CATEGORIES, np.array([-1, 1, 2], np.int32), EVERYTHING.thresholds)
+    assert lists(subset)[0] == ([], [])
     # Nobody looked for buses, and the weakest of the first image is below the threshold: nothing above it was cut.
     strict = Decisions(CATEGORIES, np.array([0, 1, -1], np.int32), np.full(3, 0.55))
     assert lists(strict) == [([3], []), ([3], []), ([3], []), ([7, 3], [])]
@@ -175,7 +178,7 @@ def test_lvis_claims_no_absence_where_a_limit_was_reached(tmp_path: Path) -> Non
 
 def test_lvis_says_its_own_lists_where_the_source_has_some(tmp_path: Path) -> None:
     extra = {"neg_category_ids": [99], "coco_url": "http://x/1.jpg", "not_exhaustive_category_ids": [98]}
-    out = reduced(tmp_path, run_of(tmp_path, [boxes_of(1, [0])], extra=extra), LvisOutput.of(EVERYTHING, K))
+    out = reduced(tmp_path, run_of(tmp_path, [boxes_of(1, [0])], extra=extra), LvisOutput.of(EVERYTHING))
     text = (out / "lvis.json").read_text()
     assert text.count("neg_category_ids") == text.count("not_exhaustive_category_ids") == 1
     (image,) = tree_of(out / "lvis.json")["images"]
@@ -192,7 +195,7 @@ def test_lvis_knows_the_synsets_of_its_own_categories(tmp_path: Path) -> None:
         run_of(tmp_path, [boxes_of(1, [0])]),
         settings,
         categories=categories,
-        outputs=(LvisOutput.of(decisions, K),),
+        outputs=(LvisOutput.of(decisions),),
     )
     first, second, third = tree_of(tmp_path / "coco" / "lvis.json")["categories"]
     assert first["synset"] == "aerosol.n.02"
@@ -205,8 +208,8 @@ def test_lvis_knows_the_synsets_of_its_own_categories(tmp_path: Path) -> None:
 
 def test_lvis_is_cut_into_files_with_common_categories(tmp_path: Path) -> None:
     manifest = random_run(tmp_path, 9, num_images=30, shard_size=4)
-    whole = tree_of(reduced(tmp_path, manifest, LvisOutput.of(EVERYTHING, K)) / "lvis.json")
-    out = reduced(tmp_path, manifest, LvisOutput.of(EVERYTHING, K), out="cut", images_per_file=10)
+    whole = tree_of(reduced(tmp_path, manifest, LvisOutput.of(EVERYTHING)) / "lvis.json")
+    out = reduced(tmp_path, manifest, LvisOutput.of(EVERYTHING), out="cut", images_per_file=10)
     trees = [tree_of(path) for path in sorted(out.glob("lvis-*.json"))]
     assert len(trees) > 1
     assert [each for tree in trees for each in tree["images"]] == whole["images"]

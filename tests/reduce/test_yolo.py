@@ -47,6 +47,8 @@ HOSTILE = [
     "ü" * 200 + ".jpg",
     "trailing ",
     "a.txt/b.jpg",
+    "cam/images/x.jpg",
+    "images/images/x.jpg",
 ]
 
 
@@ -206,6 +208,9 @@ def test_hostile_names_stay_in_the_folder_and_are_listed(tmp_path: Path) -> None
     assert len(labels) == len(names)
     listed = (folder / "train.txt").read_text().splitlines()
     assert {label_path(line.removeprefix("./images/")) for line in listed} == labels
+    for line in listed:  # as Ultralytics's readers find labels
+        before, _, behind = line.rpartition("/images/")
+        assert label_path(f"{before}/labels/{behind}").removeprefix("./labels/") in labels
     renamed = [json.loads(line) for line in (folder / "renamed.jsonl").read_text().splitlines()]
     assert [each["file_name"] for each in renamed] == names
     assert [f"./images/{each['path']}" for each in renamed] == listed
@@ -214,9 +219,11 @@ def test_hostile_names_stay_in_the_folder_and_are_listed(tmp_path: Path) -> None
 @pytest.mark.parametrize("shard_size", [1, 3])
 def test_images_that_would_share_a_file_are_refused(tmp_path: Path, shard_size: int) -> None:
     manifest = run_of(tmp_path, ["x/a.jpg", "b.jpg", "x/a.png"], shard_size=shard_size)
+    reduced(tmp_path, manifest, CocoOutput())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "coco").iterdir()}
     with pytest.raises(InputError, match=r"x/a\.jpg and x/a\.png would have one file of labels, x/a\.txt"):
-        reduced(tmp_path, manifest, YoloOutput())
-    assert not (tmp_path / "coco" / "yolo").exists()
+        reduced(tmp_path, manifest, CocoOutput(prompts=("a", "b", "c")), YoloOutput())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "coco").iterdir()} == before
 
 
 def test_a_second_reduce_replaces_the_folder(tmp_path: Path) -> None:
