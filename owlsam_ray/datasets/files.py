@@ -3,8 +3,10 @@
 import inspect
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -145,24 +147,33 @@ def in_order(
         return
     # Not forked: the threads of this process may hold locks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=storage.configure, initargs=(storage.policy(),)
-    ) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(storage.policy(),)) as pool:
         waiting: deque[Future[ResultT]] = deque()
         left = iter(items)
         try:
             for item in itertools.islice(left, 2 * workers):
                 waiting.append(pool.submit(function, item))
             while waiting:
-                try:
-                    result = waiting.popleft().result()
-                except BrokenProcessPool:
-                    raise IncompleteError(
-                        f"one of {workers} processes was killed from outside, perhaps for lack of memory: call again, "
-                        "or with fewer workers"
-                    ) from None
-                yield result
+                yield waiting.popleft().result()
                 waiting.extend(pool.submit(function, item) for item in itertools.islice(left, 1))
+        except BrokenProcessPool:
+            raise IncompleteError(
+                f"one of {workers} processes was killed from outside, perhaps for lack of memory: call again, or with "
+                "fewer workers"
+            ) from None
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _begin(policy: storage.StoragePolicy) -> None:
+    """Ask storage as the parent does; and end with it, which a parent that is killed cannot ask for."""
+    storage.configure(policy)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)

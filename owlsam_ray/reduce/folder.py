@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import msgspec
 
@@ -17,15 +17,16 @@ from owlsam_ray import storage
 from owlsam_ray.config import RunConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.fence import ATTEMPTS, SETUP, Attempt, Slice, claim, live_attempts
-from owlsam_ray.guard import RUN_FILE, check_writable
+from owlsam_ray.guard import RUN_FILE
 
-SUMMARY_FILE = "reduce.json"
+SUMMARY_FILE, UNFINISHED_FILE = "reduce.json", "reduce.unfinished"
+_OF_A_RUN = ("manifest", "predictions", "attempts", "damaged")
 _SCRATCH = "owlsam-fragments-"
 _IS_SCRATCH = re.compile(rf"{_SCRATCH}[0-9a-f]{{8}}")
 _IS_TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{32}")
-_IS_ATTEMPT = re.compile(r"\d{8}T\d{6}Z-.+-\d+-[0-9a-f]{6}-setup(\.ended\.json|\.json|\.fenced|\.stop)")
+_IS_ATTEMPT = re.compile(r"\d{8}T\d{6}Z-.+-\d+-[0-9a-f]{6}-setup(\.ended\.json|\.fenced|\.stop)")
 _IS_OURS = re.compile(
-    r"(annotations|lvis|label_studio)(-\d{5,}-of-\d{5,})?\.json|failures\.jsonl|results\.json|corrections\.json"
+    r"(annotations|lvis|label_studio)(-\d{5,}-of-\d{5,})?\.json|failures\.jsonl|results\.json|corrections_report\.json"
     r"|label_studio_config\.xml|(annotations|images)\.parquet|yolo(_segment)?"
 )
 FOLDER_ENTRIES = ("labels", "train.txt", "renamed.jsonl", "data.yaml")
@@ -40,9 +41,14 @@ def claimed_folder(config: RunConfig, out_url: str) -> Iterator[tuple[Attempt, s
         InputError: it cannot be written, or is a run directory.
         AttemptLiveError: another call writes there.
     """
-    if storage.exists(storage.join(out_url, RUN_FILE)):
-        raise InputError(f"{out_url} is a run directory: write to a folder in it, or elsewhere")
-    check_writable(out_url)
+    _check_place(out_url)
+    try:
+        storage.try_writing(out_url)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {out_url}: {error.strerror or error}. Free space or fix its permissions, or choose "
+            "another directory with --out."
+        ) from None
     try:
         with (
             claim(
@@ -60,8 +66,80 @@ def claimed_folder(config: RunConfig, out_url: str) -> Iterator[tuple[Attempt, s
             _forget_attempts(out_url)
 
 
+def _place_of(out_url: str) -> str:
+    return os.path.realpath(out_url) if "://" not in out_url else out_url.rstrip("/")
+
+
+def _check_place(out_url: str) -> None:
+    """Refuse to write where a run keeps its own files.
+
+    Raises:
+        InputError: names the run.
+    """
+    place = _place_of(out_url)
+    if storage.exists(storage.join(place, RUN_FILE)):
+        raise InputError(f"{out_url} is a run directory: write to a folder in it, or elsewhere")
+    folder = place
+    while name := folder.rpartition("/")[2]:
+        folder = folder.rpartition("/")[0]
+        if name in _OF_A_RUN and storage.exists(storage.join(folder or "/", RUN_FILE)):
+            raise InputError(f"{out_url} lies in {name}/ of the run {folder}, which is not a place for label files")
+
+
+def check_inputs(config: RunConfig, out_url: str) -> None:
+    """Refuse to write over a file that is read.
+
+    Raises:
+        InputError: names it.
+    """
+    read = {
+        "reduce.corrections": config.reduce.corrections,
+        "reduce.corrections_base": config.reduce.corrections_base,
+        "reduce.operating_points": config.reduce.operating_points,
+        "data.annotations": config.data.annotations,
+        "evaluate.ground_truth": config.evaluate.ground_truth,
+    }
+    place = _place_of(out_url)
+    for setting, url in read.items():
+        if url is None:
+            continue
+        folder, _, name = (os.path.realpath(url) if "://" not in url else url).rpartition("/")
+        if folder == place and (_IS_OURS.fullmatch(name) or name == SUMMARY_FILE):
+            raise InputError(
+                f"{url} ({setting}) lies in the directory that is written to, under a name that reduce gives: move it "
+                "elsewhere, or choose another directory with --out"
+            )
+
+
+def check_foreign(out_url: str, names: Collection[str]) -> None:
+    """Refuse to write over what no reduce has written.
+
+    Args:
+        out_url: the directory.
+        names: of files and folders that will be written.
+
+    Raises:
+        InputError: names the first of them that is there.
+    """
+    if storage.exists(storage.join(out_url, UNFINISHED_FILE)):
+        return
+    ours = _listed(out_url)
+    if ours is None and out_url.rstrip("/").endswith("/coco"):
+        return  # a version before this one left no list
+    there = set(storage.list_names(out_url))
+    for name in sorted(there & set(names) - (ours or set())):
+        entries = storage.list_names(storage.join(out_url, name)) if name.startswith("yolo") else [name]
+        if set(entries) & {*FOLDER_ENTRIES, name}:
+            raise InputError(
+                f"{out_url} holds {name}, which no reduce has written: move it, or choose another directory with --out"
+            )
+
+
 def _forget_attempts(out_url: str) -> None:
-    """No place to look for what has happened: dead claims go, and the folder when nothing else is in it."""
+    """No place to look for what has happened: dead claims go, and the folder when nothing else is in it.
+
+    Never a claim itself: one that is there by now is somebody's.
+    """
     if live_attempts(out_url):
         return
     folder = storage.join(out_url, ATTEMPTS)
@@ -102,18 +180,36 @@ def plain_url(url: str) -> str:
     return path if storage.is_local(filesystem) else url
 
 
-def files_of_before(out_url: str) -> set[str]:
-    """Files and folders of an earlier reduce into the same directory; the list itself is deleted.
+def begin_files(out_url: str) -> set[str]:
+    """Files and folders of earlier reduces into the same directory, as far as the names are ours.
 
-    Until the next one is complete no `reduce.json` says that files belong together.
+    Until the next one is complete no `reduce.json` says that files belong together, but a mark says that they are ours.
     """
-    url = storage.join(out_url, SUMMARY_FILE)
+    before = _listed(out_url) or set()
+    mark = storage.join(out_url, UNFINISHED_FILE)
+    if storage.exists(mark):
+        before |= {name for name in storage.list_names(out_url) if _IS_OURS.fullmatch(name)}
+    storage.write_atomic(mark, b"A reduce into this directory did not end: call it again.\n")
+    storage.remove(storage.join(out_url, SUMMARY_FILE))
+    return before
+
+
+def end_files(out_url: str, summary: bytes) -> None:
+    """Write `reduce.json`: all is there."""
+    storage.write_atomic(storage.join(out_url, SUMMARY_FILE), summary)
+    storage.remove(storage.join(out_url, UNFINISHED_FILE))
+
+
+def _listed(out_url: str) -> set[str] | None:
+    """What `reduce.json` lists under names of ours; None without such a file."""
     try:
-        files = msgspec.json.decode(storage.read_bytes(url))["files"]
-    except (FileNotFoundError, msgspec.DecodeError, KeyError, TypeError):
-        files = []
-    storage.remove(url)
-    return {name for name in files if isinstance(name, str) and _IS_OURS.fullmatch(name)}
+        files = msgspec.json.decode(storage.read_bytes(storage.join(out_url, SUMMARY_FILE)))["files"]
+    except FileNotFoundError:
+        return None
+    except (msgspec.DecodeError, KeyError, TypeError):
+        files = None
+    names = files if isinstance(files, list) else []
+    return {name for name in names if isinstance(name, str) and _IS_OURS.fullmatch(name)}
 
 
 def remove_output(out_url: str, name: str) -> None:

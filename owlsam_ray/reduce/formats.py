@@ -1,15 +1,16 @@
 """The formats of `reduce.formats` by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from owlsam_ray.guard import RunRecord
-from owlsam_ray.reduce.coco import CocoOutput
-from owlsam_ray.reduce.coco_results import CocoResultsOutput
+from owlsam_ray.reduce.coco import FAILURES, CocoOutput
+from owlsam_ray.reduce.coco_results import RESULTS, CocoResultsOutput
+from owlsam_ray.reduce.corrections_report import CORRECTIONS
 from owlsam_ray.reduce.decisions import Decisions
-from owlsam_ray.reduce.label_studio import LabelStudioOutput
+from owlsam_ray.reduce.label_studio import CONFIG, TASKS, LabelStudioOutput
 from owlsam_ray.reduce.lvis import LvisOutput
-from owlsam_ray.reduce.outputs import Output
-from owlsam_ray.reduce.table import TableOutput
+from owlsam_ray.reduce.outputs import FileSpan, Output
+from owlsam_ray.reduce.table import ANNOTATION_TABLE, IMAGE_TABLE, TableOutput
 from owlsam_ray.reduce.yolo import YoloOutput
 from owlsam_ray.reduce_settings import ReduceConfig
 
@@ -45,3 +46,19 @@ def _label_studio(settings: ReduceConfig, record: RunRecord, decisions: Decision
         {"fingerprint": fingerprint, "ids_per_image": record.ids_per_image},
         settings.label_studio_url,
     )
+
+
+def file_names(name: str, spans: Sequence[FileSpan]) -> list[str]:
+    """Files and folders that a format of this name gives."""
+    stems = {"coco": "annotations", "lvis": "lvis", "label_studio": TASKS}
+    cut = [span.name(stems[name], ".json") for span in spans] if name in stems else []
+    fixed = {
+        "failures": [FAILURES],
+        "corrections": [CORRECTIONS],
+        "coco_results": [RESULTS],
+        "label_studio": [CONFIG],
+        "parquet": [ANNOTATION_TABLE, IMAGE_TABLE],
+        "yolo": ["yolo"],
+        "yolo_segment": ["yolo_segment"],
+    }
+    return cut + fixed.get(name, [])

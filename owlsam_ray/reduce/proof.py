@@ -70,6 +70,8 @@ class ShardRules:
     """K; det_index stays below."""
     num_labels: int
     """Categories; labels stay below."""
+    num_prompts: int | None = None
+    """Queries; prompt ids stay below. None: any will do."""
     numerics: frozenset[str] | None = None
     """Numerics ids that worked on the run; None: any will do."""
 
@@ -139,7 +141,7 @@ def _explain(url: str, rows: pa.Table, rules: ShardRules) -> None:
         IncompleteError: there is one.
     """
     for row in rows.to_pylist():
-        offence = _offence(row, ids_per_image=rules.ids_per_image, num_labels=rules.num_labels)
+        offence = _offence(row, rules)
         if offence is not None:
             raise corrupt_shard(url, f"image {row['image_id']}: {offence}")
 
@@ -151,6 +153,8 @@ def _is_clean(rows: pa.Table, rules: ShardRules) -> bool:
     is_failed = pc.equal(rows["status"], "failed")
     failed, labelled = rows.filter(is_failed), rows.filter(pc.invert(is_failed)).combine_chunks()
     if any(failed[name].null_count or "" in failed[name].to_pylist() for name in ("reason", "status_class")):
+        return False
+    if any(pc.sum(pc.list_value_length(failed[name])).as_py() for name in _LISTS):
         return False
     if labelled.num_rows == 0:
         return True
@@ -171,6 +175,9 @@ def _is_clean(rows: pa.Table, rules: ShardRules) -> bool:
         return False
     if not ((labels >= 0) & (labels < rules.num_labels)).all():
         return False
+    prompts = lists["prompt_id"].to_numpy()
+    if rules.num_prompts is not None and not ((prompts >= 0) & (prompts < rules.num_prompts)).all():
+        return False
     pixels = labelled["height"].to_numpy().astype(np.int64) * labelled["width"].to_numpy()
     return _masks_are_clean(lists, pixels[row_of])
 
@@ -178,6 +185,8 @@ def _is_clean(rows: pa.Table, rules: ShardRules) -> bool:
 def _masks_are_clean(lists: dict[str, pa.Array], pixels: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
     """Whether each mask among these detections has the pixels of its picture, and the stated area."""
     has_mask = lists["rle_counts"].is_valid()
+    if any(lists[name].null_count < has_mask.false_count for name in _OF_A_MASK):
+        return False
     masks = {name: lists[name].filter(has_mask) for name in _OF_A_MASK}
     counts = masks.pop("rle_counts")
     if not all(_all_finite(values) for values in masks.values()):
@@ -202,12 +211,14 @@ def _all_finite(values: pa.Array) -> bool:
     return values.null_count == 0 and bool(np.isfinite(values.to_numpy()).all())
 
 
-def _offence(row: dict[str, Any], *, ids_per_image: int, num_labels: int) -> str | None:
+def _offence(row: dict[str, Any], rules: ShardRules) -> str | None:
     """What is wrong with a row; None when nothing is."""
     if row["status"] not in _STATUSES:
         return f"unknown status {row['status']!r}"
     if row["status"] == "failed":
-        return None if row["reason"] and row["status_class"] else "failed without a reason"
+        if not (row["reason"] and row["status_class"]):
+            return "failed without a reason"
+        return "failed with detections" if any(row[name] for name in _LISTS) else None
     indices = row["det_index"]
     if indices is None or (len(indices) == 0) != (row["status"] == "empty"):
         return f"status {row['status']} with {len(indices or [])} detections"
@@ -218,10 +229,12 @@ def _offence(row: dict[str, Any], *, ids_per_image: int, num_labels: int) -> str
     odd = [name for name in _ALWAYS if not all(_is_finite(value) for value in lists[name])]
     if odd or row["height"] is None or row["width"] is None:
         return f"null or not finite: {', '.join(odd) or 'height or width'}"
-    if any(not 0 <= index < ids_per_image for index in indices) or indices != sorted(set(indices)):
-        return f"det_index {indices} does not rise within 0…{ids_per_image - 1}"
-    if any(not 0 <= label < num_labels for label in row["label"]):
-        return f"a label outside the {num_labels} categories"
+    if any(not 0 <= index < rules.ids_per_image for index in indices) or indices != sorted(set(indices)):
+        return f"det_index {indices} does not rise within 0…{rules.ids_per_image - 1}"
+    if any(not 0 <= label < rules.num_labels for label in row["label"]):
+        return f"a label outside the {rules.num_labels} categories"
+    if rules.num_prompts is not None and any(not 0 <= each < rules.num_prompts for each in row["prompt_id"]):
+        return f"a prompt outside the {rules.num_prompts} queries"
     for position in range(len(indices)):
         offence = _mask_offence({name: lists[name][position] for name in _OF_A_MASK}, row["height"], row["width"])
         if offence is not None:
@@ -237,7 +250,8 @@ def _mask_offence(mask: dict[str, Any], height: int, width: int) -> str | None:
     """What is wrong with the mask of one detection; having none is fine."""
     counts = mask.pop("rle_counts")
     if counts is None:
-        return None
+        told = [name for name, value in mask.items() if value is not None]
+        return f"no mask, but its {', '.join(told)}" if told else None
     odd = [name for name, value in mask.items() if not _is_finite(value)]
     if odd:
         return f"a mask with null or not finite {', '.join(odd)}"

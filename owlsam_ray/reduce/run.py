@@ -15,10 +15,18 @@ from owlsam_ray.guard import RunRecord, check_config, load_record, load_run_mani
 from owlsam_ray.ledger import done_shards
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.coco import ANNOTATIONS, FAILURES, FailuresOutput
-from owlsam_ray.reduce.corrections_report import summary_of
+from owlsam_ray.reduce.corrections_report import CORRECTIONS, summary_of, tell_outcome
 from owlsam_ray.reduce.executors import map_in_order, num_workers
-from owlsam_ray.reduce.folder import SUMMARY_FILE, claimed_folder, files_of_before, plain_url, remove_output
-from owlsam_ray.reduce.formats import outputs_of
+from owlsam_ray.reduce.folder import (
+    begin_files,
+    check_foreign,
+    check_inputs,
+    claimed_folder,
+    end_files,
+    plain_url,
+    remove_output,
+)
+from owlsam_ray.reduce.formats import file_names, outputs_of
 from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, Job, write_chunk
 from owlsam_ray.reduce.labels import Counts
 from owlsam_ray.reduce.operating_points import load_operating_points
@@ -76,8 +84,11 @@ def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = _quiet)
     else:
         check_all_present(run_url, manifest)
     out_url = plain_url(config.reduce.out or storage.join(run_url, COCO_FOLDER))
+    check_inputs(config, out_url)
     with claimed_folder(config, out_url) as (attempt, scratch):
         reduction = prepare(config, record, manifest, scratch, out_url)
+        names = [name for output in reduction.job.outputs for name in file_names(output.name, reduction.spans)]
+        check_foreign(out_url, names)
         counts = reduction.work(shards, partial=partial, show=show, still_mine=attempt.check)
     if counts["unlabelled"]:
         raise IncompleteError(
@@ -152,8 +163,9 @@ class Reduction:
             counts=counts,
             told=_told(results),
         )
-        still_mine()
-        files = self._assemble(head, results)
+        files = self._assemble(head, results, still_mine)
+        if counts.corrections:
+            tell_outcome(counts.corrections, storage.join(self.out_url, CORRECTIONS))
         if counts.left_out["small_mask"]:
             _log.info(
                 "left out %d annotations whose masks have fewer than %d pixels (reduce.min_mask_area)",
@@ -168,8 +180,9 @@ class Reduction:
             **({"told": head.told} if head.told else {}),
         }
 
-    def _assemble(self, head: Head, results: list[ChunkResult]) -> list[str]:
+    def _assemble(self, head: Head, results: list[ChunkResult], still_mine: Callable[[], None]) -> list[str]:
         """Put the files in their places. `reduce.json` tells which belong together: it goes first and comes last."""
+        summary: dict[str, Any] = {"info": head.info["owlsam_ray"]} | ({"told": head.told} if head.told else {})
         parts = [
             (output, Fragments(self.job, output.name, self.out_url, head, self.spans, results))
             for output in self.job.outputs
@@ -177,15 +190,17 @@ class Reduction:
         for output, fragments in parts:
             if isinstance(output, Checked):
                 output.check(fragments)
-        before = files_of_before(self.out_url)
+        still_mine()
+        before = begin_files(self.out_url)
         files: list[str] = []
         for output, fragments in parts:
+            still_mine()
             files += output.assemble(fragments)
+        still_mine()
         for name in sorted(before - set(files)):
             remove_output(self.out_url, name)
-        summary = {"info": head.info["owlsam_ray"], "files": files} | ({"told": head.told} if head.told else {})
-        text = msgspec.json.format(msgspec.json.encode(summary, order="deterministic"), indent=1)
-        storage.write_atomic(storage.join(self.out_url, SUMMARY_FILE), text)
+        summary["files"] = files
+        end_files(self.out_url, msgspec.json.format(msgspec.json.encode(summary, order="deterministic"), indent=1))
         return files
 
 
@@ -203,7 +218,9 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
     if settings.operating_points is not None:
         points = load_operating_points(settings.operating_points, fingerprint=fingerprint)
     decisions = resolve_decisions(settings, record, score_floor, points)
-    rules = ShardRules(fingerprint, record.ids_per_image, len(record.categories))
+    rules = ShardRules(
+        fingerprint, record.ids_per_image, len(record.categories), num_prompts=len(record.queries) or None
+    )
     corrections = None
     if settings.corrections is not None:
         # Imported here: others need neither OpenCV nor pycocotools.

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -114,3 +116,32 @@ def die(number: int) -> int:
 def test_a_process_that_is_killed_is_told() -> None:
     with pytest.raises(IncompleteError, match="killed from outside"):
         list(in_order(die, range(9), 2))
+
+
+def sleep_and_tell(file: str) -> None:
+    with open(file, "a", encoding="utf-8") as told:
+        told.write(f"{os.getpid()}\n")
+    time.sleep(600)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    told = tmp_path / "pids"
+    code = (
+        "from owlsam_ray.datasets.files import in_order\n"
+        "from tests.datasets.test_files import sleep_and_tell\n"
+        f"if __name__ == '__main__':\n    list(in_order(sleep_and_tell, [{str(told)!r}] * 2, 2))\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen([sys.executable, str(script)], env=os.environ | {"PYTHONPATH": str(root)})
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not told.exists() or len(told.read_text().split()) < 2):
+        time.sleep(0.05)
+    workers = [int(pid) for pid in told.read_text().split()]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in workers):
+        time.sleep(0.05)
+    assert len(workers) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

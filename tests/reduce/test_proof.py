@@ -15,7 +15,7 @@ from owlsam_ray.reduce.proof import ShardRules, _is_clean, _offence, prove_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from tests.reduce.test_coco import K, detected
 
-RULES = ShardRules("f", ids_per_image=K, num_labels=2, numerics=frozenset({"n"}))
+RULES = ShardRules("f", ids_per_image=K, num_labels=2, num_prompts=2, numerics=frozenset({"n"}))
 ODD = [None, -1, 0, 1, 2, 5, 6, 7, 8, 48]
 ODD_TEXTS = [None, "", "fine", "ok", "empty", "failed", "truncated"]
 
@@ -37,6 +37,12 @@ def rows_of_a_shard(choose: random.Random) -> list[dict[str, Any]]:
 def spoil(row: dict[str, Any], choose: random.Random) -> str:
     """Change one value of a row; returns which."""
     name = choose.choice(PREDICTION_SCHEMA.names)
+    if choose.random() < 0.1 and row["status"] != "failed":
+        row |= {"status": "failed", "reason": "truncated", "status_class": "permanent"}
+        return "failed with detections"
+    if choose.random() < 0.1 and row["rle_counts"]:
+        row["rle_counts"] = [None, *row["rle_counts"][1:]]
+        return "mask without pixels"
     kind = PREDICTION_SCHEMA.field(name).type
     if name == "image_id":
         return name
@@ -62,11 +68,13 @@ def test_columns_and_rows_agree() -> None:
     for _ in range(3000):
         rows = rows_of_a_shard(choose)
         spoilt = spoil(choose.choice(rows), choose) if rows and choose.random() < 0.9 else ""
-        offences = [_offence(row, ids_per_image=K, num_labels=2) for row in rows]
+        offences = [_offence(row, RULES) for row in rows]
         table = pa.Table.from_pylist(rows, PREDICTION_SCHEMA)
         assert _is_clean(table, RULES) == (not any(offences)), (rows, offences)
         verdicts[spoilt, not any(offences)] += 1
     assert all(verdicts[name, False] for name in PREDICTION_SCHEMA.names if name != "image_id")
+    assert verdicts["failed with detections", False] > 20
+    assert verdicts["mask without pixels", False] > 20
     assert verdicts["", True] > 100
     assert verdicts["", False] == 0
 

@@ -128,6 +128,47 @@ def test_operating_points_are_thresholds_of_categories(labelled: Path, tmp_path:
         reduced(labelled, tmp_path / "out", f"operating_points={file}")
 
 
+def test_operating_points_that_do_not_fit_are_refused_or_told(
+    labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = json.loads((labelled / "run" / "run.json").read_text())
+    ids = {each["name"]: each["id"] for each in record["categories"]}
+    file = tmp_path / "points.json"
+
+    def apply(*names: str, overrides: tuple[str, ...] = (), **more: object) -> str:
+        points = [{"category_id": ids[name], "name": name, "threshold": 0.8} for name in names]
+        file.write_text(json.dumps(
+            {"version": 1, "fingerprint": record["fingerprint"], "target": {}, "categories": points} | more
+        ))  # fmt: skip
+        caplog.clear()
+        reduced(labelled, tmp_path / "out", f"operating_points={file}", *overrides)
+        return "\n".join(each.getMessage() for each in caplog.records if each.levelname == "WARNING")
+
+    for wrong, words in (
+        ({"category_id": ids["thing 3"], "name": "thing 4", "threshold": 0.8}, "'thing 4' with the id 3, .* 'thing 3'"),
+        ({"category_id": ids["thing 1"], "name": "thing 1", "threshold": 0.9}, "two thresholds for 'thing 1'"),
+    ):
+        points = [{"category_id": ids["thing 1"], "name": "thing 1", "threshold": 0.8}, wrong]
+        with pytest.raises(InputError, match=words):
+            apply(categories=points)
+    assert not (tmp_path / "out").exists()
+
+    settings = {"score_threshold": None, "min_mask_area": 500}
+    assert apply(*ids, settings=settings) == ""
+    some = list(ids)[:2]
+    told = apply(*some, settings=settings)
+    assert f"no threshold for {len(ids) - 2} of {len(ids)} categories, which keep what is above the score floor" in told
+    assert f": {', '.join(list(ids)[2:7])}" in told
+    assert "above score_threshold 0.6" in apply(*some, overrides=("score_threshold=0.6",))
+    # Who is not in the output, or has a threshold of its own, needs none.
+    only = f"only=[{some[0]}, {list(ids)[2]}]"
+    assert "for 1 of 2 categories" in apply(*some, overrides=(only,))
+    assert apply(*some, overrides=(only, f"score_thresholds={{{list(ids)[2]}: 0.7}}")) == ""
+    told = apply(*ids, settings=settings, overrides=("min_mask_area=0", "max_per_image=3", "provenance=true"))
+    assert "other settings" in told
+    assert told.endswith("min_mask_area (500 there, 0 here), max_per_image (None there, 3 here)")
+
+
 def test_an_unfinished_run_is_reduced_when_asked_and_says_so(labelled: Path, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(labelled, root)
@@ -178,14 +219,46 @@ def test_what_people_keep_beside_the_files_stays(labelled: Path, tmp_path: Path)
     assert contents(tmp_path) == first
     forged = {"files": ["mine.json", "../mine.json", "yolo/images"]}
     (tmp_path / "reduce.json").write_text(json.dumps(forged))
-    reduced(labelled, tmp_path)
+    with pytest.raises(InputError, match=r"holds annotations.json, which no reduce has written"):
+        reduced(labelled, tmp_path)
     assert all((tmp_path / name).is_file() for name in kept)
 
 
-def test_a_run_directory_is_no_place_for_files(labelled: Path) -> None:
+def test_a_run_directory_is_no_place_for_files(labelled: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a run directory"):
         reduced(labelled, labelled / "run")
+    (tmp_path / "link").symlink_to(labelled / "run" / "predictions")
+    for place in (labelled / "run" / "manifest", labelled / "run" / "attempts" / "x", tmp_path / "link"):
+        with pytest.raises(InputError, match="of the run"):
+            reduced(labelled, place)
     assert (labelled / "run" / "predictions").is_dir()
+
+
+def test_what_is_read_is_not_written_over(labelled: Path, tmp_path: Path) -> None:
+    reduced(labelled, tmp_path)
+    before = contents(tmp_path)
+    for override in (f"corrections={tmp_path}/annotations.json", f"operating_points={tmp_path}/x/../annotations.json"):
+        with pytest.raises(InputError, match="lies in the directory that is written to"):
+            reduced(labelled, tmp_path, override)
+    assert contents(tmp_path) == before
+
+
+def test_what_no_reduce_has_written_is_not_replaced(labelled: Path, tmp_path: Path) -> None:
+    (tmp_path / "yolo" / "labels").mkdir(parents=True)
+    (tmp_path / "yolo" / "labels" / "mine.txt").write_text("0 0.5 0.5 1 1")
+    with pytest.raises(InputError, match="holds yolo, which no reduce has written"):
+        reduced(labelled, tmp_path, "formats=[coco, yolo]")
+    assert set(contents(tmp_path)) == {"yolo/labels/mine.txt"}
+    reduced(labelled, tmp_path)
+    assert "yolo/labels/mine.txt" in contents(tmp_path)
+
+
+def test_what_a_dead_reduce_left_goes_with_the_next(labelled: Path, tmp_path: Path) -> None:
+    """The list of files was gone, and the new one not there yet."""
+    reduced(labelled, tmp_path, "formats=[coco, coco_results]", "images_per_file=100")
+    (tmp_path / "reduce.json").rename(tmp_path / "reduce.unfinished")
+    reduced(labelled, tmp_path)
+    assert set(contents(tmp_path)) == set(_FILES)
 
 
 def command(root: Path, out: Path | str, *overrides: str) -> list[str]:
