@@ -245,7 +245,7 @@ class RunConfig(Section):
                     f"reduce.{name} {threshold} is below detector.score_floor {floor}: inference did not keep those "
                     "boxes"
                 )
-        if self.reduce.suppress is not None:
+        if self.reduce.suppress is not None and self.reduce.mapping is None:  # which may join what never met
             _check_stricter(self.reduce.suppress, self.suppress)
         return self
 
@@ -275,12 +275,17 @@ def _check_stricter(late: SuppressConfig, early: SuppressConfig) -> None:
     """
     if late.strategy == "none" or early.strategy not in ("nms", "merge") or late.strategy == "soft_nms":
         return
-    comparable = (late.overlap, late.across_labels) == (early.overlap, early.across_labels)
+    if (late.overlap, late.across_labels) != (early.overlap, early.across_labels):
+        return
     there, here = (0.7 if each.threshold is None else each.threshold for each in (early, late))
-    if comparable and here > there and not late.thresholds and not early.thresholds:
+    looser = {"threshold": (here, there)} if here > there and set(early.thresholds) == set(late.thresholds) else {}
+    for name, value in late.thresholds.items():
+        if value > early.thresholds.get(name, there):
+            looser[f"thresholds.{name}"] = (value, early.thresholds.get(name, there))
+    for name, (value, before) in looser.items():
         raise ValueError(
-            f"reduce.suppress.threshold {here:g} is looser than suppress.threshold {there:g}, with which inference "
-            "has removed boxes already: nothing brings these back. Take a smaller one, or leave reduce.suppress out"
+            f"reduce.suppress.{name} {value:g} is looser than suppress.threshold {before:g}, with which inference has "
+            "removed boxes already: nothing brings these back. Take a smaller one, or leave reduce.suppress out"
         )
 
 

@@ -8,11 +8,13 @@ from typing import Any, Literal, TypeVar
 from owlsam_ray import storage
 from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.datasets.files import in_order
+from owlsam_ray.errors import IncompleteError
 from owlsam_ray.resources import export_ray_environment
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 Executor = Literal["local", "ray"]
+_MOST_TASKS = 256
 
 
 def num_workers(setting: int | str, *, num_images: int, small: int, executor: Executor) -> int:
@@ -26,7 +28,9 @@ def num_workers(setting: int | str, *, num_images: int, small: int, executor: Ex
     """
     if not isinstance(setting, str):
         return setting
-    if executor == "local" and num_images <= small:
+    if executor == "ray":
+        return _MOST_TASKS  # cut down to the CPUs of the cluster, which is not there yet
+    if num_images <= small:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -66,9 +70,10 @@ def _ray_in_order(
     from owlsam_ray.ray_cluster import start_ray
 
     started = start_ray(resources, level="info")
+    waiting: deque[Any] = deque()
     try:
+        workers = max(1, min(workers, int(ray.cluster_resources().get("CPU", 1))))
         call = ray.remote(num_cpus=1, max_retries=3)(_call)
-        waiting: deque[Any] = deque()
         left = iter(items)
         policy = storage.policy()
         for item in left:
@@ -78,6 +83,8 @@ def _ray_in_order(
         while waiting:
             yield _result(ray, waiting.popleft())
     finally:
+        for reference in waiting:  # the cluster may be others' too
+            ray.cancel(reference)
         if started:
             ray.shutdown()
 
@@ -93,3 +100,8 @@ def _result(ray: Any, reference: Any) -> Any:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else error from None
+    except ray.exceptions.RayError as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise IncompleteError(
+            f"a task of reduce was lost: {first}. Call again, or with fewer reduce.workers."
+        ) from None

@@ -185,6 +185,11 @@ def _fields(extra: pa.Array, without: Sequence[str] = ()) -> pa.Array:
     return inside
 
 
+def without_nan(value: Any) -> Any:
+    """A tree of JSON values with null for what is no number: Python's json reads and writes it, no other does."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
 def _without_nan(text: str | None) -> str | None:
     """The same fields, with null for what is no number."""
     if text is None or not _NO_JSON.search(text):

@@ -41,7 +41,7 @@ def check_failures(max_failed: int | float, counts: dict[str, Any]) -> None:
         raise FailedImagesError(
             f"{counts['failed']} of {counts['images']} images failed, and reduce.max_failed ({max_failed}) puts up "
             f"with {allowed}. Nothing else is wrong: the labels of all other images are written. Reasons stand in the "
-            "rows, and after reduce in coco/failures.jsonl.",
+            f"rows, and after reduce in {counts.get('failures', 'failures.jsonl')}.",
             counts,
         )
 

@@ -101,6 +101,8 @@ def test_names_of_ones_own(labelled: Path, tmp_path: Path) -> None:
         ("images_per_file=5", InputError, "less than the 20 images of a shard"),
         ("score_threshold=0.01", Exception, "below detector.score_floor"),
         ("suppress={strategy: nms, threshold: 0.9}", Exception, "looser than suppress.threshold"),
+        ("suppress={strategy: nms, thresholds: {thing 1: 0.9}}", Exception, "thresholds.thing 1 0.9 is looser"),
+        ("only=[]", Exception, "keep no category"),
         ("operating_points=/nowhere.json", InputError, "cannot read reduce.operating_points"),
         ("formats=[coco, coco]", Exception, "formats holds one twice"),
     ],
@@ -151,9 +153,9 @@ def test_operating_points_that_do_not_fit_are_refused_or_told(
         points = [{"category_id": ids["thing 1"], "name": "thing 1", "threshold": 0.8}, wrong]
         with pytest.raises(InputError, match=words):
             apply(categories=points)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "annotations.json").exists()
 
-    settings = {"score_threshold": None, "min_mask_area": 500}
+    settings = {"score_threshold": None, "min_mask_area": 0}
     assert apply(*ids, settings=settings) == ""
     some = list(ids)[:2]
     told = apply(*some, settings=settings)
@@ -164,9 +166,9 @@ def test_operating_points_that_do_not_fit_are_refused_or_told(
     only = f"only=[{some[0]}, {list(ids)[2]}]"
     assert "for 1 of 2 categories" in apply(*some, overrides=(only,))
     assert apply(*some, overrides=(only, f"score_thresholds={{{list(ids)[2]}: 0.7}}")) == ""
-    told = apply(*ids, settings=settings, overrides=("min_mask_area=0", "max_per_image=3", "provenance=true"))
+    told = apply(*ids, settings=settings, overrides=("min_mask_area=7", "max_per_image=3", "provenance=true"))
     assert "other settings" in told
-    assert told.endswith("min_mask_area (500 there, 0 here), max_per_image (None there, 3 here)")
+    assert told.endswith("min_mask_area (0 there, 7 here), max_per_image (None there, 3 here)")
 
 
 def test_an_unfinished_run_is_reduced_when_asked_and_says_so(labelled: Path, tmp_path: Path) -> None:
