@@ -5,16 +5,14 @@ G cuts by falling score. Leading axes, if any, are resamples.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from owlsam_ray.calibrate.samples import Sample
+from owlsam_ray.calibrate.samples import Sample, TargetName
 from owlsam_ray.errors import ConfigError
 
 Floats = NDArray[np.float64]
-TargetName = Literal["precision", "recall", "f1"]
 CONFIDENCE = 0.95
 """Of every interval, both ends together."""
 Z = 1.959963984540054
@@ -66,12 +64,13 @@ class Cuts:
     def threshold(self, cut: int) -> float:
         """A score that keeps exactly these, in few digits; the floor itself for the cut that keeps all.
 
-        `NOTHING` gives the highest score of all (kept means greater); without any detection there is only the floor.
+        `NOTHING` gives 1, which no score is above, be it of these images or of others; without any detection there is
+        only the floor.
         """
         if len(self.lowest) == 0:
             return self.floor
         if cut == NOTHING:
-            return float(self.lowest[0])
+            return 1.0
         if cut == len(self.lowest) - 1 and self.below[cut] == self.floor:
             return self.floor
         return between(float(self.below[cut]), float(self.lowest[cut]))
@@ -208,6 +207,17 @@ def choose(counts: Counts, target: Target) -> tuple[NDArray[np.int64], NDArray[n
     if target.value is None:
         chosen = np.where(hopeless, NOTHING, chosen)
     return chosen, reached & ~hopeless
+
+
+def agrees(own: Counts, target: Target) -> bool:
+    """Whether a category's own counts above one cut allow for the target: their interval does not end below it.
+
+    The interval is that of `CONFIDENCE`. Of an F1 above 0 nothing can be said that way; nor of a ratio of none.
+    """
+    if target.value is None:
+        return True
+    share, number = (own.precision, own.found) if target.name == "precision" else (own.recall, own.objects)
+    return float(wilson(share, number)[1][0]) >= target.value
 
 
 def wilson(share: Floats, number: Floats, z: float = Z) -> tuple[Floats, Floats]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from owlsam_ray.calibrate.bootstrap import Spread, spreads
-from owlsam_ray.calibrate.curves import NOTHING, Counts, Target, choose, wilson
+from owlsam_ray.calibrate.curves import NOTHING, Counts, Target, agrees, choose, counts_of, wilson
 from owlsam_ray.calibrate.pooling import Basis, bases
 from owlsam_ray.calibrate.reliability import reliability
 from owlsam_ray.calibrate.samples import Sample
@@ -25,7 +25,7 @@ class Fitting:
     """How thresholds are fitted."""
 
     min_examples: int = 50
-    """Categories with fewer detections or objects borrow from others."""
+    """Categories with fewer (detections for a precision, objects for a recall, for F1 of both) borrow from others."""
     resamples: int = 1000
     """Of the images, for the intervals."""
     seed: int = 0
@@ -61,24 +61,30 @@ def operating_points(
 
     Returns:
         `enough_examples`: with which a category stands for itself, so many that the target can be shown.
-        `overall`: detections and precision `before` (everything above the floor) and `after`, and recall; `reliability`
-        of all categories together. `categories`: rows of `category_id`, `name`, `threshold`, `threshold_interval`,
-        `reached`, `pool` (None, or its `name`, `categories`, and the `weight` of each of the others' examples),
+        `overall`: detections and precision `before` (everything above the floor) and `after`, and recall; how many
+        categories reach the target, and how many of these only with what they borrow. `reliability` of all categories
+        together. `categories`: rows of `category_id`, `name`, `threshold`, `threshold_interval`, `reached` (safely,
+        with what is borrowed, and not against the category's own detections and objects), `reached_alone` (these alone
+        show it at this threshold), `pool` (None, or its `name`, `categories`, and the `weight` of each of the others'
+        detections and objects),
         `precision`, `precision_interval`, `recall`, `recall_interval`, `f1` (estimates, with what is borrowed),
         `num_objects`, `num_detections`, `num_kept`, `num_right` (of its own images), `reliability`.
+
+        A category whose own detections and objects speak against the threshold that it would get with its pool borrows
+        nothing.
 
         Intervals of 95 %. A threshold's is the bootstrap's. Those of precision and recall, above the chosen threshold,
         are the hull of the bootstrap's and Wilson's: the one knows that detections of one picture go together, the
         other what a unanimous sample does not show.
     """
     enough = max(fitting.min_examples, target.fewest_examples)
-    found, everything = bases(samples, groups, floor, enough)
+    found, everything = bases(samples, groups, floor, enough, target=target.name)
     chosen: list[tuple[Basis, int]] = []
-    reached: list[bool] = []
+    reached: list[tuple[bool, bool]] = []
     for basis in found:
-        cut, is_reached = choose(basis.counts, target) if len(basis.cuts.lowest) else (NOTHING, False)
-        chosen.append((basis, int(cut)))
-        reached.append(bool(is_reached))
+        used, cut, is_reached = _choose(basis, target, floor)
+        chosen.append((used, cut))
+        reached.append(is_reached)
     spread = spreads(chosen, target, num_images=num_images, resamples=fitting.resamples, seed=fitting.seed)
     rows = [
         {"category_id": category.id, "name": category.name} | _row(basis, cut, is_reached, each)
@@ -93,7 +99,21 @@ def operating_points(
     }
 
 
-def _row(basis: Basis, cut: int, reached: bool, spread: Spread) -> dict[str, Any]:
+def _choose(basis: Basis, target: Target, floor: float) -> tuple[Basis, int, tuple[bool, bool]]:
+    """What the threshold is chosen from, its cut, and whether the target is reached: at all, by the category alone."""
+    if len(basis.cuts.lowest) == 0:
+        return basis, NOTHING, (False, False)
+    chosen, fits = choose(basis.counts, target)
+    cut, is_reached = int(chosen), bool(fits)
+    if basis.pool is None or cut == NOTHING:
+        return basis, cut, (is_reached, is_reached)
+    own = counts_of(basis.sample, basis.cuts).at(cut)
+    if not agrees(own, target):
+        return _choose(Basis.alone(basis.place, basis.sample, floor), target, floor)
+    return basis, cut, (is_reached, bool(is_reached and choose(own, target)[1]))
+
+
+def _row(basis: Basis, cut: int, reached: tuple[bool, bool], spread: Spread) -> dict[str, Any]:
     threshold = basis.cuts.threshold(cut)
     kept, right = basis.sample.numbers_at(threshold)
     pool = basis.pool
@@ -101,7 +121,8 @@ def _row(basis: Basis, cut: int, reached: bool, spread: Spread) -> dict[str, Any
     return {
         "threshold": threshold,
         "threshold_interval": list(spread.threshold),
-        "reached": reached,
+        "reached": reached[0],
+        "reached_alone": reached[1],
         "pool": None
         if pool is None
         else {"name": pool.name, "categories": len(pool.members), "weight": float(basis.weight)},
@@ -144,6 +165,8 @@ def _overall(rows: list[dict[str, Any]], everything: Sample) -> dict[str, Any]:
     objects, kept, right = (sum(row[f"num_{name}"] for row in rows) for name in ("objects", "kept", "right"))
     return {
         "num_objects": objects,
+        "num_reached": sum(row["reached"] for row in rows),
+        "num_reached_only_with_pool": sum(row["reached"] and not row["reached_alone"] for row in rows),
         "before": _numbers(len(everything.score), int(np.count_nonzero(everything.right)), objects),
         "after": _numbers(kept, right, objects),
     }
@@ -170,6 +193,10 @@ def _tell(rows: list[dict[str, Any]], target: Target, enough: int) -> None:
     if few:
         _log.info("%d of %d categories have fewer than %d examples and borrow from others: %s",
                   len(few), len(rows), enough, _some(few))  # fmt: skip
+    leaning = [row["name"] for row in rows if row["reached"] and not row["reached_alone"]]
+    if leaning:
+        _log.warning("%d of the %d categories that reach it do so only with what they borrow (`reached_alone` is "
+                     "false): %s", len(leaning), len(rows) - len(missed), _some(leaning))  # fmt: skip
 
 
 def _some(names: list[str]) -> str:

@@ -1,8 +1,10 @@
 """Categories with few examples borrow from others.
 
-A category with n < m examples counts with m - n examples of the others of its pool on top, as if each were a small part
-of one: with none of its own it gets the pool's threshold, with m its own. The pool is that of its frequency (LVIS),
-else of its supercategory, else all: the first that has m examples besides its own.
+A category with n < m examples counts as if the others of its pool had m - n objects, with the detections that go with
+them, on top of its own: with no example it gets the pool's threshold, with m its own. The pool is that of its frequency
+(LVIS), else of its supercategory, else all: the first whose others have m. What an example is depends on the target
+(`Sample.num_examples`); of others it is always an object, or a detection where these are fewer, since most detections
+have scores so low that they say nothing about a threshold.
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from owlsam_ray.calibrate.curves import Counts, Cuts, blended, counts_of, cuts_of
-from owlsam_ray.calibrate.samples import Sample, pooled
+from owlsam_ray.calibrate.samples import Sample, TargetName, pooled
 
 GRID = 256
 """Cuts of a pool, and of resamples."""
@@ -52,13 +54,24 @@ class Basis:
     """Every distinct score; those of the pool where there is one."""
     counts: Counts
     pool: Pool | None = None
-    """None for a category with enough examples."""
+    """None for a category that stands for itself."""
     weight: float = 0.0
     """Of each detection and object of the pool's other categories."""
 
+    @staticmethod
+    def alone(place: int, sample: Sample, floor: float) -> "Basis":
+        """Of a category that stands for itself."""
+        cuts = cuts_of(sample.score, floor)
+        return Basis(place, sample, cuts, counts_of(sample, cuts))
+
 
 def bases(
-    samples: Sequence[Sample], groups: Sequence[Sequence[str]], floor: float, enough: int
+    samples: Sequence[Sample],
+    groups: Sequence[Sequence[str]],
+    floor: float,
+    enough: int,
+    *,
+    target: TargetName,
 ) -> tuple[list[Basis], Pool]:
     """What the threshold of each category is chosen from, and the pool of all.
 
@@ -67,13 +80,14 @@ def bases(
         groups: of each category, names of pools, the narrowest first.
         floor: the lowest threshold.
         enough: examples with which a category stands for itself.
+        target: says what an example is.
     """
     members: dict[str, list[int]] = {}
     for place, names in enumerate(groups):
         for name in names:
             members.setdefault(name, []).append(place)
     members[ALL] = list(range(len(samples)))
-    examples = np.array([each.num_examples for each in samples])
+    lent = np.array([each.num_examples("f1") for each in samples])
     made: dict[str, Pool] = {}
 
     def pool_of(name: str) -> Pool:
@@ -84,12 +98,11 @@ def bases(
 
     found = []
     for place, sample in enumerate(samples):
-        missing = enough - int(examples[place])
+        missing = enough - sample.num_examples(target)
         if missing <= 0:
-            cuts = cuts_of(sample.score, floor)
-            found.append(Basis(place, sample, cuts, counts_of(sample, cuts)))
+            found.append(Basis.alone(place, sample, floor))
             continue
-        others = {name: int(examples[members[name]].sum() - examples[place]) for name in (*groups[place], ALL)}
+        others = {name: int(lent[members[name]].sum() - lent[place]) for name in (*groups[place], ALL)}
         name = next((name for name, count in others.items() if count >= enough), ALL)
         pool = pool_of(name)
         weight = min(1.0, missing / max(1, others[name]))

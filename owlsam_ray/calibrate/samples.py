@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+TargetName = Literal["precision", "recall", "f1"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +35,14 @@ class Sample:
         order = np.lexsort((image, -score.astype(np.float64)))
         return Sample(score[order], right[order], image[order], np.sort(object_image))
 
-    @property
-    def num_examples(self) -> int:
-        """How much there is to learn from: detections or objects, whichever are fewer."""
-        return min(len(self.score), len(self.object_image))
+    def num_examples(self, target: TargetName) -> int:
+        """How much there is to learn from.
+
+        For a precision detections, right or not: many of which none is right say that there is no threshold. For a
+        recall objects, found or not. For F1, which needs both, whichever are fewer.
+        """
+        detections, objects = len(self.score), len(self.object_image)
+        return {"precision": detections, "recall": objects, "f1": min(detections, objects)}[target]
 
     def numbers_at(self, threshold: float) -> tuple[int, int]:
         """Detections that score more, and how many of them are right."""

@@ -54,18 +54,20 @@ def _categories(result: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
 def _remark(row: dict[str, Any]) -> str:
     parts = [] if row["reached"] else ["not reached"]
     if row["pool"] is not None:
-        parts.append(f"with {row['pool']['name']}")
+        only = "only " if row["reached"] and not row["reached_alone"] else ""
+        parts.append(f"{only}with {row['pool']['name']}")
     return ", ".join(parts)
 
 
 def _footnotes(result: dict[str, Any]) -> list[str]:
     overall, rows = result["overall"], result["categories"]
     before, after = overall["before"], overall["after"]
-    reached = sum(row["reached"] for row in rows)
+    leaning = overall["num_reached_only_with_pool"]
+    only = f", {leaning} of them only with what they borrow" if leaning else ""
     changes = ", ".join(f"{name} {_number(before[name])} → {_number(after[name])}" for name in ("precision", "recall"))
     lines = [
-        f"{reached} of {len(rows)} categories reach the target. All together, in these images, from everything above "
-        f"the score floor {result['score_floor']:g} to what is above the thresholds: {changes}"
+        f"{overall['num_reached']} of {len(rows)} categories reach the target{only}. All together, in these images, "
+        f"from everything above the score floor {result['score_floor']:g} to what is above the thresholds: {changes}"
     ]
     borrowed = sum(row["pool"] is not None for row in rows)
     if borrowed:

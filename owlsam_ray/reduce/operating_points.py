@@ -32,6 +32,8 @@ class OperatingPoints(BaseModel):
     """Label fingerprint of the run whose scores were looked at."""
     target: dict[str, Any]
     """What the thresholds are for."""
+    settings: dict[str, Any] | None = None
+    """Of `reduce`, under which they were fitted, as `settings_in_use` tells them; None: not known."""
     categories: tuple[OperatingPoint, ...]
 
 

@@ -17,6 +17,10 @@ from owlsam_ray.vocabulary.mapping import category_mapping
 from owlsam_ray.vocabulary.names import by_name, fold_category
 
 _log = logging.getLogger(__name__)
+_SHOWN_BY = ("min_mask_area", "min_predicted_iou", "min_stability", "suppress", "max_per_image")
+"""Settings that say which detections are there before and after score thresholds."""
+_NAMED = 5
+"""As many names a log line tells."""
 
 
 def resolve_decisions(
@@ -32,10 +36,18 @@ def resolve_decisions(
 
     Raises:
         ConfigError: a name is no category's.
-        InputError: the mapping does not start from the run's categories; operating points lie below the score floor.
+        InputError: the mapping does not start from the run's categories; operating points lie below the score floor, or
+            are not of the run's categories, one for each.
+
+    Operating points that some categories lack, or that were fitted under other settings, are logged.
     """
     kept = _subset(settings.only, record.categories)
     categories, target = _targets(settings.mapping, record.categories, kept)
+    if points is not None:
+        shown = [category for category, place in zip(record.categories, target, strict=True) if place >= 0]
+        _warn_of_points(settings, shown, points)
+    if not (target >= 0).any():
+        raise ConfigError("reduce.only and reduce.mapping together keep no category of the run: nothing would be left")
     late = settings.suppress
     return Decisions(
         categories=categories,
@@ -96,7 +108,7 @@ def _targets(
     if lost:
         _log.info(
             "reduce.mapping: %d of %d categories have no counterpart and are left out: %s",
-            len(lost), len(kept), ", ".join(lost[:5]) + (", …" if len(lost) > 5 else ""),
+            len(lost), len(kept), _some(lost),
         )  # fmt: skip
     return out, target
 
@@ -140,12 +152,25 @@ def _thresholds(
     start = -np.inf if settings.score_threshold is None else settings.score_threshold
     thresholds = np.full(len(categories), start, np.float64)
     by_id = {category.id: label for label, category in enumerate(categories)}
+    seen: set[int] = set()
     for point in points.categories if points is not None else ():
         if point.category_id not in by_id:
             raise InputError(
                 f"reduce.operating_points has a threshold for {point.name!r} (id {point.category_id}), which is no "
                 "category of the run"
             )
+        name = categories[by_id[point.category_id]].name
+        if point.name != name:
+            raise InputError(
+                f"reduce.operating_points has a threshold for {point.name!r} with the id {point.category_id}, which is "
+                f"that of {name!r} in the run: calibrate again, or correct {settings.operating_points}"
+            )
+        if point.category_id in seen:
+            raise InputError(
+                f"reduce.operating_points has two thresholds for {name!r}: leave one of them in "
+                f"{settings.operating_points}"
+            )
+        seen.add(point.category_id)
         if point.threshold < score_floor:
             raise InputError(
                 f"the operating point of {point.name!r}, {point.threshold:g}, is below detector.score_floor "
@@ -156,6 +181,33 @@ def _thresholds(
     for name, threshold in settings.score_thresholds.items():
         thresholds[labels[_known(name, labels, "reduce.score_thresholds")]] = threshold
     return thresholds
+
+
+def _warn_of_points(settings: ReduceConfig, shown: Sequence[Category], points: OperatingPoints) -> None:
+    """Tell which categories of the output have no threshold of their own, and which settings it was not fitted for."""
+    own = {point.category_id for point in points.categories}
+    bare = [each.name for each in shown if each.id not in own and each.name not in settings.score_thresholds]
+    if bare:
+        common = settings.score_threshold
+        instead = "what is above the score floor" if common is None else f"what is above score_threshold {common:g}"
+        _log.warning(
+            "reduce.operating_points has no threshold for %d of %d categories, which keep %s: %s",
+            len(bare), len(shown), instead, _some(bare),
+        )  # fmt: skip
+    if points.settings is None:
+        return
+    now, then = settings_in_use(settings, None), points.settings
+    changed = [f"{name} ({then.get(name)} there, {now.get(name)} here)"
+               for name in _SHOWN_BY if now.get(name) != then.get(name)]  # fmt: skip
+    if changed:
+        _log.warning(
+            "reduce.operating_points were fitted under other settings, so that what they promise may not hold: %s",
+            ", ".join(changed),
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 
 
 def settings_in_use(settings: ReduceConfig, points: OperatingPoints | None) -> dict[str, object]:

@@ -30,7 +30,7 @@ def threshold_of(basis: Basis, target: Target) -> float:
 def test_enough_examples_stand_alone_and_none_get_the_pools_threshold() -> None:
     many, rich, other = (random_sample(seed, detections=300) for seed in (1, 2, 3))
     target = Target("precision", 0.7)
-    found, everything = bases([many, EMPTY, rich, other], [[]] * 4, FLOOR, enough=50)
+    found, everything = bases([many, EMPTY, rich, other], [[]] * 4, FLOOR, enough=50, target="precision")
     assert [basis.pool is None for basis in found] == [True, False, True, True]
     together = pooled([many, rich, other])
     assert everything.sample.score.tolist() == together.score.tolist()
@@ -48,7 +48,7 @@ def test_the_pool_fades_with_every_example(own: int, rest: str) -> None:
         numbers = np.arange(2 * count, dtype=np.int32) % IMAGES
         return Sample.of(score, score > least, numbers, numbers[:count])
 
-    found, _ = bases([sample(own, 0.9), sample(2000, 0.2)], [[], []], FLOOR, enough=50)
+    found, _ = bases([sample(own, 0.9), sample(2000, 0.2)], [[], []], FLOOR, enough=50, target="f1")
     threshold = threshold_of(found[0], Target())
     assert found[0].weight == pytest.approx((50 - own) / 2000)
     assert threshold == pytest.approx(0.2 if rest == "pool" else 0.9, abs=0.06)
@@ -58,7 +58,7 @@ def test_the_narrowest_pool_that_is_large_enough() -> None:
     samples = [sample_of("xx", 2), *(random_sample(seed, detections=80) for seed in range(4))]
     groups = [["frequency r", "supercategory a"], ["frequency r"], ["supercategory a"], ["supercategory a"], []]
     for enough, name in ((10, "frequency r"), (90, "supercategory a"), (150, ALL), (10**6, ALL)):
-        found, _ = bases(samples, groups, FLOOR, enough)
+        found, _ = bases(samples, groups, FLOOR, enough, target="f1")
         assert found[0].pool is not None
         assert found[0].pool.name == name
         assert 0 < found[0].weight <= 1
@@ -81,7 +81,7 @@ def test_a_blend_is_what_repeating_the_others_gives() -> None:
 def test_resamples_equal_a_loop(target: Target) -> None:
     seed, resamples = 3, 40
     samples = [random_sample(7), random_sample(8), sample_of("x.xx", 3)]
-    found, _ = bases(samples, [[]] * 3, FLOOR, enough=20)
+    found, _ = bases(samples, [[]] * 3, FLOOR, enough=20, target=target.name)
     chosen = [(basis, int(choose(basis.counts, target)[0])) for basis in found]
     spread = spreads(chosen, target, num_images=IMAGES, resamples=resamples, seed=seed)
     assert spread == spreads(chosen, target, num_images=IMAGES, resamples=resamples, seed=seed)
@@ -169,23 +169,85 @@ def test_rows(target: Target, caplog: pytest.LogCaptureFixture) -> None:
     rows = result["categories"]
     assert isinstance(rows, list)
     assert [row["category_id"] for row in rows] == [10, 11, 12, 13, 14]
-    assert [row["pool"] is None for row in rows] == [True, False, False, False, True]
+    alone = {"precision": [3], "recall": [2], "f1": []}[target.name]  # with as many detections, or objects
+    assert [row["pool"] is None for row in rows] == [place in (0, *alone, 4) for place in range(5)]
     assert all(FLOOR <= row["threshold"] <= 1 for row in rows)
     assert (rows[0]["reached"], rows[4]["reached"]) == (True, False)
     assert f"{sum(not row['reached'] for row in rows)} of 5 categories cannot be shown" in caplog.text
-    assert "3 of 5 categories have fewer than 50 examples" in caplog.text
+    assert f"{3 - len(alone)} of 5 categories have fewer than 50 examples" in caplog.text
     if target.name != "recall":
         assert (rows[4]["num_kept"], rows[4]["precision"], rows[4]["recall"]) == (0, None, 0.0)
+        assert rows[4]["threshold"] == 1.0
+    leaning = [row["reached"] and not row["reached_alone"] for row in rows]
+    assert leaning[1] == rows[1]["reached"]
+    assert not leaning[0]
+    assert not any(leaning[place] for place in alone)
+    overall = result["overall"]
+    assert isinstance(overall, dict)
+    assert overall["num_reached"] == sum(row["reached"] for row in rows)
+    assert overall["num_reached_only_with_pool"] == sum(leaning)
+    told = f"{sum(leaning)} of the {overall['num_reached']} categories that reach it do so only with"
+    assert (told in caplog.text) == any(leaning)
     for row in rows:
         low, high = row["threshold_interval"]
         assert FLOOR <= low <= high
         for name in ("precision", "recall"):
             if row[name] is not None:
                 assert row[f"{name}_interval"][0] <= row[name] <= row[f"{name}_interval"][1]
-    told = {"name": target.name, "shape": "box", "iou_threshold": 0.5} | (
+    aim = {"name": target.name, "shape": "box", "iou_threshold": 0.5} | (
         {} if target.value is None else {"value": target.value}
     )
-    assert draw_operating_points(result | {"target": told}).startswith(b"\x89PNG")
+    assert draw_operating_points(result | {"target": aim}).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("detections", [5, 30, 49, 80])
+@pytest.mark.parametrize("objects", [0, 3])
+def test_no_precision_is_reached_against_a_categorys_own_detections(detections: int, objects: int) -> None:
+    """Nothing of one category is right; what it could borrow from reaches the target easily."""
+    target = Target("precision", 0.7)
+    score = np.linspace(0.95, 0.06, detections, dtype=np.float32)
+    numbers = np.arange(detections, dtype=np.int32)
+    wrong = Sample.of(score, np.zeros(detections, np.bool_), numbers, np.arange(objects, dtype=np.int32))
+    samples = [wrong, *(random_sample(seed, detections=400, share=0.9) for seed in (1, 2))]
+    categories = [Category(id=place, name=f"thing {place}") for place in range(3)]
+    result = operating_points(
+        samples, categories, [[]] * 3, target, Fitting(resamples=20), num_images=100, floor=FLOOR
+    )  # fmt: skip
+    row, *others = result["categories"]
+    assert all(each["reached_alone"] for each in others)
+    if detections in (5, 80):  # of the borrowed much is right, but these are too many; or nothing is borrowed
+        assert row["pool"] is None
+        assert (row["threshold"], row["precision"]) == (1.0, None)
+    assert (row["reached"], row["reached_alone"], row["num_kept"]) == (False, False, 0)
+    assert result["overall"]["num_reached"] == 2
+
+
+def test_a_recall_is_not_reached_against_a_categorys_own_objects() -> None:
+    """Ten objects, and no detection or a few right ones, in a pool that finds all."""
+    rich = sample_of("x" * 200, 200)
+    nothing = Sample.of(EMPTY.score, EMPTY.right, EMPTY.image, np.arange(10, dtype=np.int32))
+    for own, kept in ((nothing, 0), (sample_of("xx", 10), 2)):
+        result = operating_points(
+            [own, rich], [Category(id=1, name="a"), Category(id=2, name="b")], [[]] * 2, Target("recall", 0.8),
+            Fitting(resamples=20), num_images=200, floor=FLOOR,
+        )  # fmt: skip
+        row = result["categories"][0]
+        assert (row["reached"], row["pool"], row["num_kept"], row["threshold"]) == (False, None, kept, FLOOR)
+        assert row["recall"] == kept / 10
+
+
+def test_what_rests_on_a_pool_is_told() -> None:
+    """A few right ones do not contradict what is borrowed, and show nothing alone; enough right ones do."""
+    rich = sample_of("x" * 300 + "." * 100, 310)
+    for right, alone in ((4, False), (30, True)):
+        result = operating_points(
+            [sample_of("x" * right, right), rich], [Category(id=1, name="a"), Category(id=2, name="b")], [[]] * 2,
+            Target("precision", 0.7), Fitting(resamples=20), num_images=400, floor=FLOOR,
+        )  # fmt: skip
+        row = result["categories"][0]
+        assert row["pool"] is not None
+        assert (row["reached"], row["reached_alone"]) == (True, alone)
+        assert result["overall"]["num_reached_only_with_pool"] == (not alone)
 
 
 def test_fitting_that_cannot_be() -> None:
