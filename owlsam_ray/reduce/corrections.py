@@ -5,10 +5,12 @@ machine's by id, which is fixed by the image and the detection, whatever is deci
 
 - the same box, mask and category: confirmed. The annotation stays as the machine made it, whatever the settings say;
 - another box, mask or category: edited. What the file says takes its place, under the same id;
-- an id that no detection of its image has, or none: the detection with the same box and category, else a new annotation
-  (`overlay.py` tells its id);
+- an id that no detection of its image has, or none: a new annotation (`overlay.py` tells its id);
+- the same box and category as another detection, whatever the id says: that one is meant, since tools number anew;
 - `"owlsam_rejected": true`: the machine's annotation goes;
 - one that is not in the file: see the scope.
+
+Ids may be digits in a string or floats without a fraction; what is no integer counts as no id.
 
 The scope is `images` by default, since that is what a file of a reduce shows to people: each image in it (or each with
 `"owlsam_reviewed": true`, when an image has this field) has exactly the annotations of the file, so one that is missing
@@ -16,7 +18,7 @@ was deleted. In the scope `annotations`, that of review lists, people saw only s
 that are missing were deleted, and all others are the machine's as before.
 
 What cannot be applied is a conflict: the file's entry is left out, and the detection that it names stays as the
-settings have it. `corrections.json` lists all conflicts.
+settings have it. `corrections_report.json` lists all conflicts.
 """
 
 import hashlib
@@ -24,7 +26,7 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,17 @@ from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.corrections_report import CorrectionsOutput, conflict_line
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.label_studio_export import open_corrections
-from owlsam_ray.reduce.overlay import CORRECTION_SCHEMA, DELETED, ENTRY, IMAGE, REJECTED, SPARED, StoredOverlay
+from owlsam_ray.reduce.overlay import (
+    CORRECTION_SCHEMA,
+    ENTRY,
+    IMAGE,
+    LISTED,
+    REJECTED,
+    SECOND_IDS,
+    SPARED,
+    StoredOverlay,
+    image_of_id,
+)
 from owlsam_ray.reduce.overlay_store import ShardRows
 from owlsam_ray.reduce.proof import ShardRules
 from owlsam_ray.reduce.reviewed_images import ReviewedImages, read_images
@@ -116,7 +128,7 @@ def load_corrections(
             targets=_targets(document, decisions, categories),
             ids_per_image=rules.ids_per_image,
             conflicts=[],
-            counts=Counter(),
+            counts=Counter(entries=0),  # told, even if the file has none
         )
         rows = ShardRows(storage.join(scratch, f"corrections-{secrets.token_hex(4)}.arrow"), CORRECTION_SCHEMA)
         with rows.spool() as add:
@@ -208,25 +220,26 @@ class _Reading:
     ids_per_image: int
     conflicts: list[bytes]
     counts: Counter[str]
+    unplaced: list[int] = field(default_factory=list)
+    """Ids of entries whose image is not known: nobody deleted these."""
 
     def batches(self, document: Document) -> Iterator[pa.Table]:
         """All rows, in no order."""
         if self.origin.is_of_images:
             reviewed = self.images.ordinals[self.images.reviewed & (self.images.ordinals > 0)]
             yield _rows_of(reviewed, IMAGE)
-        seen: list[NDArray[np.int64]] = []
         for first, elements in document.batches("annotations"):
             rows = [row for position, entry in enumerate(elements, first) if (row := self._row(position, entry))]
             yield pa.Table.from_pylist(rows, CORRECTION_SCHEMA)
-            ids = [entry.get("id") for entry in elements if isinstance(entry, dict)]
-            seen.append(np.array([each for each in ids if _is_integer(each)], np.int64))
         if self.origin.listed is not None:
-            missing = np.setdiff1d(self.origin.listed, np.concatenate([*seen, np.zeros(0, np.int64)]))
-            yield _rows_of(missing // self.ids_per_image, DELETED, missing % self.ids_per_image)
+            listed = np.setdiff1d(self.origin.listed, np.array(self.unplaced, np.int64))
+            listed = listed[listed < SECOND_IDS]
+            yield _rows_of(listed // self.ids_per_image, LISTED, listed % self.ids_per_image)
 
     def _row(self, position: int, entry: Any) -> dict[str, Any] | None:
         """What the entry's shard needs to know; None: nothing."""
         self.counts["entries"] += 1
+        entry = with_integers(entry)
         conflict = _offence(entry) or self._unknown(entry)
         if conflict is not None:
             self.counts[f"conflict.{conflict.partition(':')[0]}"] += 1
@@ -234,6 +247,8 @@ class _Reading:
             self.conflicts.append(conflict_line(position, own.get("id"), own.get("image_id"), conflict))
         place = self._place(entry)
         if place is None:
+            if isinstance(entry, dict) and entry.get("id") is not None:
+                self.unplaced.append(entry["id"])
             return None
         if conflict is None and self.origin.is_of_images and not self.images.reviewed[place]:
             self.counts["unreviewed"] += 1
@@ -248,8 +263,10 @@ class _Reading:
             "category": -1,
             "shape": b"",
         }
-        if row["kind"] == ENTRY:
-            row |= {"category": self.targets[entry["category_id"]], "shape": pack_shape(entry)}
+        if conflict is None:
+            row["category"] = self.targets.get(entry.get("category_id"), -1)
+            has_shape = bool(entry.get("bbox") or entry.get("segmentation"))
+            row["shape"] = pack_shape(entry) if has_shape or row["kind"] == ENTRY else b""
         return row
 
     def _place(self, entry: Any) -> int | None:
@@ -269,14 +286,36 @@ class _Reading:
 
     def _det_index(self, own_id: Any, ordinal: int) -> int:
         """Which detection of its image an id means, if there is such a one; -1: none, it is a tool's own number."""
-        if not _is_integer(own_id) or own_id // self.ids_per_image != ordinal:
+        if own_id is None:
+            return -1
+        own_ordinal, det_index = image_of_id(own_id, self.ids_per_image)
+        if own_ordinal != ordinal:
             return -1
         listed = self.origin.listed
         if listed is not None:
             place = int(np.searchsorted(listed, own_id))
             if place == len(listed) or listed[place] != own_id:
                 return -1
-        return own_id % self.ids_per_image
+        return det_index
+
+
+def with_integers(entry: Any) -> Any:
+    """An entry with the ids that a tool wrote as text or as floats; an `id` that is none is left out."""
+    if not isinstance(entry, dict):
+        return entry
+    read = {name: _integer(entry[name]) for name in ("id", "image_id", "category_id") if name in entry}
+    entry = entry | {name: value for name, value in read.items() if value is not None}
+    if read.get("id") is None:
+        entry.pop("id", None)
+    return entry
+
+
+def _integer(value: Any) -> int | None:
+    """As columns take it; None: it is none."""
+    is_text = isinstance(value, str) and value.isascii() and value.removeprefix("-").isdigit() and len(value) < 20
+    if is_text or (isinstance(value, float) and value.is_integer()):
+        value = int(value)
+    return value if _is_integer(value) else None
 
 
 def _is_integer(value: Any) -> bool:

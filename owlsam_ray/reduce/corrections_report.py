@@ -1,5 +1,6 @@
-"""`corrections.json`: what became of the file of people's corrections."""
+"""`corrections_report.json`: what became of the file of people's corrections."""
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from owlsam_ray.reduce.json_rows import LINE_END, dump_json
 from owlsam_ray.reduce.labels import ShardLabels
 from owlsam_ray.reduce.outputs import Parts, Rendered
 
-CORRECTIONS = "corrections.json"
+CORRECTIONS = "corrections_report.json"
+_log = logging.getLogger(__name__)
 _OF_ENTRIES = ("confirmed", "edited", "added", "rejected", "left_out", "unreviewed")
 
 
@@ -40,15 +42,15 @@ def remark_line(what: str, position: int, annotation_id: int, **more: Any) -> by
 
 
 def summary_of(counts: Counter[str]) -> dict[str, Any]:
-    """Counts of corrections as `info` and `corrections.json` have them.
+    """Counts of corrections as `info` and `corrections_report.json` have them.
 
     Args:
         counts: `Counts.corrections`.
 
     Returns:
         entries of the file = confirmed + edited + added + rejected + left_out (their category is) + unreviewed (their
-        image is not marked) + conflicts (by reason) + unlabelled (in a partial reduce); and deleted: listed ones that
-        the file lacks.
+        image is not marked) + conflicts (by reason) + unlabelled (in a partial reduce); and deleted: annotations that
+        the file lacks, of its images those that the settings would show, of a review list the listed ones.
     """
     conflicts = {
         name.partition(".")[2]: count for name, count in sorted(counts.items()) if name.startswith("conflict.")
@@ -56,6 +58,34 @@ def summary_of(counts: Counter[str]) -> dict[str, Any]:
     told = {name: counts[name] for name in ("entries", *_OF_ENTRIES)}
     unlabelled = told["entries"] - sum(told[name] for name in _OF_ENTRIES) - sum(conflicts.values())
     return told | {"unlabelled": unlabelled, "deleted": counts["deleted"], "conflicts": conflicts}
+
+
+def tell_outcome(counts: Counter[str], report_url: str) -> None:
+    """Log what became of the file: counts, and what somebody has to look at.
+
+    Args:
+        counts: `Counts.corrections`.
+        report_url: of the report.
+    """
+    told = summary_of(counts)
+    names = ("confirmed", "edited", "added", "deleted", "rejected")
+    _log.info("corrections: %s", ", ".join(f"{told[name]} {name}" for name in names))
+    if told["conflicts"]:
+        _log.warning(
+            "%d entries of reduce.corrections were not applied (%s): %s lists them",
+            sum(told["conflicts"].values()),
+            ", ".join(f"{count} {reason}" for reason, count in told["conflicts"].items()),
+            report_url,
+        )
+    if 2 * counts["shown.deleted"] > counts["shown"]:
+        _log.warning(
+            "reduce.corrections deletes %d of the %d annotations that these settings would show in its images, since "
+            "it lacks them: were they shown to people, who saw only what passed the thresholds of that time? %s lists "
+            "them",
+            counts["shown.deleted"],
+            counts["shown"],
+            report_url,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ IMAGE_SCHEMA = pa.schema(
 
 ANNOTATION_SCHEMA = pa.schema(
     [
-        pa.field("id", pa.int64(), nullable=False),  # ordinal × K + det_index: rises
+        pa.field("id", pa.int64(), nullable=False),  # ordinal × K + det_index; see overlay.py
         pa.field("image", pa.int32(), nullable=False),  # row of the shard's images
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("category", pa.int32(), nullable=False),  # index into the output's categories
@@ -63,7 +63,7 @@ ANNOTATION_SCHEMA = pa.schema(
         pa.field("rle_counts", pa.binary()),
     ]
 )
-"""One row for each annotation, by rising id, that is by image, then by det_index."""
+"""One row for each annotation, by image, then by rising id."""
 
 _OF_A_DETECTION = tuple(each.name for each in PREDICTION_SCHEMA if pa.types.is_list(each.type))
 _CARRIED = ("prompt_id", "raw_score", "predicted_iou", "stability", "mask_area", "mask_x0", "mask_y0", "mask_x1",
@@ -111,6 +111,8 @@ class ShardLabels:
     counts: Counts
     remarks: dict[str, bytes] = field(default_factory=dict)
     """About people's corrections: lines of JSON by kind."""
+    confirmed: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Ids of annotations that people left as they are."""
 
     @property
     def is_labelled(self) -> NDArray[np.bool_]:
@@ -140,7 +142,7 @@ class Review(Protocol):
         """For the decisions."""
 
     def apply(self, labels: ShardLabels, kept: Columns) -> ShardLabels:
-        """The shard with people's annotations in place of the machine's, by rising id, counted.
+        """The shard with people's annotations in place of the machine's, by image, then by rising id, counted.
 
         Args:
             labels: as the decisions leave it.

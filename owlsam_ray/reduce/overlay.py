@@ -1,8 +1,13 @@
 """People's corrections in the place of the machine's annotations, shard by shard; what they mean: see corrections.py.
 
-New annotations get an id in the range of their image, where ids rise with the others': their own, if it lies there and
-no detection has it, else K - 1, K - 2, … of those that are free, in the order of the file. So ids depend on the file
-and on the inference, not on what is decided.
+New annotations get an id in the range of their image: their own, if it lies there and no detection has it, else K - 1,
+K - 2, … of those that are free, in the order of the file. In an image whose detections have taken all, they get ids of
+a second range, 2^52 + ordinal × K + 0, 1, …, which no detection has. They stand behind the others of their image; so
+ids rise within an image, and over the whole file where no second range was needed. No two annotations of a file have
+the same. Ids depend on the file and on the inference, not on what is decided.
+
+What a suppression of this reduce merges depends on all other settings. Unchanged boxes of a file that was written under
+the same ones are recognised, and those that inference left; merged under others they count as edited.
 """
 
 from collections import Counter
@@ -14,14 +19,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from owlsam_ray.reduce.corrections_report import conflict_line, remark_line
-from owlsam_ray.reduce.decisions import Columns, Decisions, Pins
+from owlsam_ray.reduce.decisions import Columns, Decisions, Pins, decide
 from owlsam_ray.reduce.labels import ANNOTATION_SCHEMA, Found, ShardLabels
 from owlsam_ray.reduce.overlay_store import read_rows
-from owlsam_ray.reduce.shapes import Shape, empty_part, read_shape, same_box, same_mask
+from owlsam_ray.reduce.shapes import Shape, empty_part, read_shape, same_box, same_boxes, same_mask
 
-IMAGE, ENTRY, REJECTED, DELETED, SPARED = range(5)
-"""Kinds of rows: this image has exactly the file's annotations; an annotation; a rejected one; a listed one that is
-missing; one whose entry is a conflict already."""
+IMAGE, ENTRY, REJECTED, LISTED, SPARED = range(5)
+"""Kinds of rows: this image has exactly the file's annotations; an annotation; a rejected one; one that people saw, in
+a list of such; one whose entry is a conflict already."""
+
+SECOND_IDS = 2**52
+"""Where ids begin of what people drew in images whose own ids are all taken. With K ids each, all stay below 2^53,
+which every reader of JSON takes."""
 
 CORRECTION_SCHEMA = pa.schema(
     [
@@ -29,11 +38,30 @@ CORRECTION_SCHEMA = pa.schema(
         pa.field("kind", pa.int8(), nullable=False),
         pa.field("position", pa.int64(), nullable=False),  # among the file's annotations; -1: not one of them
         pa.field("file_id", pa.int64()),
-        pa.field("det_index", pa.int64(), nullable=False),  # as the id tells; -1: it tells none of this image
+        pa.field(
+            "det_index", pa.int64(), nullable=False
+        ),  # as the id tells, from K on of the second range; -1: it tells none of this image
         pa.field("category", pa.int64(), nullable=False),  # index into the output's categories; -1: left out
         pa.field("shape", pa.binary()),  # see shapes.py
     ]
 )
+
+
+_MACHINE_COLUMNS = ("x0", "y0", "x1", "y1", "score", "num_merged")
+
+
+def annotation_id(ordinal: int, det_index: int, ids_per_image: int) -> int:
+    """Of a detection (below K), or of what people drew."""
+    start = SECOND_IDS - ids_per_image if det_index >= ids_per_image else 0
+    return start + ordinal * ids_per_image + det_index
+
+
+def image_of_id(own_id: int, ids_per_image: int) -> tuple[int, int]:
+    """(ordinal, det_index) of an id, the inverse of `annotation_id`."""
+    if own_id < SECOND_IDS:
+        return divmod(own_id, ids_per_image)
+    ordinal, index = divmod(own_id - SECOND_IDS, ids_per_image)
+    return ordinal, index + ids_per_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +90,8 @@ class _Entry:
     shape: Shape
     place: int = -1
     """Of the detection that it is about; -1: it is new."""
+    is_rejected: bool = False
+    """There is no such thing. Such a one is always about a detection, and may have no shape."""
 
 
 class ShardReview:
@@ -72,6 +102,7 @@ class ShardReview:
         self._counts: Counter[str] = Counter()
         self._conflicts: list[bytes] = []
         self._applied: list[bytes] = []
+        self._confirmed: list[int] = []
         self._entries: list[_Entry] = []
         count = len(found.image)
         label = found.detections["label"].to_numpy()
@@ -85,6 +116,14 @@ class ShardReview:
         boxes = [found.detections[axis].to_numpy() for axis in ("x0", "y0", "x1", "y1")]
         self._boxes: NDArray[np.float32] = np.stack(boxes, axis=1)
         self._det_index = found.detections["det_index"].to_numpy()
+        self._shown, _ = decide(found.detections, found.image, decisions)
+        self._shown_at: NDArray[np.int64] = np.full(count, -1)
+        self._shown_at[self._shown.place] = np.arange(len(self._shown))
+        # A suppression at reduce may move boxes: people may have seen them so.
+        moved = self._boxes.copy()
+        moved[self._shown.place] = self._shown.boxes_xyxy
+        self._seen_boxes: NDArray[np.float32] = np.stack([self._boxes, moved])
+        self._same_masks: dict[tuple[int, int], bool] = {}
         by_image: dict[int, list[dict[str, Any]]] = {}
         for row in rows.to_pylist():
             by_image.setdefault(row["ordinal"] - found.first_ordinal, []).append(row)
@@ -93,93 +132,139 @@ class ShardReview:
 
     def _review_image(self, image: int, rows: list[dict[str, Any]]) -> None:
         """Find out what the rows of one image are about."""
+        if self._found.images["status"][image].as_py() == "failed":
+            for row in rows:
+                if row["kind"] in (ENTRY, REJECTED):
+                    self._conflict(image, row["position"], row["file_id"], "image: it failed in the run")
+            return
         start, end = (int(np.searchsorted(self._found.image, image, side)) for side in ("left", "right"))
         places = dict(zip(self._det_index[start:end].tolist(), range(start, end), strict=True))
-        rows = [row for row in rows if self._is_usable(image, row, places)]
-        if self._found.images["status"][image].as_py() == "failed":
-            return
-        named = Counter(row["det_index"] for row in rows if row["kind"] in (ENTRY, REJECTED))
-        entries: list[_Entry] = []
         spared = {places[row["det_index"]] for row in rows if row["kind"] == SPARED and row["det_index"] in places}
         """Detections that a conflict is about: as the settings have them."""
+        entries: list[_Entry] = []
         for row in rows:
-            place = places.get(row["det_index"], -1) if row["kind"] in (ENTRY, REJECTED) else -1
-            if place >= 0 and named[row["det_index"]] > 1:
-                reason = "repeated_id: several entries are about the same detection"
-                self._conflict(image, row["position"], row["file_id"], reason)
-                spared.add(place)
-            elif row["kind"] == ENTRY:
-                try:
-                    shape = read_shape(row["shape"], self._size_hw(image))
-                except ValueError as error:
+            if row["kind"] not in (ENTRY, REJECTED):
+                continue
+            is_rejected = row["kind"] == REJECTED
+            try:
+                shape = read_shape(row["shape"], self._size_hw(image)) if row["shape"] else Shape(None, None)
+            except ValueError as error:
+                if not is_rejected:
                     self._conflict(image, row["position"], row["file_id"], f"geometry: {error}")
-                    spared.add(place)
+                    spared.add(places.get(row["det_index"], -1))
                     continue
-                own = (row["position"], row["file_id"], row["det_index"], row["category"])
-                entries.append(_Entry(image, *own, shape, place))
-        rejected = {places[row["det_index"]] for row in rows if row["kind"] == REJECTED}
-        self._meet_by_box(entries, range(start, end), spared | rejected)
+                shape = Shape(None, None)
+            own = (row["position"], row["file_id"], row["det_index"], row["category"])
+            entries.append(_Entry(image, *own, shape, is_rejected=is_rejected))
+        self._meet(entries, places)
+        entries = self._sound(image, entries, places)
         entries = self._number(image, self._visible(image, entries, spared), places)
         self._pin(image, rows, entries, places, spared)
-        self._entries += entries
+        self._entries += [entry for entry in entries if not entry.is_rejected]
 
     def _visible(self, image: int, entries: list[_Entry], spared: set[int]) -> list[_Entry]:
         """Without those of which nothing could be seen; what equals the machine's may be like that, as it is."""
         size_hw, visible = self._size_hw(image), []
         for entry in entries:
-            empty = empty_part(entry.shape, size_hw)
-            box = entry.shape.box_xyxy
-            if empty is None or (
-                entry.place >= 0
-                and (box is None or same_box(box, self._boxes[entry.place]))
-                and self._has_mask(entry.place, entry.shape, size_hw)
-            ):
+            empty = None if entry.is_rejected else empty_part(entry.shape, size_hw)
+            is_here = entry.place >= 0 and self._is_here(entry, entry.place)
+            if empty is None or (is_here and self._has_mask(entry.place, entry)):
                 visible.append(entry)
             else:
                 self._conflict(image, entry.position, entry.file_id, f"geometry: {empty}")
                 spared.add(entry.place)
         return visible
 
-    def _has_mask(self, place: int, shape: Shape, size_hw: tuple[int, int]) -> bool:
-        """Whether a detection has the mask of a shape, if it has one."""
-        return shape.mask is None or same_mask(shape.mask, self._mask_of(place), size_hw)
+    def _has_mask(self, place: int, entry: _Entry) -> bool:
+        """Whether a detection has an entry's mask, if the entry has one."""
+        if entry.shape.mask is None:
+            return True
+        key = (entry.position, place)
+        if key not in self._same_masks:
+            self._same_masks[key] = same_mask(entry.shape.mask, self._mask_of(place), self._size_hw(entry.row))
+        return self._same_masks[key]
 
     def _mask_of(self, place: int) -> bytes | None:
         counts: bytes | None = self._masks[place].as_py()
         return counts
 
-    def _is_usable(self, image: int, row: dict[str, Any], places: dict[int, int]) -> bool:
-        """Whether the image has labels, and a rejected detection is there."""
-        if self._found.images["status"][image].as_py() == "failed":
-            if row["kind"] in (ENTRY, REJECTED):
-                self._conflict(image, row["position"], row["file_id"], "image: it failed in the run")
-            return False
-        if row["kind"] == REJECTED and row["det_index"] not in places:
-            self._conflict(
-                image, row["position"], row["file_id"], "no_detection: it rejects what the run does not have"
-            )
-            return False
-        return True
+    def _meet(self, entries: list[_Entry], places: dict[int, int]) -> None:
+        """Find the detection that each entry is about.
 
-    def _meet_by_box(self, entries: list[_Entry], places: range, taken: set[int]) -> None:
-        """Entries whose ids a tool has changed: the detection of the same box and category, if it is left."""
-        taken = taken | {entry.place for entry in entries}
+        A tool may have numbered the entries anew, and an id that lies in its image's range by chance means nothing. So
+        what an entry shows goes before its id: first those whose id and geometry agree, then those that equal another
+        detection, then those that have only another category under their id, then those of the same box and category
+        as a detection, then ids alone.
+        """
+        taken: set[int] = set()
+        ordered = sorted(entries, key=lambda entry: entry.is_rejected)
+
+        def claim(entry: _Entry, place: int | None) -> None:
+            if place is not None and place not in taken:
+                entry.place = place
+                taken.add(place)
+
+        def left() -> list[_Entry]:
+            return [entry for entry in ordered if entry.place < 0]
+
+        for entry in ordered:
+            if self._is_own(entry, places):
+                claim(entry, places[entry.det_index])
+        renamed = []
+        for entry in left():
+            own = places.get(entry.det_index)
+            if own is not None and own not in taken and self._is_here(entry, own) and self._has_mask(own, entry):
+                renamed.append(entry)
+            else:
+                claim(entry, self._alike(entry, places, taken, with_mask=True))
+        for entry in renamed:
+            claim(entry, places[entry.det_index])
+        for entry in left():
+            claim(entry, self._alike(entry, places, taken, with_mask=False))
+        for entry in left():
+            claim(entry, places.get(entry.det_index))
+
+    def _is_own(self, entry: _Entry, places: dict[int, int]) -> bool:
+        """Whether an entry equals the detection that its id names."""
+        own = places.get(entry.det_index)
+        return (
+            own is not None
+            and self._is_here(entry, own)
+            and bool(self.pins.category[own] == entry.category)
+            and self._has_mask(own, entry)
+        )
+
+    def _alike(self, entry: _Entry, places: dict[int, int], taken: set[int], *, with_mask: bool) -> int | None:
+        """A detection of an entry's box and category that nobody has claimed, and maybe of its mask."""
+        box = entry.shape.box_xyxy
+        if not places or (box is None and (entry.shape.mask is None or not with_mask)):
+            return None
+        every = np.fromiter(places.values(), np.int64)
+        near = every[self.pins.category[every] == entry.category]
+        if box is not None:
+            near = near[same_boxes(box, self._seen_boxes[:, near]).any(axis=0)]
+        alike = (
+            place for place in near.tolist() if place not in taken and (not with_mask or self._has_mask(place, entry))
+        )
+        return next(alike, None)
+
+    def _is_here(self, entry: _Entry, place: int) -> bool:
+        """Whether an entry has a detection's box, as inference left it or as the settings do; without one its mask."""
+        if entry.shape.box_xyxy is None:
+            return entry.shape.mask is not None and self._has_mask(place, entry)
+        return bool(same_boxes(entry.shape.box_xyxy, self._seen_boxes[:, place]).any())
+
+    def _sound(self, image: int, entries: list[_Entry], places: dict[int, int]) -> list[_Entry]:
+        """Without those that say something for the second time, and without rejections of nothing."""
+        sound = []
         for entry in entries:
-            shape, box = entry.shape, entry.shape.box_xyxy
-            if entry.place >= 0 or box is None:
-                continue
-            near = [
-                place
-                for place in places
-                if place not in taken
-                and self.pins.category[place] == entry.category
-                and same_box(box, self._boxes[place])
-            ]
-            if len(near) > 1:
-                near.sort(key=lambda place: not self._has_mask(place, shape, self._size_hw(entry.row)))
-            if near:
-                entry.place = near[0]
-                taken.add(entry.place)
+            if entry.place < 0 and entry.is_rejected:
+                self._conflict(image, entry.position, entry.file_id, "no_detection: it rejects what the run lacks")
+            elif entry.place < 0 and self._is_own(entry, places):
+                self._conflict(image, entry.position, entry.file_id, "repeated: another entry has its id and its box")
+            else:
+                sound.append(entry)
+        return sound
 
     def _number(self, image: int, entries: list[_Entry], places: dict[int, int]) -> list[_Entry]:
         """Give new entries a det_index that is free; without those for which there is none."""
@@ -191,7 +276,8 @@ class ShardReview:
                 entry.det_index = -1
             elif entry.det_index >= 0:
                 taken.add(entry.det_index)
-        free = (each for each in range(self._ids_per_image - 1, -1, -1) if each not in taken)
+        most = self._ids_per_image
+        free = (each for each in (*range(most - 1, -1, -1), *range(most, 2 * most)) if each not in taken)
         numbered = []
         for entry in entries:
             if entry.det_index < 0:
@@ -199,7 +285,7 @@ class ShardReview:
             if entry.det_index >= 0:
                 numbered.append(entry)
                 continue
-            reason = f"no_free_id: all {self._ids_per_image} ids of its image are used"
+            reason = f"no_free_id: all {2 * most} ids that its image can have are used"
             self._conflict(image, entry.position, entry.file_id, reason)
         return numbered
 
@@ -209,17 +295,21 @@ class ShardReview:
         """What the decisions need to know."""
         pins = self.pins
         about = {entry.place for entry in entries} | spared
-        for row in rows:
-            if row["kind"] == IMAGE:
-                pins.dropped[[place for place in places.values() if place not in about]] = True
-            elif row["kind"] == REJECTED and places[row["det_index"]] not in spared:
-                pins.dropped[places[row["det_index"]]] = True
-                self._tell("rejected", row["position"], self._id(image, row["det_index"]))
-            elif row["kind"] == DELETED and places.get(row["det_index"], -1) not in about | {-1}:
-                pins.dropped[places[row["det_index"]]] = True
-                self._tell("deleted", row["position"], self._id(image, row["det_index"]))
+        shown = {place for place in places.values() if self._shown_at[place] >= 0}
+        self._counts["shown"] += len(shown)
+        listed = {places.get(row["det_index"], -1) for row in rows if row["kind"] == LISTED}
+        missing = {*places.values()} if any(row["kind"] == IMAGE for row in rows) else listed & {*places.values()}
+        missing -= about
+        pins.dropped[sorted(missing)] = True
+        # In a reviewed image nobody misses what the settings would not show.
+        for place in sorted(missing & (shown | listed)):
+            self._tell("deleted", -1, self._id(image, int(self._det_index[place])))
+            self._counts["shown.deleted"] += place in shown
         for entry in entries:
-            if entry.place >= 0:
+            if entry.is_rejected:
+                pins.dropped[entry.place] = True
+                self._tell("rejected", entry.position, self._id(image, entry.det_index))
+            elif entry.place >= 0:
                 pins.category[entry.place] = entry.category
                 pins.kept[entry.place] = entry.category >= 0
 
@@ -235,7 +325,7 @@ class ShardReview:
                 self._tell("added", entry.position, self._id(entry.row, entry.det_index), file_id=entry.file_id)
             else:
                 place = int(np.searchsorted(kept.place, entry.place))
-                row = self._compared(entry, labels.annotations, place, kept.boxes_xyxy[place])
+                row = self._compared(entry, labels.annotations, place, kept)
                 if row is not None:
                     replaced[place] = True
                     people.append(row)
@@ -243,7 +333,8 @@ class ShardReview:
         table = machine
         if people:
             table = pa.concat_tables([machine, pa.Table.from_pylist(people, ANNOTATION_SCHEMA)])
-            table = table.take(pa.array(np.argsort(table["id"].to_numpy()))).combine_chunks()
+            order = np.lexsort((table["id"].to_numpy(), table["image"].to_numpy()))
+            table = table.take(pa.array(order)).combine_chunks()
         counts = replace(
             labels.counts,
             annotations=table.num_rows,
@@ -251,31 +342,28 @@ class ShardReview:
             corrections=self._counts,
         )
         remarks = {"applied": b"".join(self._applied), "conflicts": b"".join(self._conflicts)}
-        return replace(labels, annotations=table, counts=counts, remarks=remarks)
+        confirmed = np.array(self._confirmed, np.int64)
+        return replace(labels, annotations=table, counts=counts, remarks=remarks, confirmed=confirmed)
 
-    def _compared(
-        self, entry: _Entry, annotations: pa.Table, place: int, decided: NDArray[np.float32]
-    ) -> dict[str, Any] | None:
+    def _compared(self, entry: _Entry, annotations: pa.Table, place: int, kept: Columns) -> dict[str, Any] | None:
         """What stands in the place of an annotation of the machine; None: that one itself."""
         shape, box = entry.shape, entry.shape.box_xyxy
-        is_decided = box is None or same_box(box, decided)
-        is_raw = not is_decided and box is not None and same_box(box, self._boxes[entry.place])
-        changed = [] if is_decided or is_raw else ["bbox"]
+        seen = self._as_seen(entry)
+        changed = ["bbox"] if seen is None and box is not None else []
         if self._machine_category[entry.place] != entry.category:
             changed.append("category_id")
         # Without a mask in the file: a tool that knows none. But a box elsewhere takes the machine's mask away.
         moved_mask = shape.mask is None and "bbox" in changed and self._mask_of(entry.place) is not None
-        if moved_mask or not self._has_mask(entry.place, shape, self._size_hw(entry.row)):
+        if moved_mask or not self._has_mask(entry.place, entry):
             changed.append("segmentation")
-        if is_decided and not changed:
-            self._counts["confirmed"] += 1
-            return None
-        row: dict[str, Any] = annotations.slice(place, 1).to_pylist()[0]
-        if is_raw:  # a suppression of this reduce has moved it; people saw it as inference left it
-            names = ("x0", "y0", "x1", "y1", "score", "num_merged")
-            row |= {name: self._found.detections[name][entry.place].as_py() for name in names}
+        is_kept = seen is None or seen == _machine_columns(kept, place)
         if not changed:
             self._counts["confirmed"] += 1
+            self._confirmed.append(self._id(entry.row, entry.det_index))
+            if is_kept:
+                return None
+        row: dict[str, Any] = annotations.slice(place, 1).to_pylist()[0] | (seen or {})
+        if not changed:
             return row
         row |= {"corrected": True, "score": 1.0}
         if "bbox" in changed or ("segmentation" in changed and box is None):
@@ -284,6 +372,20 @@ class ShardReview:
             row |= shape.mask_columns()
         self._tell("edited", entry.position, self._id(entry.row, entry.det_index), changed=changed)
         return row
+
+    def _as_seen(self, entry: _Entry) -> dict[str, Any] | None:
+        """Box, score and number merged of the annotation that an entry shows; None: of none that the machine made.
+
+        As the settings have it without people's word (a suppression of this reduce moves boxes, and scores), else as
+        inference left it.
+        """
+        box, at = entry.shape.box_xyxy, int(self._shown_at[entry.place])
+        if at >= 0 and (box is None or same_box(box, self._shown.boxes_xyxy[at])):
+            return _machine_columns(self._shown, at)
+        if box is not None and same_box(box, self._boxes[entry.place]):
+            detections = self._found.detections
+            return {name: detections[name][entry.place].as_py() for name in _MACHINE_COLUMNS}
+        return None
 
     def _drawn(self, entry: _Entry) -> dict[str, Any]:
         """A row of `ANNOTATION_SCHEMA` of a new annotation."""
@@ -303,7 +405,7 @@ class ShardReview:
         }
 
     def _id(self, row: int, det_index: int) -> int:
-        return (self._found.first_ordinal + row) * self._ids_per_image + det_index
+        return annotation_id(self._found.first_ordinal + row, det_index, self._ids_per_image)
 
     def _image_id(self, row: int) -> int:
         return int(self._found.images["image_id"][row].as_py())
@@ -319,3 +421,8 @@ class ShardReview:
     def _tell(self, what: str, position: int, annotation_id: int, **more: Any) -> None:
         self._counts[what] += 1
         self._applied.append(remark_line(what, position, annotation_id, **more))
+
+
+def _machine_columns(columns: Columns, place: int) -> dict[str, Any]:
+    values = (*columns.boxes_xyxy[place].tolist(), float(columns.score[place]), int(columns.num_merged[place]))
+    return dict(zip(_MACHINE_COLUMNS, values, strict=True))

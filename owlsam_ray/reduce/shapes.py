@@ -118,6 +118,12 @@ def same_box(box_xyxy: Box, other_xyxy: NDArray[np.float32]) -> bool:
     return bool(np.abs(np.array(box_xyxy) - other_xyxy.astype(np.float64)).max() < SAME_PX)
 
 
+def same_boxes(box_xyxy: Box, others_xyxy: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """(...) the same for each of (..., 4)."""
+    same: NDArray[np.bool_] = np.abs(others_xyxy.astype(np.float64) - np.array(box_xyxy)).max(axis=-1) < SAME_PX
+    return same
+
+
 def same_mask(mask: Mask, counts: bytes | None, size_hw: tuple[int, int]) -> bool:
     """Whether a mask is the machine's.
 

@@ -31,7 +31,7 @@ def reduced(
     workers: int = 1,
     **settings: Any,
 ) -> tuple[Tree, dict[str, Any], Tree]:
-    """The tree of `annotations.json`, the counts, and the tree of `corrections.json`."""
+    """The tree of `annotations.json`, the counts, and the tree of `corrections_report.json`."""
     out = root / f"out-{len(list(root.iterdir()))}"
     if fixed is not None:
         path = root / f"fixed-{len(list(root.iterdir()))}.json"
@@ -40,7 +40,7 @@ def reduced(
     counts = reduce_shards(
         str(root), manifest, ReduceConfig(out=str(out), workers=workers, **settings), decisions=decisions
     )
-    report = json.loads((out / "corrections.json").read_text()) if fixed is not None else {}
+    report = json.loads((out / "corrections_report.json").read_text()) if fixed is not None else {}
     return json.loads((out / "annotations.json").read_text()), counts, report
 
 
@@ -125,12 +125,14 @@ def edit(choose: random.Random, tree: Tree, *, deletes: bool = True) -> tuple[Tr
 
 def check_ids(tree: Tree, manifest: Manifest) -> None:
     ids = [each["id"] for each in tree["annotations"]]
-    assert ids == sorted(set(ids))
+    assert len(ids) == len(set(ids))
+    assert ids == sorted(ids, key=lambda each: (each % 2**52 // K, each))
+    assert max(ids, default=0) < 2**53
     ordinals: dict[int, int] = {}
     for shard in manifest.iter_shards():
         first, _ = manifest.shard_span(shard)
         ordinals |= {image: first + row for row, image in enumerate(manifest.read_shard(shard)["image_id"].to_pylist())}
-    assert all(each["id"] // K == ordinals[each["image_id"]] for each in tree["annotations"])
+    assert all(each["id"] % 2**52 // K == ordinals[each["image_id"]] for each in tree["annotations"])
 
 
 def by_facts(entries: list[Tree]) -> list[str]:
@@ -196,6 +198,10 @@ def test_a_reviewed_image_has_what_the_reviewer_saved(tmp_path: Path, seed: int)
         told = {key: report["counts"][key] for key in ("confirmed", "edited", "added", "rejected")}
         assert told == {key: done[key] for key in told}
         assert report["counts"]["conflicts"] == {}
+        shown = {each["id"] for each in plain["annotations"] if each["image_id"] in looked_at}
+        said = {each["id"] for each in fixed["annotations"] if "id" in each}
+        assert {line["id"] for line in report["applied"] if line["what"] == "deleted"} == shown - said
+        assert report["counts"]["deleted"] == len(shown - said)
         assert found["info"]["owlsam_ray"]["proof"]["corrections"] == report["counts"] == counts["corrections"]
         assert sum(bool(each.get("corrected")) for each in own) == done["edited"] + done["added"]
         confirmed = {each["id"]: each for each in tree["annotations"]}
@@ -332,25 +338,100 @@ def test_conflicts_of_ids_and_images(tmp_path: Path) -> None:
         {"id": 4, "image_id": entries[0]["image_id"], "owlsam_rejected": True},
         7,
     ]
+    entries.append(dict(entries[1]))
     found, _, report = reduced(tmp_path, manifest, everything(), fixed)
-    assert found["annotations"] == tree["annotations"]
-    assert report["counts"]["conflicts"] == {"repeated_id": 2, "image": 3, "no_detection": 1, "entry": 1}
+    new = [each for each in found["annotations"] if each.get("corrected")]
+    assert [each["bbox"] for each in new] == [[0, 0, 1, 1]]  # another thing under an id that is taken
+    assert [each for each in found["annotations"] if each not in new] == tree["annotations"]
+    assert report["counts"]["conflicts"] == {"image": 3, "no_detection": 1, "entry": 1, "repeated": 1}
     count = len(tree["annotations"])
-    assert sorted(each["annotation"] for each in report["conflicts"]) == [0, *range(count, count + 6)]
+    assert sorted(each["annotation"] for each in report["conflicts"]) == list(range(count + 1, count + 7))
 
 
-def test_an_image_without_a_free_id_takes_no_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ids_of_a_tool_mean_nothing_where_geometry_speaks(tmp_path: Path, seed: int) -> None:
+    """Numbered anew, in any order, so that many ids lie in the range of their image by chance."""
+    manifest, choose = made(tmp_path, seed)
+    tree, _, _ = reduced(tmp_path, manifest, everything())
+    fixed = copy.deepcopy(tree)
+    rejected = choose.randrange(len(fixed["annotations"]))
+    fixed["annotations"][rejected]["owlsam_rejected"] = True
+    gone = fixed["annotations"][rejected]["id"]
+    by_image: dict[int, list[Tree]] = {}
+    for each in fixed["annotations"]:
+        by_image.setdefault(each["image_id"], []).append(each)
+    for own in by_image.values():
+        boxes = {str(np.round(each["bbox"], 1)) for each in own}
+        if len(boxes) < len(own):  # a box does not tell which one it is
+            continue
+        ids = [each["id"] for each in own]
+        choose.shuffle(ids)
+        for each, number in zip(own, ids, strict=True):
+            each["id"] = choose.choice([number, str(number), float(number), ids[0], "x", None, 1.5])
+            each["image_id"] = choose.choice([each["image_id"], str(each["image_id"])])
+    found, _, report = reduced(tmp_path, manifest, everything(), fixed)
+    assert found["annotations"] == [each for each in tree["annotations"] if each["id"] != gone]
+    told = {key: report["counts"][key] for key in ("rejected", "deleted", "edited", "added", "conflicts")}
+    assert told == {"rejected": 1, "deleted": 0, "edited": 0, "added": 0, "conflicts": {}}
+
+
+@pytest.mark.parametrize("strategy", ["merge", "soft_nms", "nms"])
+def test_a_suppression_at_reduce_changes_nothing_in_its_own_file(tmp_path: Path, strategy: Any) -> None:
+    manifest = random_run(tmp_path, 21, num_images=20, shard_size=6)
+    late = Decisions(
+        CATEGORIES,
+        np.arange(len(CATEGORIES), dtype=np.int32),
+        np.full(len(CATEGORIES), 0.05),
+        suppress=SuppressConfig(
+            strategy=strategy, threshold=None if strategy == "soft_nms" else 0.1, across_labels=True
+        ),
+    )
+    tree, _, _ = reduced(tmp_path, manifest, late)
+    assert tree["annotations"] != reduced(tmp_path, manifest, everything())[0]["annotations"]
+    found, _, report = reduced(tmp_path, manifest, late, tree)
+    assert found["annotations"] == tree["annotations"]
+    assert report["counts"]["confirmed"] == len(tree["annotations"])
+
+
+def test_what_was_deleted_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = random_run(tmp_path, 22, num_images=20, shard_size=6)
+    tree, _, _ = reduced(tmp_path, manifest, everything())
+    ids = [each["id"] for each in tree["annotations"]]
+    with caplog.at_level("INFO"):
+        _, counts, report = reduced(tmp_path, manifest, everything(), tree | {"annotations": tree["annotations"][3:]})
+    assert report["applied"] == [{"id": number, "what": "deleted"} for number in ids[:3]]
+    assert counts["corrections"]["deleted"] == 3
+    assert f"corrections: {len(ids) - 3} confirmed, 0 edited, 0 added, 3 deleted, 0 rejected" in caplog.text
+    assert "deletes" not in caplog.text
+    caplog.clear()
+    _, counts, report = reduced(tmp_path, manifest, everything(), tree | {"annotations": []})
+    assert (report["counts"]["entries"], report["counts"]["deleted"]) == (0, len(ids))
+    assert f"deletes {len(ids)} of the {len(ids)} annotations" in caplog.text
+    # What the settings leave out, nobody misses.
+    caplog.clear()
+    none = Decisions(CATEGORIES, np.arange(3, dtype=np.int32), np.full(3, 2.0))
+    found, counts, report = reduced(tmp_path, manifest, none, tree | {"annotations": []})
+    assert found["annotations"] == report["applied"] == []
+    assert counts["corrections"]["deleted"] == 0
+    assert "deletes" not in caplog.text
+
+
+def test_an_image_whose_ids_are_all_taken_has_others(tmp_path: Path) -> None:
     manifest = random_run(tmp_path, 15, num_images=12, shard_size=4)
     tree, _, _ = reduced(tmp_path, manifest, everything())
     crowded = Counter(each["image_id"] for each in tree["annotations"]).most_common(1)[0]
     assert crowded[1] == 12
-    new = [{"image_id": crowded[0], "category_id": 3, "bbox": [0, 0, 1, n / 9]} for n in range(1, K - 12 + 3)]
+    new = [{"image_id": crowded[0], "category_id": 3, "bbox": [0, 0, 1, n / 9]} for n in range(1, 2 * K - 12 + 3)]
     fixed = tree | {"annotations": tree["annotations"] + new}
     found, _, report = reduced(tmp_path, manifest, everything(), fixed)
     check_ids(found, manifest)
-    assert report["counts"]["added"] == K - 12
+    assert report["counts"]["added"] == 2 * K - 12
     assert report["counts"]["conflicts"] == {"no_free_id": 2}
-    assert len(found["annotations"]) == len(tree["annotations"]) + K - 12
+    assert len(found["annotations"]) == len(tree["annotations"]) + 2 * K - 12
+    assert sum(each["id"] >= 2**52 for each in found["annotations"]) == K
+    again, _, report = reduced(tmp_path, manifest, everything(), found)
+    assert again["annotations"] == found["annotations"]
+    assert report["counts"]["conflicts"] == {}
 
 
 def test_marked_images_are_the_reviewed_ones(tmp_path: Path) -> None:
