@@ -210,15 +210,19 @@ class ShardReview:
         for entry in ordered:
             if self._is_own(entry, places):
                 claim(entry, places[entry.det_index])
-        renamed = []
+        renamed, is_numbered_anew = [], False
         for entry in left():
             own = places.get(entry.det_index)
             if own is not None and own not in taken and self._is_here(entry, own) and self._has_mask(own, entry):
                 renamed.append(entry)
             else:
                 claim(entry, self._alike(entry, places, taken, with_mask=True))
+                is_numbered_anew |= entry.place >= 0
         for entry in renamed:
-            claim(entry, places[entry.det_index])
+            if is_numbered_anew:  # then it may be a detection of that category in the same box
+                claim(entry, self._alike(entry, places, taken, with_mask=True))
+            if entry.place < 0:
+                claim(entry, places[entry.det_index])
         for entry in left():
             claim(entry, self._alike(entry, places, taken, with_mask=False))
         for entry in left():
