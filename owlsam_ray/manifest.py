@@ -70,11 +70,16 @@ class Manifest:
     @property
     def layout_hash(self) -> str:
         """Hash of which images stand in which shard: a chain over the parts, so that a part can be appended."""
-        chain = ""
+        return self.layout_chain[-1] if self.parts else ""
+
+    @property
+    def layout_chain(self) -> list[str]:
+        """The layout hash after each part: those that the run had before it was extended, too."""
+        chain = [""]
         for part in self.parts:
-            link = f"{chain}\n{part.sha256}\n{part.num_rows}\n{part.shard_size}"
-            chain = hashlib.sha256(link.encode()).hexdigest()
-        return chain
+            link = f"{chain[-1]}\n{part.sha256}\n{part.num_rows}\n{part.shard_size}"
+            chain.append(hashlib.sha256(link.encode()).hexdigest())
+        return chain[1:]
 
     def iter_shards(self) -> Iterator[int]:
         """Shard numbers in manifest order."""

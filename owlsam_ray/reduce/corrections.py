@@ -84,6 +84,8 @@ class _Origin:
     is_of_images: bool
     listed: NDArray[np.int64] | None
     """(N,) ids that people saw, rising; None: all."""
+    made_with_corrections: dict[str, Any] | None
+    """The file's own info, if it was made with corrections and nobody has set the scope."""
 
 
 def load_corrections(
@@ -118,10 +120,11 @@ def load_corrections(
     with open_corrections(url) as document:
         if not document.has("images") or not document.has("annotations"):
             raise InputError(f"reduce.corrections {url} is not a COCO file: it lacks `images` or `annotations`")
-        origin = _read_origin(document, settings, rules)
+        origin = _read_origin(document, settings, manifest, rules)
         images = read_images(document, manifest)
         if len(images.ids) and not images.ordinals.any():
             raise InputError(f"none of the {len(images.ids)} images of reduce.corrections {url} is one of the run")
+        _check_first_round(document, origin, images, manifest)
         reading = _Reading(
             images=images,
             origin=origin,
@@ -149,11 +152,11 @@ def load_corrections(
     )
 
 
-def _read_origin(document: Document, settings: ReduceConfig, rules: ShardRules) -> _Origin:
+def _read_origin(document: Document, settings: ReduceConfig, manifest: Manifest, rules: ShardRules) -> _Origin:
     """What the file is of.
 
     Raises:
-        InputError: it does not say.
+        InputError: it does not say, or not in the way that we write it.
         GuardError: another run.
     """
     own = _own_info(document)
@@ -168,7 +171,27 @@ def _read_origin(document: Document, settings: ReduceConfig, rules: ShardRules) 
         )
     if own is None:
         _log.warning("%s does not tell which run it is of: taken for one of this", document.url)
-        return _Origin(settings.corrections_scope == "images", None)
+        return _Origin(settings.corrections_scope == "images", None, None)
+    _check_run(document, own, manifest, rules)
+    review = own.get("review", {})
+    if not isinstance(review, dict):
+        raise _damaged(document, "review is not an object")
+    scope = settings.corrections_scope
+    if scope == "auto":
+        scope = "annotations" if review.get("scope") == "annotations" else "images"
+    listed = None
+    if scope == "annotations" and "listed" in review:
+        listed = _listed(document, review["listed"], manifest, rules)
+    before = own if settings.corrections_scope == "auto" and "corrections" in own else None
+    return _Origin(scope == "images", listed, before)
+
+
+def _check_run(document: Document, own: dict[str, Any], manifest: Manifest, rules: ShardRules) -> None:
+    """Refuse the file of another run.
+
+    Raises:
+        GuardError: it is one.
+    """
     told = (own.get("fingerprint"), own.get("ids_per_image"))
     if told != (rules.fingerprint, rules.ids_per_image):
         raise GuardError(
@@ -176,14 +199,58 @@ def _read_origin(document: Document, settings: ReduceConfig, rules: ShardRules) 
             f"{told[1]} ids for each image, here {rules.fingerprint[:16]} with {rules.ids_per_image}): its ids mean "
             "other things here"
         )
-    review = own.get("review") or {}
-    scope = settings.corrections_scope
-    if scope == "auto":
-        scope = "annotations" if review.get("scope") == "annotations" else "images"
-    listed = None
-    if scope == "annotations" and isinstance(review.get("listed"), list):
-        listed = np.unique(np.array([each for each in review["listed"] if _is_integer(each)], np.int64))
-    return _Origin(scope == "images", listed)
+    layout = own.get("layout")
+    if layout is None:
+        return
+    last = layout[-1] if isinstance(layout, list) and layout else layout
+    if last not in manifest.layout_chain:
+        raise GuardError(
+            f"reduce.corrections {document.url} is of a run with the same label settings over other images (layout "
+            f"hash {str(last)[:16]}, here {manifest.layout_hash[:16]}): its ids mean other things here"
+        )
+
+
+def _listed(document: Document, listed: Any, manifest: Manifest, rules: ShardRules) -> NDArray[np.int64]:
+    """(N,) ids that people saw, rising.
+
+    Raises:
+        InputError: they are none of the run.
+    """
+    if not isinstance(listed, list):
+        raise _damaged(document, "review.listed is not a list")
+    for each in listed:
+        if not _is_integer(each) or not 1 <= image_of_id(each, rules.ids_per_image)[0] <= manifest.num_images:
+            raise _damaged(document, f"review.listed holds {each!r:.40}, which is no id of this run")
+    return np.unique(np.array(listed, np.int64))
+
+
+def _damaged(document: Document, what: str) -> InputError:
+    return InputError(
+        f"info.owlsam_ray of reduce.corrections {document.url} is damaged ({what}): name the file that was given to "
+        "people in reduce.corrections_base, and leave `info` out of this one"
+    )
+
+
+def _check_first_round(document: Document, origin: _Origin, images: ReviewedImages, manifest: Manifest) -> None:
+    """Refuse a file that would put aside what people corrected before it was made.
+
+    Raises:
+        InputError: it was made with corrections, and does not hold all of these.
+    """
+    if origin.made_with_corrections is None:
+        return
+    proof = origin.made_with_corrections.get("proof")
+    proof = proof if isinstance(proof, dict) else {}
+    held = [proof[status] for status in ("ok", "empty") if _is_integer(proof.get(status))]
+    expected = sum(held) if len(held) == 2 else manifest.num_images
+    reviewed = int(np.count_nonzero(images.reviewed & (images.ordinals > 0)))
+    if not origin.is_of_images or reviewed < expected:
+        raise InputError(
+            f"reduce.corrections {document.url} was made with earlier corrections (info.owlsam_ray.corrections), but "
+            "holds only some of the run, so the earlier ones would be lost elsewhere: make these changes in the whole "
+            "annotations.json that reduce wrote with the earlier ones, and give that; or set "
+            "reduce.corrections_scope=images or annotations to do without the earlier ones"
+        )
 
 
 def _own_info(document: Document) -> dict[str, Any] | None:

@@ -80,6 +80,11 @@ def review_list(
         raise InputError(f"{out_url} is where reduce writes: take another --out for the review list")
     with claimed_folder(config, out_url) as (attempt, scratch):
         reviewing = _Reviewing(prepare(config, record, manifest, scratch, out_url), options, tuple(shards))
+        if options.by == "uncertain" and not np.isfinite(reviewing.reduction.job.decisions.thresholds).any():
+            raise InputError(
+                "the least certain annotations are those nearest to a threshold, and none is set: set "
+                "reduce.score_threshold or reduce.operating_points"
+            )
         picks = reviewing.choose(show)
         attempt.check()
         return reviewing.write(picks)
@@ -124,7 +129,10 @@ def choose_shards(choice: _Choice) -> tuple[Picks, int]:
     for shard in choice.shards:
         labels = _labels_of(choice.job, shard)
         images += labels.images.num_rows
-        found = pick(labels.annotations, shard, choice.options, choice.job.decisions.thresholds)
+        table = labels.annotations
+        if len(labels.confirmed):
+            table = table.filter(pc.invert(pc.is_in(table["id"], pa.array(labels.confirmed)))).combine_chunks()
+        found = pick(table, shard, choice.options, choice.job.decisions.thresholds)
         picks = Picks.joined([picks, found]).first(choice.options.per_cell)
     return picks, images
 

@@ -49,7 +49,7 @@ def read_images(document: Document, manifest: Manifest) -> ReviewedImages:
     parts of both names agree; else it is none of the run.
 
     Raises:
-        InputError: the list is malformed, or an id repeats.
+        InputError: the list is malformed, an id repeats, or two images are the same one of the run.
     """
     tables = [table for _, table in document.columns("images", _SCHEMA)]
     table = pa.concat_tables([*tables, _SCHEMA.empty_table()]).sort_by("id").combine_chunks()
@@ -59,6 +59,13 @@ def read_images(document: Document, manifest: Manifest) -> ReviewedImages:
         raise InputError(f"{document.url} lists image {repeated[0]} twice: mend the file")
     marks = table[REVIEWED]
     ordinals = _ordinals(manifest.iter_names(), ids, _single(table["file_name"]))
+    order = np.argsort(ordinals, kind="stable")
+    again = order[1:][(np.diff(ordinals[order]) == 0) & (ordinals[order][1:] > 0)]
+    if len(again):
+        first, second = ids[ordinals == ordinals[again[0]]][:2]
+        raise InputError(
+            f"{document.url} lists an image of the run twice, as images {first} and {second}: mend the file"
+        )
     reviewed = np.ones(len(ids), np.bool_)
     if marks.null_count < len(marks):
         reviewed = pc.fill_null(marks, False).to_numpy()

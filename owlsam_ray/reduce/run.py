@@ -245,6 +245,7 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
     provenance = {
         "version": __version__,
         "fingerprint": fingerprint,
+        "layout": manifest.layout_chain,
         "detector": parts["config"]["detector"]["model"],
         "segmenter": parts["config"]["segment"]["model"],
         "weights_sha256": parts["weights"],

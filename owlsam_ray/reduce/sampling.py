@@ -69,7 +69,7 @@ def pick(annotations: pa.Table, shard: int, options: SampleOptions, thresholds: 
     """What may be chosen of a shard; people's own annotations are not.
 
     Args:
-        annotations: (N rows) `ANNOTATION_SCHEMA`.
+        annotations: (N rows) `ANNOTATION_SCHEMA`, without those that people have confirmed.
         shard: its number.
         options: of the list.
         thresholds: (L,) that scores of each label of the run exceed; not finite: none.

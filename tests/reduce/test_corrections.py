@@ -212,7 +212,8 @@ def test_a_reviewed_image_has_what_the_reviewer_saved(tmp_path: Path, seed: int)
         assert {number for number, what in listed if what == "added"} == {each["id"] for each in own} - set(confirmed)
     assert len(ids) == 1  # they do not depend on what is decided
     # Its own output, opened and saved, is the same correction.
-    again, _, _ = reduced(tmp_path, manifest, stricter(choose), found | {"images": part["images"], "annotations": own})
+    saved = found | {"images": part["images"], "annotations": own}
+    again, _, _ = reduced(tmp_path, manifest, stricter(choose), saved, corrections_scope="images")
     assert [each for each in again["annotations"] if each["image_id"] in looked_at] == own
 
 
@@ -481,6 +482,9 @@ def test_categories_go_by_name_through_the_mapping(tmp_path: Path) -> None:
     assert report["counts"]["conflicts"] == {}
 
 
+INFO: Tree = {"fingerprint": "f", "ids_per_image": K}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -488,6 +492,25 @@ def test_categories_go_by_name_through_the_mapping(tmp_path: Path) -> None:
         ({"images": None}, InputError, "not a COCO file"),
         ({"info": {"owlsam_ray": {"fingerprint": "g", "ids_per_image": K}}}, GuardError, "corrects other labels"),
         ({"info": {"owlsam_ray": {"fingerprint": "f", "ids_per_image": 7}}}, GuardError, "7 ids"),
+        ({"info": {"owlsam_ray": INFO | {"layout": ["a", "b"]}}}, GuardError, "over other images"),
+        ({"info": {"owlsam_ray": INFO | {"layout": []}}}, GuardError, "over other images"),
+        ({"info": {"owlsam_ray": INFO | {"review": "x"}}}, InputError, "review is not an object"),
+        ({"info": {"owlsam_ray": INFO | {"review": {"scope": "annotations", "listed": 1}}}}, InputError, "not a list"),
+        (
+            {"info": {"owlsam_ray": INFO | {"review": {"scope": "annotations", "listed": [1.5]}}}},
+            InputError,
+            "holds 1.5",
+        ),
+        (
+            {"info": {"owlsam_ray": INFO | {"review": {"scope": "annotations", "listed": [5 * K]}}}},
+            InputError,
+            "no id of this run",
+        ),
+        (
+            {"info": {"owlsam_ray": INFO | {"review": {"scope": "annotations", "listed": [10**30]}}}},
+            InputError,
+            "no id of this run",
+        ),
         ({"images": [{"id": 10**8, "file_name": "x"}]}, InputError, "none of the 1 images"),
         ({"images": [{"id": 1}, {"id": 1}]}, InputError, "twice"),
         ({"annotations": [{"id": 1}]}, InputError, "nothing in"),
@@ -501,3 +524,42 @@ def test_files_that_cannot_be_meant_are_refused(tmp_path: Path, change: Tree, er
     if change == {"info": {}}:
         found, _, _ = reduced(tmp_path, manifest, everything(), tree | change, corrections_scope="images")
         assert found["annotations"] == tree["annotations"]
+
+
+def test_an_image_of_the_run_under_two_ids_is_refused(tmp_path: Path) -> None:
+    manifest = random_run(tmp_path, 23, num_images=12, shard_size=4)
+    tree, _, _ = reduced(tmp_path, manifest, everything())
+    twice = tree["images"][2] | {"id": 10**8}
+    with pytest.raises(InputError, match=f"twice, as images {twice['id']}|and {twice['id']}"):
+        reduced(tmp_path, manifest, everything(), tree | {"images": [*tree["images"], twice]})
+
+
+def test_a_file_from_before_an_extension_is_of_the_run(tmp_path: Path) -> None:
+    manifest = random_run(tmp_path, 24, num_images=12, shard_size=4)
+    tree, _, _ = reduced(tmp_path, manifest, everything())
+    other = random_run(tmp_path / "other", 25, num_images=12, shard_size=4)
+    with pytest.raises(GuardError, match="over other images"):
+        reduced(tmp_path / "other", other, everything(), tree)
+    assert tree["info"]["owlsam_ray"]["layout"] == manifest.layout_chain == [manifest.layout_hash]
+    extended = tree["info"]["owlsam_ray"] | {"layout": ["of a part that is gone", manifest.layout_hash]}
+    found, _, _ = reduced(tmp_path, manifest, everything(), tree | {"info": {"owlsam_ray": extended}})
+    assert found["annotations"] == tree["annotations"]
+
+
+def test_what_holds_only_some_earlier_corrections_is_refused(tmp_path: Path) -> None:
+    manifest = random_run(tmp_path, 26, num_images=12, shard_size=4)
+    tree, _, _ = reduced(tmp_path, manifest, everything())
+    fixed, _, _ = edit(random.Random(26), tree)
+    first, _, _ = reduced(tmp_path, manifest, everything(), fixed)
+    again, _, _ = reduced(tmp_path, manifest, everything(), first)
+    assert again["annotations"] == first["annotations"]
+    part = first | {"images": first["images"][1:]}
+    review = first["info"]["owlsam_ray"] | {"review": {"scope": "annotations", "listed": []}}
+    marked = [image | {"owlsam_reviewed": place > 0} for place, image in enumerate(first["images"])]
+    for odd in (part, first | {"images": marked}, first | {"info": {"owlsam_ray": review}}):
+        with pytest.raises(InputError, match="earlier ones would be lost"):
+            reduced(tmp_path, manifest, everything(), odd)
+    own = part | {
+        "annotations": [each for each in first["annotations"] if each["image_id"] != first["images"][0]["id"]]
+    }
+    reduced(tmp_path, manifest, everything(), own, corrections_scope="images")

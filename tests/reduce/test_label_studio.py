@@ -146,7 +146,7 @@ def corrected(root: Path, manifest: Manifest, tasks: Any) -> tuple[list[Tree], T
     (root / "export.json").write_text(json.dumps(tasks))
     settings = ReduceConfig(out=str(root / "corrected"), corrections=str(root / "export.json"))
     reduce_shards(str(root), manifest, settings, decisions=Decisions.all_of(CATEGORIES))
-    report: Tree = json.loads((root / "corrected" / "corrections.json").read_text())
+    report: Tree = json.loads((root / "corrected" / "corrections_report.json").read_text())
     annotations: list[Tree] = json.loads((root / "corrected" / "annotations.json").read_text())["annotations"]
     return annotations, report["counts"]
 

@@ -146,10 +146,19 @@ def test_the_list_comes_back_as_corrections(small: SmallRun, tmp_path: Path, who
     ]
     kept = again(tree, "reduce.score_threshold=0.99")
     assert {each["id"] for each in tree["annotations"]} <= {each["id"] for each in kept}
-    # What people made is not shown to them again.
+    # What people made or confirmed is not shown to them again.
     fixed = f"reduce.corrections={tmp_path / 'fixed.json'}"
     second, _, _ = listed(small, tmp_path / "second", fixed, per_cell=1000)
-    assert {each["id"] for each in second["annotations"]} == set(found) - {moved}
+    seen = {each["id"] for each in tree["annotations"]}
+    assert {each["id"] for each in second["annotations"]} == set(found) - seen
+    assert moved in seen
+    with pytest.raises(InputError, match="earlier ones would be lost"):
+        again(second)
+
+
+def test_uncertain_ones_need_a_threshold(small: SmallRun, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"set reduce\.score_threshold or reduce\.operating_points"):
+        listed(small, tmp_path, by="uncertain")
 
 
 def test_the_folder_of_the_labels_is_refused(small: SmallRun) -> None:
