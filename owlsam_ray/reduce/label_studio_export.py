@@ -1,7 +1,8 @@
 """The JSON export of a Label Studio project whose tasks we wrote → a COCO file for `reduce.corrections`.
 
-A task with an annotation that was not cancelled is a reviewed image, with the regions of the newest one; the others are
-left as they are. A region that came from us has the annotation's id still; polygons become masks, rectangles boxes.
+A task with an annotation that was not cancelled is a reviewed image, with the regions of the one that was saved last;
+the others are left as they are. A region that came from us has the annotation's id still; polygons become masks,
+rectangles boxes. A region of a picture that was turned in the tool has other axes than ours: it becomes a conflict.
 """
 
 import contextlib
@@ -112,7 +113,7 @@ class _Conversion:
             if self._run not in (None, run):
                 raise InputError(f"{self._tasks.url} holds tasks of several runs: export one project for each")
             self._run = run
-        newest = max(done, key=lambda each: str(each.get("created_at", "")))
+        newest = max(done, key=lambda each: str(each.get("updated_at") or each.get("created_at") or ""))
         image = {"id": data["image_id"], "file_name": data.get("file_name")}
         results = newest.get("result")
         regions = results if isinstance(results, list) else []
@@ -133,6 +134,8 @@ class _Conversion:
         digits = str(region.get("id", "")).partition("#")[0]
         if digits.isascii() and digits.isdigit() and len(digits) < 19:
             entry["id"] = int(digits)
+        if region.get("image_rotation") not in (None, 0, 360):
+            return entry  # without a shape
         sides = (region.get("original_width"), region.get("original_height"))
         with contextlib.suppress(KeyError, TypeError, ValueError):  # then it has no shape, which is a conflict
             width, height = (float(side) / 100 for side in sides if side is not None)

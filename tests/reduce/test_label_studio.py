@@ -234,3 +234,32 @@ def test_other_lists_are_refused(tmp_path: Path, tasks: list[Tree], words: str) 
     manifest = random_run(tmp_path, 1, num_images=4, shard_size=6)
     with pytest.raises(InputError, match=words):
         corrected(tmp_path, manifest, tasks)
+
+
+def test_the_annotation_that_was_saved_last_counts(tmp_path: Path) -> None:
+    manifest = random_run(tmp_path, 2, num_images=20, shard_size=6)
+    tasks, _, _ = written(tmp_path, manifest)
+    changed = export(tasks)
+    full = next(task for task in changed if len(task["annotations"][2]["result"]) > 3)
+    older, _, newer = full["annotations"]
+    older |= {"updated_at": "2026-06-01", "result": newer["result"][1:]}
+    newer["updated_at"] = "2026-02-01"
+    ids = {each["id"] for each in corrected(tmp_path, manifest, changed)[0]}
+    assert int(newer["result"][0]["id"]) not in ids
+    assert all(int(region["id"]) in ids for region in older["result"])
+
+
+def test_regions_of_turned_pictures_are_conflicts(tmp_path: Path) -> None:
+    manifest = random_run(tmp_path, 2, num_images=20, shard_size=6)
+    tasks, tree, _ = written(tmp_path, manifest)
+    _, before = corrected(tmp_path, manifest, export(tasks))
+    changed = export(tasks)
+    regions = next(task for task in changed if len(task["annotations"][2]["result"]) > 3)["annotations"][2]["result"]
+    own = {int(region["id"]) for region in regions}
+    for region in regions:
+        region["image_rotation"] = 90
+        region["value"] |= {"x": 1, "y": 2} if "x" in region["value"] else {"points": [[0, 0], [50, 0], [50, 50]]}
+    found, counts = corrected(tmp_path, manifest, changed)
+    assert counts["conflicts"]["geometry"] == before["conflicts"].get("geometry", 0) + len(regions)
+    whole = [each for each in tree["annotations"] if each["id"] in own]
+    assert [each for each in found if each["id"] in own] == whole
