@@ -35,9 +35,10 @@ from numpy.typing import NDArray
 
 from owlsam_ray import storage
 from owlsam_ray.datasets.annotations import structure_error
-from owlsam_ray.datasets.document import Document, open_document
-from owlsam_ray.errors import GuardError, InputError
+from owlsam_ray.datasets.document import Document
+from owlsam_ray.errors import InputError
 from owlsam_ray.manifest import Manifest
+from owlsam_ray.reduce.corrections_origin import Origin, check_first_round, is_integer, read_origin
 from owlsam_ray.reduce.corrections_report import CorrectionsOutput, conflict_line
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.label_studio_export import open_corrections
@@ -77,17 +78,6 @@ class Corrections:
     """For `info`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """What the file tells about itself."""
-
-    is_of_images: bool
-    listed: NDArray[np.int64] | None
-    """(N,) ids that people saw, rising; None: all."""
-    made_with_corrections: dict[str, Any] | None
-    """The file's own info, if it was made with corrections and nobody has set the scope."""
-
-
 def load_corrections(
     settings: ReduceConfig,
     manifest: Manifest,
@@ -120,11 +110,11 @@ def load_corrections(
     with open_corrections(url) as document:
         if not document.has("images") or not document.has("annotations"):
             raise InputError(f"reduce.corrections {url} is not a COCO file: it lacks `images` or `annotations`")
-        origin = _read_origin(document, settings, manifest, rules)
+        origin = read_origin(document, settings, manifest, rules)
         images = read_images(document, manifest)
         if len(images.ids) and not images.ordinals.any():
             raise InputError(f"none of the {len(images.ids)} images of reduce.corrections {url} is one of the run")
-        _check_first_round(document, origin, images, manifest)
+        check_first_round(document, origin, images, manifest)
         reading = _Reading(
             images=images,
             origin=origin,
@@ -152,112 +142,6 @@ def load_corrections(
     )
 
 
-def _read_origin(document: Document, settings: ReduceConfig, manifest: Manifest, rules: ShardRules) -> _Origin:
-    """What the file is of.
-
-    Raises:
-        InputError: it does not say, or not in the way that we write it.
-        GuardError: another run.
-    """
-    own = _own_info(document)
-    if own is None and settings.corrections_base is not None:
-        with open_document(settings.corrections_base) as base:
-            own = _own_info(base)
-    if own is None and settings.corrections_scope == "auto":
-        raise InputError(
-            f"reduce.corrections {document.url} has no `info` of owlsam any more: name the file that was given to "
-            "people in reduce.corrections_base, or say what was looked at in reduce.corrections_scope (images: the "
-            "file holds all that is right in its images; annotations: only some annotations of them)"
-        )
-    if own is None:
-        _log.warning("%s does not tell which run it is of: taken for one of this", document.url)
-        return _Origin(settings.corrections_scope == "images", None, None)
-    _check_run(document, own, manifest, rules)
-    review = own.get("review", {})
-    if not isinstance(review, dict):
-        raise _damaged(document, "review is not an object")
-    scope = settings.corrections_scope
-    if scope == "auto":
-        scope = "annotations" if review.get("scope") == "annotations" else "images"
-    listed = None
-    if scope == "annotations" and "listed" in review:
-        listed = _listed(document, review["listed"], manifest, rules)
-    before = own if settings.corrections_scope == "auto" and "corrections" in own else None
-    return _Origin(scope == "images", listed, before)
-
-
-def _check_run(document: Document, own: dict[str, Any], manifest: Manifest, rules: ShardRules) -> None:
-    """Refuse the file of another run.
-
-    Raises:
-        GuardError: it is one.
-    """
-    told = (own.get("fingerprint"), own.get("ids_per_image"))
-    if told != (rules.fingerprint, rules.ids_per_image):
-        raise GuardError(
-            f"reduce.corrections {document.url} corrects other labels (fingerprint {str(told[0])[:16]} with "
-            f"{told[1]} ids for each image, here {rules.fingerprint[:16]} with {rules.ids_per_image}): its ids mean "
-            "other things here"
-        )
-    layout = own.get("layout")
-    if layout is None:
-        return
-    last = layout[-1] if isinstance(layout, list) and layout else layout
-    if last not in manifest.layout_chain:
-        raise GuardError(
-            f"reduce.corrections {document.url} is of a run with the same label settings over other images (layout "
-            f"hash {str(last)[:16]}, here {manifest.layout_hash[:16]}): its ids mean other things here"
-        )
-
-
-def _listed(document: Document, listed: Any, manifest: Manifest, rules: ShardRules) -> NDArray[np.int64]:
-    """(N,) ids that people saw, rising.
-
-    Raises:
-        InputError: they are none of the run.
-    """
-    if not isinstance(listed, list):
-        raise _damaged(document, "review.listed is not a list")
-    for each in listed:
-        if not _is_integer(each) or not 1 <= image_of_id(each, rules.ids_per_image)[0] <= manifest.num_images:
-            raise _damaged(document, f"review.listed holds {each!r:.40}, which is no id of this run")
-    return np.unique(np.array(listed, np.int64))
-
-
-def _damaged(document: Document, what: str) -> InputError:
-    return InputError(
-        f"info.owlsam_ray of reduce.corrections {document.url} is damaged ({what}): name the file that was given to "
-        "people in reduce.corrections_base, and leave `info` out of this one"
-    )
-
-
-def _check_first_round(document: Document, origin: _Origin, images: ReviewedImages, manifest: Manifest) -> None:
-    """Refuse a file that would put aside what people corrected before it was made.
-
-    Raises:
-        InputError: it was made with corrections, and does not hold all of these.
-    """
-    if origin.made_with_corrections is None:
-        return
-    proof = origin.made_with_corrections.get("proof")
-    proof = proof if isinstance(proof, dict) else {}
-    held = [proof[status] for status in ("ok", "empty") if _is_integer(proof.get(status))]
-    expected = sum(held) if len(held) == 2 else manifest.num_images
-    reviewed = int(np.count_nonzero(images.reviewed & (images.ordinals > 0)))
-    if not origin.is_of_images or reviewed < expected:
-        raise InputError(
-            f"reduce.corrections {document.url} was made with earlier corrections (info.owlsam_ray.corrections), but "
-            "holds only some of the run, so the earlier ones would be lost elsewhere: make these changes in the whole "
-            "annotations.json that reduce wrote with the earlier ones, and give that; or set "
-            "reduce.corrections_scope=images or annotations to do without the earlier ones"
-        )
-
-
-def _own_info(document: Document) -> dict[str, Any] | None:
-    own = document.value("info", dict, {}).get("owlsam_ray")
-    return own if isinstance(own, dict) and "fingerprint" in own else None
-
-
 def _targets(document: Document, decisions: Decisions, categories: tuple[Category, ...]) -> dict[int, int]:
     """Category id of the file → index into the output's categories; -1: the settings leave it out.
 
@@ -282,7 +166,7 @@ class _Reading:
     """Entries → rows of `CORRECTION_SCHEMA`."""
 
     images: ReviewedImages
-    origin: _Origin
+    origin: Origin
     targets: dict[int, int]
     ids_per_image: int
     conflicts: list[bytes]
@@ -339,7 +223,7 @@ class _Reading:
     def _place(self, entry: Any) -> int | None:
         """Where the entry's image stands among the file's; None: it is not there, or not in the run."""
         image_id = entry.get("image_id") if isinstance(entry, dict) else None
-        place = self.images.place(image_id) if image_id is not None and _is_integer(image_id) else None
+        place = self.images.place(image_id) if image_id is not None and is_integer(image_id) else None
         return place if place is not None and self.images.ordinals[place] else None
 
     def _unknown(self, entry: dict[str, Any]) -> str | None:
@@ -382,12 +266,7 @@ def _integer(value: Any) -> int | None:
     is_text = isinstance(value, str) and value.isascii() and value.removeprefix("-").isdigit() and len(value) < 20
     if is_text or (isinstance(value, float) and value.is_integer()):
         value = int(value)
-    return value if _is_integer(value) else None
-
-
-def _is_integer(value: Any) -> bool:
-    """Whether it is one that columns take."""
-    return type(value) is int and abs(value) < 2**63
+    return value if is_integer(value) else None
 
 
 def _is_rejected(entry: dict[str, Any]) -> bool:
@@ -401,7 +280,7 @@ def _offence(entry: Any) -> str | None:
     wrong = structure_error(entry)
     if wrong is not None:
         return f"entry: {wrong.lstrip(': ')}"
-    if not _is_integer(entry.get("image_id")) or not _is_integer(entry.get("category_id", 0)):
+    if not is_integer(entry.get("image_id")) or not is_integer(entry.get("category_id", 0)):
         return "entry: image_id or category_id is not an integer"
     if entry.get("iscrowd"):
         return "crowd: annotations of a reduce are single objects"

@@ -43,7 +43,7 @@ def _label_studio(settings: ReduceConfig, record: RunRecord, decisions: Decision
     return LabelStudioOutput(
         decisions.categories,
         f"{config['detector']['model']} {config['segment']['model']} {fingerprint[:16]}",
-        {"fingerprint": fingerprint, "ids_per_image": record.ids_per_image},
+        {"fingerprint": fingerprint, "ids_per_image": record.ids_per_image, "layout": record.layout_hash},
         settings.label_studio_url,
     )
 

@@ -38,7 +38,7 @@ class LabelStudioOutput:
     """(C,) of the output."""
     model_version: str
     run: dict[str, Any]
-    """Fingerprint and K."""
+    """Fingerprint, K, layout hash."""
     url_prefix: str | None = None
     """Before the file name, quoted, makes the URL of an image; None: the manifest's URI, or for images in a tar or
     Parquet file the name alone."""

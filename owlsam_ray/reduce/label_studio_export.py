@@ -66,6 +66,8 @@ class _Conversion:
         self._tasks = tasks
         self._categories: dict[str, int] = {}
         self._run: dict[str, Any] | None = None
+        self._layouts: set[str] = set()
+        """Of the run, which may have been extended between two exports to the tool."""
 
     def write(self, out: IO[bytes]) -> None:
         """Write the COCO file.
@@ -90,7 +92,10 @@ class _Conversion:
             out.write(b'],\n"annotations": [\n')
             annotations.seek(0)
             shutil.copyfileobj(annotations, out)
-        info = {} if self._run is None else {"owlsam_ray": self._run | {"review": {"scope": "images"}}}
+        info = {}
+        if self._run is not None:
+            layouts = {"layouts": sorted(self._layouts)} if self._layouts else {}
+            info = {"owlsam_ray": self._run | layouts | {"review": {"scope": "images"}}}
         categories = [{"id": number, "name": name} for name, number in self._categories.items()]
         out.write(f'],\n"categories": {dump_json(categories)},\n"info": {dump_json(info)}}}\n'.encode())
 
@@ -110,6 +115,8 @@ class _Conversion:
             raise InputError(f"{self._tasks.url}: data of task {position} has no image_id, so it is none that we wrote")
         run = data.get("owlsam")
         if isinstance(run, dict):
+            self._layouts |= {str(run["layout"])} if "layout" in run else set()
+            run = {name: value for name, value in run.items() if name != "layout"}
             if self._run not in (None, run):
                 raise InputError(f"{self._tasks.url} holds tasks of several runs: export one project for each")
             self._run = run

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import GuardError, InputError
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.coco import CocoOutput
 from owlsam_ray.reduce.decisions import Decisions
@@ -263,3 +263,15 @@ def test_regions_of_turned_pictures_are_conflicts(tmp_path: Path) -> None:
     assert counts["conflicts"]["geometry"] == before["conflicts"].get("geometry", 0) + len(regions)
     whole = [each for each in tree["annotations"] if each["id"] in own]
     assert [each for each in found if each["id"] in own] == whole
+
+
+def test_tasks_tell_of_which_images_they_are(tmp_path: Path) -> None:
+    manifest = random_run(tmp_path, 2, num_images=20, shard_size=6)
+    tasks, tree, _ = written(tmp_path, manifest)
+    for task in tasks:
+        task["data"]["owlsam"]["layout"] = manifest.layout_hash
+    found, _ = corrected(tmp_path, manifest, export(tasks))
+    assert len(found) == len(tree["annotations"])
+    tasks[3]["data"]["owlsam"]["layout"] = "another"
+    with pytest.raises(GuardError, match="over other images"):
+        corrected(tmp_path, manifest, export(tasks))
