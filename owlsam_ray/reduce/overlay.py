@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from owlsam_ray.reduce.corrections_report import conflict_line, remark_line
 from owlsam_ray.reduce.decisions import Columns, Decisions, Pins, decide
 from owlsam_ray.reduce.labels import ANNOTATION_SCHEMA, Found, ShardLabels
+from owlsam_ray.reduce.overlay_match import Entry, Matching
 from owlsam_ray.reduce.overlay_store import read_rows
-from owlsam_ray.reduce.shapes import Shape, empty_part, read_shape, same_box, same_boxes, same_mask
+from owlsam_ray.reduce.shapes import Shape, empty_part, read_shape, same_box
 
 IMAGE, ENTRY, REJECTED, LISTED, SPARED = range(5)
 """Kinds of rows: this image has exactly the file's annotations; an annotation; a rejected one; one that people saw, in
@@ -77,23 +78,6 @@ class StoredOverlay:
         return None if rows is None else ShardReview(found, decisions, self.ids_per_image, rows)
 
 
-@dataclass(slots=True)
-class _Entry:
-    """An annotation of the file."""
-
-    row: int
-    """Of the shard's images."""
-    position: int
-    file_id: int | None
-    det_index: int
-    category: int
-    shape: Shape
-    place: int = -1
-    """Of the detection that it is about; -1: it is new."""
-    is_rejected: bool = False
-    """There is no such thing. Such a one is always about a detection, and may have no shape."""
-
-
 class ShardReview:
     """Corrections of one shard: first what they mean for the decisions, then what they put in the place of the rest."""
 
@@ -103,7 +87,7 @@ class ShardReview:
         self._conflicts: list[bytes] = []
         self._applied: list[bytes] = []
         self._confirmed: list[int] = []
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
         count = len(found.image)
         label = found.detections["label"].to_numpy()
         self.pins = Pins(
@@ -112,18 +96,10 @@ class ShardReview:
             category=decisions.target[label].astype(np.int64),
         )
         self._machine_category = self.pins.category.copy()
-        self._masks = found.detections["rle_counts"].combine_chunks()
-        boxes = [found.detections[axis].to_numpy() for axis in ("x0", "y0", "x1", "y1")]
-        self._boxes: NDArray[np.float32] = np.stack(boxes, axis=1)
-        self._det_index = found.detections["det_index"].to_numpy()
         self._shown, _ = decide(found.detections, found.image, decisions)
         self._shown_at: NDArray[np.int64] = np.full(count, -1)
         self._shown_at[self._shown.place] = np.arange(len(self._shown))
-        # A suppression at reduce may move boxes: people may have seen them so.
-        moved = self._boxes.copy()
-        moved[self._shown.place] = self._shown.boxes_xyxy
-        self._seen_boxes: NDArray[np.float32] = np.stack([self._boxes, moved])
-        self._same_masks: dict[tuple[int, int], bool] = {}
+        self._match = Matching(found, self._machine_category, self._shown)
         by_image: dict[int, list[dict[str, Any]]] = {}
         for row in rows.to_pylist():
             by_image.setdefault(row["ordinal"] - found.first_ordinal, []).append(row)
@@ -138,16 +114,16 @@ class ShardReview:
                     self._conflict(image, row["position"], row["file_id"], "image: it failed in the run")
             return
         start, end = (int(np.searchsorted(self._found.image, image, side)) for side in ("left", "right"))
-        places = dict(zip(self._det_index[start:end].tolist(), range(start, end), strict=True))
+        places = dict(zip(self._match.det_index[start:end].tolist(), range(start, end), strict=True))
         spared = {places[row["det_index"]] for row in rows if row["kind"] == SPARED and row["det_index"] in places}
         """Detections that a conflict is about: as the settings have them."""
-        entries: list[_Entry] = []
+        entries: list[Entry] = []
         for row in rows:
             if row["kind"] not in (ENTRY, REJECTED):
                 continue
             is_rejected = row["kind"] == REJECTED
             try:
-                shape = read_shape(row["shape"], self._size_hw(image)) if row["shape"] else Shape(None, None)
+                shape = read_shape(row["shape"], self._match.size_hw(image)) if row["shape"] else Shape(None, None)
             except ValueError as error:
                 if not is_rejected:
                     self._conflict(image, row["position"], row["file_id"], f"geometry: {error}")
@@ -155,127 +131,44 @@ class ShardReview:
                     continue
                 shape = Shape(None, None)
             own = (row["position"], row["file_id"], row["det_index"], row["category"])
-            entries.append(_Entry(image, *own, shape, is_rejected=is_rejected))
-        self._meet(entries, places)
+            entries.append(Entry(image, *own, shape, is_rejected=is_rejected))
+        self._match.meet(entries, places)
         entries = self._sound(image, entries, places)
         entries = self._number(image, self._visible(image, entries, spared), places)
         self._pin(image, rows, entries, places, spared)
         self._entries += [entry for entry in entries if not entry.is_rejected]
 
-    def _visible(self, image: int, entries: list[_Entry], spared: set[int]) -> list[_Entry]:
+    def _visible(self, image: int, entries: list[Entry], spared: set[int]) -> list[Entry]:
         """Without those of which nothing could be seen; what equals the machine's may be like that, as it is."""
-        size_hw, visible = self._size_hw(image), []
+        size_hw, visible = self._match.size_hw(image), []
         for entry in entries:
             empty = None if entry.is_rejected else empty_part(entry.shape, size_hw)
-            is_here = entry.place >= 0 and self._is_here(entry, entry.place)
-            if empty is None or (is_here and self._has_mask(entry.place, entry)):
+            is_here = entry.place >= 0 and self._match.is_here(entry, entry.place)
+            if empty is None or (is_here and self._match.has_mask(entry.place, entry)):
                 visible.append(entry)
             else:
                 self._conflict(image, entry.position, entry.file_id, f"geometry: {empty}")
                 spared.add(entry.place)
         return visible
 
-    def _has_mask(self, place: int, entry: _Entry) -> bool:
-        """Whether a detection has an entry's mask, if the entry has one."""
-        if entry.shape.mask is None:
-            return True
-        key = (entry.position, place)
-        if key not in self._same_masks:
-            self._same_masks[key] = same_mask(entry.shape.mask, self._mask_of(place), self._size_hw(entry.row))
-        return self._same_masks[key]
-
-    def _mask_of(self, place: int) -> bytes | None:
-        counts: bytes | None = self._masks[place].as_py()
-        return counts
-
-    def _meet(self, entries: list[_Entry], places: dict[int, int]) -> None:
-        """Find the detection that each entry is about.
-
-        A tool may have numbered the entries anew, and an id that lies in its image's range by chance means nothing. So
-        what an entry shows goes before its id: first those whose id and geometry agree, then those that equal another
-        detection, then those that have only another category under their id, then those of the same box and category
-        as a detection, then ids alone.
-        """
-        taken: set[int] = set()
-        ordered = sorted(entries, key=lambda entry: entry.is_rejected)
-
-        def claim(entry: _Entry, place: int | None) -> None:
-            if place is not None and place not in taken:
-                entry.place = place
-                taken.add(place)
-
-        def left() -> list[_Entry]:
-            return [entry for entry in ordered if entry.place < 0]
-
-        for entry in ordered:
-            if self._is_own(entry, places):
-                claim(entry, places[entry.det_index])
-        renamed, is_numbered_anew = [], False
-        for entry in left():
-            own = places.get(entry.det_index)
-            if own is not None and own not in taken and self._is_here(entry, own) and self._has_mask(own, entry):
-                renamed.append(entry)
-            else:
-                claim(entry, self._alike(entry, places, taken, with_mask=True))
-                is_numbered_anew |= entry.place >= 0
-        for entry in renamed:
-            if is_numbered_anew:  # then it may be a detection of that category in the same box
-                claim(entry, self._alike(entry, places, taken, with_mask=True))
-            if entry.place < 0:
-                claim(entry, places[entry.det_index])
-        for entry in left():
-            claim(entry, self._alike(entry, places, taken, with_mask=False))
-        for entry in left():
-            claim(entry, places.get(entry.det_index))
-
-    def _is_own(self, entry: _Entry, places: dict[int, int]) -> bool:
-        """Whether an entry equals the detection that its id names."""
-        own = places.get(entry.det_index)
-        return (
-            own is not None
-            and self._is_here(entry, own)
-            and bool(self.pins.category[own] == entry.category)
-            and self._has_mask(own, entry)
-        )
-
-    def _alike(self, entry: _Entry, places: dict[int, int], taken: set[int], *, with_mask: bool) -> int | None:
-        """A detection of an entry's box and category that nobody has claimed, and maybe of its mask."""
-        box = entry.shape.box_xyxy
-        if not places or (box is None and (entry.shape.mask is None or not with_mask)):
-            return None
-        every = np.fromiter(places.values(), np.int64)
-        near = every[self.pins.category[every] == entry.category]
-        if box is not None:
-            near = near[same_boxes(box, self._seen_boxes[:, near]).any(axis=0)]
-        alike = (
-            place for place in near.tolist() if place not in taken and (not with_mask or self._has_mask(place, entry))
-        )
-        return next(alike, None)
-
-    def _is_here(self, entry: _Entry, place: int) -> bool:
-        """Whether an entry has a detection's box, as inference left it or as the settings do; without one its mask."""
-        if entry.shape.box_xyxy is None:
-            return entry.shape.mask is not None and self._has_mask(place, entry)
-        return bool(same_boxes(entry.shape.box_xyxy, self._seen_boxes[:, place]).any())
-
-    def _sound(self, image: int, entries: list[_Entry], places: dict[int, int]) -> list[_Entry]:
+    def _sound(self, image: int, entries: list[Entry], places: dict[int, int]) -> list[Entry]:
         """Without those that say something for the second time, and without rejections of nothing."""
         sound = []
         for entry in entries:
             if entry.place < 0 and entry.is_rejected:
                 self._conflict(image, entry.position, entry.file_id, "no_detection: it rejects what the run lacks")
-            elif entry.place < 0 and self._is_own(entry, places):
+            elif entry.place < 0 and self._match.is_own(entry, places):
                 self._conflict(image, entry.position, entry.file_id, "repeated: another entry has its id and its box")
             else:
                 sound.append(entry)
         return sound
 
-    def _number(self, image: int, entries: list[_Entry], places: dict[int, int]) -> list[_Entry]:
+    def _number(self, image: int, entries: list[Entry], places: dict[int, int]) -> list[Entry]:
         """Give new entries a det_index that is free; without those for which there is none."""
         taken = set(places)
         for entry in entries:
             if entry.place >= 0:
-                entry.det_index = int(self._det_index[entry.place])
+                entry.det_index = int(self._match.det_index[entry.place])
             elif entry.det_index in taken:
                 entry.det_index = -1
             elif entry.det_index >= 0:
@@ -294,7 +187,7 @@ class ShardReview:
         return numbered
 
     def _pin(
-        self, image: int, rows: list[dict[str, Any]], entries: list[_Entry], places: dict[int, int], spared: set[int]
+        self, image: int, rows: list[dict[str, Any]], entries: list[Entry], places: dict[int, int], spared: set[int]
     ) -> None:
         """What the decisions need to know."""
         pins = self.pins
@@ -307,7 +200,7 @@ class ShardReview:
         pins.dropped[sorted(missing)] = True
         # In a reviewed image nobody misses what the settings would not show.
         for place in sorted(missing & (shown | listed)):
-            self._tell("deleted", -1, self._id(image, int(self._det_index[place])))
+            self._tell("deleted", -1, self._id(image, int(self._match.det_index[place])))
             self._counts["shown.deleted"] += place in shown
         for entry in entries:
             if entry.is_rejected:
@@ -349,7 +242,7 @@ class ShardReview:
         confirmed = np.array(self._confirmed, np.int64)
         return replace(labels, annotations=table, counts=counts, remarks=remarks, confirmed=confirmed)
 
-    def _compared(self, entry: _Entry, annotations: pa.Table, place: int, kept: Columns) -> dict[str, Any] | None:
+    def _compared(self, entry: Entry, annotations: pa.Table, place: int, kept: Columns) -> dict[str, Any] | None:
         """What stands in the place of an annotation of the machine; None: that one itself."""
         shape, box = entry.shape, entry.shape.box_xyxy
         seen = self._as_seen(entry)
@@ -357,8 +250,8 @@ class ShardReview:
         if self._machine_category[entry.place] != entry.category:
             changed.append("category_id")
         # Without a mask in the file: a tool that knows none. But a box elsewhere takes the machine's mask away.
-        moved_mask = shape.mask is None and "bbox" in changed and self._mask_of(entry.place) is not None
-        if moved_mask or not self._has_mask(entry.place, entry):
+        moved_mask = shape.mask is None and "bbox" in changed and self._match.mask_of(entry.place) is not None
+        if moved_mask or not self._match.has_mask(entry.place, entry):
             changed.append("segmentation")
         is_kept = seen is None or seen == _machine_columns(kept, place)
         if not changed:
@@ -377,7 +270,7 @@ class ShardReview:
         self._tell("edited", entry.position, self._id(entry.row, entry.det_index), changed=changed)
         return row
 
-    def _as_seen(self, entry: _Entry) -> dict[str, Any] | None:
+    def _as_seen(self, entry: Entry) -> dict[str, Any] | None:
         """Box, score and number merged of the annotation that an entry shows; None: of none that the machine made.
 
         As the settings have it without people's word (a suppression of this reduce moves boxes, and scores), else as
@@ -386,14 +279,14 @@ class ShardReview:
         box, at = entry.shape.box_xyxy, int(self._shown_at[entry.place])
         if at >= 0 and (box is None or same_box(box, self._shown.boxes_xyxy[at])):
             return _machine_columns(self._shown, at)
-        if box is not None and same_box(box, self._boxes[entry.place]):
+        if box is not None and same_box(box, self._match.boxes[entry.place]):
             detections = self._found.detections
             return {name: detections[name][entry.place].as_py() for name in _MACHINE_COLUMNS}
         return None
 
-    def _drawn(self, entry: _Entry) -> dict[str, Any]:
+    def _drawn(self, entry: Entry) -> dict[str, Any]:
         """A row of `ANNOTATION_SCHEMA` of a new annotation."""
-        height, width = self._size_hw(entry.row)
+        height, width = self._match.size_hw(entry.row)
         return {
             "id": self._id(entry.row, entry.det_index),
             "image": entry.row,
@@ -413,10 +306,6 @@ class ShardReview:
 
     def _image_id(self, row: int) -> int:
         return int(self._found.images["image_id"][row].as_py())
-
-    def _size_hw(self, row: int) -> tuple[int, int]:
-        images = self._found.images
-        return int(images["height"][row].as_py()), int(images["width"][row].as_py())
 
     def _conflict(self, image: int, position: int, file_id: int | None, reason: str) -> None:
         self._counts[f"conflict.{reason.partition(':')[0]}"] += 1
