@@ -200,6 +200,8 @@ class _Reading:
         if place is None:
             if isinstance(entry, dict) and entry.get("id") is not None:
                 self.unplaced.append(entry["id"])
+                if conflict is not None and conflict.startswith("entry"):
+                    return self._spared_by_id(position, entry["id"])
             return None
         if conflict is None and self.origin.is_of_images and not self.images.reviewed[place]:
             self.counts["unreviewed"] += 1
@@ -219,6 +221,14 @@ class _Reading:
             has_shape = bool(entry.get("bbox") or entry.get("segmentation"))
             row["shape"] = pack_shape(entry) if has_shape or row["kind"] == ENTRY else b""
         return row
+
+    def _spared_by_id(self, position: int, own_id: int) -> dict[str, Any] | None:
+        """What keeps the detection of an entry whose image cannot be read."""
+        ordinal, det_index = image_of_id(own_id, self.ids_per_image)
+        if ordinal < 1 or ordinal not in self.images.ordinals:
+            return None
+        own = {"ordinal": ordinal, "kind": SPARED, "position": position, "file_id": None, "det_index": det_index}
+        return own | {"category": -1, "shape": b""}
 
     def _place(self, entry: Any) -> int | None:
         """Where the entry's image stands among the file's; None: it is not there, or not in the run."""

@@ -294,6 +294,8 @@ CONFLICTS: dict[str, Tree] = {
     "geometry   ": {"segmentation": {"size": [3, 100000], "counts": "0"}},
     "geometry    ": {"segmentation": [[1, 2, "x", 3, 4, 5]]},
     "entry ": {"bbox": [0, 0, None, 2]},
+    "entry  ": {"image_id": 10**30},
+    "entry   ": {"image_id": None},
     "geometry      ": {"bbox": None, "segmentation": None},
 }
 
