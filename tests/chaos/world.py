@@ -52,6 +52,8 @@ class Nodes:
     nodes: list[Any]
 
     def kill_one(self, chance: random.Random) -> None:
+        if not self.nodes:  # both are dead already
+            return
         node = chance.choice(self.nodes)
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
@@ -359,9 +361,9 @@ class Chaos:
                 calm.append(self._strike(driver))
         try:
             time.sleep(self.chance.uniform(0, 2) if troubled else 0)
-            for undo in calm:
+            for undo in reversed(calm):  # a disk is freed once it can be written again
                 undo()
-            code = driver.wait(timeout=150)
+            code = driver.wait(timeout=300)
         except subprocess.TimeoutExpired:
             os.killpg(driver.pid, signal.SIGKILL)
             driver.wait()
