@@ -28,6 +28,7 @@ from owlsam_ray.reduce.folder import (
 )
 from owlsam_ray.reduce.formats import file_names, outputs_of
 from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, Job, write_chunk
+from owlsam_ray.reduce.json_rows import without_nan
 from owlsam_ray.reduce.labels import Counts
 from owlsam_ray.reduce.operating_points import load_operating_points
 from owlsam_ray.reduce.outputs import Checked, FileSpan, Head
@@ -85,6 +86,8 @@ def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = _quiet)
         check_all_present(run_url, manifest)
     out_url = plain_url(config.reduce.out or storage.join(run_url, COCO_FOLDER))
     check_inputs(config, out_url)
+    if config.reduce.executor == "ray" and "memory://" in (run_url[:9], out_url[:9]):
+        raise InputError("reduce.executor: ray cannot see memory://, which is in this process alone: take local")
     with claimed_folder(config, out_url) as (attempt, scratch):
         reduction = prepare(config, record, manifest, scratch, out_url)
         names = [name for output in reduction.job.outputs for name in file_names(output.name, reduction.spans)]
@@ -155,7 +158,7 @@ class Reduction:
         unlabelled = manifest.num_images - images
         _check_sum(counts, images)
         proof = _proof(manifest.num_images, counts, unlabelled, partial=partial)
-        source = manifest.parts[0].source
+        source = without_nan(manifest.parts[0].source)
         head = Head(
             info=source["info"] | {"owlsam_ray": self.provenance | {"proof": proof}},
             licenses=source["licenses"],
