@@ -70,16 +70,31 @@ class Manifest:
     @property
     def layout_hash(self) -> str:
         """Hash of which images stand in which shard: a chain over the parts, so that a part can be appended."""
-        return self.layout_chain[-1] if self.parts else ""
-
-    @property
-    def layout_chain(self) -> list[str]:
-        """The layout hash after each part: those that the run had before it was extended, too."""
-        chain = [""]
+        chain = ""
         for part in self.parts:
-            link = f"{chain[-1]}\n{part.sha256}\n{part.num_rows}\n{part.shard_size}"
-            chain.append(hashlib.sha256(link.encode()).hexdigest())
-        return chain[1:]
+            link = f"{chain}\n{part.sha256}\n{part.num_rows}\n{part.shard_size}"
+            chain = hashlib.sha256(link.encode()).hexdigest()
+        return chain
+
+    def image_list(self, number: int | None = None) -> str:
+        """A name for the first so many images (default: all), whatever shards they stand in.
+
+        Their number, and a hash of the first and the last one's id and name.
+        """
+        number = self.num_images if number is None else number
+        ends = []
+        for ordinal in (1, number):
+            shard = int(self.shard_of(np.array([ordinal]))[0])
+            rows = self.read_shard(shard).select(["image_id", "file_name"])
+            ends.append(rows.slice(ordinal - self.shard_span(shard)[0], 1).to_pylist())
+        return f"{number}-{hashlib.sha256(json.dumps(ends).encode()).hexdigest()[:32]}"
+
+    def begins_with(self, image_list: object) -> bool:
+        """Whether that is the name of this manifest's images, or of those that it had before it was extended."""
+        number = str(image_list).partition("-")[0]
+        if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= self.num_images:
+            return False
+        return self.image_list(int(number)) == image_list
 
     def iter_shards(self) -> Iterator[int]:
         """Shard numbers in manifest order."""

@@ -76,22 +76,19 @@ def _check_run(document: Document, own: dict[str, Any], manifest: Manifest, rule
             f"{told[1]} ids for each image, here {rules.fingerprint[:16]} with {rules.ids_per_image}): its ids mean "
             "other things here"
         )
-    for layout in _layouts(own):
-        if layout not in manifest.layout_chain:
+    for images in _image_lists(own):
+        if not manifest.begins_with(images):
             raise GuardError(
-                f"reduce.corrections {document.url} is of a run with the same label settings over other images (layout "
-                f"hash {str(layout)[:16]}, here {manifest.layout_hash[:16]}): its ids mean other things here"
+                f"reduce.corrections {document.url} is of a run with the same label settings over other images "
+                f"({str(images)[:40]}, here {manifest.image_list()}): its ids mean other things here"
             )
 
 
-def _layouts(own: dict[str, Any]) -> list[Any]:
-    """Hashes that have to be among the run's: of the run as it was then, or of each task of Label Studio."""
-    if isinstance(own.get("layouts"), list):
-        return list(own["layouts"])
-    if "layout" not in own:
-        return []
-    chain = own["layout"]
-    return [chain[-1] if isinstance(chain, list) and chain else chain]
+def _image_lists(own: dict[str, Any]) -> list[Any]:
+    """Names of the images that the run had then; of each task of Label Studio."""
+    if isinstance(own.get("image_lists"), list):
+        return list(own["image_lists"])
+    return [own["image_list"]] if "image_list" in own else []
 
 
 def _listed(document: Document, listed: Any, manifest: Manifest, rules: ShardRules) -> NDArray[np.int64]:

@@ -123,11 +123,8 @@ def check_foreign(out_url: str, names: Collection[str]) -> None:
     """
     if storage.exists(storage.join(out_url, UNFINISHED_FILE)):
         return
-    ours = _listed(out_url)
-    if ours is None and out_url.rstrip("/").endswith("/coco"):
-        return  # a version before this one left no list
     there = set(storage.list_names(out_url))
-    for name in sorted(there & set(names) - (ours or set())):
+    for name in sorted(there & set(names) - (_listed(out_url) or set())):
         entries = storage.list_names(storage.join(out_url, name)) if name.startswith("yolo") else [name]
         if set(entries) & {*FOLDER_ENTRIES, name}:
             raise InputError(

@@ -15,20 +15,21 @@ from owlsam_ray.reduce.yolo import YoloOutput
 from owlsam_ray.reduce_settings import ReduceConfig
 
 
-def outputs_of(settings: ReduceConfig, record: RunRecord, decisions: Decisions) -> tuple[Output, ...]:
+def outputs_of(settings: ReduceConfig, record: RunRecord, decisions: Decisions, image_list: str) -> tuple[Output, ...]:
     """The formats that are asked for, in that order.
 
     Args:
         settings: which, and how.
         record: of the run.
         decisions: resolved for it.
+        image_list: of its manifest.
     """
     texts = tuple(query.text for query in record.queries)
     prompts = texts if settings.provenance else None
     made: dict[str, Callable[[], Output]] = {
         "coco": lambda: CocoOutput(prompts, polygons=settings.segmentation == "polygon"),
         "coco_results": CocoResultsOutput,
-        "label_studio": lambda: _label_studio(settings, record, decisions),
+        "label_studio": lambda: _label_studio(settings, record, decisions, image_list),
         "lvis": lambda: LvisOutput.of(decisions, prompts),
         "parquet": lambda: TableOutput(tuple(category.name for category in decisions.categories), texts),
         "yolo": YoloOutput,
@@ -37,13 +38,15 @@ def outputs_of(settings: ReduceConfig, record: RunRecord, decisions: Decisions) 
     return tuple(made[name]() for name in settings.formats)
 
 
-def _label_studio(settings: ReduceConfig, record: RunRecord, decisions: Decisions) -> LabelStudioOutput:
+def _label_studio(
+    settings: ReduceConfig, record: RunRecord, decisions: Decisions, image_list: str
+) -> LabelStudioOutput:
     config = (record.fingerprint_parts or {})["config"]
     fingerprint = record.fingerprint or ""
     return LabelStudioOutput(
         decisions.categories,
         f"{config['detector']['model']} {config['segment']['model']} {fingerprint[:16]}",
-        {"fingerprint": fingerprint, "ids_per_image": record.ids_per_image, "layout": record.layout_hash},
+        {"fingerprint": fingerprint, "ids_per_image": record.ids_per_image, "image_list": image_list},
         settings.label_studio_url,
     )
 

@@ -66,7 +66,7 @@ class _Conversion:
         self._tasks = tasks
         self._categories: dict[str, int] = {}
         self._run: dict[str, Any] | None = None
-        self._layouts: set[str] = set()
+        self._image_lists: set[str] = set()
         """Of the run, which may have been extended between two exports to the tool."""
 
     def write(self, out: IO[bytes]) -> None:
@@ -94,8 +94,8 @@ class _Conversion:
             shutil.copyfileobj(annotations, out)
         info = {}
         if self._run is not None:
-            layouts = {"layouts": sorted(self._layouts)} if self._layouts else {}
-            info = {"owlsam_ray": self._run | layouts | {"review": {"scope": "images"}}}
+            lists = {"image_lists": sorted(self._image_lists)} if self._image_lists else {}
+            info = {"owlsam_ray": self._run | lists | {"review": {"scope": "images"}}}
         categories = [{"id": number, "name": name} for name, number in self._categories.items()]
         out.write(f'],\n"categories": {dump_json(categories)},\n"info": {dump_json(info)}}}\n'.encode())
 
@@ -115,8 +115,8 @@ class _Conversion:
             raise InputError(f"{self._tasks.url}: data of task {position} has no image_id, so it is none that we wrote")
         run = data.get("owlsam")
         if isinstance(run, dict):
-            self._layouts |= {str(run["layout"])} if "layout" in run else set()
-            run = {name: value for name, value in run.items() if name != "layout"}
+            self._image_lists |= {str(run["image_list"])} if "image_list" in run else set()
+            run = {name: value for name, value in run.items() if name != "image_list"}
             if self._run not in (None, run):
                 raise InputError(f"{self._tasks.url} holds tasks of several runs: export one project for each")
             self._run = run

@@ -91,7 +91,8 @@ def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = _quiet)
     with claimed_folder(config, out_url) as (attempt, scratch):
         reduction = prepare(config, record, manifest, scratch, out_url)
         names = [name for output in reduction.job.outputs for name in file_names(output.name, reduction.spans)]
-        check_foreign(out_url, names)
+        if out_url != plain_url(storage.join(run_url, COCO_FOLDER)):  # that one is the run's
+            check_foreign(out_url, names)
         counts = reduction.work(shards, partial=partial, show=show, still_mine=attempt.check)
     if counts["unlabelled"]:
         raise IncompleteError(
@@ -240,7 +241,7 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
         outputs=(
             FailuresOutput(),
             *([corrections.output] if corrections is not None else []),
-            *outputs_of(settings, record, decisions),
+            *outputs_of(settings, record, decisions, manifest.image_list()),
         ),
         scratch=scratch,
         overlay=corrections.overlay if corrections is not None else None,
@@ -248,7 +249,7 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
     provenance = {
         "version": __version__,
         "fingerprint": fingerprint,
-        "layout": manifest.layout_chain,
+        "image_list": manifest.image_list(),
         "detector": parts["config"]["detector"]["model"],
         "segmenter": parts["config"]["segment"]["model"],
         "weights_sha256": parts["weights"],

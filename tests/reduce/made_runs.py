@@ -63,7 +63,7 @@ def reduce_shards(
     scratch = storage.join(out, "fragments-test")
     rules = ShardRules(fingerprint, ids_per_image, len(categories))
     provenance: dict[str, Any] = {"fingerprint": fingerprint, "ids_per_image": ids_per_image}
-    provenance["layout"] = manifest.layout_chain
+    provenance["image_list"] = manifest.image_list()
     try:
         corrections = load_corrections(settings, manifest, rules, decisions, categories=categories, scratch=scratch)
         if corrections is not None:

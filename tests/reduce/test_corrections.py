@@ -494,8 +494,8 @@ INFO: Tree = {"fingerprint": "f", "ids_per_image": K}
         ({"images": None}, InputError, "not a COCO file"),
         ({"info": {"owlsam_ray": {"fingerprint": "g", "ids_per_image": K}}}, GuardError, "corrects other labels"),
         ({"info": {"owlsam_ray": {"fingerprint": "f", "ids_per_image": 7}}}, GuardError, "7 ids"),
-        ({"info": {"owlsam_ray": INFO | {"layout": ["a", "b"]}}}, GuardError, "over other images"),
-        ({"info": {"owlsam_ray": INFO | {"layout": []}}}, GuardError, "over other images"),
+        ({"info": {"owlsam_ray": INFO | {"image_list": "4-a"}}}, GuardError, "over other images"),
+        ({"info": {"owlsam_ray": INFO | {"image_list": []}}}, GuardError, "over other images"),
         ({"info": {"owlsam_ray": INFO | {"review": "x"}}}, InputError, "review is not an object"),
         ({"info": {"owlsam_ray": INFO | {"review": {"scope": "annotations", "listed": 1}}}}, InputError, "not a list"),
         (
@@ -542,9 +542,9 @@ def test_a_file_from_before_an_extension_is_of_the_run(tmp_path: Path) -> None:
     other = random_run(tmp_path / "other", 25, num_images=12, shard_size=4)
     with pytest.raises(GuardError, match="over other images"):
         reduced(tmp_path / "other", other, everything(), tree)
-    assert tree["info"]["owlsam_ray"]["layout"] == manifest.layout_chain == [manifest.layout_hash]
-    extended = tree["info"]["owlsam_ray"] | {"layout": ["of a part that is gone", manifest.layout_hash]}
-    found, _, _ = reduced(tmp_path, manifest, everything(), tree | {"info": {"owlsam_ray": extended}})
+    assert tree["info"]["owlsam_ray"]["image_list"] == manifest.image_list()
+    shorter = tree["info"]["owlsam_ray"] | {"image_list": manifest.image_list(7)}
+    found, _, _ = reduced(tmp_path, manifest, everything(), tree | {"info": {"owlsam_ray": shorter}})
     assert found["annotations"] == tree["annotations"]
 
 
