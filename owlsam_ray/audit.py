@@ -160,13 +160,7 @@ def _check_all(
     """Findings in the order of the shards."""
     small = replace(manifest, parts=tuple(replace(part, source={}) for part in manifest.parts))
     numerics = frozenset(canonical_hash(each)[:16] for each in record.numerics)
-    rules = ShardRules(
-        record.fingerprint or "",
-        record.ids_per_image,
-        len(record.categories),
-        num_prompts=len(record.queries) or None,
-        numerics=numerics,
-    )
+    rules = ShardRules.of(record, numerics=numerics)
     if workers is None:
         few = len(shards) * manifest.num_images < _WORTH_PROCESSES * manifest.num_shards
         workers = 1 if few else len(os.sched_getaffinity(0))

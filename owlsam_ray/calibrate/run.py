@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +13,14 @@ from owlsam_ray.calibrate.collect import Rules, collect
 from owlsam_ray.calibrate.curves import CONFIDENCE, Target
 from owlsam_ray.calibrate.points import Fitting, operating_points
 from owlsam_ray.config import RunConfig
-from owlsam_ray.errors import ConfigError, IncompleteError, InputError
+from owlsam_ray.errors import ConfigError, InputError
 from owlsam_ray.evaluate.ground_truth import NO_GROUP, GroundTruth, load_ground_truth
 from owlsam_ray.evaluate.matching import Shape
-from owlsam_ray.guard import check_config, load_record, load_run_manifest, run_directory
+from owlsam_ray.guard import run_directory
 from owlsam_ray.reduce.operating_points import OPERATING_POINTS_FILE, OperatingPoints
 from owlsam_ray.reduce.proof import ShardRules
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
+from owlsam_ray.reduce.run import Show, open_run, quiet
 from owlsam_ray.reduce_settings import ReduceConfig
 from owlsam_ray.settings import Category
 from owlsam_ray.vocabulary.names import fold_category
@@ -29,8 +30,6 @@ _APART: dict[str, Any] = {
     "score_threshold": None, "score_thresholds": {}, "operating_points": None, "mapping": None, "corrections": None,
 }  # fmt: skip
 """Settings of `reduce` that do not take part: what is fitted, and what is put over it."""
-
-Show = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +47,6 @@ class Matching:
             raise ConfigError(f"an IoU of {self.iou_threshold} is none: give one above 0, up to 1")
 
 
-def _quiet(what: str, done: int, total: int | None) -> None:
-    """Show nothing."""
-
-
 def calibrate_run(
     config: RunConfig,
     target: Target,
@@ -60,7 +55,7 @@ def calibrate_run(
     matching: Matching | None = None,
     fitting: Fitting | None = None,
     out: str | None = None,
-    show: Show = _quiet,
+    show: Show = quiet,
 ) -> dict[str, Any]:
     """Fit score thresholds on what `reduce` would show of the images that a ground truth lists, without a model.
 
@@ -90,20 +85,14 @@ def calibrate_run(
     """
     matching, fitting = matching or Matching(), fitting or Fitting()
     run_url = run_directory(config)
-    record = load_record(run_url)
-    if record is None:
-        raise InputError(f"{run_url} holds no run (no run.json): plan and annotate it first")
-    check_config(config, record)
-    manifest = load_run_manifest(run_url, record)
-    if record.fingerprint is None:
-        raise IncompleteError(f"nothing was labelled in {run_url} yet: call `owlsam annotate`")
+    record, manifest = open_run(config, run_url)
     truth = _load_truth(config, ground_truth, matching.shape)
     floor = float((record.fingerprint_parts or {})["config"]["detector"]["score_floor"])
     settings = config.reduce.model_copy(update=_APART)
     _warn(settings)
     decisions = resolve_decisions(settings, record, floor, None)
     decisions = replace(decisions, thresholds=np.full(len(record.categories), floor))
-    rules = ShardRules(record.fingerprint, record.ids_per_image, len(record.categories))
+    rules = ShardRules.of(record)
     found = collect(manifest, truth, Rules(rules, decisions, matching.shape, matching.iou_threshold), show)
     fitted = operating_points(
         found.samples,

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from owlsam_ray.config import allowed_failures
 from owlsam_ray.errors import FailedImagesError, IncompleteError
+from owlsam_ray.guard import RunRecord
 from owlsam_ray.ledger import ShardFooter, corrupt_shard, done_shards, load_shard, shard_url
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.rle import rle_areas, rle_runs
@@ -74,6 +75,17 @@ class ShardRules:
     """Queries; prompt ids stay below. None: any will do."""
     numerics: frozenset[str] | None = None
     """Numerics ids that worked on the run; None: any will do."""
+
+    @staticmethod
+    def of(record: RunRecord, *, numerics: frozenset[str] | None = None) -> "ShardRules":
+        """Those of a run that was labelled."""
+        return ShardRules(
+            record.fingerprint or "",
+            record.ids_per_image,
+            len(record.categories),
+            num_prompts=len(record.queries) or None,
+            numerics=numerics,
+        )
 
 
 def read_shard(

@@ -30,7 +30,7 @@ from owlsam_ray.reduce.folder import claimed_folder, plain_url
 from owlsam_ray.reduce.fragments import Job
 from owlsam_ray.reduce.json_rows import LINE_END, annotation_lines, dump_json, image_lines
 from owlsam_ray.reduce.labels import ShardLabels, read_labels
-from owlsam_ray.reduce.run import COCO_FOLDER, Reduction, open_run, prepare
+from owlsam_ray.reduce.run import COCO_FOLDER, Reduction, Show, open_run, prepare, quiet
 from owlsam_ray.reduce.sampling import Picks, SampleOptions, pick, why
 
 REVIEW_FOLDER = "review"
@@ -40,15 +40,9 @@ _SHARDS = 16
 _COLUMNS = ("id", "image_id", "file_name", "category", "score", "why")
 _log = logging.getLogger(__name__)
 
-Show = Callable[[str, int, int | None], None]
-
-
-def _quiet(what: str, done: int, total: int | None) -> None:
-    """Show nothing."""
-
 
 def review_list(
-    config: RunConfig, options: SampleOptions, *, out: str | None = None, show: Show = _quiet
+    config: RunConfig, options: SampleOptions, *, out: str | None = None, show: Show = quiet
 ) -> dict[str, Any]:
     """Choose annotations of a run, as `reduce` decides about them, and write them down for people.
 

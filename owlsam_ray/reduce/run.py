@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 Show = Callable[[str, int, int | None], None]
 
 
-def _quiet(what: str, done: int, total: int | None) -> None:
+def quiet(what: str, done: int, total: int | None) -> None:
     """Show nothing."""
 
 
@@ -56,7 +56,7 @@ def _nothing() -> None:
     """Look at nothing."""
 
 
-def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = _quiet) -> dict[str, Any]:
+def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = quiet) -> dict[str, Any]:
     """Merge the shards of a run into the files of `reduce.formats`, under `reduce.out`.
 
     Args:
@@ -143,7 +143,7 @@ class Reduction:
         return num_workers(settings.workers, num_images=manifest.num_images, small=_SMALL, executor=settings.executor)
 
     def work(
-        self, shards: Sequence[int], *, partial: bool, show: Show = _quiet, still_mine: Callable[[], None] = _nothing
+        self, shards: Sequence[int], *, partial: bool, show: Show = quiet, still_mine: Callable[[], None] = _nothing
     ) -> dict[str, Any]:
         """Write everything; returns the counts."""
         manifest, settings, workers = self.job.manifest, self.settings, self.workers
@@ -222,9 +222,7 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
     if settings.operating_points is not None:
         points = load_operating_points(settings.operating_points, fingerprint=fingerprint)
     decisions = resolve_decisions(settings, record, score_floor, points)
-    rules = ShardRules(
-        fingerprint, record.ids_per_image, len(record.categories), num_prompts=len(record.queries) or None
-    )
+    rules = ShardRules.of(record)
     corrections = None
     if settings.corrections is not None:
         # Imported here: others need neither OpenCV nor pycocotools.
