@@ -13,16 +13,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from owlsam_ray.calibrate.table import target_words
+from owlsam_ray.datasets.statistics_plots import PAGE_STYLE
 
 SHOWN_CATEGORIES = 60
 _BLUE, _ORANGE, _GREY = "#4878a8", "#d9822b", "#8a8f98"
-_STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
+_STYLE: Any = PAGE_STYLE | {
     "text.parse_math": False,  # a category may be called "$"
     "font.size": 9,
 }

@@ -18,13 +18,16 @@ _NARROW = 0.17
 """Part of the axis below which a label of two lines would run into its neighbours."""
 _BLUE, _DARK, _ORANGE, _GREY, _INK = "#4878a8", "#1f3f60", "#d9822b", "#8a8f98", "#22262b"
 _SHADES = LinearSegmentedColormap.from_list("blues", ["#c9dbee", _BLUE, _DARK])
-_STYLE: Any = {
+PAGE_STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": _GREY,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
+}
+"""Of every page of plots."""
+_STYLE: Any = PAGE_STYLE | {
     "axes.labelsize": 9,
     "axes.labelcolor": _INK,
     "xtick.labelsize": 8.5,
