@@ -15,7 +15,13 @@ OwlsamError
 └── InterruptedRunError 75  stopped by a signal; the same command goes on
 """
 
+import re
+from collections.abc import Iterable, Iterator, Mapping, Set
 from enum import IntEnum, StrEnum
+from itertools import islice
+
+_SHOWN_DEPTH = 4
+"""Levels of nested values that a message shows."""
 
 
 class ExitCode(IntEnum):
@@ -119,3 +125,69 @@ class InterruptedRunError(OwlsamError):
     """A signal stopped the run between two shards."""
 
     exit_code = ExitCode.INTERRUPTED
+
+
+def shown(value: object, limit: int = 120) -> str:
+    """A value for a message: as `repr` writes it, cut.
+
+    Quotes mark texts, control characters and halves of surrogate pairs are escaped. No more of the value is rendered
+    than fits, so a structure of gigabytes, or one with cycles, costs nothing.
+
+    Args:
+        value: anything, from anyone.
+        limit: most characters; what is cut ends with an ellipsis.
+    """
+    text = ""
+    for piece in _pieces(value, limit, _SHOWN_DEPTH):
+        text += piece
+        if len(text) > limit:
+            return f"{text[: max(limit - 1, 0)]}…"
+    return text
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """A library's own message for a message of ours: without line breaks and control characters, cut.
+
+    Args:
+        error: an exception or a text; one that says nothing is named by its type.
+        limit: most characters; what is cut ends with an ellipsis.
+    """
+    text = str(error)
+    is_cut = len(text) > 2 * limit
+    text = " ".join(text[: 2 * limit].split()) or type(error).__name__
+    text = re.sub(r"[^ -~]", lambda match: match[0] if match[0].isprintable() else repr(match[0])[1:-1], text)
+    return f"{text[: max(limit - 1, 0)]}…" if is_cut or len(text) > limit else text
+
+
+def _pieces(value: object, limit: int, depth: int) -> Iterator[str]:
+    """The parts of a value's text in order, each not much longer than `limit`."""
+    if isinstance(value, str):
+        yield str.__repr__(value[: limit + 1])
+    elif isinstance(value, bytes | bytearray):
+        yield repr(bytes(value[: limit + 1]))
+    elif isinstance(value, int) and value.bit_length() > 4 * limit:
+        yield f"<integer of about {value.bit_length() * 30103 // 100000 + 1} digits>"
+    elif isinstance(value, Mapping | list | tuple | Set):
+        opening, closing = (
+            ("{", "}") if isinstance(value, Mapping | Set) else "()" if isinstance(value, tuple) else "[]"
+        )
+        yield opening
+        if depth:
+            pairs = value.items() if isinstance(value, Mapping) else value
+            yield from _listed(pairs, limit, depth - 1, is_mapping=isinstance(value, Mapping))
+        elif value:
+            yield "…"
+        yield closing
+    else:
+        yield repr(value)
+
+
+def _listed(values: Iterable[object], limit: int, depth: int, *, is_mapping: bool) -> Iterator[str]:
+    for place, each in enumerate(islice(values, limit)):
+        if place:
+            yield ", "
+        if is_mapping and isinstance(each, tuple):
+            yield from _pieces(each[0], limit, depth)
+            yield ": "
+            each = each[1]
+        yield from _pieces(each, limit, depth)
