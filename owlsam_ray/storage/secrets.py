@@ -1,0 +1,124 @@
+"""What a URL may hold that nobody else shall read: user info, and signatures or tokens in its query.
+
+A manifest keeps URLs whole, since images are read by them. Everything that is shown or handed on (reasons of failed
+images, logs, the line of JSON, names of images) goes through `masked`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"
+
+_SCHEME = r"(?<![A-Za-z0-9+.\-])[A-Za-z][A-Za-z0-9+.\-]{0,30}:"
+_URL = re.compile(rf"""(?P<scheme>(?:{_SCHEME}|(?<![^\s"'(=,\[]))//)(?P<rest>[^\s"<>]+)""")
+_WITH_SPACES = re.compile(rf"""({_SCHEME}//[^\s/?#@"'<>:]*:)(?!\d+[\s,;)])[^/?#@"'<>\r\n]+@""")
+"""User info with a space in the password."""
+_NO_SCHEME = re.compile(r"""(?<![^\s"'(=,\[])[^\s"'()/:@=,\[]+:[^\s"'/@]+@(?=[\w\[])""")
+"""`user:password@host`, as it stands when somebody forgot the scheme."""
+_PARAMETER = re.compile(
+    r"""(?P<name>[?&;](?:[\w.\-]*(?:signature|credential|token|secret|password|passwd|api[_-]?key|access[_-]?key(?:id)?)"""
+    r"""|sig|se|sp|sv|sr|key|auth|pwd|policy|key-pair-id)=)[^\s&;"'<>]+""",
+    re.IGNORECASE,
+)
+"""Of a query without its URL: some libraries tell only the path that they asked for."""
+_BEARER = re.compile(r"""\b(Bearer|Authorization:(?:\s*\w+)?)\s+[A-Za-z0-9._~+/=\-]{8,}""", re.IGNORECASE)
+_CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")
+"""Schemes of Azure, where a container stands before the `@`: no secret."""
+_TAIL = re.compile(r"""['")\]}>,.;:!…]+$""")
+"""What may follow a URL in a sentence; it is left as it is where the end of the URL is masked."""
+
+
+def masked(text: str) -> str:
+    """A text without the secrets of the URLs in it.
+
+    User info becomes `***@`, and so does the query of a web address, and that of any other URL as soon as it looks like
+    one (`?name=value`; elsewhere a `?` may be part of a name or of a pattern). Masking twice changes nothing more.
+    """
+    if "//" in text:
+        text = _URL.sub(_mask_match, _WITH_SPACES.sub(rf"\1{MASK}@", text))
+    if "@" in text and ":" in text:
+        text = _NO_SCHEME.sub(f"{MASK}@", text)
+    if "=" in text:
+        text = _PARAMETER.sub(rf"\g<name>{MASK}", text)
+    return _BEARER.sub(rf"\1 {MASK}", text)
+
+
+def masked_url(url: str) -> str:
+    """The same for a text that is one URL, or path, as a whole: also where it holds spaces or quotes."""
+    parts = _parts(url)
+    return masked(url if parts is None else f"{parts[0]}//{_mask_rest(*parts)}")
+
+
+def masked_tree(value: Any) -> Any:
+    """A tree of JSON's kinds with every text masked, keys too."""
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, Mapping):
+        return {masked(key) if isinstance(key, str) else key: masked_tree(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked_tree(entry) for entry in value]
+    return value
+
+
+def without_query(url: str) -> str:
+    """A URL without user info, and without what follows the path of a web address; for names.
+
+    In the path of an object store, or of a disk, `?` and `#` are characters like any other, and stay, unless a
+    signature comes after them.
+    """
+    parts = _parts(url)
+    if parts is None:
+        return url
+    scheme, rest = parts
+    authority, path = _split(rest)
+    user, _, host = authority.rpartition("@")
+    if ":" in user or scheme.rstrip(":").lower() not in _CONTAINERS:
+        authority = host
+    if scheme == "" or scheme.lower().endswith(("http:", "https:", "ftp:")) or _PARAMETER.search(path):
+        path = re.split(r"[?#]", path, maxsplit=1)[0]
+    return f"{scheme}//{authority}{path}"
+
+
+def _parts(url: str) -> tuple[str, str] | None:
+    """The scheme with its colon (nothing where it is left out), and what follows the slashes; None: it is a path."""
+    scheme, slashes, rest = url.partition("//")
+    return (scheme, rest) if slashes and re.fullmatch(rf"(?:{_SCHEME}:*)*", scheme) else None
+
+
+def _mask_match(match: re.Match[str]) -> str:
+    rest = match["rest"]
+    tail = _TAIL.search(rest)
+    end = tail.start() if tail is not None else len(rest)
+    return match["scheme"] + _mask_rest(match["scheme"].removesuffix("//"), rest[:end]) + rest[end:]
+
+
+def _mask_rest(scheme: str, rest: str) -> str:
+    """Of a URL, what follows the two slashes."""
+    authority, path = _split(rest)
+    is_web = re.search("https?:(//|$)|^ftp:$", scheme + rest if "://" in rest else scheme, re.IGNORECASE) is not None
+    return _mask_user(scheme, authority) + _mask_query(path, is_web=is_web)
+
+
+def _split(rest: str) -> tuple[str, str]:
+    """The authority, and what follows it. A password with a slash in it belongs to the authority all the same."""
+    end = next((place for place, character in enumerate(rest) if character in "/?#"), len(rest))
+    authority = rest[:end]
+    _, colon, port = authority.partition(":")
+    if "@" not in authority and colon and not authority.startswith("[") and port and not port.isdecimal():
+        at = rest.find("@", end)
+        if at >= 0:
+            end = next((place for place in range(at, len(rest)) if rest[place] in "/?#"), len(rest))
+    return rest[:end], rest[end:]
+
+
+def _mask_user(scheme: str, authority: str) -> str:
+    user, at, host = authority.rpartition("@")
+    if not at or (scheme.rstrip(":").lower() in _CONTAINERS and ":" not in user):
+        return authority
+    return f"{MASK}@{host}"
+
+
+def _mask_query(path: str, *, is_web: bool) -> str:
+    found = re.search(r"[?#](?=.)" if is_web else r"[?#](?=[^=&/?#]+=)", path, re.DOTALL)
+    return path if found is None else f"{path[: found.end()]}{MASK}"
