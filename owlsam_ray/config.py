@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from owlsam_ray.added_settings import with_added, without_added
 from owlsam_ray.errors import ConfigError
 from owlsam_ray.reduce_settings import ReduceConfig
 from owlsam_ray.settings import (
@@ -259,12 +260,15 @@ class RunConfig(Section):
         return self
 
     def label_fields(self) -> dict[str, Any]:
-        """The part that can change labels, as plain JSON values."""
-        return self.model_dump(mode="json", exclude=set(NON_LABEL_FIELDS))
+        """The part that can change labels, as plain JSON values; without added settings that change nothing."""
+        return without_added(self, exclude=set(NON_LABEL_FIELDS))
 
     def frozen_fields(self) -> dict[str, Any]:
-        """The part that a plan freezes: what can change labels, and which images there are."""
-        return self.model_dump(mode="json", exclude=set(FREE_FIELDS))
+        """The part that a plan freezes: what can change labels, and which images there are.
+
+        Without added settings that change nothing, as `label_fields`.
+        """
+        return without_added(self, exclude=set(FREE_FIELDS))
 
 
 def _check_stricter(late: SuppressConfig, early: SuppressConfig) -> None:
@@ -387,13 +391,13 @@ def validate_tree(
 
 
 def config_from_stored(fields: Mapping[str, Any]) -> RunConfig:
-    """The config that a run directory stores.
+    """The config that a run directory stores; what it lacks, as settings that were added since, is as it was before.
 
     Raises:
         ConfigError: it was written by a version with other fields.
     """
     try:
-        return RunConfig.model_validate(fields)
+        return RunConfig.model_validate(with_added(RunConfig, fields))
     except ValidationError as error:
         raise ConfigError(f"the stored run config does not load in this version: {error}") from None
 

@@ -16,10 +16,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from owlsam_ray import __version__, storage
+from owlsam_ray.added_settings import without_added
 from owlsam_ray.config import RunConfig, config_from_stored, differing_fields
 from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError
 from owlsam_ray.manifest import Manifest, load_manifest
-from owlsam_ray.models.weights import sha256_of
+from owlsam_ray.models.load import weights_sha256
 from owlsam_ray.resources import Allocation
 from owlsam_ray.schema import SCHEMA_VERSION
 from owlsam_ray.settings import Category
@@ -226,9 +227,9 @@ def fingerprint_parts(
     return {
         "schema_version": SCHEMA_VERSION,
         "config": config.label_fields(),
-        "categories": [category.model_dump(mode="json") for category in record.categories],
-        "queries": [query.model_dump(mode="json") for query in record.queries],
-        "weights": {role: sha256_of(path) for role, path in sorted(weights.items())},
+        "categories": [without_added(category) for category in record.categories],
+        "queries": [without_added(query) for query in record.queries],
+        "weights": {role: weights_sha256(path) for role, path in sorted(weights.items())},
         "query_embeddings": hashlib.sha256(queries).hexdigest(),
     }
 

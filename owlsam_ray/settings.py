@@ -6,6 +6,7 @@ resolved silently. A default of None stands for a value that only some choices u
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
@@ -33,6 +34,18 @@ class Section(BaseModel):
     """Frozen, and refuses keys that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Marks a field that came after runs were stored: `Annotated[Kind, Added(value)] = default`.
+
+    Every new field that can change labels, or which images there are, needs it (a test walks them): without, all
+    earlier runs would be refused. See `added_settings`.
+    """
+
+    as_before: Any
+    """The value that labels as the code did without the field, as plain JSON has it. The default may be another one."""
 
 
 SectionT = TypeVar("SectionT", bound=Section)

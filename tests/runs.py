@@ -106,7 +106,7 @@ def coco_bytes(tiny: TinyRun, run: Path) -> bytes:
     return (run / "coco" / "annotations.json").read_bytes()
 
 
-def label_here(config: RunConfig, *, extend: bool = False) -> bytes:
+def label_here(config: RunConfig, *, extend: bool = False, allow_numerics_change: bool = False) -> bytes:
     """Plan, label what is not labelled yet, and reduce in this process, without Ray (whose actors are other processes
     and see no `memory://`); returns the COCO file."""
     # Imported here: most tests of whole runs call the command, and need no torch in this process.
@@ -133,7 +133,9 @@ def label_here(config: RunConfig, *, extend: bool = False) -> bytes:
     weights = {"detector": models.detector, "segmenter": models.segmenter}
     record = guard_labels(plan.record, fingerprint_parts(config, plan.record, weights=weights, run_url=run), run)
     allocation = allocate(config.resources, num_cpus=2, num_gpus=0)
-    record = guard_numerics(record, numerics_of(allocation, config.resources.dtype), run, allow_change=False)
+    record = guard_numerics(
+        record, numerics_of(allocation, config.resources.dtype), run, allow_change=allow_numerics_change
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(allocation.torch_threads)
     with load_engine(

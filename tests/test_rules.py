@@ -14,6 +14,7 @@ from owlsam_ray.finetune.config import load_finetune_config
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "owlsam_ray"
 MAY_IMPORT_RAY = {"pipeline.py", "ray_cluster.py", "waves.py", "annotate.py", "finetune/job.py", "reduce/executors.py"}
+STORED_RUNS = ROOT / "tests" / "fixtures" / "earlier"
 LISTED = ("owlsam_ray", "jobs", "cluster", "tests", ".ci")
 
 
@@ -40,7 +41,10 @@ def package_files() -> set[str]:
     return {
         path.relative_to(ROOT).as_posix()
         for path in files
-        if "__pycache__" not in path.parts and path.name != "__init__.py" and path.suffix != ".pyc"
+        if not path.is_relative_to(STORED_RUNS)
+        and "__pycache__" not in path.parts
+        and path.name != "__init__.py"
+        and path.suffix != ".pyc"
     }
 
 

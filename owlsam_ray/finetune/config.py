@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from owlsam_ray.added_settings import without_added
 from owlsam_ray.config import LoggingConfig, absolute, load_tree, path_or_hub_name, validate_tree
 from owlsam_ray.datasets.cleaning import CleaningSettings
 from owlsam_ray.finetune.augment import AugmentSettings
@@ -185,8 +186,8 @@ class FinetuneConfig(Section):
         return self
 
     def result_fields(self) -> dict[str, Any]:
-        """The part that decides what is learned, as plain JSON values."""
-        return self.model_dump(mode="json", exclude={**dict.fromkeys(NON_RESULT_FIELDS, True), **_NON_RESULT_PATHS})
+        """The part that decides what is learned, as plain JSON values; without added settings that change nothing."""
+        return without_added(self, exclude={**dict.fromkeys(NON_RESULT_FIELDS, True), **_NON_RESULT_PATHS})
 
 
 def load_finetune_config(

@@ -6,7 +6,7 @@ Each is imported when it is asked for: transformers and timm take seconds, and a
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from owlsam_ray.models.weights import ModelPaths
+from owlsam_ray.models.weights import ModelPaths, sha256_of
 from owlsam_ray.settings import DetectorConfig, FakesConfig, SegmentConfig
 
 if TYPE_CHECKING:
@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from owlsam_ray.models.protocols import Detector, Segmenter
 
 FAKES = Path(__file__).parent / "fakes.py"
-"""What stands for the weights of a fake: another version of it makes other labels."""
+"""What stands for the weights of a fake."""
+_FAKES_SHA256 = "d315f962bdf96aab2284ce30306e1e03b3842a5d6f9f1c7fc0d79d8dab358d24"
+"""Of its first version. It takes another value when a fake labels otherwise, not when its text is edited: earlier runs
+are to go on."""
+
+
+def weights_sha256(path: Path) -> str:
+    """Hex SHA-256 that the label fingerprint has of weights that `find_models` found.
+
+    Raises:
+        WeightsError: they cannot be read.
+    """
+    return _FAKES_SHA256 if path == FAKES else sha256_of(path)
 
 
 def find_models(detector: DetectorConfig, segment: SegmentConfig) -> ModelPaths:
