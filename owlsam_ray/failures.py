@@ -13,6 +13,7 @@ from owlsam_ray import storage
 from owlsam_ray.errors import FailureClass, IncompleteError
 from owlsam_ray.ledger import read_footer, shard_url
 from owlsam_ray.manifest import Manifest
+from owlsam_ray.schema import PREDICTION_SCHEMA
 
 _AT_ONCE = 32
 """Footers that are read at the same time."""
@@ -77,7 +78,10 @@ def _read_rows(manifest: Manifest, shard: int, found: Failures, *, named: int, c
     columns = ["image_id", "status", "reason", "status_class"]
     try:
         with storage.open_input(shard_url(manifest.run_url, shard)) as file:
-            rows = pq.read_table(file, columns=columns).to_pylist()
+            table = pq.ParquetFile(file)
+            if not table.schema_arrow.equals(PREDICTION_SCHEMA):  # no shard of ours: its values are not looked at
+                return
+            rows = table.read(columns).to_pylist()
     except (FileNotFoundError, pa.ArrowException):
         return
     file_names: list[str] = []

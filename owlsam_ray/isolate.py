@@ -28,6 +28,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from owlsam_ray import errors
+from owlsam_ray.arrow_types import misfit_of
 from owlsam_ray.config import RunConfig
 from owlsam_ray.errors import FailureClass, IncompleteError, OwlsamError, PreflightError
 from owlsam_ray.guard import RunRecord
@@ -202,7 +203,10 @@ class _Room:
         self._send({"positions": positions, "path": str(path)})
         answer = self._await("done", self._deadline_s + _SILENCE_S)
         with pa.memory_map(str(path)) as file:
-            rows = pa.ipc.open_file(file).read_all()
+            reader = pa.ipc.open_file(file)
+            if (wrong := misfit_of(reader.schema, PREDICTION_SCHEMA)) is not None:
+                raise IncompleteError(f"the process that did shard {self._task.shard} by itself wrote no rows: {wrong}")
+            rows = reader.read_all()
         return rows, answer["stage_s"]
 
     def _start(self) -> None:

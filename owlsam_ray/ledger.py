@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from owlsam_ray import storage
-from owlsam_ray.errors import FailureClass, IncompleteError
+from owlsam_ray.errors import FailureClass, IncompleteError, one_line
 from owlsam_ray.schema import PREDICTION_SCHEMA, ROW_GROUP_IMAGES, SCHEMA_VERSION
 
 PREDICTIONS = "predictions"
@@ -204,7 +204,7 @@ def _parse_footer(url: str, shard: int, tail: bytes) -> ShardFooter:
         if (text is None) != (footer.footer_sha256 is None) or (text is None) != (footer.data_sha256 is None):
             raise ValueError("one of its two checksums is missing")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise corrupt_shard(url, f"{type(error).__name__}: {error}") from None
+        raise corrupt_shard(url, f"{type(error).__name__}: {one_line(error)}") from None
     if footer.shard != shard or footer.num_rows != num_rows:
         raise corrupt_shard(url, f"it says shard {footer.shard} with {footer.num_rows} rows, and has {num_rows}")
     return footer
@@ -250,12 +250,11 @@ def load_shard(run_url: str, shard: int) -> tuple[ShardFooter, pa.Table]:
         raise corrupt_shard(url, "the checksum of its data does not fit")
     try:
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-        table = file.read().replace_schema_metadata(None)
+        if not file.schema_arrow.equals(PREDICTION_SCHEMA):  # before a value is read
+            raise corrupt_shard(url, f"its columns are not those of schema version {SCHEMA_VERSION}")
+        return footer, file.read().replace_schema_metadata(None)
     except (pa.ArrowException, OSError) as error:
-        raise corrupt_shard(url, f"{type(error).__name__}: {error}") from None
-    if not table.schema.equals(PREDICTION_SCHEMA):
-        raise corrupt_shard(url, f"its columns are not those of schema version {SCHEMA_VERSION}")
-    return footer, table
+        raise corrupt_shard(url, f"{type(error).__name__}: {one_line(error)}") from None
 
 
 def corrupt_shard(url: str, what: str) -> IncompleteError:

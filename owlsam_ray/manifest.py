@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from owlsam_ray import storage
+from owlsam_ray.arrow_types import misfit_of
 from owlsam_ray.datasets.source import encoded_bytes
-from owlsam_ray.errors import GuardError, InputError
+from owlsam_ray.errors import GuardError, InputError, one_line
 from owlsam_ray.schema import MANIFEST_SCHEMA
 
 MANIFEST = "manifest"
@@ -115,7 +116,11 @@ class Manifest:
         return shards
 
     def read_shard(self, shard: int) -> pa.Table:
-        """Rows of `MANIFEST_SCHEMA` of one shard, in order: one row group."""
+        """Rows of `MANIFEST_SCHEMA` of one shard, in order: one row group.
+
+        Raises:
+            GuardError: the part's columns are others.
+        """
         part = self._part_of(shard)
         url = storage.join(self.run_url, MANIFEST, part.file)
         with storage.open_input(url) as file:
@@ -126,17 +131,20 @@ class Manifest:
     def iter_names(self) -> Iterator[pa.Table]:
         """`image_id` and `file_name`, some at a time, of all images in order."""
         for part in self.parts:
-            with storage.open_input(storage.join(self.run_url, MANIFEST, part.file)) as file:
-                for batch in pq.ParquetFile(file).iter_batches(columns=["image_id", "file_name"], batch_size=65536):
-                    yield pa.Table.from_batches([batch])
+            for batch in self._batches(part, ["image_id", "file_name"]):
+                yield pa.Table.from_batches([batch])
 
     def iter_images(self) -> Iterator[pa.Table]:
         """Rows of `MANIFEST_SCHEMA` without `extra`, some at a time, of all images in order."""
         names = [name for name in MANIFEST_SCHEMA.names if name != "extra"]
         for part in self.parts:
-            with storage.open_input(storage.join(self.run_url, MANIFEST, part.file)) as file:
-                for batch in pq.ParquetFile(file).iter_batches(columns=names, batch_size=65536):
-                    yield _with_container(pa.Table.from_batches([batch])).select(names)
+            for batch in self._batches(part, names):
+                yield _with_container(pa.Table.from_batches([batch])).select(names)
+
+    def _batches(self, part: ManifestPart, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        url = storage.join(self.run_url, MANIFEST, part.file)
+        with storage.open_input(url) as file:
+            yield from pq.ParquetFile(file, metadata=_footer(url, part.sha256)).iter_batches(65536, columns=columns)
 
     def _part_of(self, shard: int) -> ManifestPart:
         for part in self.parts:
@@ -155,8 +163,25 @@ def _with_container(table: pa.Table) -> pa.Table:
 @lru_cache(maxsize=64)
 def _footer(url: str, sha256: str) -> Any:
     """Parquet metadata of a part, read once per process: at 10 million images it is some megabytes."""
+    return _read_footer(url)
+
+
+def _read_footer(url: str) -> Any:
+    """Parquet metadata of a part whose columns are those of a manifest.
+
+    Raises:
+        GuardError: it is no Parquet file, or its columns are others. Their values are never looked at: a run directory
+            may come from someone else, with hashes that fit.
+    """
     with storage.open_input(url) as file:
-        return pq.read_metadata(file)
+        try:
+            footer = pq.read_metadata(file)
+            wrong = misfit_of(footer.schema.to_arrow_schema(), MANIFEST_SCHEMA, may_lack=("container",))
+        except pa.ArrowException as error:
+            wrong = one_line(error)
+    if wrong is not None:
+        raise GuardError(f"{url} is no manifest ({wrong}): restore it, or plan again in another directory")
+    return footer
 
 
 def shard_size(num_images: int, setting: int | str, *, mean_bytes: float | None = None, shard_max_mb: int = 256) -> int:
@@ -303,7 +328,7 @@ def load_manifest(run_url: str, *, verify: bool, num_parts: int | None = None) -
         num_parts: look at the first so many parts only: further ones are of an extension that did not end.
 
     Raises:
-        GuardError: a part is missing, damaged or changed; names it.
+        GuardError: a part is missing, damaged, changed or no manifest; names it.
     """
     parts: list[ManifestPart] = []
     for name in storage.list_names(storage.join(run_url, MANIFEST)):
@@ -315,7 +340,9 @@ def load_manifest(run_url: str, *, verify: bool, num_parts: int | None = None) -
         try:
             part = ManifestPart(**json.loads(storage.read_bytes(url)))
         except (ValueError, TypeError) as error:
-            raise GuardError(f"{url} is damaged ({error}): restore it, or plan again in another directory") from None
+            raise GuardError(
+                f"{url} is damaged ({one_line(error)}): restore it, or plan again in another directory"
+            ) from None
         if verify:
             _verify(run_url, part)
         parts.append(part)
@@ -333,6 +360,7 @@ def _verify(run_url: str, part: ManifestPart) -> None:
             f"{url} is not the file that was planned (sha256 {found[:16]}… instead of {part.sha256[:16]}…): restore "
             "it, or plan again in another directory"
         )
+    _read_footer(url)
 
 
 def _sha256(url: str) -> str:

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from owlsam_ray import storage
-from owlsam_ray.errors import FailureClass, ImageError, InputError, StorageSetupError
+from owlsam_ray.arrow_types import extension_of, holds_bytes, shown_type
+from owlsam_ray.errors import FailureClass, ImageError, InputError, StorageSetupError, one_line
 
 Outcome = bytes | ImageError
 """Of one image."""
@@ -176,21 +177,37 @@ def _read_footer(uri: str, column: str) -> Any:
     try:
         with storage.open_input(uri) as file:
             footer = pq.read_metadata(file)
+        schema = footer.schema.to_arrow_schema()
     except (pa.ArrowException, OSError, InputError) as error:
         return _table_error(error)
-    paths = [footer.schema.column(number).path for number in range(footer.num_columns)]
-    if column not in paths:
-        return ImageError(f"bad_table: no column {column}")
-    if footer.schema.column(paths.index(column)).physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
-        return ImageError(f"bad_table: column {column} holds no bytes")
+    found = _field_at(schema, column)
+    if found is None or (pa.types.is_nested(found.type) and not extension_of(found)):
+        return ImageError(f"bad_table: no column {column:.200}")
+    if not holds_bytes(found):
+        why = f"holds {shown_type(found)}, not bytes" if extension_of(found) else "holds no bytes"
+        return ImageError(f"bad_table: column {column:.200} {why}")
     return footer
+
+
+def _field_at(schema: pa.Schema, column: str) -> pa.Field | None:
+    """The only field of a path with dots into structures; None when there is none."""
+    if column in schema.names:
+        return schema.field(column) if schema.names.count(column) == 1 else None
+    first, *rest = column.split(".")
+    found = schema.field(first) if schema.names.count(first) == 1 else None
+    for name in rest:
+        if found is None or not pa.types.is_struct(found.type):
+            return None
+        place = found.type.get_field_index(name)
+        found = found.type.field(place) if place >= 0 else None
+    return found
 
 
 def _table_error(error: Exception) -> ImageError:
     """Of storage, or of Arrow: its errors about a file's content carry no number."""
     if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):
         return image_error(error)
-    return ImageError(f"bad_table: {(str(error).splitlines() or [type(error).__name__])[0]}")
+    return ImageError(f"bad_table: {one_line((str(error).splitlines() or [type(error).__name__])[0])}")
 
 
 def _read_row_group(

@@ -18,6 +18,7 @@ from ray.data.block import BlockAccessor
 from ray.data.datasource import Datasink
 
 from owlsam_ray import crumbs, storage
+from owlsam_ray.arrow_types import forget_ray_types
 from owlsam_ray.config import RunConfig
 from owlsam_ray.crumbs import MAX_STRIKES
 from owlsam_ray.fetch import FETCHED_SCHEMA, fetch_shard, to_images
@@ -29,6 +30,7 @@ from owlsam_ray.redo import Retry, find_failed, replace_rows
 from owlsam_ray.resources import Allocation
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 
+forget_ray_types()  # this module is imported by the driver, and by every task and actor of the graph
 # The named parameters that the warning asks for are not there yet in the release that gives it.
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 

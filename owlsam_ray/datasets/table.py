@@ -83,6 +83,8 @@ class _TableFile:
         if self._columns.bytes is not None:
             check_binary(self._url, Wanted("columns.bytes", self._columns.bytes, None))
         for arrays in self._batches():
+            if not len(arrays[0]):  # a part, or a row group, without rows: nothing tells the types of made columns
+                continue
             given = dict(zip(self._wanted, arrays, strict=True))
             yield self._table(given, len(arrays[0]))
             self._first += len(arrays[0])

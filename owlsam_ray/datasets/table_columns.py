@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, one_line, shown
 
 TEXT, INTEGER = pa.string(), pa.int64()
 TOLD = 5
@@ -43,13 +43,13 @@ def check_name(url: str, column: Wanted, name: str, names: Sequence[str]) -> Non
     if list(names).count(name) == 1:
         return
     if name in names:
-        raise InputError(f"{url} has the column {name!r} ({column.setting}) more than once: rename one of them")
+        raise InputError(f"{url} has the column {shown(name)} ({column.setting}) more than once: rename one of them")
     usual = ("url", "image_url", "path", "image_path", "file_name", "uri") if column.setting == "columns.uri" else ()
     close = [each for each in usual if each in names] or difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {' or '.join(f'{column.setting}={each}' for each in close)}?" if close else "."
+    hint = f"; did you mean {' or '.join(f'{column.setting}={each:.60}' for each in close)}?" if close else "."
     if len(names) == 1 and (marks := [mark for mark in ";|\t," if mark in names[0]]):
         hint = f"; is it separated by {marks[0]!r}? A .csv file has commas, a .tsv file tabs."
-    listed = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    listed = ", ".join(f"{each:.60}" for each in names[:20]) + (", …" if len(names) > 20 else "")
     raise InputError(f"{url} has no column {column.path!r} ({column.setting}){hint} It has: {listed or 'none'}")
 
 
@@ -75,22 +75,32 @@ def json_texts(array: pa.Array) -> pa.Array:
     """Values as JSON: what is no finite number is null; dates, decimals and bytes become text."""
     if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
         return pc.fill_null(array.cast(TEXT), "null")
-    return pa.array([json.dumps(plain(value)) for value in array.to_pylist()], TEXT)
+    return pa.array([json.dumps(plain(value)) for value in _python_values(array)], TEXT)
+
+
+def _python_values(array: pa.Array) -> list[Any]:
+    """Plain values; a map is an object, or, when a key repeats, a list of its pairs.
+
+    Raises:
+        InputError: Python has no such value: a date after the year 9999, a time zone that nobody knows.
+    """
+    try:
+        try:
+            return list(array.to_pylist(maps_as_pydicts="strict"))
+        except KeyError:
+            return list(array.to_pylist())
+    except (ValueError, OverflowError, LookupError) as error:
+        raise InputError(f"a column of {array.type!s:.200} cannot be made JSON: {one_line(error)}") from None
 
 
 def plain(value: Any) -> Any:
     """A value as JSON has it."""
     if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list):
+        return {key if isinstance(key, str) else str(plain(key)): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return value if value is None or isinstance(value, str | int | bool) else str(value)
-
-
-def one_line(error: BaseException) -> str:
-    """A library's message without its line breaks."""
-    return " ".join(str(error).split())[:300]

@@ -9,9 +9,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from owlsam_ray import storage
-from owlsam_ray.datasets.table_columns import Wanted, check_name, json_texts, one_line
+from owlsam_ray.arrow_types import extension_of, holds_bytes, shown_type
+from owlsam_ray.datasets.table_columns import Wanted, check_name, json_texts
 from owlsam_ray.datasets.table_text import read_csv, read_jsonl
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, one_line, shown
 
 _ROWS = 65536
 _KINDS = {
@@ -61,7 +62,7 @@ def read_columns(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]
     try:
         yield from readers[kind_of(url)](url, wanted)
     except OSError as error:
-        raise InputError(f"cannot read {url}: {error.strerror or error}") from None
+        raise InputError(f"cannot read {url}: {one_line(error.strerror or error)}") from None
     except (pa.ArrowException, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise InputError(f"{url} cannot be read as a table: {one_line(error)}") from None
 
@@ -76,7 +77,7 @@ def count_rows(url: str) -> Iterator[int]:
         with storage.open_input(url) as file:
             metadata = pq.read_metadata(file)
     except OSError as error:
-        raise InputError(f"cannot read {url}: {error.strerror or error}") from None
+        raise InputError(f"cannot read {url}: {one_line(error.strerror or error)}") from None
     except pa.ArrowException as error:
         raise InputError(f"{url} cannot be read as a table: {one_line(error)}") from None
     yield from (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
@@ -92,20 +93,33 @@ def check_binary(url: str, wanted: Wanted) -> None:
         with storage.open_input(url) as file:
             schema = pq.ParquetFile(file).schema_arrow
     except OSError as error:
-        raise InputError(f"cannot read {url}: {error.strerror or error}") from None
+        raise InputError(f"cannot read {url}: {one_line(error.strerror or error)}") from None
     except pa.ArrowException as error:
         raise InputError(f"{url} cannot be read as a table: {one_line(error)}") from None
-    kind = _kind_at(url, schema, wanted)
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        inner = f"; did you mean {wanted.path}.bytes?" if pa.types.is_struct(kind) else ""
-        raise InputError(f"{url}: {wanted.setting} {wanted.path!r} holds {kind}, not bytes{inner}")
+    field = _field_at(url, schema, wanted)
+    if not holds_bytes(field):
+        way_out = _way_to_bytes(wanted, field.type)
+        raise InputError(f"{url}: {wanted.setting} {wanted.path!r} holds {shown_type(field)}, not bytes{way_out}")
+
+
+def _way_to_bytes(wanted: Wanted, kind: pa.DataType) -> str:
+    """What to do about a column that holds something else."""
+    if pa.types.is_struct(kind):
+        inner = [field.name for field in kind if holds_bytes(field)]
+        return f"; did you mean {wanted.path}.{shown(inner[0])[1:-1]}?" if inner else ""
+    if pa.types.is_map(kind) or pa.types.is_nested(kind):
+        return (
+            "; a row of a table is one image here: write a table with a row for each image (explode the column), with "
+            "its bytes in a column of their own"
+        )
+    return ""
 
 
 def _parquet(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
     with storage.open_input(url) as file:
         table = pq.ParquetFile(file)
         for column in wanted:
-            _kind_at(url, table.schema_arrow, column)
+            _field_at(url, table.schema_arrow, column)
         for batch in table.iter_batches(batch_size=_ROWS, columns=list(dict.fromkeys(each.path for each in wanted))):
             yield [_cast(url, column, _at(batch, column.path)) for column in wanted]
 
@@ -120,28 +134,33 @@ def _at(batch: pa.RecordBatch, path: str) -> pa.Array:
     return array
 
 
-def _kind_at(url: str, schema: pa.Schema, column: Wanted) -> pa.DataType:
-    """Type of a column by its path.
+def _field_at(url: str, schema: pa.Schema, column: Wanted) -> pa.Field:
+    """A column by its path, whose values are plain.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or a class of others would make its values: that of Ray Data unpickles them.
     """
-    if column.path in schema.names:
-        check_name(url, column, column.path, schema.names)
-        return schema.field(column.path).type
-    names = column.path.split(".")
+    names = [column.path] if column.path in schema.names else column.path.split(".")
     check_name(url, column, names[0], schema.names)
-    kind = schema.field(names[0]).type
+    field = schema.field(names[0])
     for name in names[1:]:
-        inner = [field.name for field in kind] if pa.types.is_struct(kind) else []
-        check_name(url, column, name, inner)
-        kind = kind.field(name).type
-    return kind
+        inner = list(field.type) if pa.types.is_struct(field.type) else []
+        check_name(url, column, name, [each.name for each in inner])
+        field = next(each for each in inner if each.name == name)
+    extension = extension_of(field)
+    if extension is not None:
+        raise InputError(
+            f"{url}: column {column.path!r} ({column.setting}) has the Arrow extension type {shown(extension)}, whose "
+            "values only the code of another library can make: write the column as a plain type, or leave it out"
+        )
+    return field
 
 
 def _cast(url: str, column: Wanted, array: pa.Array) -> pa.Array:
     """An array as the wanted type; text stays text, and no number is made of it or rounded."""
     kind, found = column.kind, array.type
+    if isinstance(found, pa.BaseExtensionType) and kind is not None:  # of Arrow's own
+        array, found = array.storage, found.storage_type
     if pa.types.is_dictionary(found):
         array, found = array.dictionary_decode(), found.value_type
     if kind is None:
@@ -155,7 +174,7 @@ def _cast(url: str, column: Wanted, array: pa.Array) -> pa.Array:
     )
     if not fits:
         words = "integers" if pa.types.is_integer(kind) else "texts"
-        raise InputError(f"{url}: column {column.path!r} ({column.setting}) holds {found}, not {words}")
+        raise InputError(f"{url}: column {column.path!r} ({column.setting}) holds {found!s:.200}, not {words}")
     try:
         return array.cast(kind)
     except pa.ArrowInvalid as error:

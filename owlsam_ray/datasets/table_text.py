@@ -22,11 +22,10 @@ from owlsam_ray.datasets.table_columns import (
     Wanted,
     check_name,
     json_texts,
-    one_line,
     plain,
     refuse_rows,
 )
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, one_line
 
 _BLOCK = 8 * 2**20
 _NULLS = pa.array(pa_csv.ConvertOptions().null_values)

@@ -17,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import PreemptionError
 
 from owlsam_ray import storage
+from owlsam_ray.arrow_types import forget_ray_types
 from owlsam_ray.config import absolute
 from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
 from owlsam_ray.demo.drawing import Split
@@ -31,6 +32,8 @@ from owlsam_ray.finetune.segmenter import SegmenterTask
 from owlsam_ray.finetune.store import MODEL, TrainingStore
 from owlsam_ray.finetune.task import Task
 from owlsam_ray.ray_cluster import start_ray
+
+forget_ray_types()  # ray.train imports ray.data
 
 _log = logging.getLogger(__name__)
 

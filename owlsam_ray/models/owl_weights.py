@@ -88,7 +88,7 @@ def load_model(path: Path) -> OwlModel:
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of the text tower, from a directory that `check_weights` accepts."""
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def backbone(model: OwlModel) -> nn.Module:

@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from owlsam_ray.arrow_types import misfit_of
+from owlsam_ray.errors import IncompleteError
 from owlsam_ray.reduce.corrections_report import conflict_line, remark_line
 from owlsam_ray.reduce.decisions import Columns, Decisions, Pins, decide
 from owlsam_ray.reduce.labels import ANNOTATION_SCHEMA, Found, ShardLabels
@@ -75,7 +77,11 @@ class StoredOverlay:
     def review(self, found: Found, decisions: Decisions) -> "ShardReview | None":
         """What people said about a shard."""
         rows = read_rows(self.url, found.shard)
-        return None if rows is None else ShardReview(found, decisions, self.ids_per_image, rows)
+        if rows is None:
+            return None
+        if (wrong := misfit_of(rows.schema, CORRECTION_SCHEMA)) is not None:
+            raise IncompleteError(f"{self.url} is not what this reduce wrote ({wrong}): call it again")
+        return ShardReview(found, decisions, self.ids_per_image, rows)
 
 
 class ShardReview:
