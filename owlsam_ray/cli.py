@@ -29,7 +29,9 @@ from owlsam_ray.errors import (
     InterruptedRunError,
     OwlsamError,
 )
+from owlsam_ray.logs import SafeFormatter, stderr_handler
 from owlsam_ray.stopping import as_interrupts
+from owlsam_ray.storage.secrets import masked_tree
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary["error"] = f"{type(error).__name__}: {error}"
         code = ExitCode.INCOMPLETE
     summary |= {"wall_s": round(time.monotonic() - start, 1), "exit_code": int(code)}
-    print(json.dumps(summary), flush=True)
+    print(json.dumps(masked_tree(summary)), flush=True)
     return int(code)
 
 
@@ -311,7 +313,7 @@ def _finetune(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     from owlsam_ray.finetune.job import finetune
 
-    return {"out": config.out} | finetune(config, report=lambda line: print(json.dumps(line), flush=True))
+    return {"out": config.out} | finetune(config, report=lambda line: print(json.dumps(masked_tree(line)), flush=True))
 
 
 def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -427,10 +429,9 @@ _WITHOUT_RUN = {"stats": _stats, "clean": _clean, "preview": _preview, "finetune
 def _start_log(console: Console, level: str) -> None:
     if console.is_terminal:
         handler: logging.Handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(SafeFormatter("%(message)s"))
     else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        handler = stderr_handler("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
     ours = logging.getLogger("owlsam_ray")
     ours.handlers = [handler]
     ours.setLevel(level.upper())

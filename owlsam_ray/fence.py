@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from owlsam_ray import storage
 from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.errors import AttemptLiveError, ConfigError, ExitCode, OwlsamError
+from owlsam_ray.storage.secrets import masked
 
 ATTEMPTS = "attempts"
 LABEL, SETUP = "label", "setup"
@@ -160,7 +161,7 @@ class Attempt:
             return
         self.record.ended, self.record.exit_code = _now(), _exit_code(error)
         if error is not None:
-            self.record.last_error = str(error) or type(error).__name__
+            self.record.last_error = masked(str(error)) or type(error).__name__
         try:
             _write(self.run_url, self.record, _ENDED)
             storage.remove(_url(self.run_url, self.id, _LIVE))
@@ -173,7 +174,7 @@ class Attempt:
             if progress is not None:
                 self.record.progress = progress
             if last_error is not None:
-                self.record.last_error = last_error
+                self.record.last_error = masked(last_error)
 
     def check(self) -> None:
         """Nothing while the attempt holds its slice.

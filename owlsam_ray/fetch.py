@@ -32,6 +32,7 @@ from owlsam_ray.packed import (
     too_large,
 )
 from owlsam_ray.records import EncodedImage
+from owlsam_ray.storage.secrets import masked
 
 FETCHED_SCHEMA = pa.schema(
     [
@@ -189,7 +190,7 @@ def fetch_file(uri: str, *, max_bytes: int) -> bytes:
         raise image_error(error) from None
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         # A library behind fsspec that stumbles over the URL: a matter of this image, not of the run.
-        raise ImageError(f"bad_uri: {type(error).__name__}: {error}") from None
+        raise ImageError(f"bad_uri: {type(error).__name__}: {masked(str(error))}") from None
     if len(data) > max_bytes:
         raise too_large(max_bytes)
     return data

@@ -14,12 +14,12 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owlsam_ray.errors import OwlsamError
+from owlsam_ray.logs import print_traceback
 from owlsam_ray.watch import Trouble, Watch, Watchdog, hang_text
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def main() -> int:
         voice.say("error", name=type(error).__name__, arguments=error_arguments(error))
         return 1
     except Exception as error:  # noqa: BLE001 (whatever an image makes a model raise: it becomes its reason)
-        traceback.print_exc()
+        print_traceback()
         cause = error.__cause__ or error  # of what broke the engine
         line = (str(cause).strip().splitlines() or [""])[0][:200]
         voice.say("trouble", reason=f"model_error: {type(cause).__name__}: {line}", image_ids=[])

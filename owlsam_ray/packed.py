@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from owlsam_ray import storage
 from owlsam_ray.arrow_types import extension_of, holds_bytes, shown_type
 from owlsam_ray.errors import FailureClass, ImageError, InputError, StorageSetupError, one_line
+from owlsam_ray.storage.secrets import masked
 
 Outcome = bytes | ImageError
 """Of one image."""
@@ -73,12 +74,12 @@ def image_error(error: OSError | InputError) -> ImageError:
     if isinstance(error, StorageSetupError):
         raise error
     if isinstance(error, InputError):
-        return ImageError(f"bad_uri: {error}")
+        return ImageError(f"bad_uri: {masked(str(error))}")
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return ImageError("missing")
     if isinstance(error, IsADirectoryError):
         return ImageError("not_a_file")
-    detail = error.strerror or str(error) or type(error).__name__
+    detail = masked(error.strerror or str(error) or type(error).__name__)
     if isinstance(error, PermissionError):
         return ImageError(f"forbidden: {detail}")
     return ImageError(f"fetch_failed: {detail}", FailureClass.TRANSIENT)
@@ -207,7 +208,7 @@ def _table_error(error: Exception) -> ImageError:
     """Of storage, or of Arrow: its errors about a file's content carry no number."""
     if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):
         return image_error(error)
-    return ImageError(f"bad_table: {one_line((str(error).splitlines() or [type(error).__name__])[0])}")
+    return ImageError(f"bad_table: {one_line(masked((str(error).splitlines() or [type(error).__name__])[0]))}")
 
 
 def _read_row_group(

@@ -24,6 +24,7 @@ from owlsam_ray.crumbs import MAX_STRIKES
 from owlsam_ray.fetch import FETCHED_SCHEMA, fetch_shard, to_images
 from owlsam_ray.guard import QUERY_FILE, RunRecord
 from owlsam_ray.ledger import write_shard
+from owlsam_ray.logs import log_safely_by_default
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.redo import Retry, find_failed, replace_rows
@@ -67,6 +68,7 @@ class Job:
     def enter(self) -> None:
         """What a process does first: ask storage as the run file says."""
         storage.configure(self.config.storage.policy())
+        log_safely_by_default()
 
     def stopping(self) -> bool:
         """Whether the attempt was asked to stop, or was taken over."""

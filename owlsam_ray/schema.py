@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from owlsam_ray.records import Prediction
+from owlsam_ray.storage.secrets import masked
 
 SCHEMA_VERSION = 1
 
@@ -84,7 +85,7 @@ def _row(prediction: Prediction) -> dict[str, Any]:
     row: dict[str, Any] = {
         "image_id": prediction.image_id,
         "status": prediction.status,
-        "reason": reason,
+        "reason": None if reason is None else masked(reason),  # whoever raised the error may have told a URL
         "status_class": str(failure_class) if failure_class else None,
         "height": height,
         "width": width,

@@ -15,6 +15,7 @@ from owlsam_ray.fetch import fetch_rows
 from owlsam_ray.packed import MEGABYTE, image_error
 from owlsam_ray.settings import DecodeConfig
 from owlsam_ray.stages.decode import decode_image
+from owlsam_ray.storage.secrets import masked_url
 
 _BATCH = 64
 """Images whose bytes are in memory at once."""
@@ -63,7 +64,7 @@ def verify_images(
                 if offence is not None:
                     result.failed += 1
                     result.failed_by_reason[offence.reason.split(":")[0]] += 1
-                    line = {key: row[key] for key in ("file_name", "uri")}
+                    line = {"file_name": row["file_name"], "uri": masked_url(row["uri"])}
                     line |= {"reason": offence.reason, "class": str(offence.failure_class)}
                     out.write(json.dumps(line).encode() + b"\n")
             show(result.images)

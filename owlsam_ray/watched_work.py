@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from owlsam_ray import crumbs
 from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.crumbs import Crumb
+from owlsam_ray.logs import safe_lines
 from owlsam_ray.resources import actor_memory_bytes
 from owlsam_ray.watch import Trouble, Watch, Watchdog, remove_old_breadcrumbs
 
@@ -72,5 +73,5 @@ class WatchedWork:
         telling = threading.Thread(target=tell, daemon=True)
         telling.start()
         telling.join(timeout=10)
-        print(f"owlsam: this process ends itself: {trouble.text}", file=sys.stderr, flush=True)
+        print(f"owlsam: this process ends itself: {safe_lines(trouble.text)}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODE)

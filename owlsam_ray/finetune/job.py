@@ -31,6 +31,7 @@ from owlsam_ray.finetune.provenance import annotations_sha256, library_versions
 from owlsam_ray.finetune.segmenter import SegmenterTask
 from owlsam_ray.finetune.store import MODEL, TrainingStore
 from owlsam_ray.finetune.task import Task
+from owlsam_ray.logs import stderr_handler
 from owlsam_ray.ray_cluster import start_ray
 
 forget_ray_types()  # ray.train imports ray.data
@@ -214,7 +215,7 @@ def _work(arguments: dict[str, Any]) -> None:
     """One worker."""
     config: FinetuneConfig = arguments["config"]
     logging.getLogger("owlsam_ray").setLevel(config.logging.level.upper())
-    logging.getLogger("owlsam_ray").addHandler(logging.StreamHandler())  # to Ray's log of this worker
+    logging.getLogger("owlsam_ray").addHandler(stderr_handler())  # to Ray's log of this worker
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     if arguments["device"] == "cuda":

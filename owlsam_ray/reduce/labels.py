@@ -1,6 +1,8 @@
 """The labels of one shard after all decisions: what every output is written from."""
 
+import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,6 +15,7 @@ from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.decisions import Columns, Decisions, Pins, decide
 from owlsam_ray.reduce.proof import ShardRules, prove_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA
+from owlsam_ray.storage.secrets import SUSPECT, masked, masked_tree, published
 
 IMAGE_SCHEMA = pa.schema(
     [
@@ -230,7 +233,11 @@ def images_of(sources: pa.Table, rows: pa.Table, first_ordinal: int, limits: NDA
     ordinals = pa.array(np.arange(first_ordinal, first_ordinal + rows.num_rows), pa.int64())
     made = {
         "ordinal": ordinals,
-        "uri": pc.if_else(_single(sources["container"]).is_null(), _single(sources["uri"]), None),
+        # Runs that an earlier version planned or labelled may hold secrets here.
+        "reason": _masked(rows["reason"], masked, suspect="[/@=]|(?i)bearer"),
+        "file_name": _masked(sources["file_name"], published),
+        "extra": _masked(sources["extra"], _published_json),
+        "uri": pc.if_else(_single(sources["container"]).is_null(), _masked(sources["uri"], published), None),
         "limit_score": pa.array(limits, from_pandas=True),
     }
     from_rows = ("status", "reason", "status_class", "height", "width")
@@ -241,6 +248,22 @@ def images_of(sources: pa.Table, rows: pa.Table, first_ordinal: int, limits: NDA
         ],
         schema=IMAGE_SCHEMA,
     )
+
+
+def _masked(column: pa.ChunkedArray, how: Callable[[str], str], *, suspect: str = SUSPECT) -> pa.Array:
+    """Texts without secrets; the same array where none looks like one, as almost always."""
+    texts = _single(column)
+    found = pc.fill_null(pc.match_substring_regex(texts, suspect), False)
+    if not pc.any(found, min_count=0).as_py():
+        return texts
+    return pc.replace_with_mask(texts, found, pa.array(map(how, texts.filter(found).to_pylist()), texts.type))
+
+
+def _published_json(text: str) -> str:
+    """A JSON object without the secrets in its texts; as it is, to the letter, where it holds none."""
+    tree = json.loads(text)
+    without = masked_tree(tree, published)
+    return text if without == tree else json.dumps(without)
 
 
 def _array(values: NDArray[np.generic] | pa.Array, kind: pa.DataType) -> pa.Array:

@@ -32,6 +32,7 @@ from owlsam_ray.reduce.json_rows import LINE_END, annotation_lines, dump_json, i
 from owlsam_ray.reduce.labels import ShardLabels, read_labels
 from owlsam_ray.reduce.run import COCO_FOLDER, Reduction, Show, open_run, prepare, quiet
 from owlsam_ray.reduce.sampling import Picks, SampleOptions, pick, why
+from owlsam_ray.storage.secrets import masked_tree, published
 
 REVIEW_FOLDER = "review"
 REVIEW_FILE, REVIEW_TABLE = "review.json", "review.csv"
@@ -237,7 +238,7 @@ class _Reviewing:
     def _write_document(
         self, out: IO[bytes], review: dict[str, Any], images: IO[bytes], annotations: IO[bytes]
     ) -> None:
-        source = self.reduction.job.manifest.parts[0].source
+        source = masked_tree(self.reduction.job.manifest.parts[0].source, published)
         info = source["info"] | {"owlsam_ray": self.reduction.provenance | {"review": review}}
         categories = [category_entry(category) for category in self.reduction.job.decisions.categories]
         out.write(f'{{\n"info": {dump_json(info)},\n"licenses": {dump_json(source["licenses"])},\n'.encode())

@@ -35,6 +35,7 @@ from owlsam_ray.reduce.outputs import Checked, FileSpan, Head
 from owlsam_ray.reduce.proof import ShardRules, check_all_present
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
 from owlsam_ray.reduce_settings import ReduceConfig
+from owlsam_ray.storage.secrets import masked_tree, published
 
 COCO_FOLDER = "coco"
 _CHUNKS_PER_WORKER = 8
@@ -161,8 +162,8 @@ class Reduction:
         proof = _proof(manifest.num_images, counts, unlabelled, partial=partial)
         source = without_nan(manifest.parts[0].source)
         head = Head(
-            info=source["info"] | {"owlsam_ray": self.provenance | {"proof": proof}},
-            licenses=source["licenses"],
+            info=masked_tree(source["info"], published) | {"owlsam_ray": self.provenance | {"proof": proof}},
+            licenses=masked_tree(source["licenses"], published),
             categories=self.job.decisions.categories,
             counts=counts,
             told=_told(results),

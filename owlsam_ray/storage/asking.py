@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from owlsam_ray.errors import InputError, StorageSetupError
 from owlsam_ray.storage.clients import KINDS, Client, open_client
+from owlsam_ray.storage.secrets import masked, masked_url
 from owlsam_ray.storage.trouble import Trouble, understand
 
 T = TypeVar("T")
@@ -109,7 +110,7 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
         StorageSetupError: its package is not installed.
     """
     if "\0" in url:
-        raise InputError(f"cannot open {url!r}: it holds a NUL")
+        raise InputError(f"cannot open {masked_url(url)!r}: it holds a NUL")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
     # `url_to_fs` takes `::` in the name of a file for a chain of file systems: only when it comes first it is one.
     if "://" not in url or (scheme is not None and scheme[1] in ("file", "local")):
@@ -130,9 +131,9 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
             return client, "/" + url.removeprefix("memory://").strip("/")
         return client, str(client.filesystem._strip_protocol(url))
     except ImportError as error:
-        raise StorageSetupError(f"cannot open {url!r}: {error}") from None
+        raise StorageSetupError(f"cannot open {masked_url(url)!r}: {masked(str(error))}") from None
     except ValueError as error:
-        raise InputError(f"cannot open {url!r}: {error}") from None
+        raise InputError(f"cannot open {masked_url(url)!r}: {masked(str(error))}") from None
 
 
 class _TroubleError(Exception):
@@ -179,9 +180,10 @@ def ask(client: Client, url: str, request: Callable[[], T]) -> T:
 
 def _raise(client: Client, url: str, failure: _TroubleError, num_tries: int) -> None:
     trouble, error = failure.trouble, failure.error
+    url = masked_url(url)
     if trouble.kind == "as_is":
         raise error
-    host = f" at {client.host}" if client.host else ""
+    host = f" at {masked(client.host)}" if client.host else ""
     message = f"{trouble.what} ({url}{host}, {num_tries} {'try' if num_tries == 1 else 'tries'})"
     if trouble.kind == "anonymous":
         raise StorageSetupError(f"no credentials for {url}{host}: {trouble.what}. {_CREDENTIALS.get(client.kind, '')}")

@@ -7,6 +7,7 @@ from typing import IO, Any
 from owlsam_ray.storage.asking import ask, is_local, open_url
 from owlsam_ray.storage.operations import file_size, list_page
 from owlsam_ray.storage.operations import read_range as read_once
+from owlsam_ray.storage.secrets import masked_url
 
 _CHUNK = 64 * 2**20
 """Larger files are read in pieces of so many bytes, each tried again by itself."""
@@ -80,7 +81,7 @@ def read_range(url: str, start: int, length: int) -> bytes:
             return b""  # it ends before `start`
         raise
     if len(data) > length:
-        raise OSError(errno.EIO, f"asked for {length} bytes and got {len(data)} ({url})")
+        raise OSError(errno.EIO, f"asked for {length} bytes and got {len(data)} ({masked_url(url)})")
     return data
 
 
@@ -120,7 +121,9 @@ class _Ranges(io.RawIOBase):
         wanted = min(len(buffer), max(0, self._size - self._position))
         data = read_range(self._url, self._position, wanted) if wanted else b""
         if len(data) != wanted:
-            raise OSError(errno.EIO, f"{self._url} became shorter than {self._size} bytes while it was read")
+            raise OSError(
+                errno.EIO, f"{masked_url(self._url)} became shorter than {self._size} bytes while it was read"
+            )
         buffer[:wanted] = data
         self._position += wanted
         return wanted

@@ -1,11 +1,11 @@
 """What a URL may hold that nobody else shall read: user info, and signatures or tokens in its query.
 
-A manifest keeps URLs whole, since images are read by them. Everything that is shown or handed on (reasons of failed
-images, logs, the line of JSON, names of images) goes through `masked`.
+A manifest keeps URLs whole, since images are read by them. What is shown (reasons of failed images, logs, the line of
+JSON) goes through `masked`, and what the source itself has published and label files carry on through `published`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 MASK = "***"
@@ -50,15 +50,29 @@ def masked_url(url: str) -> str:
     return masked(url if parts is None else f"{parts[0]}//{_mask_rest(*parts)}")
 
 
-def masked_tree(value: Any) -> Any:
+def masked_tree(value: Any, how: Callable[[str], str] = masked) -> Any:
     """A tree of JSON's kinds with every text masked, keys too."""
     if isinstance(value, str):
-        return masked(value)
+        return how(value)
     if isinstance(value, Mapping):
-        return {masked(key) if isinstance(key, str) else key: masked_tree(entry) for key, entry in value.items()}
+        return {how(key) if isinstance(key, str) else key: masked_tree(entry, how) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [masked_tree(entry) for entry in value]
+        return [masked_tree(entry, how) for entry in value]
     return value
+
+
+SUSPECT = r"(?s)//.*@|[?&;][^=]*="
+"""What a text with anything for `published` to change matches at least, for RE2 and for Python."""
+
+
+def published(text: str) -> str:
+    """A text without the user info of the URLs in it, and with `***` for signatures and tokens; queries stay.
+
+    So the page of an image (`…/photo?id=17`) can still be opened.
+    """
+    if "//" in text:
+        text = _URL.sub(_without_user, _WITH_SPACES.sub(rf"\1{MASK}@", text))
+    return _PARAMETER.sub(rf"\g<name>{MASK}", text)
 
 
 def without_query(url: str) -> str:
@@ -91,6 +105,13 @@ def _mask_match(match: re.Match[str]) -> str:
     tail = _TAIL.search(rest)
     end = tail.start() if tail is not None else len(rest)
     return match["scheme"] + _mask_rest(match["scheme"].removesuffix("//"), rest[:end]) + rest[end:]
+
+
+def _without_user(match: re.Match[str]) -> str:
+    authority, path = _split(match["rest"])
+    user, _, host = authority.rpartition("@")
+    is_container = ":" not in user and match["scheme"].removesuffix("://").lower() in _CONTAINERS
+    return match["scheme"] + (authority if is_container else host) + path
 
 
 def _mask_rest(scheme: str, rest: str) -> str:

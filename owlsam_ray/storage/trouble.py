@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from owlsam_ray.storage.secrets import masked
+
 TroubleKind = Literal[
     "missing", "forbidden", "expired", "anonymous", "bad_request", "beyond", "busy", "refused", "as_is"
 ]
@@ -94,5 +96,5 @@ def _http_facts(error: BaseException) -> tuple[int | None, str, str]:
 
 
 def _in_one_line(text: str) -> str:
-    line = " ".join(text.split())
+    line = masked(" ".join(text.split()))  # before it is cut: half of a URL shows no secrets to look for
     return line if len(line) <= 300 else f"{line[:299]}…"

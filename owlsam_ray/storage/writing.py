@@ -20,6 +20,7 @@ from owlsam_ray.storage.asking import ask, is_local, join, open_filesystem, open
 from owlsam_ray.storage.clients import Client
 from owlsam_ray.storage.listing import TEMPORARY_PREFIX
 from owlsam_ray.storage.reading import exists, read_bytes
+from owlsam_ray.storage.secrets import masked_url
 
 _LARGE = 50 * 2**20
 """From here on gcsfs, and from twice as much s3fs, uploads in parts."""
@@ -97,7 +98,7 @@ def _deadline(client: Client, num_bytes: int = 0) -> dict[str, float]:
 def _open_for(url: str, *, num_bytes: int) -> tuple[Client, str]:
     client, path = open_url(url, in_parts=num_bytes >= _LARGE)
     if client.kind == "http":
-        raise InputError(f"cannot write to {url}: web servers are read only here")
+        raise InputError(f"cannot write to {masked_url(url)}: web servers are read only here")
     return client, path
 
 

@@ -1,8 +1,10 @@
 """What of a URL is shown."""
 
+import re
+
 import pytest
 
-from owlsam_ray.storage.secrets import masked, masked_tree, masked_url, without_query
+from owlsam_ray.storage.secrets import SUSPECT, masked, masked_tree, masked_url, published, without_query
 
 
 @pytest.mark.parametrize(
@@ -94,3 +96,27 @@ def test_names_come_without_queries_and_users(url: str, name: str) -> None:
 )
 def test_long_texts_take_no_long_time(text: str) -> None:
     masked(text)  # a search that goes back at every place would take minutes
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://ann:hunter2@h/a.png?id=17", "https://h/a.png?id=17"),
+        ("https://ann:hunter/2@h/a.png", "https://h/a.png"),
+        (
+            "https://h/a.png?X-Amz-Date=1&X-Amz-Signature=abc&v=2",
+            "https://h/a.png?X-Amz-Date=1&X-Amz-Signature=***&v=2",
+        ),
+        ("az://box/a.png?sv=1&sig=abc", "az://box/a.png?sv=***&sig=***"),
+        ("photo of https://h/p?token=abc and https://b:c@h", "photo of https://h/p?token=*** and https://h"),
+    ],
+)
+def test_what_a_source_published_loses_only_secrets(text: str, shown: str) -> None:
+    assert published(text) == shown
+    assert published(shown) == shown
+    assert re.search(SUSPECT, text)
+
+
+@pytest.mark.parametrize("text", ["http://images.example/photo?id=17&size=2", "abfs://box@account/a.png", "a=b; c=d"])
+def test_other_addresses_of_a_source_stay(text: str) -> None:
+    assert published(text) == text

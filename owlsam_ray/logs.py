@@ -1,0 +1,39 @@
+"""Log lines that may be published, and shown on a terminal: without secrets of URLs, without escape sequences."""
+
+import logging
+import sys
+import traceback
+
+from owlsam_ray.storage.secrets import masked
+from owlsam_ray.terminal import printable_lines
+
+
+def safe_lines(text: str) -> str:
+    """A text from anywhere, an error message or a traceback, as a log or a terminal takes it."""
+    return printable_lines(masked(text))
+
+
+class SafeFormatter(logging.Formatter):
+    """A formatter whose result is safe whatever the message, its arguments and a traceback hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text, of several lines where the message or a traceback has some."""
+        return safe_lines(super().format(record))
+
+
+def stderr_handler(form: str | None = None, date_form: str | None = None) -> logging.Handler:
+    """A handler that writes safe lines to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(SafeFormatter(form, date_form))
+    return handler
+
+
+def log_safely_by_default() -> None:
+    """Make what Python does with records that nobody takes, as in Ray's workers, write safe lines."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(SafeFormatter())
+
+
+def print_traceback() -> None:
+    """The traceback of the error at hand to stderr, in safe lines."""
+    print(safe_lines(traceback.format_exc()), file=sys.stderr, flush=True)
