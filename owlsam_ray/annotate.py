@@ -15,7 +15,7 @@ import ray
 
 from owlsam_ray import crumbs, pipeline, storage
 from owlsam_ray.config import RunConfig
-from owlsam_ray.errors import IncompleteError, InterruptedRunError, OwlsamError, PreflightError
+from owlsam_ray.errors import InterruptedRunError, OwlsamError, PreflightError
 from owlsam_ray.fence import LABEL, Attempt, Slice, claim, claim_setup
 from owlsam_ray.guard import (
     QUERY_FILE,
@@ -33,12 +33,12 @@ from owlsam_ray.manifest import Manifest
 from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.plan import plan_run
 from owlsam_ray.progress import PROGRESS_FILE, ProgressWatcher
-from owlsam_ray.ray_cluster import cluster_totals, start_ray
+from owlsam_ray.ray_cluster import cluster_totals, start_ray, stop_ray
 from owlsam_ray.redo import Retry
 from owlsam_ray.resources import allocate, check_nodes, check_object_store
 from owlsam_ray.stopping import GraceOverError, as_interrupts, stop_on_signals
 from owlsam_ray.tally import Tally
-from owlsam_ray.waves import Labeller, StoppedError, in_one_line
+from owlsam_ray.waves import Labeller, StoppedError
 
 _log = logging.getLogger(__name__)
 _WHOLE = Slice()
@@ -285,11 +285,9 @@ def _ray(config: RunConfig) -> Iterator[None]:
     except SystemExit:
         # While it starts, Ray's own SIGTERM handler is in place.
         raise InterruptedRunError("interrupted while Ray was starting; call the same command again") from None
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise IncompleteError(f"Ray does not start: {in_one_line(error)}") from error
     as_interrupts()
     try:
         yield
     finally:
         if ours:
-            ray.shutdown()
+            stop_ray()

@@ -150,7 +150,8 @@ class ResourcesConfig(Section):
     ray_address: Name | None = None
     """An existing cluster (`auto`, `ip:port`, `ray://…`); default: start one on this machine."""
     auth_mode: Literal["disabled", "token"] = "disabled"
-    """Ray's RAY_AUTH_MODE; `token` needs the same token on every node."""
+    """RAY_AUTH_MODE of the cluster at `ray_address`; `token` needs the same token on every node. A Ray that is started
+    here always asks for a token of its own."""
     grace_s: Annotated[float, Field(ge=0)] = 60.0
     """Seconds that shards in hand get to finish after SIGINT, SIGTERM or SIGUSR1."""
     heartbeat_s: Annotated[float, Field(gt=0)] = 10.0

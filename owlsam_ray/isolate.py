@@ -29,6 +29,7 @@ import pyarrow as pa
 
 from owlsam_ray import errors
 from owlsam_ray.arrow_types import misfit_of
+from owlsam_ray.child_imports import child_variables
 from owlsam_ray.config import RunConfig
 from owlsam_ray.errors import FailureClass, IncompleteError, OwlsamError, PreflightError
 from owlsam_ray.guard import RunRecord
@@ -237,6 +238,7 @@ class _Room:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
+                env=os.environ | child_variables(Path(self._folder.name)),
             )
         self._lines = queue.SimpleQueue()
         threading.Thread(target=_read_lines, args=(self._process, self._lines), daemon=True).start()

@@ -9,13 +9,14 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 import fsspec
 
 from owlsam_ray import storage
+from owlsam_ray.child_imports import without_working_directory
 from owlsam_ray.errors import IncompleteError, InputError
 
 _GLOB = re.compile(r"[*?\[]")
@@ -147,12 +148,12 @@ def in_order(
         return
     # Not forked: the threads of this process may hold locks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(storage.policy(),)) as pool:
-        waiting: deque[Future[ResultT]] = deque()
-        left = iter(items)
+    left = iter(items)
+    with without_working_directory():  # the pool and its first item start all processes
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(storage.policy(),))
+        waiting = deque(pool.submit(function, item) for item in itertools.islice(left, 2 * workers))
+    with pool:
         try:
-            for item in itertools.islice(left, 2 * workers):
-                waiting.append(pool.submit(function, item))
             while waiting:
                 yield waiting.popleft().result()
                 waiting.extend(pool.submit(function, item) for item in itertools.islice(left, 1))

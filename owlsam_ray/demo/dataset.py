@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from owlsam_ray.child_imports import without_working_directory
 from owlsam_ray.demo.drawing import CATEGORIES, SEEN, Drawing, Split, draw
 from owlsam_ray.errors import GuardError
 from owlsam_ray.storage import TEMPORARY_PREFIX, remove_stale_temporaries, write_atomic
@@ -125,8 +126,11 @@ def _drawn(write: Any, chunks: list[range], processes: int) -> Iterator[tuple[di
             yield from write(chunk)
         return
     # Started afresh: a forked child of a process with threads may hang.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for result in pool.map(write, chunks):
+    with without_working_directory():
+        pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+        results = pool.map(write, chunks)
+    with pool:
+        for result in results:
             yield from result
 
 

@@ -149,7 +149,8 @@ class TrainingResources(Section):
     ray_address: Name | None = None
     """An existing cluster; default: start one on this machine."""
     auth_mode: Literal["disabled", "token"] = "disabled"
-    """Ray's RAY_AUTH_MODE."""
+    """RAY_AUTH_MODE of the cluster at `ray_address`; `token` needs the same token on every node. A Ray that is started
+    here always asks for a token of its own."""
 
 
 class FinetuneConfig(Section):

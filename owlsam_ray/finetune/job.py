@@ -32,7 +32,7 @@ from owlsam_ray.finetune.segmenter import SegmenterTask
 from owlsam_ray.finetune.store import MODEL, TrainingStore
 from owlsam_ray.finetune.task import Task
 from owlsam_ray.logs import stderr_handler
-from owlsam_ray.ray_cluster import start_ray
+from owlsam_ray.ray_cluster import start_ray, stop_ray
 
 forget_ray_types()  # ray.train imports ray.data
 
@@ -261,8 +261,6 @@ def _ray(config: FinetuneConfig) -> Iterator[None]:
         ours = start_ray(config.resources, level=config.logging.level)
     except SystemExit:
         raise InterruptedRunError("interrupted while Ray was starting; call the same command again") from None
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise IncompleteError(f"Ray does not start: {error}") from error
     in_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
@@ -277,7 +275,7 @@ def _ray(config: FinetuneConfig) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         if ours:
-            ray.shutdown()
+            stop_ray()
 
 
 @contextlib.contextmanager

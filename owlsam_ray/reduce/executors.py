@@ -67,7 +67,7 @@ def _ray_in_order(
 
     import ray
 
-    from owlsam_ray.ray_cluster import start_ray
+    from owlsam_ray.ray_cluster import start_ray, stop_ray
 
     started = start_ray(resources, level="info")
     waiting: deque[Any] = deque()
@@ -86,7 +86,7 @@ def _ray_in_order(
         for reference in waiting:  # the cluster may be others' too
             ray.cancel(reference)
         if started:
-            ray.shutdown()
+            stop_ray()
 
 
 def _call(function: Callable[[Any], Any], item: Any, policy: storage.StoragePolicy) -> Any:

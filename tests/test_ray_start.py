@@ -1,0 +1,110 @@
+"""How a Ray that does not start is told, and where its files go: without a start."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from owlsam_ray import ray_cluster
+from owlsam_ray.config import ResourcesConfig
+from owlsam_ray.errors import IncompleteError, InterruptedRunError, PreflightError
+from owlsam_ray.ray_cluster import start_ray
+from tests.runs import TinyRun
+
+SMALL = ResourcesConfig(num_cpus=2, object_store_mb=100)
+
+
+class _Parts:
+    """Ray, as far as a start that goes wrong needs it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+        self.options: dict[str, Any] = {}
+        self.token: str | None = None
+
+        def init(**options: Any) -> None:
+            self.options, self.token = options, os.environ.get("RAY_AUTH_TOKEN")
+            Path(options.get("_temp_dir", os.devnull)).mkdir(exist_ok=True)
+            raise error
+
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", init)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (Exception("The current node timed out during startup. This could happen"), InterruptedRunError, "call the"),
+        (TimeoutError("Timed out after 20 seconds"), InterruptedRunError, "Ray did not come up in time"),
+        (RuntimeError("Failed to start GCS. Last connection error: x"), InterruptedRunError, "call the same command"),
+        (OSError("validate_socket_filename failed: AF_UNIX path length"), IncompleteError, "Ray does not start: val"),
+        (PermissionError(13, "Permission denied", "/tmp/x"), IncompleteError, "Ray does not start"),
+        (KeyError("CPU"), IncompleteError, "Ray does not start: 'CPU'"),
+        (ValueError("the minimum allowed is 78643200"), PreflightError, "the minimum allowed is 78643200"),
+    ],
+)
+def test_a_start_that_fails_is_told_as_rays(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], words: str
+) -> None:
+    before = dict(os.environ)
+    parts = _Parts(monkeypatch, error)
+    with pytest.raises(kind, match=words):
+        start_ray(SMALL, level="info")
+    assert parts.token is not None
+    assert not Path(parts.options["_temp_dir"]).parent.exists()
+    assert os.environ.get("RAY_AUTH_TOKEN") == before.get("RAY_AUTH_TOKEN")
+
+
+def test_a_signal_while_ray_starts_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = _Parts(monkeypatch, SystemExit(1))
+    with pytest.raises(SystemExit):
+        start_ray(SMALL, level="info")
+    assert not Path(parts.options["_temp_dir"]).parent.exists()
+
+
+def test_a_slow_start_is_one_line_and_call_again(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from owlsam_ray.cli import main
+
+    _Parts(monkeypatch, Exception("The current node timed out during startup."))
+    fake = ["--set", "detector={model: fake}", "--set", "segment={model: fake}"]
+    code = main(["annotate", str(tiny.run_file), "--run", str(tmp_path / "run"), *fake])
+    out, log = capsys.readouterr()
+    assert (code, len(out.splitlines()), json.loads(out)["exit_code"]) == (75, 1, 75)
+    assert "Traceback" not in log
+    assert "storage" not in json.loads(out)["error"]
+
+
+def test_a_long_temporary_folder_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sockets go where their paths are short enough, blocks that memory cannot hold to where the user wants them."""
+    long = tmp_path / ("scratch-of-a-node-" * 4)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    caplog.set_level(logging.DEBUG, "owlsam_ray")
+    parts = _Parts(monkeypatch, KeyError("enough seen"))
+    with pytest.raises(IncompleteError):
+        start_ray(SMALL, level="info")
+    socket_path = f"{parts.options['_temp_dir']}/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    assert len(socket_path) <= 107
+    assert Path(parts.options["_object_spilling_directory"]).parent == long
+    assert list(long.iterdir()) == []
+
+
+def test_a_cluster_gets_its_own_way_of_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auth_mode` and the user's token are for the cluster at `ray_address`; nothing of ours is in the way."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of the cluster")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(ray_cluster, "_check_answers", lambda address: None)
+    parts = _Parts(monkeypatch, ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379"))
+    with pytest.raises(IncompleteError, match=r"RAY_AUTH_MODE=token, as resources\.auth_mode says"):
+        start_ray(ResourcesConfig(ray_address="10.0.0.1:6379", auth_mode="token"), level="info")
+    assert (parts.token, os.environ["RAY_AUTH_MODE"]) == ("of the cluster", "token")
+    assert parts.options["address"] == "10.0.0.1:6379"
+    assert "_temp_dir" not in parts.options
