@@ -243,6 +243,12 @@ def _check_counts(counts: Counter[str], truth: GroundTruth, manifest: Manifest, 
         )
     if shape == "mask" and counts["detections_without_mask"] and not counts["detections"]:
         raise InputError(f"no label of {manifest.run_url} has a mask in these images: calibrate on boxes (--kind box)")
+    if not counts["objects"] and truth.objects and all(each.is_crowd for each in truth.objects):
+        raise InputError(
+            f"all {len(truth.objects)} objects of {truth.url} are crowd regions (iscrowd), in which detections count "
+            "neither as right nor as wrong: set iscrowd to 0 where they are single objects, as the brush masks of some "
+            "tools are"
+        )
     if not counts["detections_right"]:
         raise InputError(
             f"none of the {counts['detections']} detections in {counts['images_used']} images finds one of the "

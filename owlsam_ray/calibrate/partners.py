@@ -9,42 +9,44 @@ import pyarrow.compute as pc
 
 from owlsam_ray.errors import InputError
 from owlsam_ray.evaluate.ground_truth import GroundTruth
+from owlsam_ray.evaluate.pairing import contradiction, pair_categories, pair_images, path_parts
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.settings import Category
-from owlsam_ray.vocabulary.names import fold_category, same_things
 
 _log = logging.getLogger(__name__)
 
 
 def listed_images(manifest: Manifest, truth: GroundTruth) -> dict[int, dict[int, int]]:
-    """Shard → the manifest's image id → the ground truth's, by name, and where names tell nothing, by id.
+    """Shard → the manifest's image id → the ground truth's, as `evaluate.pairing` has it.
 
-    Of two images with one name the first counts. Only rows that may be meant become Python objects.
+    Only rows that may be meant become Python objects.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or names and ids contradict each other.
     """
-    ids = pa.array(list(truth.images), pa.int64())
-    names = {each: image.file_name or "" for each, image in truth.images.items()}
-    spellings = pa.array([name for name in set(names.values()) if name], pa.string())
+    ids = pa.array([each for each in truth.images if abs(each) < 2**63], pa.int64())
+    names = {each: image.names for each, image in truth.images.items()}
+    parts = {path_parts(name)[-1:] for spellings in names.values() for name in spellings}
+    lasts = pa.array(sorted(last for (last,) in parts - {()}), pa.string())
     theirs: dict[int, str] = {}
     shards: dict[int, int] = {}
     for table in manifest.iter_images():
-        may_be = pc.or_(pc.is_in(table["image_id"], value_set=ids), pc.is_in(table["file_name"], value_set=spellings))
+        last = pc.replace_substring_regex(table["file_name"], r"(?s)^.*[/\\]", "")
+        may_be = pc.or_(pc.is_in(table["image_id"], value_set=ids), pc.is_in(last, value_set=lasts))
         rows = table.select(["image_id", "file_name", "shard"]).filter(may_be)
         theirs |= dict(zip(rows["image_id"].to_pylist(), rows["file_name"].to_pylist(), strict=True))
         shards |= dict(zip(rows["image_id"].to_pylist(), rows["shard"].to_pylist(), strict=True))
-    partners = same_things(theirs, names, fold=str, what=f"images of {manifest.run_url}")
+    pairs = pair_images(
+        {each: (name,) for each, name in theirs.items()}, names,
+        what=f"images of {manifest.run_url}", lister=truth.url,
+    )  # fmt: skip
     by_shard: dict[int, dict[int, int]] = defaultdict(dict)
-    taken: set[int] = set()
-    for each, partner in partners.items():
-        if partner not in taken:
-            by_shard[shards[each]][each] = partner
-            taken.add(partner)
-    if len(taken) < len(partners):
-        _log.warning("%d images of the run are there twice by name: the first counts", len(partners) - len(taken))
-    if not taken:
-        first = next(iter(names.items()), None)
+    for each, partner in pairs.ids.items():
+        by_shard[shards[each]][each] = partner
+    if pairs.num_repeated:
+        _log.warning("%d images of the run are there twice by name: the first counts", pairs.num_repeated)
+    if not pairs.ids:
+        first = next(((each, *spellings[:1]) for each, spellings in names.items()), None)
         raise InputError(
             f"none of the {len(names)} images of {truth.url} is an image of {manifest.run_url} (the ground truth's "
             f"first: id, file_name = {first}): name the ground truth of images that the run labelled, with the "
@@ -54,17 +56,23 @@ def listed_images(manifest: Manifest, truth: GroundTruth) -> dict[int, dict[int,
 
 
 def listed_categories(categories: Sequence[Category], truth: GroundTruth) -> list[int | None]:
-    """The ground truth's id of each category, by name, and where names tell nothing, by id; None where it has none.
+    """The ground truth's id of each category, as `evaluate.pairing` has it; None where it has none.
 
     Raises:
-        InputError: not one has any.
+        InputError: not one has any, or names and ids contradict each other.
     """
-    partners = same_things(
+    pairs = pair_categories(
         {each.id: each.name for each in categories},
         {each: category.name for each, category in truth.categories.items()},
-        fold=fold_category,
         what="categories of the run",
     )
+    partners = pairs.ids
+    if pairs.contradictions:
+        way_out = "give both the same names, or other ids to those that are not the run's"
+        raise InputError(
+            contradiction(list(pairs.contradictions.values()), what="categories of the run", lister=truth.url,
+                          way_out=way_out)
+        )  # fmt: skip
     found: list[int | None] = []
     for each in categories:
         partner = partners.get(each.id)

@@ -6,6 +6,7 @@ What grows with the file: 8 bytes for every annotation's id, 8 for every pair of
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from owlsam_ray.datasets.document import Block
+from owlsam_ray.datasets.fields import flag_field
 from owlsam_ray.datasets.histograms import RATIO_EDGES, SCORE_EDGES, SIDE_EDGES, Histogram, share
 from owlsam_ray.datasets.problems import Problem, Problems
 from owlsam_ray.datasets.spool import repeats
@@ -30,7 +32,7 @@ _SCHEMA = pa.schema(
         ("category_id", pa.int64()),
         ("bbox", pa.list_(pa.float64())),
         ("area", pa.float64()),
-        ("iscrowd", pa.int64()),
+        flag_field("iscrowd"),
         ("score", pa.float64()),
     ]
 )
@@ -109,7 +111,9 @@ class AnnotationCounts:
         both = (image >= 0) & (category >= 0)
         self._add_pairs(image[both] * len(self.per_category) + category[both])
         crowd, _ = rows.integers("iscrowd")
-        rows.note(Problem.ODD_CROWD, (crowd != 0) & (crowd != 1), "iscrowd")
+        odd = (crowd != 0) & (crowd != 1)
+        stated = block.decode() if odd.any() else []  # the column holds codes
+        rows.note(Problem.ODD_CROWD, odd, "iscrowd", lambda row: stated[row]["iscrowd"])
         self.crowds += int(np.count_nonzero(crowd))
         self._add_boxes(rows, image)
         self._add_scores(rows, image)
@@ -249,11 +253,18 @@ class _Rows:
         boxes[four] = pc.list_flatten(column.filter(pa.array(four))).to_numpy().reshape(-1, 4)
         return boxes, lengths > 0
 
-    def note(self, problem: Problem, where: NDArray[np.bool_], field: str) -> None:
-        """Count the rows of a problem; its quotes give position, id and one field."""
+    def note(
+        self,
+        problem: Problem,
+        where: NDArray[np.bool_],
+        field: str,
+        value_of: Callable[[int], Any] | None = None,
+    ) -> None:
+        """Count the rows of a problem; its quotes give position, id and one field, of the column or by a function."""
 
         def quote(row: int) -> str:
-            number, value = self._table["id"][row].as_py(), self._table[field][row].as_py()
+            number = self._table["id"][row].as_py()
+            value = value_of(row) if value_of is not None else self._table[field][row].as_py()
             return f"annotations[{self._first + row}] (id {number}): {field} {value!r:.80}"
 
         self._problems.add_many(problem, where, quote)

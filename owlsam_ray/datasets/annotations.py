@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from owlsam_ray.datasets.fields import flag_of
 from owlsam_ray.datasets.source import raise_offences
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 
 _NO_BOX = (math.nan,) * 4
 
@@ -89,7 +90,7 @@ def make_objects(
         labels=labels,
         bboxes=np.array(boxes, np.float64).reshape(-1, 4),
         areas=np.array(areas, np.float64),
-        crowd=np.array([bool(entry.get("iscrowd")) for entry in entries], np.bool_),
+        crowd=np.array([bool(flag_of(entry.get("iscrowd"))) for entry in entries], np.bool_),
         segmentations=segmentations,
     )
 
@@ -118,8 +119,8 @@ def structure_error(entry: Any) -> str | None:
         return f" (id {number}): bbox {bbox!r:.80} is not [x, y, width, height]"
     if area is not None and not is_number(area):
         return f" (id {number}): area {area!r:.80} is not a number"
-    if entry.get("iscrowd") not in (None, 0, 1):
-        return f" (id {number}): iscrowd {entry['iscrowd']!r:.80} is neither 0 nor 1"
+    if flag_of(entry.get("iscrowd")) is None:
+        return f" (id {number}): iscrowd {shown(entry['iscrowd'], 80)} is neither 0 nor 1, nor true or false"
     return None
 
 

@@ -35,7 +35,8 @@ from owlsam_ray.datasets.file_rules import (
 )
 from owlsam_ray.datasets.image_list import image_error, text_of, url_parts
 from owlsam_ray.datasets.source import MAX_IMAGE_ID, raise_offences
-from owlsam_ray.errors import InputError
+from owlsam_ray.datasets.stated_size import stated_side
+from owlsam_ray.errors import InputError, shown
 
 DEFAULTS = FileCleaning()
 
@@ -89,6 +90,8 @@ def clean_file(url: str, out: str, settings: FileCleaning = DEFAULTS, *, removed
             FileCopy(document, known, names, judged, drop_image, removals).write(file, note=note)
             removals.finish()
     _warn(counts, url)
+    if len(judged.objects) and judged.objects.crowd.all():
+        _log.warning("%s: all %d objects are crowd regions (iscrowd)", url, len(judged.objects))
     return counts | {"out": out, "table": table}
 
 
@@ -130,7 +133,7 @@ def _read_head(document: Document) -> tuple[References, Names]:
                 others.append(f"images[{position}] (id {image['id']}): {size}")
         if not (offences or others):
             ids += [image["id"] for image in images]
-            sizes += [(image.get("height") or np.inf, image.get("width") or np.inf) for image in images]
+            sizes += [_size(image) for image in images]
             names.append(pa.array([_name(image) for image in images], pa.string()))
     offences += [f"images: id {number} is given {count} times" for number, count in Counter(ids).items() if count > 1]
     categories: dict[int, str] = {}
@@ -147,7 +150,10 @@ def _read_head(document: Document) -> tuple[References, Names]:
             categories[number] = str(name)
     way_out = "Mend the file: annotations name images and categories by their ids, so these must be unique integers."
     raise_offences(document.url, offences, way_out, use="cleaned")
-    way_out = "Mend the file: sides of images are positive integers, or not stated, and every category has a name."
+    way_out = (
+        "Mend the file: sides of images are whole numbers of pixels, or not stated (null, 0 or -1), and every category "
+        "has a name."
+    )
     raise_offences(document.url, others, way_out, use="cleaned")
     known = References(
         images=Ids(ids), sizes_hw=np.array(sizes, np.float64).reshape(-1, 2), categories=Ids(list(categories))
@@ -157,10 +163,17 @@ def _read_head(document: Document) -> tuple[References, Names]:
 
 def _size_error(image: dict[str, Any]) -> str | None:
     for side in ("height", "width"):
-        value = image.get(side)
-        if value is not None and not (type(value) is int and 0 < value < 2**31):
-            return f"{side} {value!r:.80} is not a positive integer below 2^31"
+        try:
+            stated_side(image.get(side))
+        except ValueError as error:
+            return f"{side} {shown(image.get(side), 80)} {error}"
     return None
+
+
+def _size(image: dict[str, Any]) -> tuple[float, float]:
+    """(H, W) of an image in which `_size_error` finds nothing wrong; infinite where a side is not stated."""
+    height, width = (stated_side(image.get(side)) for side in ("height", "width"))
+    return height or np.inf, width or np.inf
 
 
 def _check_something_stays(document: Document, known: References, judged: Judged) -> None:

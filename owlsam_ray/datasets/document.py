@@ -23,7 +23,7 @@ import pyarrow.json as pa_json
 
 from owlsam_ray import storage
 from owlsam_ray.datasets.blocks import Piece, cut_array
-from owlsam_ray.datasets.fields import as_kind, kind_of, misfit
+from owlsam_ray.datasets.fields import kind_of, misfit, values_of
 from owlsam_ray.errors import InputError
 
 BLOCK_BYTES = 8 * 2**20
@@ -92,11 +92,7 @@ class Block:
             wrong = misfit(element, schema)
             if wrong is not None:
                 raise InputError(f"{self.url}: {self.key}[{position}]{wrong}. Mend the file.")
-        arrays = [
-            pa.array([as_kind(element.get(field.name), field.type) for element in elements], field.type)
-            for field in schema
-        ]
-        return pa.table(arrays, schema=schema)
+        return pa.table([values_of(elements, field) for field in schema], schema=schema)
 
 
 class Document:

@@ -2,9 +2,40 @@
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+
+NO_FLAG = 2
+_FLAG = {b"owlsam": b"flag"}
+"""Metadata of the field of a schema."""
+_FLAGS = {
+    "": False, "0": False, "0.0": False, "false": False, "no": False,
+    "1": True, "1.0": True, "true": True, "yes": True,
+}  # fmt: skip
+"""Texts, in small letters."""
+
+
+def flag_field(name: str) -> pa.Field:
+    """A field of a schema for what `flag_of` reads: 1 or 0, null where it is not stated.
+
+    What is no flag becomes `NO_FLAG`, or stays where it is an integer.
+    """
+    return pa.field(name, pa.int64(), metadata=_FLAG)
+
+
+def values_of(elements: Sequence[dict[str, Any]], field: pa.Field) -> pa.Array:
+    """(N,) the field of N elements in which `misfit` finds nothing wrong."""
+    values = (element.get(field.name) for element in elements)
+    if field.metadata == _FLAG:
+        return pa.array([_flag_code(value) for value in values], field.type)
+    return pa.array([_as_kind(value, field.type) for value in values], field.type)
+
+
+def _flag_code(value: Any) -> int | None:
+    flag = flag_of(value)
+    return None if value is None else NO_FLAG if flag is None else int(flag)
 
 
 def misfit(element: Any, schema: pa.Schema) -> str | None:
@@ -25,13 +56,13 @@ def misfit(element: Any, schema: pa.Schema) -> str | None:
         value = element.get(field.name)
         if value is None and not field.nullable:
             return f"{told} has no {field.name}"
-        if value is not None and not _fits(value, field.type):
+        if value is not None and field.metadata != _FLAG and not _fits(value, field.type):
             of_bits = " of 64 bits" if pa.types.is_int64(field.type) and type(value) is int else ""
             return f"{told}: {field.name} {_short(value)} is not {_wanted(field.type)}{of_bits}"
     return None
 
 
-def as_kind(value: Any, kind: pa.DataType) -> Any:
+def _as_kind(value: Any, kind: pa.DataType) -> Any:
     """A value that fits, as Arrow takes it: where it wants a float, no integer beyond the exact floats."""
     if value is None:
         return None
@@ -41,9 +72,9 @@ def as_kind(value: Any, kind: pa.DataType) -> Any:
         except OverflowError:
             return math.inf if value > 0 else -math.inf
     if pa.types.is_list(kind):
-        return [as_kind(each, kind.value_type) for each in value]
+        return [_as_kind(each, kind.value_type) for each in value]
     if pa.types.is_struct(kind):
-        return {field.name: as_kind(value.get(field.name), field.type) for field in kind}
+        return {field.name: _as_kind(value.get(field.name), field.type) for field in kind}
     return value
 
 
@@ -58,6 +89,20 @@ def kind_of(value: Any) -> str:
     if isinstance(value, str):
         return "a text"
     return "a list" if isinstance(value, list) else "an object"
+
+
+def flag_of(value: Any) -> bool | None:
+    """A field that says yes or no, such as `iscrowd`, whichever type a tool gave it. The one rule for all of them.
+
+    Returns:
+        Whether it is set; null and an empty text say no. None for what is no flag: other numbers and texts, lists,
+        objects.
+    """
+    if value is None:
+        return False
+    if isinstance(value, str):
+        return _FLAGS.get(value.strip().lower())
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
 
 
 def _fits(value: Any, kind: pa.DataType) -> bool:

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from owlsam_ray.datasets.annotations import Objects, is_number, make_objects, structure_error
 from owlsam_ray.datasets.cleaning import Change, Rule, false_is_off, find_duplicates, judge_boxes
+from owlsam_ray.datasets.fields import flag_of
 from owlsam_ray.datasets.outlines import BadSegmentationError, read_outline
 from owlsam_ray.settings import Fraction, Section
 
@@ -38,7 +39,8 @@ class FileCleaning(Section):
 
     malformed: bool = True
     """Remove entries that are no objects, whose id is no integer, or whose `bbox`, `area`, `iscrowd` or `score` is of
-    a wrong type. An `iscrowd` of true, false, 1.0 or 0.0 is written as 1 or 0."""
+    a wrong type. An `iscrowd` of true, 1.0, "1" or "true" is written as 1; of false, 0.0, "0", "false" or "" as
+    0."""
     unknown_image: bool = True
     """Remove annotations of an image that is not in the file."""
     unknown_category: bool = True
@@ -150,7 +152,7 @@ class _Survey:
     """Polygons without an area."""
     malformed: dict[int, str]
     crowd_flags: dict[int, int]
-    """What an `iscrowd` that is equal to 0 or 1, but no integer, stands for."""
+    """What an `iscrowd` that is a flag, but no integer, stands for."""
     only_empty_lists: bool
 
 
@@ -208,8 +210,8 @@ def _survey(batches: Iterable[tuple[int, list[Any]]], known: References) -> _Sur
             if wrong is not None:
                 malformed[first + place] = f"annotations[{first + place}]{wrong}"
                 entry = _hollow(entry)
-            elif type(entry.get("iscrowd")) in (bool, float):
-                crowd_flags[first + place] = int(entry["iscrowd"])
+            elif type(entry.get("iscrowd")) in (bool, float, str):
+                crowd_flags[first + place] = int(bool(flag_of(entry["iscrowd"])))
             sound.append(entry)
         images = known.images.places([entry.get("image_id") for entry in sound])
         labels = known.categories.places([entry.get("category_id") for entry in sound])

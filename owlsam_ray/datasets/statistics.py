@@ -14,6 +14,7 @@ from owlsam_ray.datasets.document import Document, open_document
 from owlsam_ray.datasets.histograms import SIDE_EDGES, Histogram, share, spread_of
 from owlsam_ray.datasets.problems import Problem, Problems
 from owlsam_ray.datasets.spool import repeats
+from owlsam_ray.datasets.stated_size import stated_sides
 
 _IMAGE_SCHEMA = pa.schema([("id", pa.int64()), ("height", pa.float64()), ("width", pa.float64())])
 _FREQUENT_SIZES = 20
@@ -136,11 +137,12 @@ def _image_columns(
     """(B,) ids, (B,) whether there is one, (B, 2) widths and heights, infinite where odd."""
     known = table["id"].is_valid().to_numpy()
     ids = table["id"].fill_null(0).to_numpy()
-    sizes = np.stack([table["width"].to_numpy(), table["height"].to_numpy()], axis=1)
-    with np.errstate(invalid="ignore"):
-        odd = ~((sizes > 0) & (sizes < 2**31) & (sizes == np.floor(sizes))).all(axis=1)
-    stated = sizes.copy()
-    unstated = np.isnan(stated).all(axis=1)
+    stated = np.stack([table["width"].to_numpy(), table["height"].to_numpy()], axis=1)
+    columns = [stated_sides(table[name].combine_chunks()) for name in ("width", "height")]
+    sizes = np.stack([side.cast(pa.float64()).to_numpy(zero_copy_only=False) for side, _ in columns], axis=1)
+    unstated = np.isnan(sizes) & np.stack([fits.to_numpy(zero_copy_only=False) for _, fits in columns], axis=1)
+    unstated = unstated.all(axis=1)
+    odd = np.isnan(sizes).any(axis=1)
     sizes[odd] = np.inf
     problems.add_many(Problem.IMAGE_WITHOUT_ID, ~known, lambda row: f"images[{first + row}]")
     problems.add_many(

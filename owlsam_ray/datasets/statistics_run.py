@@ -46,6 +46,9 @@ def run_statistics(url: str, *, out: str | None, as_json: bool, console: Console
             raise InputError(f"--out {out} is a file: name a directory")
     with ByteDisplay(console) as display:
         result = statistics(url, display.show)
+    crowds = result["annotations"]["crowds"]["number"]
+    if crowds and crowds == result["annotations"]["number"]:
+        _log.warning("%s: all %d objects are crowd regions (iscrowd)", url, crowds)
     written = {}
     if out is not None:
         with refuse_no_place("--out", out):

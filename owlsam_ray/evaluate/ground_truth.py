@@ -2,17 +2,24 @@
 
 import json
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeGuard
 
 from owlsam_ray import storage
-from owlsam_ray.errors import InputError
+from owlsam_ray.datasets.fields import flag_of
+from owlsam_ray.datasets.image_list import text_of, url_parts
+from owlsam_ray.datasets.stated_size import stated_side
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.evaluate.regions import NoOutlineError, Region, Rle, box_of, is_number, rle_area, rle_of
 
 FREQUENCIES = ("r", "c", "f")
 """LVIS: rare, common, frequent."""
 NO_GROUP = "(none)"
+_MAX_SIDE = 2**20
+"""Pixels: the code that draws masks counts them in 32 bits."""
+_OF_2014 = re.compile(r"(^|/)COCO_(?:train|val|test)2014_(?=\d+\.)")
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +38,9 @@ class EvaluatedCategory:
 class EvaluatedImage:
     """An image of the ground truth."""
 
-    file_name: str | None
+    names: tuple[str, ...]
+    """Spellings of its file name, as far as the file states any: `file_name`, the end of LVIS's `coco_url`, and the
+    number alone of names of 2014 (COCO_val2014_000000000073.jpg)."""
     size_hw: tuple[int, int] | None
     """(H, W); None where the file does not state it."""
     negative: frozenset[int] = frozenset()
@@ -55,6 +64,17 @@ class GroundTruth:
     """Whether masks were read; an object whose segmentation encloses nothing has none all the same."""
     is_lvis: bool
     """Whether only some categories were looked for in each image."""
+
+    def of_images(self, images: Collection[int]) -> Self:
+        """Only these images, with their objects; maybe none is left."""
+        if len(images) == len(self.images):
+            return self
+        chosen = frozenset(images)
+        return replace(
+            self,
+            images={each: image for each, image in self.images.items() if each in chosen},
+            objects=[each for each in self.objects if each.image_id in chosen],
+        )
 
     def with_masks(self) -> Self:
         """Without the objects that have no mask; maybe none is left."""
@@ -129,14 +149,14 @@ def read_images(values: list[Any], url: str) -> Iterator[tuple[int, EvaluatedIma
     """
     seen: set[int] = set()
     for where, image in named_entries(values, "images", url):
-        image_id, name = image.get("id"), image.get("file_name")
-        if not _is_id(image_id) or image_id in seen:
-            raise InputError(f"{where} has the id {image_id!r}, which is no integer or is given twice")
+        image_id = image.get("id")
+        if not is_id(image_id) or image_id in seen:
+            raise InputError(f"{where} has the id {shown(image_id)}, which is no integer or is given twice")
         seen.add(image_id)
         yield (
             image_id,
             EvaluatedImage(
-                file_name=name if isinstance(name, str) else None,
+                names=_spellings(image),
                 size_hw=_size(image),
                 negative=_ids(image, "neg_category_ids", where),
                 not_exhaustive=_ids(image, "not_exhaustive_category_ids", where),
@@ -155,13 +175,13 @@ def read_categories(values: Any, url: str, *, lvis: bool) -> Iterator[tuple[int,
     seen: set[int] = set()
     for where, category in named_entries(values, "categories", url):
         category_id, name, group = category.get("id"), category.get("name"), category.get("supercategory")
-        if not _is_id(category_id) or category_id in seen:
-            raise InputError(f"{where} has the id {category_id!r}, which is no integer or is given twice")
+        if not is_id(category_id) or category_id in seen:
+            raise InputError(f"{where} has the id {shown(category_id)}, which is no integer or is given twice")
         if not isinstance(name, str):
             raise InputError(f"{where} (id {category_id}) has no name")
         frequency = category.get("frequency") if lvis else None
         if lvis and frequency not in FREQUENCIES:
-            raise InputError(f"{where} ({name}): LVIS needs a frequency of r, c or f, not {frequency!r}")
+            raise InputError(f"{where} ({shown(name)}): LVIS needs a frequency of r, c or f, not {shown(frequency)}")
         seen.add(category_id)
         yield category_id, EvaluatedCategory(name, group if isinstance(group, str) and group else NO_GROUP, frequency)
 
@@ -170,8 +190,9 @@ def check_ids(
     entry: dict[str, Any],
     where: str,
     *,
-    images: Collection[int],
+    images: Collection[int] | None,
     categories: Collection[int],
+    image_lister: str = "the ground truth",
     lister: str = "the ground truth",
     names: Mapping[int, str] | None = None,
     hint: str = "",
@@ -181,8 +202,9 @@ def check_ids(
     Args:
         entry: the annotation.
         where: words for it.
-        images: ids that are listed.
+        images: ids that are listed; None: any integer.
         categories: ids that are listed.
+        image_lister: words for who lists the images.
         lister: words for who lists the categories.
         names: of categories that may not be listed.
         hint: what to do about a category that is not listed; the end of the sentence.
@@ -191,28 +213,39 @@ def check_ids(
         InputError: names the entry.
     """
     image_id, category_id = entry.get("image_id"), entry.get("category_id")
-    if not _is_id(image_id) or image_id not in images:
-        raise InputError(f"{where} is of image {image_id!r}, which the ground truth does not list")
-    if not _is_id(category_id) or category_id not in categories:
-        name = names.get(category_id) if names and _is_id(category_id) else None
-        called = f" ({name!r})" if name else ""
-        raise InputError(f"{where} is of category {category_id!r}{called}, which {lister} does not list{hint}")
+    if not is_id(image_id) or (images is not None and image_id not in images):
+        raise InputError(f"{where} is of image {shown(image_id)}, which {image_lister} does not list")
+    if not is_id(category_id) or category_id not in categories:
+        name = names.get(category_id) if names and is_id(category_id) else None
+        called = f" ({shown(name)})" if name else ""
+        raise InputError(f"{where} is of category {shown(category_id)}{called}, which {lister} does not list{hint}")
 
 
-def _is_id(value: object) -> TypeGuard[int]:
+def is_id(value: object) -> TypeGuard[int]:
+    """Whether a JSON value is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _ids(image: dict[str, Any], key: str, where: str) -> frozenset[int]:
     values = image.get(key) or []
-    if not isinstance(values, list) or not all(_is_id(value) for value in values):
+    if not isinstance(values, list) or not all(is_id(value) for value in values):
         raise InputError(f"{where}: {key} is not a list of category ids")
     return frozenset(values)
 
 
+def _spellings(image: dict[str, Any]) -> tuple[str, ...]:
+    stated, parts = text_of(image, "file_name"), url_parts(image)
+    names = [name for name in (stated, "/".join(parts) if parts else None) if name]
+    return tuple(dict.fromkeys([*names, *(_OF_2014.sub(r"\1", name) for name in names)]))
+
+
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:
-    height, width = image.get("height"), image.get("width")
-    if not _is_id(height) or not _is_id(width) or not 0 < height < 2**20 or not 0 < width < 2**20:
+    """(H, W); None where the file does not state both in pixels, which only masks need."""
+    try:
+        height, width = (stated_side(image.get(name)) for name in ("height", "width"))
+    except ValueError:
+        return None
+    if height is None or width is None or max(height, width) >= _MAX_SIDE:
         return None
     return (height, width)
 
@@ -222,20 +255,30 @@ def _object(entry: dict[str, Any], where: str, size_hw: tuple[int, int] | None, 
         box = box_of(entry.get("bbox"))
         rle = _mask(entry.get("segmentation"), size_hw) if masks else None
     except ValueError as error:
-        raise InputError(f"{where} (id {entry.get('id')!r}): {error}") from None
+        raise InputError(f"{where} (id {shown(entry.get('id'))}): {error}") from None
     area = entry.get("area")
     if area is None:
         area = rle_area(rle) if rle is not None else box[2] * box[3]
     if not is_number(area):
-        raise InputError(f"{where} (id {entry.get('id')!r}): area {area!r} is not a finite number")
+        raise InputError(f"{where} (id {shown(entry.get('id'))}): area {shown(area)} is not a finite number")
     return Region(
         image_id=entry["image_id"],
         category_id=entry["category_id"],
         box_xywh=box,
         area=float(area),
         rle=rle,
-        is_crowd=bool(entry.get("iscrowd")),
+        is_crowd=_crowd(entry, where),
     )
+
+
+def _crowd(entry: dict[str, Any], where: str) -> bool:
+    is_crowd = flag_of(entry.get("iscrowd"))
+    if is_crowd is None:
+        raise InputError(
+            f"{where} (id {shown(entry.get('id'))}): iscrowd {shown(entry['iscrowd'])} is neither 0 nor 1, nor true or "
+            "false"
+        )
+    return is_crowd
 
 
 def _mask(segmentation: object, size_hw: tuple[int, int] | None) -> Rle | None:

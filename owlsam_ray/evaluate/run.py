@@ -13,6 +13,7 @@ from owlsam_ray.evaluate.predictions import Predictions, load_predictions
 from owlsam_ray.evaluate.speed import run_speed
 from owlsam_ray.evaluate.summary import summarize
 from owlsam_ray.guard import RunRecord, check_config, load_record, load_run_manifest, run_directory
+from owlsam_ray.reduce.coco import FAILURES
 
 EVALUATION_FILE = "evaluation.json"
 _log = logging.getLogger(__name__)
@@ -23,8 +24,9 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
 
     Returns:
         What the file holds: the keys of `summarize`, `ground_truth`, `predictions`, `reduce_score_threshold`, and
-        `speed` (see `run_speed`). Images that failed count as images in which nothing was found. Numbers of masks are
-        None, and a log line says so, where the ground truth or the run has none.
+        `speed` (see `run_speed`). Scored are the images that both the ground truth and the run have; of these, the ones
+        that failed count as images in which nothing was found. How many others either of them has is counted and
+        logged. Numbers of masks are None, and a log line says so, where the ground truth or the run has none.
 
     Raises:
         InputError: there is no run, no ground truth, or an entry of a file is malformed or of another dataset.
@@ -44,15 +46,19 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
             "--predictions"
         )
     truth = load_ground_truth(_ground_truth_url(config), masks=True)
-    predictions = load_predictions(annotations, truth, masks=truth.has_masks, mapping=config.evaluate.mapping)
+    predictions = load_predictions(
+        annotations, truth, masks=truth.has_masks, mapping=config.evaluate.mapping,
+        failed=_failed_images(storage.join(run_url, "coco", FAILURES)),
+    )  # fmt: skip
     provenance = _provenance(predictions, record)
-    _warn(truth, predictions)
+    truth, listed = _scored(truth, predictions), len(truth.images)
+    _warn(truth, predictions, listed)
     manifest = load_run_manifest(run_url, record)
     evaluation = {
         "ground_truth": truth.url,
         "predictions": annotations,
         "reduce_score_threshold": provenance.get("score_threshold"),
-        **summarize(truth, predictions, _kinds(truth, predictions), config.evaluate),
+        **summarize(truth, predictions, _kinds(truth, predictions), config.evaluate, num_listed=listed),
         "speed": run_speed(run_url, manifest, record.fingerprint),
     }
     text = json.dumps(evaluation, indent=1, allow_nan=False)
@@ -84,12 +90,13 @@ def evaluate_files(
     found = load_predictions(predictions, truth, masks=kind == "segm", mapping=settings.mapping)
     if kind == "segm" and found.regions and all(region.rle is None for region in found.regions):
         raise InputError(f"{predictions} has no segmentations: evaluate boxes, with --kind bbox")
-    _warn(truth, found)
+    truth, listed = _scored(truth, found), len(truth.images)
+    _warn(truth, found, listed)
     return {
         "ground_truth": truth.url,
         "predictions": found.url,
         "reduce_score_threshold": None,
-        **summarize(truth, found, (kind,), settings),
+        **summarize(truth, found, (kind,), settings, num_listed=listed),
         "speed": None,
     }
 
@@ -123,12 +130,48 @@ def _kinds(truth: GroundTruth, predictions: Predictions) -> tuple[Kind, ...]:
     return ("bbox", "segm")
 
 
-def _warn(truth: GroundTruth, predictions: Predictions) -> None:
+def _failed_images(url: str) -> dict[int, str]:
+    """File names by id of the images that `reduce` lists as failed."""
+    try:
+        text = storage.read_bytes(url)
+    except FileNotFoundError:
+        return {}
+    rows = [json.loads(line) for line in text.splitlines()]
+    return {row["image_id"]: row["file_name"] for row in rows}
+
+
+def _scored(truth: GroundTruth, predictions: Predictions) -> GroundTruth:
+    """The images that are scored: those that the predictions' file lists, and those that failed.
+
+    All for a bare list of results, which does not tell an image in which nothing was found from one that was not looked
+    at.
+    """
+    return truth if predictions.labelled is None else truth.of_images(predictions.labelled | predictions.failed)
+
+
+def _warn(truth: GroundTruth, predictions: Predictions, num_listed: int) -> None:
     if not predictions.regions:
-        _log.warning("%s holds no predictions: every object counts as missed", predictions.url)
-    left_out = len(truth.images.keys() - predictions.labelled) if predictions.labelled is not None else 0
-    if left_out:
+        _log.warning("%s holds no predictions of these images: every object counts as missed", predictions.url)
+    if predictions.num_images_left_out:
         _log.warning(
-            "%d of the ground truth's %d images are not labelled: their objects count as missed",
-            left_out, len(truth.images),
+            "%d images of %s are not in the ground truth: left out, with %d predictions",
+            predictions.num_images_left_out, predictions.url, predictions.num_left_out,
+        )  # fmt: skip
+    if len(truth.images) < num_listed:
+        _log.warning(
+            "%d of the ground truth's %d images are not labelled: scored without them",
+            num_listed - len(truth.images), num_listed,
+        )  # fmt: skip
+    if predictions.failed:
+        _log.warning(
+            "%d of the %d images that are scored failed: their objects count as missed",
+            len(predictions.failed), len(truth.images),
+        )  # fmt: skip
+    if not truth.objects:
+        _log.warning("none of the %d images that are scored has an object: recall and AP are null", len(truth.images))
+    elif all(each.is_crowd for each in truth.objects):
+        _log.warning(
+            "all %d objects of %s are crowd regions (iscrowd), in which predictions count neither as right nor as "
+            "wrong: recall and AP are null. Brush masks of some tools are exported so; set their iscrowd to 0",
+            len(truth.objects), truth.url,
         )  # fmt: skip

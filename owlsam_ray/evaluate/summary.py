@@ -64,16 +64,22 @@ class _Counted:
 
 
 def summarize(
-    truth: GroundTruth, predictions: Predictions, kinds: tuple[Kind, ...], settings: EvaluateConfig
+    truth: GroundTruth,
+    predictions: Predictions,
+    kinds: tuple[Kind, ...],
+    settings: EvaluateConfig,
+    *,
+    num_listed: int,
 ) -> dict[str, Any]:
     """Evaluate predictions.
 
     Args:
-        truth: with masks when `segm` is among the kinds; objects without one are left out there, so that a prediction
-            of such an object is false in masks.
+        truth: of the images that are scored; with masks when `segm` is among the kinds; objects without one are left
+            out there, so that a prediction of such an object is false in masks.
         predictions: of its images and categories.
         kinds: boxes, masks or both; at least one.
         settings: thresholds and sizes.
+        num_listed: images of the whole ground truth.
 
     Returns:
         `box` and `mask`: COCO's twelve or LVIS's thirteen numbers, None for a kind that was not asked for.
@@ -131,7 +137,7 @@ def summarize(
             "size_edges_px": list(settings.size_edges_px),
             "matched_by": "mask" if "segm" in kinds else "box",
         },
-        "counts": _counts(truth, predictions),
+        "counts": _counts(truth, predictions, num_listed),
         "mapping": predictions.translation.report() if predictions.translation else None,
         "box": numbers.get("bbox"),
         "mask": numbers.get("segm"),
@@ -171,13 +177,18 @@ def _category_rows(truth: GroundTruth, predictions: Predictions, counted: _Count
     ]
 
 
-def _counts(truth: GroundTruth, predictions: Predictions) -> dict[str, Any]:
+def _counts(truth: GroundTruth, predictions: Predictions, num_listed: int) -> dict[str, Any]:
     crowds = sum(each.is_crowd for each in truth.objects)
+    is_bare = predictions.labelled is None
     return {
         "images": len(truth.images),
-        "images_not_labelled": None
-        if predictions.labelled is None
-        else len(truth.images.keys() - predictions.labelled),
+        # Of the ground truth, left out; None for a bare list of results, which does not tell.
+        "images_not_labelled": None if is_bare else num_listed - len(truth.images),
+        # Of those that are scored.
+        "images_failed": len(predictions.failed),
+        # Of the predictions.
+        "images_not_in_the_ground_truth": predictions.num_images_left_out,
+        "predictions_left_out": predictions.num_left_out,
         "objects": len(truth.objects) - crowds,
         "crowd_regions": crowds,
         # Crowd regions among them; None where masks were not read.

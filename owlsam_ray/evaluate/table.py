@@ -27,6 +27,7 @@ def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
     else:
         parts.append(Text(f"{len(categories)} categories: see `categories` in the JSON"))
     parts.append(Text(_footnote(evaluation)))
+    parts += [Text(line) for line in _left_out(evaluation["counts"])]
     if evaluation["mapping"] is not None:
         parts.append(Text(_mapping(evaluation["mapping"])))
     if evaluation["speed"] is not None:
@@ -86,6 +87,23 @@ def _footnote(evaluation: dict[str, Any]) -> str:
         f"{settings['matched_by']} IoU of at least {settings['iou_threshold']:g}; AP: all scores"
     )
     return text if kept is None else f"{text} that reduce kept (above {kept:g})"
+
+
+def _left_out(counts: dict[str, Any]) -> list[str]:
+    """Images of one side that the other one lacks, and objects that are none."""
+    lines = []
+    if counts["images_not_labelled"]:
+        lines.append(f"{counts['images_not_labelled']} more images of the ground truth are not labelled: not scored")
+    if counts["images_not_in_the_ground_truth"]:
+        lines.append(
+            f"{counts['images_not_in_the_ground_truth']} images with {counts['predictions_left_out']} predictions are "
+            "not in the ground truth: left out"
+        )
+    if counts["images_failed"]:
+        lines.append(f"{counts['images_failed']} of the images failed: their objects count as missed")
+    if counts["crowd_regions"] and not counts["objects"]:
+        lines.append(f"all {counts['crowd_regions']} objects are crowd regions")
+    return lines
 
 
 def _mapping(mapping: dict[str, Any]) -> str:

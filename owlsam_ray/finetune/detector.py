@@ -224,7 +224,7 @@ class DetectorTask:
             boxes, scores = outputs["boxes"].cpu(), outputs["logits"].sigmoid().cpu().numpy()
             for sample, of_image, of_scores in zip(batch, boxes, scores, strict=True):
                 detections = self._detect(sample, of_image, of_scores)
-                sizes[sample.image_id] = EvaluatedImage(None, (sample.pixels.shape[0], sample.pixels.shape[1]))
+                sizes[sample.image_id] = EvaluatedImage((), (sample.pixels.shape[0], sample.pixels.shape[1]))
                 truth += _regions(sample.image_id, sample.boxes_xyxy, sample.labels, np.ones(len(sample.labels)))
                 found += _regions(sample.image_id, detections.boxes_xyxy, detections.labels, detections.scores)
         module.train(training)

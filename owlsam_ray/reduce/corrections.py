@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from owlsam_ray import storage
 from owlsam_ray.datasets.annotations import structure_error
 from owlsam_ray.datasets.document import Document
+from owlsam_ray.datasets.fields import flag_of
 from owlsam_ray.errors import InputError
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.corrections_origin import Origin, check_first_round, is_integer, read_origin
@@ -280,7 +281,7 @@ def _integer(value: Any) -> int | None:
 
 
 def _is_rejected(entry: dict[str, Any]) -> bool:
-    return entry.get(REJECTED_FIELD) is True
+    return flag_of(entry.get(REJECTED_FIELD)) is True
 
 
 def _offence(entry: Any) -> str | None:
@@ -292,7 +293,9 @@ def _offence(entry: Any) -> str | None:
         return f"entry: {wrong.lstrip(': ')}"
     if not is_integer(entry.get("image_id")) or not is_integer(entry.get("category_id", 0)):
         return "entry: image_id or category_id is not an integer"
-    if entry.get("iscrowd"):
+    if flag_of(entry.get(REJECTED_FIELD)) is None:
+        return f"entry: {REJECTED_FIELD} is neither true nor false"
+    if flag_of(entry.get("iscrowd")):
         return "crowd: annotations of a reduce are single objects"
     return None
 

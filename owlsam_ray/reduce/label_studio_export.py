@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from owlsam_ray import storage
 from owlsam_ray.datasets.document import Document, open_document
+from owlsam_ray.datasets.fields import flag_of
 from owlsam_ray.errors import InputError
 from owlsam_ray.reduce.json_rows import LINE_END, dump_json
 
@@ -108,7 +109,7 @@ class _Conversion:
                 f"{self._tasks.url} is neither a COCO file nor the JSON export of a Label Studio project (its element "
                 f"{position} has no `data` or no `annotations`)"
             )
-        done = [each for each in annotations if isinstance(each, dict) and not each.get("was_cancelled")]
+        done = [each for each in annotations if isinstance(each, dict) and not flag_of(each.get("was_cancelled"))]
         if not done:
             return None
         if type(data.get("image_id")) is not int:

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from owlsam_ray.datasets.document import Document
+from owlsam_ray.datasets.fields import flag_field
 from owlsam_ray.errors import InputError
 from owlsam_ray.manifest import Manifest
 
@@ -19,7 +20,7 @@ _SCHEMA = pa.schema(
     [
         pa.field("id", pa.int64(), nullable=False),
         pa.field("file_name", pa.string()),
-        pa.field(REVIEWED, pa.bool_()),
+        flag_field(REVIEWED),
     ]
 )
 
@@ -68,7 +69,13 @@ def read_images(document: Document, manifest: Manifest) -> ReviewedImages:
         )
     reviewed = np.ones(len(ids), np.bool_)
     if marks.null_count < len(marks):
-        reviewed = pc.fill_null(marks, False).to_numpy()
+        flags = pc.fill_null(marks, 0).to_numpy()
+        odd = np.flatnonzero((flags != 0) & (flags != 1))
+        if len(odd):
+            raise InputError(
+                f"{document.url}: {REVIEWED} of image {ids[odd[0]]} is neither true nor false: mend the file"
+            )
+        reviewed = flags == 1
     return ReviewedImages(ids, ordinals, reviewed)
 
 

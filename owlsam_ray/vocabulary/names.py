@@ -1,9 +1,6 @@
-"""Images and categories of two files are the same by their names, so that ids may differ."""
+"""Categories of two lists are the same by their names, so that ids may differ."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-
-_log = logging.getLogger(__name__)
 
 
 def fold_category(name: str) -> str:
@@ -36,29 +33,3 @@ def by_name(
         elif name and fold(name) in first:
             found[each] = first[fold(name)]
     return found
-
-
-def same_things(
-    theirs: Mapping[int, str], ours: Mapping[int, str], *, fold: Callable[[str], str], what: str
-) -> dict[int, int]:
-    """Their ids → ours, by name.
-
-    Args:
-        theirs: names by id.
-        ours: names by id; of a name that repeats, the first id counts.
-        fold: names are the same when this makes them equal.
-        what: words for the log.
-
-    A name that we lack goes by its id, unless another name showed that the ids differ. What has no partner is absent.
-    """
-    found = by_name(theirs, {each: (name,) for each, name in ours.items()}, fold=fold)
-    if any(their_id != our_id for their_id, our_id in found.items()):
-        _log.info("%s go by their names: the ids are not the ground truth's", what)
-        return found
-    renamed = [each for each in theirs if each not in found and each in ours]
-    if renamed:
-        _log.warning(
-            "%d %s go by their ids: the ground truth has other names (id %d is %r there and %r here)",
-            len(renamed), what, renamed[0], ours[renamed[0]], theirs[renamed[0]],
-        )  # fmt: skip
-    return found | {each: each for each in renamed}

@@ -159,7 +159,7 @@ def ground_truth(drawings: Sequence[Drawing]) -> GroundTruth:
             objects.append(Region(image_id, CATEGORIES[label].id, box, float(mask_area(mask)), rle))
     return GroundTruth(
         url="drawn",
-        images={image_id: EvaluatedImage(None, _size(each)) for image_id, each in enumerate(drawings, start=1)},
+        images={image_id: EvaluatedImage((), _size(each)) for image_id, each in enumerate(drawings, start=1)},
         categories={CATEGORIES[label].id: EvaluatedCategory(CATEGORIES[label].name, SEEN, None) for label in _SEEN},
         objects=objects,
         has_masks=True,

@@ -210,7 +210,7 @@ def test_a_threshold_only_cuts_the_end_off(seed: int, iou: float) -> None:
     objects, found = regions(6, crowds=True), regions(15, crowds=False)
     found.sort(key=lambda region: -region.score)
     exhaustive = seed % 4 > 0
-    image = EvaluatedImage("a", None, not_exhaustive=frozenset() if exhaustive else frozenset({1}))
+    image = EvaluatedImage((), None, not_exhaustive=frozenset() if exhaustive else frozenset({1}))
     truth = GroundTruth("t", {1: image}, {1: EvaluatedCategory("c", "g", None)}, objects, False, False)
     outcomes, _ = pair_cell(objects, found, "box", iou_threshold=iou, exhaustive=exhaustive)
     scores = np.array([region.score for region in found])

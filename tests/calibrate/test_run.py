@@ -113,6 +113,39 @@ def test_a_labelled_subset(small: SmallRun, caplog: pytest.LogCaptureFixture) ->
     assert counts["objects"] == objects
 
 
+def test_names_without_folders_and_other_ids(small: SmallRun, caplog: pytest.LogCaptureFixture) -> None:
+    """The ids are the run's, of other images: by these, hardly anything would be right."""
+    expected = calibrate_run(small.config(), Target(), fitting=QUICK)
+    images = small.truth["images"]
+    other = {image["id"]: turned["id"] for image, turned in zip(images, reversed(images), strict=True)}
+    parts = {
+        "images": [image | {"id": other[image["id"]], "file_name": f"val/{image['file_name']}"} for image in images],
+        "annotations": [each | {"image_id": other[each["image_id"]]} for each in small.truth["annotations"]],
+    }
+    result = calibrate_run(small.config(), Target(), small.write_truth("turned.json", **parts), fitting=QUICK)
+    assert (result["categories"], result["counts"]) == (expected["categories"], expected["counts"])
+    assert f"{IMAGES} images of {small.run} go by the ends of their names" in caplog.text
+
+
+def test_names_and_ids_that_contradict_each_other_are_refused(small: SmallRun) -> None:
+    images = [image | {"file_name": f"frame{image['id']}.jpg"} for image in small.truth["images"]]
+    with pytest.raises(InputError, match=rf"{IMAGES} images of .* have the ids of others in .*against 'frame"):
+        calibrate_run(small.config(), Target(), small.write_truth("a.json", images=images))
+    categories = [{"id": 3, "name": "cat"}, {"id": 9, "name": "horse"}]
+    with pytest.raises(InputError, match=r"1 categories of the run have the ids of others in .*'dog' against 'horse'"):
+        calibrate_run(small.config(), Target(), small.write_truth("b.json", categories=categories))
+
+
+@pytest.mark.parametrize("flag", [1, "1", True])
+def test_crowds_only(small: SmallRun, flag: Any) -> None:
+    crowds = [each | {"iscrowd": flag} for each in small.truth["annotations"]]
+    with pytest.raises(InputError, match=rf"all {len(crowds)} objects of .* are crowd regions"):
+        calibrate_run(small.config(), Target(), small.write_truth("a.json", annotations=crowds))
+    singles = [each | {"iscrowd": str(each["iscrowd"])} for each in small.truth["annotations"]]
+    result = calibrate_run(small.config(), Target(), small.write_truth("b.json", annotations=singles), fitting=QUICK)
+    assert result["counts"]["objects"] > IMAGES / 2
+
+
 def test_what_reduce_would_not_show_is_not_there(small: SmallRun) -> None:
     every = calibrate_run(small.config(), Target(), fitting=QUICK)
     none = calibrate_run(small.config("reduce.only=[dog]"), Target(), fitting=QUICK)

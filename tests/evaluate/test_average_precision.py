@@ -96,6 +96,46 @@ def test_twelve_numbers_equal_pycocotools(tmp_path: Path, seed: int, kind: Kind)
     assert one_at_a_time == pytest.approx(numbers, abs=1e-15)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_images_of_both_sides_alone_are_scored(tmp_path: Path, seed: int, kind: Kind) -> None:
+    """The truth lists images that were not labelled, the labels some that it lacks: pycocotools on the common ones."""
+    everything = random_ground_truth(seed, images=18)
+    results = random_results(seed, everything, kind=kind)
+    listed, labelled = set(range(1, 13)), set(range(6, 19))
+    truth = everything | {
+        "images": [each for each in everything["images"] if each["id"] in listed],
+        "annotations": [each for each in everything["annotations"] if each["image_id"] in listed],
+    }
+    # Other ids on the other side, and folders in the names.
+    labels = {
+        "images": [
+            each | {"id": each["id"] + 100, "file_name": f"set/{each['file_name']}"}
+            for each in everything["images"]
+            if each["id"] in labelled
+        ],
+        "categories": everything["categories"],
+        "annotations": [
+            each | {"id": place, "image_id": each["image_id"] + 100}
+            for place, each in enumerate(results)
+            if each["image_id"] in labelled
+        ],
+    }
+    found = evaluate_files(
+        write(tmp_path / "gt.json", truth), write(tmp_path / "dt.json", labels), kind, EvaluateConfig()
+    )
+    both = listed & labelled
+    part = {key: [each for each in truth[key] if each.get("image_id", each["id"]) in both] for key in
+            ("images", "annotations")}  # fmt: skip
+    expected = official(truth | part, [each for each in results if each["image_id"] in both], kind)
+    numbers = found["box" if kind == "bbox" else "mask"]
+    assert list(numbers.values()) == pytest.approx(undefined_as_none(expected.stats), abs=1e-12)
+    counts = found["counts"]
+    assert (counts["images"], counts["images_not_labelled"]) == (len(both), 5)
+    assert counts["images_not_in_the_ground_truth"] == 6
+    assert counts["predictions_left_out"] == sum(each["image_id"] > 12 for each in results)
+
+
 def test_labels_with_boxes_and_masks_count_as_each_of_them_alone(tmp_path: Path) -> None:
     """The area of a prediction is its box's among boxes and its mask's among masks."""
     truth = random_ground_truth(8)

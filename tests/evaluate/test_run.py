@@ -1,5 +1,6 @@
 """`owlsam evaluate` on runs and on files: what is written and said, and every bad input."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from owlsam_ray import cli
 from owlsam_ray.config import EvaluateConfig, RunConfig, load_config
-from owlsam_ray.errors import IncompleteError, InputError
+from owlsam_ray.errors import FailureClass, IncompleteError, InputError
 from owlsam_ray.evaluate.run import _ground_truth_url, evaluate_files, evaluate_run
 from owlsam_ray.evaluate.table import evaluation_table
 from owlsam_ray.guard import QUERY_FILE, fingerprint_parts, guard_labels
@@ -61,8 +62,11 @@ def run_file(tmp_path: Path) -> Path:
     return tmp_path / "run.yaml"
 
 
-def label(config: RunConfig, *, masks: bool = True) -> None:
-    """Shards as an attempt leaves them: each object found with a mask of half its area, and one stranger an image."""
+def label(config: RunConfig, *, masks: bool = True, failed: int = 0) -> None:
+    """Shards as an attempt leaves them: each object found with a mask of half its area, and one stranger an image.
+
+    The first images may have failed.
+    """
     plan = plan_run(config)
     record, manifest = plan.record, plan.manifest
     run = Path(str(config.run))
@@ -76,7 +80,10 @@ def label(config: RunConfig, *, masks: bool = True) -> None:
         rows = []
         for source in manifest.read_shard(shard).to_pylist():
             size = (source["height"], source["width"])
-            rows.append(_prediction(source["image_id"], size, labels[3 if ordinal % 2 else 9], masks=masks))
+            row = _prediction(source["image_id"], size, labels[3 if ordinal % 2 else 9], masks=masks)
+            if ordinal < failed:
+                row = Prediction(source["image_id"], failure=("truncated", FailureClass.PERMANENT))
+            rows.append(row)
             ordinal += 1
         write_shard(
             str(run), shard, predictions_to_table(rows), fingerprint=record.fingerprint, numerics="n", stage_s=STAGES
@@ -223,7 +230,7 @@ def test_ids_may_differ_where_names_agree(run_file: Path, capsys: pytest.Capture
     assert "of category 3 ('cat'), which the ground truth does not list" in summary["error"]
 
 
-def test_failed_and_unlisted_images_count_as_missed(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_the_run_does_not_have_are_left_out(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reduced(run_file)
     tree = json.loads((run_file.parent / "data" / "instances.json").read_text())
     tree["images"].append({"id": 1, "file_name": "more.jpg", "height": 50, "width": 50})
@@ -231,8 +238,39 @@ def test_failed_and_unlisted_images_count_as_missed(run_file: Path, capsys: pyte
     truth = run_file.parent / "other.json"
     truth.write_text(json.dumps(tree))
     code, summary, log = call(capsys, str(run_file), "--set", f"evaluate.ground_truth={truth}")
-    assert (code, summary["recall"]) == (0, 0.5)
-    assert "1 of the ground truth's 5 images are not labelled" in log
+    assert (code, summary["recall"]) == (0, 1.0)
+    assert "1 of the ground truth's 5 images are not labelled: scored without them" in log
+    assert "1 more images of the ground truth are not labelled: not scored" in log
+
+
+def test_failed_images_count_as_missed(run_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the run's images, those that failed are scored: to leave out what is hard would flatter."""
+    config = load_config([run_file])
+    label(config, failed=1)
+    reduce_run(config.model_copy(update={"reduce": config.reduce.model_copy(update={"max_failed": 1.0})}))
+    evaluation = evaluate_run(config)
+    counts = evaluation["counts"]
+    assert (counts["images"], counts["images_failed"], counts["images_not_labelled"]) == (NUM_IMAGES, 1, 0)
+    row = evaluation["groups"]["all"]["all"]
+    assert (row["num_objects"], row["recall"]) == (NUM_IMAGES, 1 - 1 / NUM_IMAGES)
+    assert "1 of the 4 images that are scored failed: their objects count as missed" in caplog.text
+
+
+def test_a_truth_of_a_part_of_the_run(run_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reduced(run_file)
+    tree = json.loads((run_file.parent / "data" / "instances.json").read_text())
+    kept = [image["id"] for image in tree["images"][:2]]
+    tree["images"] = [image for image in tree["images"] if image["id"] in kept]
+    tree["annotations"] = [each for each in tree["annotations"] if each["image_id"] in kept]
+    truth = run_file.parent / "part.json"
+    truth.write_text(json.dumps(tree))
+    evaluation = evaluate_run(load_config([run_file], overrides=[f"evaluate.ground_truth={truth}"]))
+    counts = evaluation["counts"]
+    assert (counts["images"], counts["images_not_in_the_ground_truth"], counts["predictions_left_out"]) == (2, 2, 4)
+    row = evaluation["groups"]["all"]["all"]
+    assert (evaluation["box"]["AP"], row["num_objects"], row["precision"]) == (1.0, 2, 1.0)
+    assert "2 images of" in caplog.text
+    assert "are not in the ground truth: left out, with 4 predictions" in caplog.text
 
 
 def test_a_run_that_is_not_ready(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -299,7 +337,10 @@ def evaluate(tmp_path: Path, truth: Any, results: Any, kind: str = "bbox", **opt
         ("{", r"dt\.json is not valid JSON"),
         ("3", r"dt\.json is neither a list of COCO results nor a COCO file"),
         ([3], r"dt\.json: \[0\] is a int, not an object"),
-        ([FOUND, FOUND | {"image_id": 7}], r"\[1\] is of image 7, which the ground truth does not list"),
+        (
+            [FOUND | {"image_id": 7}],
+            r"none of the 1 images of .*dt\.json is one of the 1 of .*\(the first ids: 7 against 1\)",
+        ),
         ([FOUND | {"image_id": "1"}], r"\[0\] is of image '1'"),
         ([FOUND | {"category_id": 8}], r"\[0\] is of category 8, which the ground truth does not list"),
         ([FOUND | {"score": math.nan}], r"\[0\]: score nan is not a finite number"),
@@ -431,6 +472,78 @@ def test_a_run_whose_ground_truth_lacks_an_outline(run_file: Path, caplog: pytes
     assert sum("draw nothing (the first is id 1)" in message for message in caplog.messages) == 1
 
 
+@pytest.mark.parametrize("results", ["bare", "listed"])
+def test_predictions_of_other_images_are_left_out(
+    tmp_path: Path, results: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the ground truth lacks their category; of a bare list, only entries tell which images there are."""
+    found: Any = [FOUND, FOUND | {"image_id": 7}, FOUND | {"image_id": 8, "category_id": 9}, FOUND | {"image_id": 7}]
+    if results == "listed":
+        images = [{"id": each, "file_name": f"{each}.png"} for each in (1, 7, 8, 9)]
+        categories = [{"id": 1, "name": "cat"}, {"id": 9, "name": "owl"}]
+        found = {"images": images, "categories": categories, "annotations": found}
+    evaluation = evaluate(tmp_path, TRUTH, found)
+    counts = evaluation["counts"]
+    assert (evaluation["box"]["AP"], counts["predictions"], counts["predictions_left_out"]) == (1.0, 1, 3)
+    assert counts["images_not_in_the_ground_truth"] == (2 if results == "bare" else 3)
+    assert counts["images_not_labelled"] == (None if results == "bare" else 0)
+    assert "images of" in caplog.text
+    assert "are not in the ground truth: left out, with 3 predictions" in caplog.text
+
+
+def test_a_ground_truth_of_other_images_is_refused(tmp_path: Path) -> None:
+    truth = TRUTH | {"images": [TRUTH["images"][0] | {"file_name": "mine.png"}]}
+    found = {"categories": TRUTH["categories"], "annotations": [FOUND | {"image_id": 5}]}
+    words = r"none of the 1 images of .*dt\.json is one of the 1 of .*gt\.json \(id 5 'a\.png' against id 1 '"
+    with pytest.raises(InputError, match=words):
+        evaluate(tmp_path, truth, found | {"images": [{"id": 5, "file_name": "a.png"}]})
+    with pytest.raises(InputError, match=r"id 1: 'a\.png' against 'mine\.png'"):
+        evaluate(tmp_path, truth, found | {"images": [{"id": 1, "file_name": "a.png"}]})
+
+
+def test_names_with_folders_meet_names_without(tmp_path: Path) -> None:
+    """The same ids mean other images: by these, every box would lie on the wrong picture."""
+    boxes = {"a.png": [1, 1, 9, 9], "b.png": [12, 5, 7, 8], "c.png": [2, 9, 20, 5]}
+    truth = TRUTH | {
+        "images": [{"id": place, "file_name": name} for place, name in enumerate(boxes)],
+        "annotations": [
+            TRUTH["annotations"][0] | {"id": place, "image_id": place, "bbox": box, "area": box[2] * box[3]}
+            for place, box in enumerate(boxes.values())
+        ],
+    }
+    for folder in ("val/", "/data/set/val/", "sub\\"):
+        found = {
+            "images": [{"id": place, "file_name": folder + name} for place, name in enumerate(reversed(boxes))],
+            "annotations": [
+                FOUND | {"image_id": place, "bbox": boxes[name]} for place, name in enumerate(reversed(boxes))
+            ],
+            "categories": TRUTH["categories"],
+        }
+        assert evaluate(tmp_path, truth, found)["box"]["AP"] == 1.0
+
+
+def test_a_category_under_the_id_of_another_one_is_refused(tmp_path: Path) -> None:
+    categories = [
+        {"id": 1, "name": "dog"},
+        {"id": 2, "name": "bird"},
+        {"id": 3, "name": "fish"},
+        {"id": 4, "name": "bee"},
+    ]
+    others = [{"id": 1, "name": "cat"}, {"id": 2, "name": "horse"}, {"id": 3, "name": "cow"}, {"id": 4, "name": "owl"}]
+    truth = TRUTH | {"categories": categories}
+    found = {
+        "images": TRUTH["images"],
+        "categories": others,
+        "annotations": [FOUND | {"category_id": each} for each in (1, 2, 3, 4)],
+    }
+    words = r"4 categories of .*dt\.json have the ids of others in .*id 1: 'cat' against 'dog'; .*; id 3: 'cow'"
+    with pytest.raises(InputError, match=words):
+        evaluate(tmp_path, truth, found)
+    # What nothing was found of does no harm.
+    found["annotations"] = []
+    assert evaluate(tmp_path, truth, found)["box"]["AP"] == 0.0
+
+
 def test_nothing_found_and_crowds_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     evaluation = evaluate(tmp_path, TRUTH, [])
     row = evaluation["groups"]["all"]["all"]
@@ -442,6 +555,10 @@ def test_nothing_found_and_crowds_only(tmp_path: Path, caplog: pytest.LogCapture
     # The one inside the crowd region is ignored, the other one is false.
     assert (row["num_objects"], row["num_false"], row["precision"], row["recall"]) == (0, 1, 0.0, None)
     assert (evaluation["counts"]["objects"], evaluation["counts"]["crowd_regions"]) == (0, 1)
+    assert "all 1 objects of" in caplog.text
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(evaluation_table(evaluation))
+    assert "all 1 objects are crowd regions" in console.export_text()
 
 
 def test_a_results_file_may_be_labels_with_scores(tmp_path: Path) -> None:
