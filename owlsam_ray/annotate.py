@@ -231,6 +231,7 @@ def embed_run_queries(config: RunConfig, record: RunRecord, detector_weights: Pa
         detector_weights=detector_weights,
         settings=config.detector,
         ensemble=config.vocabulary.ensemble,
+        grey16=config.decode.grey16,
     )
     storage.write_atomic(storage.join(run_url, QUERY_FILE), save_safetensors({"queries": embeddings.contiguous()}))
     prompts = sum(len(query.prompts) for query in record.queries)

@@ -233,6 +233,7 @@ def _try_prompts(config: RunConfig, vocabulary: Vocabulary, models: ModelPaths) 
         detector_weights=models.detector,
         settings=config.detector,
         ensemble=config.vocabulary.ensemble,
+        grey16=config.decode.grey16,
     )
     return Done(Prompts(vocabulary, models, embeddings), f"{len(embeddings)} embedded")
 

@@ -267,6 +267,7 @@ class Engine:
                 image.data if image.data is not None else b"",
                 stated_hw=image.stated_hw,
                 max_pixels=self._settings.decode.max_pixels,
+                grey16=self._settings.decode.grey16,
             )
             height, width = decoded.pixels.shape[:2]
             item.size_hw, item.note = (height, width), decoded.note

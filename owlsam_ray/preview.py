@@ -244,6 +244,7 @@ def _label(images: Sequence[EncodedImage], config: RunConfig, vocabulary: Vocabu
         detector_weights=models.detector,
         settings=config.detector,
         ensemble=config.vocabulary.ensemble,
+        grey16=config.decode.grey16,
     )
     with load_engine(
         config.model_copy(update={"resources": resources}),
@@ -274,11 +275,13 @@ def _picture(
     min_score: float,
     alone: bool,
 ) -> LabelledPicture:
-    pixels = decode_image(image.data or b"", stated_hw=None, max_pixels=config.decode.max_pixels).pixels
+    decoded = decode_image(
+        image.data or b"", stated_hw=None, max_pixels=config.decode.max_pixels, grey16=config.decode.grey16
+    )
     kept = np.flatnonzero(row.detections.scores >= min_score)
     segments = [row.segments[index] for index in kept.tolist()]
     return label_picture(
-        pixels,
+        decoded.pixels,
         row.detections.boxes_xyxy[kept],
         names=[vocabulary.categories[label].name for label in row.detections.labels[kept].tolist()],
         scores=row.detections.scores[kept].tolist(),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from owlsam_ray import storage
 from owlsam_ray.errors import ImageError, InputError
-from owlsam_ray.settings import DecodeConfig, DetectorConfig, Exemplar
+from owlsam_ray.settings import DecodeConfig, DetectorConfig, Exemplar, Grey16
 from owlsam_ray.stages.decode import decode_image
 from owlsam_ray.vocabulary import Query
 
@@ -26,6 +26,7 @@ def embed_queries(
     detector_weights: Path,
     settings: DetectorConfig,
     ensemble: Literal["embeddings", "logits"],
+    grey16: Grey16 = "full",
     device: torch.device | None = None,
 ) -> Tensor:
     """Run the text tower on all prompts, and image tower and class head on all exemplars.
@@ -40,6 +41,7 @@ def embed_queries(
         detector_weights: a directory in Hugging Face layout.
         settings: of the detector that will be asked; exemplars go through the same preprocessing.
         ensemble: how several prompts become one query.
+        grey16: `decode.grey16` of the run, for exemplars.
         device: where to run; default: the CPU.
 
     Returns:
@@ -66,7 +68,7 @@ def embed_queries(
     # Exemplars first: a wrong path is told before a large vocabulary is embedded, which can take minutes.
     exemplars = {index: query.exemplar for index, query in enumerate(queries) if query.exemplar is not None}
     if exemplars:
-        rows |= _embed_exemplars(exemplars, detector_weights, settings, device)
+        rows |= _embed_exemplars(exemplars, detector_weights, settings, grey16, device)
     texts = {index: query.prompts for index, query in enumerate(queries) if query.exemplar is None}
     if texts:
         units = embed_texts(
@@ -78,7 +80,11 @@ def embed_queries(
 
 
 def _embed_exemplars(
-    exemplars: Mapping[int, Exemplar], weights: Path, settings: DetectorConfig, device: torch.device
+    exemplars: Mapping[int, Exemplar],
+    weights: Path,
+    settings: DetectorConfig,
+    grey16: Grey16,
+    device: torch.device,
 ) -> dict[int, Tensor]:
     """(D,) ready to be asked with, for each exemplar; one picture in memory at a time, the model while it lasts."""
     from owlsam_ray.models.owl import Owl
@@ -87,7 +93,7 @@ def _embed_exemplars(
 
     detector = Owl.load(weights, settings, device=device, dtype=torch.float32)
     rows = {
-        index: ready(exemplar_embedding(detector, _read(exemplar), exemplar.box))
+        index: ready(exemplar_embedding(detector, _read(exemplar, grey16), exemplar.box))
         for index, exemplar in exemplars.items()
     }
     del detector
@@ -105,7 +111,7 @@ def _average(units: Tensor, ensemble: Literal["embeddings", "logits"]) -> Tensor
     return ready(units.mean(dim=0)) if ensemble == "embeddings" else ready(units).mean(dim=0)
 
 
-def _read(exemplar: Exemplar) -> NDArray[np.uint8]:
+def _read(exemplar: Exemplar, grey16: Grey16) -> NDArray[np.uint8]:
     """(H, W, 3) RGB of an exemplar's picture, upright.
 
     Raises:
@@ -119,7 +125,7 @@ def _read(exemplar: Exemplar) -> NDArray[np.uint8]:
     except (OSError, ValueError) as error:
         raise InputError(f"{name} cannot be read: {error}") from None
     try:
-        pixels = decode_image(data, stated_hw=None, max_pixels=DecodeConfig().max_pixels).pixels
+        pixels = decode_image(data, stated_hw=None, max_pixels=DecodeConfig().max_pixels, grey16=grey16).pixels
     except ImageError as error:
         raise InputError(f"{name} cannot be decoded: {error.reason}") from None
     if exemplar.box is not None:

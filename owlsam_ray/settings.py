@@ -329,6 +329,9 @@ class VocabularyConfig(Section):
         return self
 
 
+Grey16 = Literal["full", "auto", 8, 9, 10, 11, 12, 13, 14, 15, 16]
+
+
 class DecodeConfig(Section):
     """Bytes to pixels."""
 
@@ -336,6 +339,10 @@ class DecodeConfig(Section):
     """Larger images fail with the reason `too_large` before their pixels are read."""
     max_file_mb: PositiveInt = 512
     """Larger files fail with the reason `too_large` and are not read to their end."""
+    grey16: Annotated[Grey16, Added("full")] = "full"
+    """What stands for white in pictures of 16-bit grey: `full`: 65535; 8 to 16: the largest value of so many bits, as
+    cameras of 12 bits need it; `auto`: of as many bits as the picture uses. A remark in the row says where much is
+    dark, where values are cut, and what `auto` chose."""
 
 
 def _without_weights(fields: Any) -> Any:

@@ -89,8 +89,8 @@ class TrainingImages:
         uri = storage.join(self._root, record.file_name)
         data = fetch_file(uri, max_bytes=_LIMITS.max_file_mb * MEGABYTE)
         picture = decode_image(data, stated_hw=stated, max_pixels=self._max_pixels)
-        if picture.note is not None:
-            raise ImageError(picture.note)
+        if picture.size_differs:
+            raise ImageError(str(picture.note))
         height, width = picture.pixels.shape[:2]
         mine = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
         boxes, labels = self._boxes_xyxy[mine], self._labels[mine]

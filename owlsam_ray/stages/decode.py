@@ -1,11 +1,11 @@
 """Bytes → RGB pixels. Whatever the bytes are, the outcome is a picture or an `ImageError`.
 
 Colours: grey, palette, CMYK and the like become RGB as Pillow converts them; transparency is dropped, not composited,
-as COCO's own tools do; 16-bit grey is scaled to 8 bits, not clipped; colour profiles are not applied. Of an animation
+as COCO's own tools do; 16-bit grey is scaled to 8 bits (see `grey16`); colour profiles are not applied. Of an animation
 or a multi-picture file the first picture counts.
 
 Orientation: when the source states a size that equals the file's raw size, EXIF orientation is not applied (COCO's
-convention, its boxes are drawn on raw pixels); otherwise it is.
+convention, its boxes are drawn on raw pixels); otherwise it is. That holds for every format alike.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import logging
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
 from owlsam_ray.errors import ImageError
+from owlsam_ray.settings import Grey16
+from owlsam_ray.stages.png_chunks import without_long_texts
+from owlsam_ray.stages.tiff_tags import split_orientation
+from owlsam_ray.stages.unidentified import why_unidentified
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """Raster formats only: nothing that runs an interpreter, as EPS does. Multi-picture JPEGs come under JPEG."""
@@ -50,6 +55,9 @@ _DECODER_ERRORS = (
     Image.DecompressionBombError,
 )
 _WIDE_GREY = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
+_WIDE_WHITE = 65535
+_DARK_BITS = 12
+"""Pictures of 16-bit grey that use no more are nearly black where white is 65535."""
 _EXIF_ORIENTATION = 0x0112
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
@@ -87,16 +95,29 @@ class Decoded:
     pixels: NDArray[np.uint8]
     """(H, W, 3) RGB, contiguous."""
     note: str | None = None
-    """A remark: a stated size that the file contradicts."""
+    """Remarks: `stated_size_differs: …` where the file contradicts the stated size, `grey16: …` where 16-bit grey uses
+    another range than it is scaled from; both are joined by a semicolon."""
+
+    @property
+    def size_differs(self) -> bool:
+        """Whether the file contradicts the stated size."""
+        return self.note is not None and self.note.startswith(_SIZE_DIFFERS)
 
 
-def decode_image(data: bytes | memoryview, *, stated_hw: tuple[int, int] | None, max_pixels: int) -> Decoded:
+_SIZE_DIFFERS = "stated_size_differs"
+
+
+def decode_image(
+    data: bytes | memoryview, *, stated_hw: tuple[int, int] | None, max_pixels: int, grey16: Grey16 = "full"
+) -> Decoded:
     """Decode one file.
 
     Args:
         data: the file's bytes.
         stated_hw: (H, W) that the source states, if it does.
         max_pixels: larger pictures are refused before their pixels are read.
+        grey16: what stands for white in 16-bit grey: 65535 (`full`), the largest value of so many bits, or of as many
+            bits as the picture uses, at least 8 (`auto`).
 
     Raises:
         ImageError: `empty_file`, `not_an_image`, `truncated`, `too_large`, `unsupported_mode` or `decode_error`.
@@ -107,12 +128,14 @@ def decode_image(data: bytes | memoryview, *, stated_hw: tuple[int, int] | None,
     if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":  # its decoder takes memory for the canvas at once
         sides = [1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27)]
         _check_size(sides[0], sides[1], max_pixels)
+    data = without_long_texts(data)
+    data, tiff_orientation = split_orientation(data)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_cost(image, data, max_pixels)
-            return _read(image, stated_hw)
+            return _read(image, stated_hw, tiff_orientation, grey16)
     except UnidentifiedImageError:
-        raise ImageError(_unidentified(data[:4])) from None
+        raise ImageError(why_unidentified(data)) from None
     except _DECODER_ERRORS as error:
         raise ImageError(_reason(error)) from None
 
@@ -145,22 +168,55 @@ def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
         raise ImageError(f"decode_error: tiles of {sides[0]}x{sides[1]} in a picture of {width}x{height}")
 
 
-def _read(image: Image.Image, stated_hw: tuple[int, int] | None) -> Decoded:
+def _read(image: Image.Image, stated_hw: tuple[int, int] | None, tiff_orientation: int, grey16: Grey16) -> Decoded:
+    """Pixels and remarks of an open picture; `tiff_orientation` is that of a TIFF file, 1 for any other."""
     raw_hw = (image.height, image.width)
-    image.load()
+    if image.format == "TIFF":
+        # Pillow would turn the pixels as it reads them, by the tag (which is 1 by now) or by what XMP says.
+        orientation = max(tiff_orientation, _orientation(image))
+        image.getexif()[_EXIF_ORIENTATION] = 1
+        image.load()
+    else:
+        image.load()
+        orientation = _orientation(image)
     if 0 in image.size:
         raise ImageError(f"decode_error: {image.width}x{image.height}")
-    note = None
-    orientation = 1
-    if stated_hw != raw_hw:
-        orientation = _orientation(image)
-        turned_hw = image.size if orientation > 4 else image.size[::-1]
-        if stated_hw is not None and stated_hw != turned_hw:
-            note = f"stated_size_differs: stated {stated_hw[0]}x{stated_hw[1]}, file {turned_hw[0]}x{turned_hw[1]}"
-    return Decoded(_to_rgb(image, orientation), note)
+    notes = []
+    if stated_hw == raw_hw:
+        orientation = 1
+    turned_hw = raw_hw[::-1] if orientation > 4 else raw_hw
+    if stated_hw is not None and stated_hw != turned_hw:
+        notes.append(f"{_SIZE_DIFFERS}: stated {stated_hw[0]}x{stated_hw[1]}, file {turned_hw[0]}x{turned_hw[1]}")
+    white = _WIDE_WHITE
+    if image.mode in _WIDE_GREY:
+        white, note = _white_of(image, grey16)
+        notes += [note] if note is not None else []
+    return Decoded(_to_rgb(image, orientation, white), "; ".join(notes) or None)
 
 
-def _to_rgb(image: Image.Image, orientation: int) -> NDArray[np.uint8]:
+def _white_of(image: Image.Image, grey16: Grey16) -> tuple[int, str | None]:
+    """What stands for white in a loaded picture of 16-bit grey, and a remark where that is worth one."""
+    largest = max(int(np.asarray(strip).max(initial=0)) for _, _, strip in _strips(image))
+    bits = max(8, largest.bit_length())
+    if grey16 == "full":
+        dark = largest > 0 and bits <= _DARK_BITS
+        return _WIDE_WHITE, f"grey16: the largest value is {largest} of {_WIDE_WHITE}" if dark else None
+    if grey16 == "auto":
+        return 2**bits - 1, f"grey16: read as {bits} bits" if bits < 16 else None
+    white = 2**grey16 - 1
+    return white, f"grey16: values up to {largest} are cut at {white}" if largest > white else None
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, Image.Image]]:
+    """(first row, row behind the last, part) of a loaded picture, from the top."""
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // width)
+    for start in range(0, height, rows):
+        end = min(start + rows, height)
+        yield start, end, image if end - start == height else image.crop((0, start, width, end))
+
+
+def _to_rgb(image: Image.Image, orientation: int, white: int) -> NDArray[np.uint8]:
     """Pixels of a loaded picture, turned upright; strip by strip."""
     if image.mode == "F":
         # Floating point pictures state no range: any scaling would be a guess.
@@ -168,11 +224,9 @@ def _to_rgb(image: Image.Image, orientation: int) -> NDArray[np.uint8]:
     width, height = image.size
     pixels = np.empty((width, height, 3) if orientation > 4 else (height, width, 3), np.uint8)
     raw = _raw_view(pixels, orientation)
-    rows = max(1, _STRIP_PIXELS // width)
-    for start in range(0, height, rows):
-        end = min(start + rows, height)
-        strip = image if end - start == height else image.crop((0, start, width, end))
-        raw[start:end] = _wide_to_rgb(strip) if image.mode in _WIDE_GREY else np.asarray(_convert(strip))
+    for start, end, strip in _strips(image):
+        wide = image.mode in _WIDE_GREY
+        raw[start:end] = _wide_to_rgb(strip, white) if wide else np.asarray(_convert(strip))
     return pixels
 
 
@@ -180,11 +234,12 @@ def _convert(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _wide_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def _wide_to_rgb(image: Image.Image, white: int) -> NDArray[np.uint8]:
+    """16-bit grey scaled to 8 bits, rounded; what is brighter than white is white."""
     wide = np.asarray(image).astype(np.int64)
-    if wide.min(initial=0) < 0 or wide.max(initial=0) > 65535:
+    if wide.min(initial=0) < 0 or wide.max(initial=0) > _WIDE_WHITE:
         raise ImageError(f"unsupported_mode: {image.mode} beyond 16 bits")
-    grey = ((wide + 128) // 257).astype(np.uint8)
+    grey = ((np.minimum(wide, white) * 255 + white // 2) // white).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 
@@ -216,12 +271,6 @@ def _raw_view(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
             return np.rot90(pixels, -1)
         case _:
             return pixels
-
-
-def _unidentified(head: bytes) -> str:
-    """A file that begins like a picture was cut off; anything else is none."""
-    begins = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
-    return "truncated" if head.startswith(begins) else "not_an_image"
 
 
 def _reason(error: BaseException) -> str:
