@@ -137,6 +137,7 @@ def _plan(config: RunConfig, options: argparse.Namespace, console: Console) -> d
         "parts": len(plan.manifest.parts),
         "listed": plan.listed,
         "repeated": plan.repeated,
+        "bad_rows": plan.bad,
         "categories": len(plan.record.categories),
         "layout_hash": plan.record.layout_hash[:16],
     }

@@ -72,6 +72,9 @@ class PlanConfig(Section):
     """What to do with an image that is listed twice: refuse the listing, or keep its first place."""
     damaged_files: Literal["refuse", "keep_whole"] = "refuse"
     """What to do with tar files that are cut or damaged: refuse them, or plan the members before the damage."""
+    bad_names: Literal["row", "refuse"] = "row"
+    """What to do with rows of tables and COCO files that no image can be read by: make each of them a failed row, or
+    refuse the listing for them, and for names that would have to be quoted."""
     workers: PositiveInt | Auto = "auto"
     """Processes that list tar files; `auto`: one per CPU."""
     part_images: PositiveInt = 1_000_000

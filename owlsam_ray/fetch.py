@@ -134,6 +134,8 @@ def _tasks(
             members[row["uri"]].append(Member(position, row["offset"], row["length"]))
         elif row["container"] == Container.PARQUET:
             cells[row["uri"], row["member"]].append(Cell(position, row["offset"]))
+        elif row["container"] == Container.BAD:
+            yield partial(list, [[(position, ImageError(row["member"]))]])
         else:
             yield partial(_fetch_plain, position, row["uri"], max_bytes)
     for uri, inside in members.items():

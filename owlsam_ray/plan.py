@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from owlsam_ray import __version__, storage
+from owlsam_ray.bad_rows import check_bad_rows
 from owlsam_ray.config import PlanConfig, RunConfig, allowed_failures
 from owlsam_ray.datasets import Listing, ListingOptions, list_images
 from owlsam_ray.datasets.spool import Spool
@@ -57,6 +58,8 @@ class Plan:
     list, a lower bound where a limit ended the reading."""
     repeated: int = 0
     """Images of the listing that were left out because they stand in it twice (`plan.duplicates: first`)."""
+    bad: int = 0
+    """Of the new images, rows of the dataset that no image can be read by."""
 
 
 def plan_run(
@@ -117,6 +120,7 @@ def _freeze(config: RunConfig, *, show: Show, still_mine: Callable[[], None], be
             return Plan(before.record, before.manifest, 0, **told)
         if count == 0:
             raise InputError(_nothing_left(config.plan, spool))
+        bad = check_bad_rows(config, run_url, spool, wanted)
         _verify(config, run_url, spool.tables(wanted), count, show)
         still_mine()
         _as_it_was(before, run_url)  # or the parts of another call would be taken for leftovers
@@ -137,7 +141,7 @@ def _freeze(config: RunConfig, *, show: Show, still_mine: Callable[[], None], be
     record = _new_record(config, vocabulary, manifest, before)
     still_mine()
     save_record(run_url, record)
-    return Plan(record, manifest, count, **told)
+    return Plan(record, manifest, count, bad=bad, **told)
 
 
 def _new_record(config: RunConfig, vocabulary: Vocabulary, manifest: Manifest, before: Plan | None) -> RunRecord:

@@ -19,9 +19,11 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("file_name", pa.string(), nullable=False),  # full relative path, never a basename
         pa.field("uri", pa.string(), nullable=False),
-        pa.field("container", pa.string()),  # null: the file is the image; tar or parquet: it lies in one
-        pa.field("member", pa.string()),  # tar: name; parquet: column, with dots into structures
-        pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet: row of the file
+        pa.field(
+            "container", pa.string()
+        ),  # null: the file is the image; tar or parquet: it lies in one; bad: no image
+        pa.field("member", pa.string()),  # tar: name; parquet: column, with dots into structures; bad: the reason
+        pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet, bad: row of the file
         pa.field("length", pa.int64()),  # tar: bytes of the image
         pa.field("shard", pa.int64(), nullable=False),
         pa.field("height", pa.int32()),  # as the source states it

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from owlsam_ray.config import PlanConfig
-from owlsam_ray.datasets import Listing
+from owlsam_ray.datasets import Container, Listing
 from owlsam_ray.datasets.source import MAX_IMAGE_ID, raise_offences
 from owlsam_ray.datasets.spool import Selection, Spool, digests_of, repeats, sample_mask, spool_listing
 from owlsam_ray.errors import GuardError, InputError
 from owlsam_ray.manifest import Manifest
+from owlsam_ray.storage.secrets import masked_url
 
 _SELECTING = {"limit", "sample", "seed", "splits", "categories"}
 _log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ def select_images(
     unseen = sorted(set(plan.splits) - spool.splits)
     if unseen and len(spool) and plan.limit is None:
         _log.warning("no image is of split %s; there are %s", ", ".join(map(repr, unseen)), named(spool.splits))
+    _tell_apart(spool)
     distinct = _check_repeats(spool, keep_first=keep_first)
     wanted = distinct.copy()
     if plan.limit is not None:
@@ -98,6 +101,14 @@ def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[
     return np.unique(np.concatenate(found))
 
 
+def _tell_apart(spool: Spool) -> None:
+    """Of images whose names are the same, call those by their second choice that have one."""
+    later, first = repeats(spool.digests)
+    clashing = np.zeros(len(spool), np.bool_)
+    clashing[later] = clashing[first] = True
+    spool.take_other_names(clashing & spool.has_other)
+
+
 def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
     """(N,) whether an image is there for the first time.
 
@@ -110,27 +121,31 @@ def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
     offences = []
     if spool.ids is not None:
         again, earlier = repeats(np.where(distinct, spool.ids, -1 - np.arange(len(spool))))
-        pairs = zip(spool.rows_at(again[:5]), spool.rows_at(earlier[:5]), strict=True)
+        pairs = list(zip(spool.rows_at(again[:5]), spool.rows_at(earlier[:5]), strict=True))
         offences += [
             f"id {row['image_id']} is given to both {other['file_name']!r} and {row['file_name']!r}"
             for row, other in pairs
         ]
         offences += ["another id that is given twice"] * max(0, len(again) - 5)
-    if len(later) and not keep_first:
-        pairs = zip(spool.rows_at(later[:5]), spool.rows_at(first[:5]), strict=True)
-        offences += [f"{row['file_name']!r} is listed twice{_ids(other, row)}" for row, other in pairs]
-        offences += ["another image that is listed twice"] * max(0, len(later) - 5)
-    first_counts = len(later) > 0 and not keep_first
-    raise_offences(
-        "the listing",
-        offences,
-        "Mend the dataset: ids and file names must be unique."
-        + (" With plan.duplicates=first an image that is listed twice counts once." if first_counts else ""),
-    )
+    way_out = "Mend the dataset: ids and file names must be unique."
+    hint = ""
     if len(later):
-        row = spool.rows_at(later[:1])[0]
-        _log.warning("left out %d images whose names are listed before, the first: %r", len(later), row["file_name"])
+        pairs = list(zip(spool.rows_at(later[:5]), spool.rows_at(first[:5]), strict=True))
+        if spool.name_setting is not None and any(_place_of(row) != _place_of(other) for row, other in pairs):
+            hint = f" They are different images under one name: leave {spool.name_setting} out, and each has its own."
+        if not keep_first:
+            offences += [f"{row['file_name']!r} is listed twice{_ids(other, row)}" for row, other in pairs]
+            offences += ["another image that is listed twice"] * max(0, len(later) - 5)
+            way_out += hint or " With plan.duplicates=first an image that is listed twice counts once."
+    raise_offences("the listing", offences, way_out)
+    if len(later):
+        name = pairs[0][0]["file_name"]
+        _log.warning("left out %d images whose names are listed before, the first: %r.%s", len(later), name, hint)
     return distinct
+
+
+def _place_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["uri"], row["member"], row["offset"]
 
 
 def _ids(row: dict[str, Any], other: dict[str, Any]) -> str:
@@ -138,7 +153,7 @@ def _ids(row: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def already_planned(spool: Spool, manifest: Manifest) -> tuple[NDArray[np.bool_], int]:
-    """What of a listing stands in a manifest.
+    """What of a listing stands in a manifest. New images whose name is taken there go by their second choice.
 
     Returns:
         (N,) whether an image does: under its id, or without ids, where it lies; the first id above all of the run.
@@ -146,38 +161,64 @@ def already_planned(spool: Spool, manifest: Manifest) -> tuple[NDArray[np.bool_]
     Raises:
         GuardError: another image of the run has the id or the name.
     """
-    names, ids, places = [], [], []
-    for table in manifest.iter_images():
-        names.append(digests_of(table["file_name"]))
-        ids.append(table["image_id"].to_numpy())
-        if spool.ids is None:
-            places.append(_places(table))
-    known_names, known_ids = np.concatenate(names), np.concatenate(ids)
-    same_name, named = _find(spool.digests, known_names)
+    known = _Known.of(manifest)
+    every = np.ones(len(spool), np.bool_)
+    mine = np.concatenate([_places(table) for table in spool.tables(every)]) if len(spool) else spool.digests
+    by_place, at_place = _find(mine, known.places)
+    # A name may change with the folder that several files have in common, or with `data.images`.
+    same, at, contradicts = by_place, at_place, np.zeros(len(spool), np.bool_)
     if spool.ids is not None:
-        same, at = _find(spool.ids, known_ids)
-        wrong = (same & (known_names[at] != spool.digests)) | (same_name & ~same)
-    else:
-        every = np.ones(len(spool), np.bool_)
-        mine = np.concatenate([_places(table) for table in spool.tables(every)]) if len(spool) else spool.digests
-        # A name may change with the folder that several files have in common, or with `data.images`.
-        same, _ = _find(mine, np.concatenate(places))
-        wrong = same_name & ~same
-    offenders = np.flatnonzero(wrong)
+        same, at = _find(spool.ids, known.ids)
+        mended = same & known.bad[at] & ~spool.bad
+        contradicts = same & (known.names[at] != spool.digests) & (known.places[at] != mine) & ~known.bad[at]
+        if mended.any():
+            _log.warning(
+                "%d rows that could not be used when they were planned stay failed rows of this run, though their ids "
+                "are of images by now: plan them in another directory",
+                int(mended.sum()),
+            )
+    taken, _ = _find(spool.digests, known.names)
+    spool.take_other_names(taken & ~same & spool.has_other)
+    taken, named = _find(spool.digests, known.names)
+    contradicts |= taken & ~same
+    offenders = np.flatnonzero(contradicts)
     if len(offenders):
         row = spool.rows_at(offenders[:1])[0]
         number = "" if row["image_id"] is None else f" (id {row['image_id']})"
         what = "id" if spool.ids is not None and same[offenders[0]] else "name"
-        other = int(known_ids[at[offenders[0]] if what == "id" else named[offenders[0]]])
+        other = int(known.ids[at[offenders[0]] if what == "id" else named[offenders[0]]])
         raise GuardError(
             f"{len(offenders)} images of the listing contradict the plan of {manifest.run_url}: the {what} of "
-            f"{row['file_name']!r}{number}, {row['uri']}, belongs to another image of the run (id {other}). Mend the "
-            "listing, or use another directory."
+            f"{row['file_name']!r}{number}, {masked_url(row['uri'])}, belongs to another image of the run (id {other})."
+            " Mend the listing, or use another directory."
         )
-    next_id = int(known_ids.max()) + 1
+    next_id = int(known.ids.max()) + 1
     if spool.ids is None and next_id + len(spool) >= MAX_IMAGE_ID:
         raise GuardError(f"no ids are left above {next_id - 1} in {manifest.run_url}: use another directory")
     return same, next_id
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """M images of a manifest."""
+
+    names: NDArray[np.bytes_]
+    """(M,) digests."""
+    ids: NDArray[np.int64]
+    places: NDArray[np.bytes_]
+    """(M,) digests of where they lie."""
+    bad: NDArray[np.bool_]
+    """(M,) rows that no image is read by."""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "_Known":
+        names, ids, places, bad = [], [], [], []
+        for table in manifest.iter_images():
+            names.append(digests_of(table["file_name"]))
+            ids.append(table["image_id"].to_numpy())
+            places.append(_places(table))
+            bad.append(_are_bad(table).to_numpy())
+        return cls(np.concatenate(names), np.concatenate(ids), np.concatenate(places), np.concatenate(bad))
 
 
 def _find(values: NDArray[Any], known: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
@@ -188,9 +229,15 @@ def _find(values: NDArray[Any], known: NDArray[Any]) -> tuple[NDArray[np.bool_],
 
 
 def _places(table: pa.Table) -> NDArray[np.bytes_]:
-    """(N,) digests of where images lie: file, member, offset."""
-    parts = (pc.fill_null(table[name].cast(pa.string()), "") for name in ("uri", "member", "offset"))
+    """(N,) digests of where images lie: file, member, offset; of bad rows, where they stand."""
+    # A reason may be worded differently another time.
+    members = pc.if_else(_are_bad(table), str(Container.BAD), table["member"])
+    parts = (pc.fill_null(column.cast(pa.string()), "") for column in (table["uri"], members, table["offset"]))
     return digests_of(pc.binary_join_element_wise(*parts, "\0"))
+
+
+def _are_bad(table: pa.Table) -> pa.ChunkedArray:
+    return pc.fill_null(pc.equal(table["container"], str(Container.BAD)), False)
 
 
 def selection_of(plan: PlanConfig) -> str:

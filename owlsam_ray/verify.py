@@ -10,6 +10,7 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 
 from owlsam_ray import storage
+from owlsam_ray.datasets import Container
 from owlsam_ray.errors import ImageError
 from owlsam_ray.fetch import fetch_rows
 from owlsam_ray.packed import MEGABYTE, image_error
@@ -81,10 +82,12 @@ def _look_up(
     rows: Sequence[dict[str, Any]], known: dict[str, ImageError | None], pool: ThreadPoolExecutor
 ) -> list[ImageError | None]:
     """Why each image is not there; None when it is. What was asked about files that hold many images is kept."""
-    uris = list(dict.fromkeys(row["uri"] for row in rows if row["uri"] not in known))
+    bad = [ImageError(row["member"]) if row["container"] == Container.BAD else None for row in rows]
+    rest = [row for row, error in zip(rows, bad, strict=True) if error is None]
+    uris = list(dict.fromkeys(row["uri"] for row in rest if row["uri"] not in known))
     found = dict(zip(uris, pool.map(_absence, uris), strict=True))
-    known |= {row["uri"]: found[row["uri"]] for row in rows if row["container"] is not None and row["uri"] in found}
-    return [known.get(row["uri"]) or found.get(row["uri"]) for row in rows]
+    known |= {row["uri"]: found[row["uri"]] for row in rest if row["container"] is not None and row["uri"] in found}
+    return [error or known.get(row["uri"]) or found.get(row["uri"]) for row, error in zip(rows, bad, strict=True)]
 
 
 def _absence(uri: str) -> ImageError | None:

@@ -14,8 +14,8 @@ from owlsam_ray.datasets.document import open_document
 from owlsam_ray.datasets.image_list import (
     WAY_OUT,
     Dialect,
+    Placing,
     list_images_of,
-    place_images,
     spread,
     text_of,
     url_parts,
@@ -116,14 +116,17 @@ def list_tree(tree: dict[str, Any], *, url: str, root: str) -> ImageList:
     name_of: dict[int, str] = {}
     id_of: dict[str, int] = {}
     records = []
-    for name, image in place_images(images, layout, offences):
-        number = image["id"]
+    for placed in Placing(url, root, layout).images(images, offences):
+        number, path = placed.image["id"], placed.path
+        if path is None:
+            offences.append(placed.reason or "")
+            continue
         if number in name_of:
-            offences.append(f"id {number} is given to both {name_of[number]!r} and {name!r}")
-        elif name in id_of:
-            offences.append(f"{name!r} is listed twice, as id {id_of[name]} and as id {number}")
-        name_of[number], id_of[name] = name, number
-        records.append(ImageRecord(number, name, image.get("height"), image.get("width")))
+            offences.append(f"id {number} is given to both {name_of[number]!r} and {path!r}")
+        elif path in id_of:
+            offences.append(f"{path!r} is listed twice, as id {id_of[path]} and as id {number}")
+        name_of[number], id_of[path] = path, number
+        records.append(ImageRecord(number, path, placed.height, placed.width))
     raise_offences(url, offences, WAY_OUT)
     categories = tree.get("categories") or []
     if not isinstance(categories, list):

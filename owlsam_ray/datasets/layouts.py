@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from owlsam_ray import storage
-from owlsam_ray.datasets.source import file_name_error
+from owlsam_ray.datasets.row_names import absolute_root, path_below
 from owlsam_ray.errors import InputError
 
 LOOKED_UP = 20
@@ -46,7 +46,7 @@ def choose_layout(
     for sample in samples:
         found: list[int] = []
         for layout in layouts:
-            names = _safe(layout.place(image) for image in sample)
+            names = _safe(root, (layout.place(image) for image in sample))
             present, refusal = _count_present(root, names)
             refused = refused or refusal
             found.append(present)
@@ -75,8 +75,9 @@ def exist(root: str, names: Sequence[str]) -> list[bool]:
     return [present for present, _ in _look_up(root, names)]
 
 
-def _safe(names: Iterable[Any]) -> list[str]:
-    return [name for name in names if name is not None and file_name_error(name) is None]
+def _safe(root: str, names: Iterable[Any]) -> list[str]:
+    begin = absolute_root(root)
+    return [path for name in names if (path := path_below(begin, name)) is not None]
 
 
 def _count_present(root: str, names: Sequence[str]) -> tuple[int, str]:

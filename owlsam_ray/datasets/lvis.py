@@ -59,10 +59,10 @@ def _look_at_folders(url: str, root: str) -> Inspect:
 
     def inspect(placed: Sequence[Placed], layout: Layout) -> set[str]:
         found: dict[str, list[str]] = {}
-        for name, image in placed:
-            folder = (url_parts(image) or ("",))[0]
+        for each in placed:
+            folder = (url_parts(each.image) or ("",))[0]
             if folder not in known:
-                found.setdefault(folder, []).append(name)
+                found.setdefault(folder, []).append(each.path or "")
         known.update(found)
         for folder, names in found.items():
             few = names[:: max(1, -(-len(names) // 5))]

@@ -84,7 +84,7 @@ def _below(folder: str, place: Any) -> Any:
 
 def _leave_out_missing(url: str, root: str) -> Inspect:
     def inspect(placed: Sequence[Placed], layout: Layout) -> set[str]:
-        names = [name for name, image in placed if _in_patch(image) in MISSING]
+        names = [each.name for each in placed if _in_patch(each.image) in MISSING]
         absent = [name for name, there in zip(names, exist(root, names), strict=True) if not there]
         if absent:
             _log.warning(

@@ -27,16 +27,19 @@ LISTING_SCHEMA = pa.schema(
         pa.field("file_name", pa.string(), nullable=False),  # full relative path, never a basename
         pa.field("uri", pa.string(), nullable=False),  # of the file that holds the image
         pa.field("container", pa.string()),  # null: the file is the image; or a `Container`
-        pa.field("member", pa.string()),  # tar: name; parquet: column, with dots into structures
-        pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet: row of the file
+        pa.field("member", pa.string()),  # tar: name; parquet: column, with dots into structures; bad: the reason
+        pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet, bad: row of the file
         pa.field("length", pa.int64()),  # tar: bytes of the image
         pa.field("num_bytes", pa.int64()),  # encoded size, where the listing tells it
         pa.field("height", pa.int32()),  # as the source states it
         pa.field("width", pa.int32()),
         pa.field("split", pa.string()),  # null: the first folder of the file name, if it has one
         pa.field("extra", pa.string()),  # JSON object: the source's other fields of the image record
+        pa.field("other_name", pa.string()),  # taken where another image of the listing has `file_name`; null: none
+        pa.field("quoted", pa.string()),  # why `file_name` is quoted; null: it is as the source gives it
     ]
 )
+"""The last two are for the plan, and are not stored."""
 
 BATCH_ROWS = 8192
 """Rows of a table of a listing, about."""
@@ -64,6 +67,8 @@ class Container(StrEnum):
 
     TAR = "tar"
     PARQUET = "parquet"
+    BAD = "bad"
+    """None: a row of the source (`uri`, `offset`) that no image can be read by. It becomes a failed row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,8 @@ class Listing:
     """As in COCO's format; known before the first table is read."""
     annotated: Callable[[], Iterator[pa.Table]] | None = None
     """Streams (image_id, category_id) of every annotation; None for sources without annotations."""
+    name_setting: str | None = None
+    """The setting that says where names come from, if the source could do without it."""
 
 
 def tables_of(records: Iterable[ImageRecord], root: str, *, rows: int = BATCH_ROWS) -> Iterator[pa.Table]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from owlsam_ray.datasets.source import LISTING_SCHEMA, Listing, encoded_bytes
+from owlsam_ray.datasets.source import LISTING_SCHEMA, Container, Listing, encoded_bytes
 from owlsam_ray.errors import IncompleteError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -55,6 +55,16 @@ class Spool:
     """Splits in the listing, at most a thousand, when some are asked for."""
     num_listed: int
     """Rows before the filters; those up to the limit, where reading stopped there."""
+    bad: NDArray[np.bool_]
+    """(N,) rows that no image can be read by."""
+    quoted: NDArray[np.bool_]
+    """(N,) rows whose name is not the one that the source gives."""
+    has_other: NDArray[np.bool_]
+    """(N,) rows with a second choice of a name, not taken yet."""
+    took_other: NDArray[np.bool_]
+    """(N,) rows that go by their second choice."""
+    name_setting: str | None = None
+    """As of the listing."""
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -65,7 +75,8 @@ class Spool:
             for batch in range(reader.num_record_batches):
                 mask = wanted[self.starts[batch] : self.starts[batch + 1]]
                 if mask.any():
-                    yield pa.Table.from_batches([reader.get_batch(batch)]).filter(pa.array(mask))
+                    table = pa.Table.from_batches([reader.get_batch(batch)]).filter(pa.array(mask))
+                    yield self._named(table, self.took_other[self.starts[batch] : self.starts[batch + 1]][mask])
 
     def rows_at(self, positions: NDArray[np.int64]) -> list[dict[str, Any]]:
         """A few rows as plain values, by position."""
@@ -73,8 +84,24 @@ class Spool:
         with pa.OSFile(str(self.path)) as file, pa.ipc.open_file(file) as reader:
             for position in positions.tolist():
                 batch = int(np.searchsorted(self.starts, position, side="right")) - 1
-                rows += reader.get_batch(batch).slice(position - int(self.starts[batch]), 1).to_pylist()
+                row = reader.get_batch(batch).slice(position - int(self.starts[batch]), 1)
+                rows += self._named(pa.Table.from_batches([row]), self.took_other[position : position + 1]).to_pylist()
         return rows
+
+    def take_other_names(self, mask: NDArray[np.bool_]) -> None:
+        """Call some images by their second choice; (N,) mask of rows that have one."""
+        self.took_other |= mask
+        self.has_other &= ~mask
+        if mask.any():
+            self.digests[mask] = np.concatenate([digests_of(table["file_name"]) for table in self.tables(mask)])
+
+    @staticmethod
+    def _named(table: pa.Table, other: NDArray[np.bool_]) -> pa.Table:
+        if not other.any():
+            return table
+        names = pc.if_else(pa.array(other), table["other_name"], table["file_name"])
+        place = table.schema.get_field_index("file_name")
+        return table.set_column(place, table.schema.field(place), names)
 
 
 def spool_listing(
@@ -99,6 +126,7 @@ def spool_listing(
         OSError: the temporary file cannot be written.
     """
     starts, digests, ids, listed, kept, encoded = [0], [], [], 0, 0, 0
+    marks: list[NDArray[np.bool_]] = [np.empty((3, 0), np.bool_)]
     splits: set[str] = set()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     limit = selection.limit if stop_at_limit else None
@@ -120,11 +148,13 @@ def spool_listing(
                 starts.append(kept)
                 encoded += int(encoded_bytes(table).sum())
                 digests.append(digests_of(batch.column("file_name")))
+                marks.append(_marks(batch))
                 if listing.has_ids:
                     ids.append(batch.column("image_id").to_numpy())
             show(listed, listing.total)
             if kept == limit:
                 break
+    bad, quoted, has_other = np.concatenate(marks, axis=1)
     return Spool(
         path=path,
         starts=np.array(starts, np.int64),
@@ -133,7 +163,22 @@ def spool_listing(
         splits=splits,
         mean_bytes=encoded / max(kept, 1),
         num_listed=listed,
+        bad=bad,
+        quoted=quoted,
+        has_other=has_other,
+        took_other=np.zeros(kept, np.bool_),
+        name_setting=listing.name_setting,
     )
+
+
+def _marks(batch: pa.RecordBatch) -> NDArray[np.bool_]:
+    """(3, N) whether a row is bad, is quoted, has a second choice of a name."""
+    columns = (
+        pc.fill_null(pc.equal(batch.column("container"), str(Container.BAD)), False),
+        pc.is_valid(batch.column("quoted")),
+        pc.is_valid(batch.column("other_name")),
+    )
+    return np.stack([column.to_numpy(zero_copy_only=False) for column in columns])
 
 
 @contextlib.contextmanager

@@ -1,17 +1,16 @@
 """Rows of Parquet, CSV or JSONL files → listing, column by column."""
 
 import json
-import os
-import re
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from owlsam_ray.datasets.files import check_schemes, expand_files, relative_names
+from owlsam_ray.datasets.files import expand_files, relative_names
+from owlsam_ray.datasets.row_names import bad_reason, quoted_name, row_name, told_apart
 from owlsam_ray.datasets.source import (
     DEFAULTS,
     MAX_IMAGE_ID,
@@ -19,17 +18,20 @@ from owlsam_ray.datasets.source import (
     Listing,
     ListingOptions,
     bad_names,
-    below,
     file_name_error,
     listing_table,
 )
-from owlsam_ray.datasets.table_columns import INTEGER, TEXT, TOLD, WAY_OUT, Wanted, refuse_rows
-from owlsam_ray.datasets.table_files import check_binary, count_rows, kind_of, read_columns
-from owlsam_ray.errors import InputError
+from owlsam_ray.datasets.stated_size import stated_sides
+from owlsam_ray.datasets.table_columns import INTEGER, NUMBER, TEXT, TOLD, WAY_OUT, Wanted, refuse_rows
+from owlsam_ray.datasets.table_files import check_binary, count_rows, kind_of, read_columns, text_id
+from owlsam_ray.datasets.table_places import TablePlaces
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.settings import ColumnsConfig, DataConfig
 
-_SCHEME = r"^[A-Za-z][A-Za-z0-9+.-]*://"
-_LOCAL = r"^(file|local)://"
+_log = logging.getLogger(__name__)
+
+_KINDS = {"id": INTEGER, "file_name": TEXT, "split": TEXT}
+"""Of columns; those that are not here hold sizes."""
 _OWN_FIELDS = ("id", "file_name", "height", "width")
 """Of an image record of the output."""
 
@@ -38,16 +40,20 @@ def list_table(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listin
     """List the rows of tables, in the order of the files and of their rows.
 
     A URI is a URL, or a path below `data.images`: relative, or absolute (also as `file://`) and then below it. The file
-    name is, without a column for it, the path below `data.images`; of other URLs host and path. With `columns.bytes`
-    the image lies in the row, and the name is that of the table with the number of the row. Rows count from 0, without
-    a header.
+    name is, without a column for it, the path below `data.images`; of other URLs host and path, without user info and
+    query. With `columns.bytes` the image lies in the row, and the name is that of the table with the number of the row.
+    Rows count from 0, without a header.
+
+    Names that are not safe are quoted (`row_names`). A row without a usable URI, or without a name where a column is to
+    give it, is listed as `Container.BAD` with the reason (`bad_uri`, `bad_name`), under the name that the column gives
+    or as `row-<file>-<row>`. Ids that are texts are carried along as a field of the image records.
 
     Files are read one after the other, whatever `options.workers`: a million rows take about a second.
 
     Raises:
         InputError: a pattern matches nothing, a name is no table's, an extra column has the name of a field that image
-            records have anyway; from the tables: a file cannot be read, lacks a column, or a row has no URI, an odd id
-            or size, or a name that leaves the root. Names file and row.
+            records have anyway; from the tables: a file cannot be read, lacks a column, or a row has an odd id or size.
+            Names file and row.
     """
     taken = [name for name in config.columns.extra if name in _OWN_FIELDS]
     if taken:
@@ -60,23 +66,47 @@ def list_table(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listin
         kind = kind_of(url)
         if config.columns.bytes is not None and kind != "parquet":
             raise InputError(f"columns.bytes is for Parquet tables, and {url} is {kind}")
-    return Listing(tables=_tables(files, config), has_ids=config.columns.id is not None)
+    wanted = wanted_columns(config.columns)
+    has_ids = "id" in wanted
+    if has_ids and (example := text_id(files, wanted["id"])) is not None:
+        has_ids = False
+        key = _keep_ids(wanted, config.columns)
+        _log.warning(
+            "columns.id %s holds texts, as %s: they are kept as %s in the image records, and the images are numbered",
+            shown(config.columns.id), example, shown(key),
+        )  # fmt: skip
+    return Listing(
+        tables=_tables(files, config, wanted),
+        has_ids=has_ids,
+        name_setting="columns.file_name" if config.columns.file_name is not None else None,
+    )
 
 
-def _tables(files: Sequence[str], config: DataConfig) -> Iterator[pa.Table]:
+def _keep_ids(wanted: dict[str, Wanted], columns: ColumnsConfig) -> str:
+    """Carry ids that are texts along with the image records; returns the name of their field there."""
+    path = wanted.pop("id").path
+    if path in columns.extra:
+        return path
+    key = path
+    while key in _OWN_FIELDS or (key != path and key in columns.extra):
+        key = "source_id" if key == path else f"{key}_"
+    wanted[f"extra:{key}"] = Wanted("columns.id", path, None)
+    return key
+
+
+def _tables(files: Sequence[str], config: DataConfig, wanted: dict[str, Wanted]) -> Iterator[pa.Table]:
     for url, name in zip(files, relative_names(files), strict=True):
-        yield from _TableFile(url, name, config).tables()
+        yield from _TableFile(url, name, config, dict(wanted)).tables()
 
 
 class _TableFile:
     """One file."""
 
-    def __init__(self, url: str, name: str, config: DataConfig) -> None:
+    def __init__(self, url: str, name: str, config: DataConfig, wanted: dict[str, Wanted]) -> None:
         self._url, self._name, self._columns = url, name, config.columns
-        self._root = config.images
-        self._wanted = wanted_columns(config.columns)
+        self._places = TablePlaces(config.images)
+        self._wanted = wanted
         self._first = 0
-        self._schemes: set[str] = set()
 
     def tables(self) -> Iterator[pa.Table]:
         """Tables of a listing."""
@@ -98,31 +128,71 @@ class _TableFile:
             yield [pa.nulls(rows)]
 
     def _table(self, given: dict[str, pa.Array], rows: int) -> pa.Table:
-        columns: dict[str, Any] = {key: given.get(key) for key in ("height", "width", "num_bytes", "split")}
-        columns["image_id"] = given.get("id")
+        refused = _Refused(self._url, self._first)
+        columns: dict[str, Any] = {"split": given.get("split"), "image_id": given.get("id")}
         if "id" in given:
-            self._refuse_unless(_between(given["id"], 0, MAX_IMAGE_ID - 1), given["id"], "is no id from 0 to 2^53")
+            fits = _between(given["id"], 0, MAX_IMAGE_ID - 1)
+            refused.unless(fits, given["id"], "is no id from 0 to 2^53")
         for key in ("height", "width", "num_bytes"):
             if key in given:
-                fits = pc.or_kleene(pc.is_null(given[key]), _between(given[key], 1, 2**31 - 1))
-                self._refuse_unless(fits, given[key], f"is no {key}")
+                columns[key], fits = stated_sides(given[key])
+                refused.unless(fits, given[key], f"is no {key}")
+        without_ids = " Without columns.id the images are numbered." if "id" in given else ""
+        refused.raise_if_any(way_out=WAY_OUT + without_ids)
+        reasons: dict[int, str] = {}
         if self._columns.bytes is not None:
             columns |= self._cells(rows)
+            if "file_name" not in given:
+                numbers = range(self._first, self._first + rows)
+                columns["file_name"] = pa.array([f"{self._name}/{number:08d}" for number in numbers])
         else:
-            columns["uri"], columns["file_name"] = self._places(given["uri"])
+            places = self._places.columns(given["uri"])
+            reasons = places.reasons
+            columns |= {key: getattr(places, key) for key in ("uri", "file_name", "other_name", "quoted")}
         if "file_name" in given:
-            columns["file_name"] = given["file_name"]
+            columns |= self._given_names(given["file_name"], reasons)
         elif self._columns.bytes is not None:
-            numbers = range(self._first, self._first + rows)
-            columns["file_name"] = pa.array([f"{self._name}/{number:08d}" for number in numbers])
-        bad = bad_names(columns["file_name"])
-        if len(bad):
-            shown = columns["file_name"].take(bad.slice(0, TOLD)).to_pylist()
-            told = [f"{name!r}: {file_name_error(name)}" for name in shown]
-            more = "" if "file_name" in given else " A column of names to use instead: columns.file_name."
-            self._refuse(bad.to_numpy(), told, WAY_OUT + more)
+            columns |= _quoted(columns["file_name"])
+        if reasons:
+            columns |= self._bad_rows(columns, reasons, rows)
         columns["extra"] = _objects({key: values for key, values in given.items() if key.startswith("extra:")})
         return listing_table(columns)
+
+    def _given_names(self, names: pa.Array, reasons: dict[int, str]) -> dict[str, Any]:
+        """Names that a column gives; rows without one are bad."""
+        without = pc.fill_null(pc.equal(pc.binary_length(names), 0), True)
+        for position in pc.indices_nonzero(without).to_pylist():
+            word = bad_reason("bad_name", names[position].as_py(), f"in {self._wanted['file_name'].path} is no name")
+            reasons.setdefault(position, word)
+        return _quoted(names)
+
+    def _bad_rows(self, columns: dict[str, Any], reasons: dict[int, str], rows: int) -> dict[str, Any]:
+        """The columns with the rows that have a reason as rows that no image is read by."""
+        at = sorted(reasons)
+        mask = np.zeros(rows, np.bool_)
+        mask[at] = True
+        named = "file_name" in self._wanted
+        names = columns["file_name"].take(pa.array(at, INTEGER)).to_pylist()
+        names = [
+            name if named and name else row_name(self._name, self._first + position)
+            for position, name in zip(at, names, strict=True)
+        ]
+        texts: dict[str, list[str]] = {
+            "uri": [self._url] * len(at),
+            "file_name": names,
+            "other_name": [
+                told_apart(name, f"{self._url} {position}") for position, name in zip(at, names, strict=True)
+            ],
+            "container": [str(Container.BAD)] * len(at),
+            "member": [reasons[position] for position in at],
+        }
+        changed: dict[str, Any] = {
+            key: pc.replace_with_mask(_texts(columns.get(key), rows), pa.array(mask), pa.array(values, TEXT))
+            for key, values in texts.items()
+        }
+        numbers = columns.get("offset", pa.nulls(rows, INTEGER))
+        places = pa.array([self._first + position for position in at], INTEGER)
+        return changed | {"offset": pc.replace_with_mask(numbers, pa.array(mask), places)}
 
     def _cells(self, rows: int) -> dict[str, Any]:
         """Where images lie that are cells of the table itself."""
@@ -133,71 +203,56 @@ class _TableFile:
             "offset": pa.array(np.arange(self._first, self._first + rows), INTEGER),
         }
 
-    def _places(self, uris: pa.Array) -> tuple[pa.Array, pa.Array]:
-        """URIs made whole, and the names that follow from them."""
-        self._refuse_unless(
-            pc.fill_null(pc.greater(pc.binary_length(uris), 0), False), uris, f"in {self._wanted['uri'].path} is no URI"
-        )
-        paths = pc.replace_substring_regex(uris, _LOCAL, "")
-        is_absolute = pc.starts_with(paths, "/")
-        is_whole = pc.or_(is_absolute, pc.invert(pc.match_substring_regex(uris, _LOCAL)))
-        self._refuse_unless(is_whole, uris, "is no file on this machine: three slashes follow file:")
-        self._refuse_unless(pc.invert(pc.match_substring(paths, "::")), uris, "is a chain of file systems (::)")
-        is_url = pc.match_substring_regex(paths, _SCHEME)
-        self._check_schemes(paths.filter(is_url))
-        if self._root is None:
-            self._refuse_unless(is_url, uris, "is no URL: set data.images to the folder that it lies below")
-        root = _absolute(self._root or "")
-        paths = pc.if_else(is_absolute, pc.replace_substring_regex(paths, r"/{2,}", "/"), paths)
-        inside = pc.starts_with(paths, root) if self._root is not None else pc.less(pc.binary_length(uris), 0)
-        self._refuse_unless(
-            pc.or_(pc.invert(is_absolute), inside),
-            uris,
-            f"does not lie below data.images {self._root}",
-            "Set data.images to the folder that all images lie below, or mend or remove these rows.",
-        )
-        relative = pc.and_(pc.invert(is_url), pc.invert(is_absolute))
-        rest = pc.utf8_slice_codeunits(paths, start=len(root))
-        # Without scheme, user and password.
-        bare = pc.replace_substring_regex(paths, _SCHEME + r"([^/?#@]*@)?", "")
-        bare = pc.replace_substring_regex(bare, r"/{2,}", "/")
-        names = pc.if_else(inside, rest, pc.if_else(relative, pc.replace_substring_regex(paths, r"^(\./)+", ""), bare))
-        # A name of its own must not hide a path that leaves the root; of other URLs the path is their server's matter.
-        at = pc.indices_nonzero(pc.or_(inside, relative)).cast(INTEGER)
-        bad = at.take(bad_names(names.take(at)))
-        if len(bad):
-            told = [
-                f"{uri!r}: {file_name_error(name)}"
-                for uri, name in zip(
-                    *(each.take(bad.slice(0, TOLD)).to_pylist() for each in (uris, names)), strict=True
-                )
-            ]
-            self._refuse(bad.to_numpy(), told, WAY_OUT)
-        whole = pc.if_else(relative, below(self._root or "", names, are_uris=True), uris)
-        return whole, names
 
-    def _check_schemes(self, urls: pa.Array) -> None:
-        """Each scheme once, with the first URL that has it."""
-        schemes = pc.struct_field(pc.extract_regex(urls, r"^(?P<scheme>[^:]+)://"), "scheme")
-        new = [scheme for scheme in pc.unique(schemes).to_pylist() if scheme not in self._schemes]
-        check_schemes(urls[schemes.index(scheme).as_py()].as_py() for scheme in new)
-        self._schemes.update(new)
+class _Refused:
+    """Rows of a batch for which the whole file is refused, of every kind."""
 
-    def _refuse_unless(self, fits: pa.Array, values: pa.Array, offence: str, way_out: str = WAY_OUT) -> None:
-        bad = np.flatnonzero(~pc.fill_null(fits, False).to_numpy(zero_copy_only=False))
-        if len(bad):
-            told = [f"{value!r} {offence}" for value in values.take(pa.array(bad[:TOLD])).to_pylist()]
-            self._refuse(bad, told, way_out)
+    def __init__(self, url: str, first: int) -> None:
+        self._url, self._first = url, first
+        self._kinds: list[tuple[list[int], list[str]]] = []
 
-    def _refuse(self, rows: NDArray[np.int64], told: Sequence[str], way_out: str) -> None:
-        """Refuse the file for some rows; those of further batches are not looked at."""
-        refuse_rows(self._url, [self._first + row for row in rows.tolist()], told, way_out)
+    def unless(self, fits: pa.Array, values: pa.Array, offence: str) -> None:
+        """Note the rows whose values do not fit."""
+        bad = np.flatnonzero(~pc.fill_null(fits, False).to_numpy(zero_copy_only=False)).tolist()
+        if bad:
+            first = values.take(pa.array(bad[:TOLD], INTEGER)).to_pylist()
+            self._kinds.append((bad, [f"{shown(value)} {offence}" for value in first]))
+
+    def raise_if_any(self, *, way_out: str) -> None:
+        """Refuse the file; rows of further batches are not looked at.
+
+        Raises:
+            InputError: some rows do not fit; tells the first of each kind at least.
+        """
+        if not self._kinds:
+            return
+        pairs = [list(zip(rows, told, strict=False)) for rows, told in self._kinds]
+        picked = sorted(([each[0] for each in pairs] + [pair for each in pairs for pair in each[1:]])[:TOLD])
+        others = sum(len(rows) for rows, _ in self._kinds) - len(picked)
+        rows = [self._first + row for row, _ in picked] + [0] * others
+        refuse_rows(self._url, rows, [told for _, told in picked], way_out)
 
 
-def _absolute(root: str) -> str:
-    """What the paths and URLs of files below a root begin with."""
-    path = re.sub(_LOCAL, "", root)
-    return f"{(path if '://' in path else os.path.abspath(path)).rstrip('/')}/"
+def _quoted(names: pa.Array) -> dict[str, Any]:
+    """(N,) names made safe where they are not, as columns of a listing; null and empty ones stay."""
+    at = bad_names(names)
+    if not len(at):
+        return {"file_name": names, "other_name": None, "quoted": None}
+    given = names.take(at).to_pylist()
+    safe = [quoted_name(name) if name else None for name in given]
+    others = [told_apart(quoted, name) if quoted else None for quoted, name in zip(safe, given, strict=True)]
+    why = [f"{shown(name)}: {file_name_error(name)}" if name else None for name in given]
+    mask = np.zeros(len(names), np.bool_)
+    mask[at.to_numpy()] = True
+    columns = {"file_name": (names, safe), "other_name": (None, others), "quoted": (None, why)}
+    return {
+        key: pc.replace_with_mask(_texts(before, len(names)), pa.array(mask), pa.array(values, TEXT))
+        for key, (before, values) in columns.items()
+    }
+
+
+def _texts(column: pa.Array | None, rows: int) -> pa.Array:
+    return pa.nulls(rows, TEXT) if column is None else column
 
 
 def wanted_columns(columns: ColumnsConfig) -> dict[str, Wanted]:
@@ -208,7 +263,7 @@ def wanted_columns(columns: ColumnsConfig) -> dict[str, Wanted]:
     for name in ("id", "file_name", "height", "width", "num_bytes", "split"):
         path = getattr(columns, name)
         if path is not None:
-            wanted[name] = Wanted(f"columns.{name}", path, TEXT if name in ("file_name", "split") else INTEGER)
+            wanted[name] = Wanted(f"columns.{name}", path, _KINDS.get(name, NUMBER))
     for path in columns.extra:
         wanted[f"extra:{path}"] = Wanted("columns.extra", path, None)
     return wanted

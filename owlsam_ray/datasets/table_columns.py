@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from owlsam_ray.errors import InputError, one_line, shown
 
-TEXT, INTEGER = pa.string(), pa.int64()
+TEXT, INTEGER, NUMBER = pa.string(), pa.int64(), pa.float64()
 TOLD = 5
 """Offences that are told; the others are counted."""
 WAY_OUT = "Mend or remove these rows."
@@ -26,12 +26,17 @@ class Wanted:
     """That names it, for messages: `columns.uri`."""
     path: str
     kind: pa.DataType | None
-    """`TEXT`, `INTEGER`, or None: any, given as JSON texts."""
+    """`TEXT`, `INTEGER`, `NUMBER` (whole or not), or None: any, given as JSON texts."""
 
     @property
     def is_needed(self) -> bool:
         """Whether each row has to have a value."""
         return self.setting in ("columns.uri", "columns.id", "columns.file_name")
+
+    @property
+    def may_be_odd(self) -> bool:
+        """Whether a value of another kind is read as null, since it makes its own row bad and not the table."""
+        return self.setting in ("columns.uri", "columns.file_name")
 
 
 def check_name(url: str, column: Wanted, name: str, names: Sequence[str]) -> None:

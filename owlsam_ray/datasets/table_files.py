@@ -1,5 +1,6 @@
 """Parquet, CSV and JSONL files → record batches of the columns that are wanted, never a whole file at once."""
 
+import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,8 +11,8 @@ import pyarrow.parquet as pq
 
 from owlsam_ray import storage
 from owlsam_ray.arrow_types import extension_of, holds_bytes, shown_type
-from owlsam_ray.datasets.table_columns import Wanted, check_name, json_texts
-from owlsam_ray.datasets.table_text import read_csv, read_jsonl
+from owlsam_ray.datasets.table_columns import INTEGER, NUMBER, TEXT, Wanted, check_name, json_texts
+from owlsam_ray.datasets.table_text import are_integers, read_csv, read_jsonl
 from owlsam_ray.errors import InputError, one_line, shown
 
 _ROWS = 65536
@@ -67,6 +68,50 @@ def read_columns(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]
         raise InputError(f"{url} cannot be read as a table: {one_line(error)}") from None
 
 
+def text_id(urls: Sequence[str], column: Wanted) -> str | None:
+    """An id that is a text and no integer, with its place; None when all tables give integers, or something else.
+
+    Of Parquet files the types tell; the column of text files is read once for it.
+
+    Raises:
+        InputError: see `read_columns`.
+    """
+    for url in urls:
+        kind, first = kind_of(url), 0
+        if kind == "parquet" and not _is_text(_field_at(url, _schema(url), column).type):
+            continue
+        as_json = kind == "jsonl"
+        for (values,) in read_columns(url, [Wanted(column.setting, column.path, None if as_json else TEXT)]):
+            found = pc.starts_with(values, '"') if as_json else pc.invert(are_integers(values))
+            found = pc.is_valid(values) if kind == "parquet" else found
+            at = pc.indices_nonzero(found)
+            if len(at):
+                text = values[at[0].as_py()].as_py()
+                return f"{shown(json.loads(text) if as_json else text)} in row {first + at[0].as_py()} of {url}"
+            first += len(values)
+    return None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _schema(url: str) -> pa.Schema:
+    """Of a Parquet file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with storage.open_input(url) as file:
+            return pq.ParquetFile(file).schema_arrow
+    except OSError as error:
+        raise InputError(f"cannot read {url}: {one_line(error.strerror or error)}") from None
+    except pa.ArrowException as error:
+        raise InputError(f"{url} cannot be read as a table: {one_line(error)}") from None
+
+
 def count_rows(url: str) -> Iterator[int]:
     """Rows of each row group of a Parquet file.
 
@@ -89,14 +134,7 @@ def check_binary(url: str, wanted: Wanted) -> None:
     Raises:
         InputError: the file cannot be read, lacks the column, or has something else in it.
     """
-    try:
-        with storage.open_input(url) as file:
-            schema = pq.ParquetFile(file).schema_arrow
-    except OSError as error:
-        raise InputError(f"cannot read {url}: {one_line(error.strerror or error)}") from None
-    except pa.ArrowException as error:
-        raise InputError(f"{url} cannot be read as a table: {one_line(error)}") from None
-    field = _field_at(url, schema, wanted)
+    field = _field_at(url, _schema(url), wanted)
     if not holds_bytes(field):
         way_out = _way_to_bytes(wanted, field.type)
         raise InputError(f"{url}: {wanted.setting} {wanted.path!r} holds {shown_type(field)}, not bytes{way_out}")
@@ -167,15 +205,14 @@ def _cast(url: str, column: Wanted, array: pa.Array) -> pa.Array:
         return json_texts(array)
     if pa.types.is_null(found):
         return pa.nulls(len(array), kind)
-    fits = (
-        pa.types.is_integer(found)
-        if pa.types.is_integer(kind)
-        else pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
-    )
+    fits, words = {
+        TEXT: (_is_text(found), "texts"),
+        INTEGER: (pa.types.is_integer(found), "integers"),
+        NUMBER: (pa.types.is_integer(found) or pa.types.is_floating(found), "numbers"),
+    }[kind]
     if not fits:
-        words = "integers" if pa.types.is_integer(kind) else "texts"
         raise InputError(f"{url}: column {column.path!r} ({column.setting}) holds {found!s:.200}, not {words}")
     try:
-        return array.cast(kind)
+        return array.cast(kind, safe=kind != NUMBER)  # an integer that a float rounds is no size anyway
     except pa.ArrowInvalid as error:
         raise InputError(f"{url}: column {column.path!r} ({column.setting}): {one_line(error)}") from None

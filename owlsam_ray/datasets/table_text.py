@@ -16,6 +16,7 @@ import pyarrow.csv as pa_csv
 from owlsam_ray import storage
 from owlsam_ray.datasets.table_columns import (
     INTEGER,
+    NUMBER,
     TEXT,
     TOLD,
     WAY_OUT,
@@ -30,6 +31,7 @@ from owlsam_ray.errors import InputError, one_line
 _BLOCK = 8 * 2**20
 _NULLS = pa.array(pa_csv.ConvertOptions().null_values)
 _MISSING = msgspec.Raw(b"null")
+_NUMBER = r"^-?\d{1,300}(\.\d*)?([eE][+-]?\d{1,2})?$"
 
 
 def read_csv(url: str, wanted: Sequence[Wanted], *, delimiter: str) -> Iterator[list[pa.Array]]:
@@ -50,7 +52,7 @@ def read_csv(url: str, wanted: Sequence[Wanted], *, delimiter: str) -> Iterator[
     for column in wanted:
         check_name(url, column, column.path, names)
     # Types that are guessed from the first block would not fit a later one.
-    by_path = {column.path: column for column in sorted(wanted, key=lambda each: each.kind == INTEGER)}
+    by_path = {column.path: column for column in sorted(wanted, key=lambda each: each.kind in (INTEGER, NUMBER))}
     options = pa_csv.ConvertOptions(include_columns=list(by_path), column_types=dict.fromkeys(by_path, TEXT))
     with _text(url) as file:
         counted = _CountedQuotes(file)
@@ -104,19 +106,29 @@ def _csv_error(url: str, error: pa.ArrowInvalid) -> InputError:
 
 def _from_text(url: str, column: Wanted, texts: pa.Array, first: int) -> pa.Array:
     """What a column of texts stands for."""
-    if column.kind != INTEGER:
+    if column.kind not in (INTEGER, NUMBER):
         return texts
+    word = "integer" if column.kind == INTEGER else "number"
     trimmed = pc.utf8_trim_whitespace(texts)
     is_null = pc.is_in(trimmed, value_set=_NULLS)
-    bad = pc.invert(pc.or_(is_null, pc.match_substring_regex(trimmed, r"^-?\d{1,18}$")))
+    bad = pc.invert(are_integers(texts) if column.kind == INTEGER else _are_numbers(trimmed))
     rows = pc.indices_nonzero(bad)
     if len(rows):
         told = [
-            f"{text!r} in {column.path} ({column.setting}) is no integer"
-            for text in texts.take(rows[:TOLD]).to_pylist()
+            f"{text!r} in {column.path} ({column.setting}) is no {word}" for text in texts.take(rows[:TOLD]).to_pylist()
         ]
         refuse_rows(url, [first + row for row in rows.to_pylist()], told, WAY_OUT)
-    return pc.if_else(is_null, pa.scalar(None, TEXT), trimmed).cast(INTEGER)
+    return pc.if_else(is_null, pa.scalar(None, TEXT), trimmed).cast(column.kind)
+
+
+def are_integers(texts: pa.Array) -> pa.Array:
+    """(N,) which of the texts of a CSV file are integers of 64 bits, or stand for null."""
+    trimmed = pc.utf8_trim_whitespace(texts)
+    return pc.or_(pc.is_in(trimmed, value_set=_NULLS), pc.match_substring_regex(trimmed, r"^-?\d{1,18}$"))
+
+
+def _are_numbers(trimmed: pa.Array) -> pa.Array:
+    return pc.or_(pc.is_in(trimmed, value_set=_NULLS), pc.match_substring_regex(trimmed, _NUMBER))
 
 
 def read_jsonl(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
@@ -207,21 +219,31 @@ def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: in
     """What JSON texts stand for."""
     if column.kind is None:
         return pa.array([bytes(cell) for cell in cells], pa.binary()).cast(TEXT)
-    kind, word = (int, "integer") if column.kind == INTEGER else (str, "text")
+    kind, word = {INTEGER: (int, "integer"), NUMBER: (float, "number"), TEXT: (str, "text")}[column.kind]
     try:
         values = msgspec.json.decode(b"[" + b",".join(cells) + b"]", type=list[kind | None])  # type: ignore[valid-type]
         return pa.array(values, column.kind)
     except (msgspec.DecodeError, UnicodeDecodeError, OverflowError):
-        bad, told = [], []
+        values, bad, told = [], [], []
         for row, cell in enumerate(cells, first):
             try:
                 value = json.loads(bytes(cell))
             except UnicodeDecodeError:
                 value = bytes(cell)
-            if value is not None and (type(value) is not kind or (type(value) is int and abs(value) >= 2**63)):
+            values.append(value if _is_of(value, kind) else None)
+            if value is not None and not _is_of(value, kind):
                 bad.append(row)
                 told.append(f"{value!r} in {column.path} ({column.setting}) is no {word}")
-        refuse_rows(url, bad, told, WAY_OUT)
+        if bad and not column.may_be_odd:
+            refuse_rows(url, bad, told, WAY_OUT)
+        return pa.array(values, column.kind)
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    """Whether a value fits into a column: of texts, or of numbers that 64 bits hold."""
+    if kind is str or type(value) not in (int, float):
+        return kind is str and type(value) is str
+    return type(value) is int and abs(value) < 2**63 if kind is int else -(2**63) <= value <= 2**63
 
 
 @contextlib.contextmanager

@@ -202,26 +202,17 @@ def test_unicode_names_and_missing_files_are_taken(root: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        ([image(1, "../1.jpg")], "leaves the root"),
-        ([image(1, "/etc/passwd")], "not relative"),
-        ([image(1, "a//b.jpg")], "empty part"),
-        ([image(1, "./b.jpg")], "leaves the root"),
-        ([image(1, "http://host/b.jpg")], "not relative"),
-        ([image(1, "a\\b.jpg")], "backslash"),
-        ([image(1, "a\0b.jpg")], "NUL"),
-        ([image(1, "")], "not a text"),
-        ([image(1, 5)], "not a text"),
-        ([{"id": 1, "coco_url": "x"}], "not a text: None: did you mean data.source: lvis?"),
         ([{"file_name": "1.jpg"}], "id None is not an integer"),
         ([image(-1, "1.jpg")], "id -1"),
         ([{"id": True, "file_name": "1.jpg"}], "id True"),
-        ([{"id": "7", "file_name": "1.jpg"}], "images[0]: id '7'"),
+        ([image(1), image(None, "2.jpg")], "images[1]: id None"),
         ([image(1), image("2")], "images[1]: id '2' is not an integer from 0 to 2^53"),
         ([image(1.0, "1.jpg")], "id 1.0"),
         ([image(2**53, "1.jpg")], "is not an integer from 0 to 2^53"),
         ([image(1, height=-3, width=4)], "height -3"),
         ([image(1, height="480", width=4)], "height '480'"),
-        ([image(1, height=480.0, width=4)], "height 480.0"),
+        ([image(1, height=480.5, width=4)], "height 480.5"),
+        ([image(1, height=True, width=4)], "height True"),
         (["1.jpg"], "images[0] is a str"),
         ([], "lists no images"),
         ({}, "`images` is an object, not a list"),
@@ -235,9 +226,84 @@ def test_bad_records_are_refused(root: Path, images: Any, words: str) -> None:
     assert "list.json" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "called"),
+    [
+        ("./1.jpg", "1.jpg", "1.jpg"),
+        ("x//y/../1.jpg", "x/1.jpg", "x/1.jpg"),
+        ("{root}/x/1.jpg", "x/1.jpg", "x/1.jpg"),
+        ("file://{root}/x/1.jpg", "x/1.jpg", "x/1.jpg"),
+        ("x\\1.jpg", "x\\1.jpg", "x%5C1.jpg"),
+        ("x/%\\1.jpg", "x/%\\1.jpg", "x/%25%5C1.jpg"),
+    ],
+)
+def test_names_that_are_written_oddly(root: Path, name: str, path: str, called: str) -> None:
+    images = [image(1), image(2, name.replace("{root}", str(root / "images"))), image(3, "x~1.jpg")]
+    found = rows(listing(root, {"images": images}))
+    assert [row["file_name"] for row in found] == ["1.jpg", called, "x~1.jpg"]
+    assert [row["uri"] for row in found] == [f"{root}/images/{each}" for each in ("1.jpg", path, "x~1.jpg")]
+    assert [row["container"] for row in found] == [None] * 3
+    assert (found[1]["quoted"] is None) == (path == called)
+    assert [row["other_name"] is None for row in found] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (image(7, "../1.jpg"), "bad_name: '../1.jpg' in images[1] does not lie below data.images"),
+        (image(7, "x/../../1.jpg"), "bad_name: 'x/../../1.jpg' in images[1] does not lie below data.images"),
+        (image(7, "/etc/passwd"), "bad_name: '/etc/passwd' in images[1] does not lie below data.images"),
+        (
+            image(7, "http://me:pw@host/b.jpg?sig=1"),
+            "bad_name: 'http://***@host/b.jpg?***' in images[1] does not lie below data.images",
+        ),
+        (image(7, "a\0b.jpg"), "bad_name: 'a\\x00b.jpg' in images[1] holds a NUL"),
+        (image(7, ""), "bad_name: '' in images[1] is no file name"),
+        (image(7, 5), "bad_name: 5 in images[1] is no file name"),
+        (
+            {"id": 7, "coco_url": "x"},
+            "bad_name: None in images[1] is no file name (did you mean data.source: lvis?)",
+        ),
+    ],
+)
+def test_records_that_no_image_is_read_by_keep_their_place(root: Path, record: Any, reason: str) -> None:
+    found = rows(listing(root, {"images": [image(1), record | {"height": 4, "width": 5}, image(3)]}))
+    assert [row["image_id"] for row in found] == [1, 7, 3]
+    assert found[1] | {"other_name": None, "extra": None} == dict.fromkeys(LISTING_SCHEMA.names) | {
+        "image_id": 7,
+        "file_name": "row-list.json-1",
+        "uri": str(root / "list.json"),
+        "container": "bad",
+        "member": reason,
+        "offset": 1,
+        "height": 4,
+        "width": 5,
+    }
+
+
+def test_sizes_that_are_floats_or_not_stated(root: Path) -> None:
+    pairs = [(96.0, 128.0), (0, 0), (-1, -1), (0.0, -1.0), (None, 7)]
+    images = [image(n, height=height, width=width) for n, (height, width) in enumerate(pairs, 1)]
+    found = rows(listing(root, {"images": images}))
+    assert [(row["height"], row["width"]) for row in found] == [(96, 128), *[(None, None)] * 3, (None, 7)]
+
+
+def test_ids_that_are_texts_are_kept_and_the_images_numbered(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    listed = listing(root, {"images": [image("A-7", "1.jpg", note="n"), image("008", "2.jpg"), image(9)]})
+    assert not listed.has_ids
+    found = rows(listed)
+    assert [row["image_id"] for row in found] == [None] * 3
+    assert [json.loads(row["extra"]) for row in found] == [
+        {"source_id": "A-7", "note": "n"},
+        {"source_id": "008"},
+        {"source_id": 9},
+    ]
+    assert "image ids are texts, as 'A-7': they are kept as 'source_id'" in caplog.text
+
+
 def test_many_offences_are_counted(root: Path) -> None:
     with pytest.raises(InputError, match=r"8 offences(.|\n)*… and 3 more"):
-        rows(listing(root, {"images": [image(1), *[image("1")] * 8]}))
+        rows(listing(root, {"images": [image(1), *[image(-1)] * 8]}))
 
 
 @pytest.mark.parametrize(

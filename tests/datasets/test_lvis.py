@@ -138,19 +138,26 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "words"),
+    ("record", "name"),
     [
-        ({"id": 1}, "images[1] (id 1): file_name is not a text: None"),
-        ({"id": 1, "coco_url": 5}, "images[1] (id 1)"),
-        ({"id": 1, "coco_url": f"{HOST}/../1.jpg"}, "leaves the root"),
-        ({"id": 1, "coco_url": f"{HOST}/a/.."}, "leaves the root"),
-        ({"id": 1, "coco_url": f"{HOST}/a\\b/1.jpg"}, "backslash"),
-        ({"id": "1", "coco_url": f"{HOST}/val2017/1.jpg"}, "images[1]: id '1'"),
+        ({"id": 1}, "row-{}-1"),
+        ({"id": 1, "coco_url": 5}, "row-{}-1"),
+        ({"id": 1, "coco_url": f"{HOST}/../1.jpg"}, "row-{}-1"),
+        ({"id": 1, "coco_url": f"{HOST}/a/.."}, "row-{}-1"),
+        ({"id": 1, "coco_url": f"{HOST}/a\\b/1.jpg"}, "a%5Cb/1.jpg"),
     ],
 )
-def test_bad_records_are_refused(tmp_path: Path, record: dict[str, Any], words: str) -> None:
+def test_records_without_a_good_name(tmp_path: Path, record: dict[str, Any], name: str) -> None:
     touch(tmp_path, "val2017/0.jpg")
-    tree = {"images": [*small("val2017/0.jpg")["images"], record]}
-    with pytest.raises(InputError) as caught:
+    listed = listing(tmp_path, {"images": [*small("val2017/0.jpg")["images"], record]}, tmp_path)
+    found = rows(listed)
+    is_bad = name.startswith("row-")
+    assert found[1]["file_name"] == name.format(Path(found[1]["uri"]).name)
+    assert (found[1]["container"] == "bad", (found[1]["member"] or "").startswith("bad_name: ")) == (is_bad, is_bad)
+
+
+def test_records_with_odd_ids_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "val2017/0.jpg")
+    tree = {"images": [*small("val2017/0.jpg")["images"], {"id": "1", "coco_url": f"{HOST}/val2017/1.jpg"}]}
+    with pytest.raises(InputError, match=r"images\[1\]: id '1'"):
         rows(listing(tmp_path, tree, tmp_path))
-    assert words in str(caught.value)
