@@ -78,7 +78,12 @@ def test_they_are_fetched_as_permanent_failures_and_no_storage_is_asked(
     plan = plan_run(run_of(tmp_path, source))
     asked: list[str] = []
     read = storage.read_range
-    monkeypatch.setattr(storage, "read_range", lambda uri, *rest: asked.append(uri) or read(uri, *rest))
+
+    def note(uri: str, start: int, length: int) -> bytes:
+        asked.append(uri)
+        return read(uri, start, length)
+
+    monkeypatch.setattr(storage, "read_range", note)
     fetched = fetch_shard(plan.manifest, 0, threads=2, max_file_mb=1).to_pylist()
     assert [row["data"] for row in fetched] == [b"123", None, None]
     assert [(row["reason"], row["status_class"]) for row in fetched] == [

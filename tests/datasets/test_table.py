@@ -331,13 +331,17 @@ def test_names_that_a_column_gives_are_made_safe(tmp_path: Path) -> None:
 
 
 def test_rows_without_the_name_that_a_column_should_give(tmp_path: Path) -> None:
-    rows = [{"uri": "a.jpg", "as": "n.jpg"}, {"uri": "b.jpg", "as": ""}, {"uri": "c.jpg", "as": None}]
+    rows: list[dict[str, Any]] = [
+        {"uri": "a.jpg", "as": "n.jpg"},
+        {"uri": "b.jpg", "as": ""},
+        {"uri": "c.jpg", "as": None},
+    ]
     found = listed(write(tmp_path, rows, "jsonl"), "/data", file_name="as")
     assert [bad(row) for row in found[1:]] == [
         ("bad", "row-list.jsonl-1", 1, "bad_name: '' in as is no name"),
         ("bad", "row-list.jsonl-2", 2, "bad_name: None in as is no name"),
     ]
-    cells = [{"image": b"1", "as": "n"}, {"image": b"2", "as": None}]
+    cells: list[dict[str, Any]] = [{"image": b"1", "as": "n"}, {"image": b"2", "as": None}]
     found = listed(write(tmp_path, cells, "parquet"), bytes="image", file_name="as")
     assert bad(found[1]) == ("bad", "row-list.parquet-1", 1, "bad_name: None in as is no name")
     assert bad(found[0]) == ("parquet", "n", 0, "image")
