@@ -43,6 +43,7 @@ from owlsam_ray.settings import (
     is_vocabulary_file,
 )
 from owlsam_ray.storage import StoragePolicy
+from owlsam_ray.storage.addresses import check_entry
 
 NON_LABEL_FIELDS = frozenset(
     {"run", "data", "plan", "storage", "resources", "fakes", "reduce", "evaluate", "report", "logging"}
@@ -102,6 +103,14 @@ class StorageConfig(Section):
     """Seconds until a connection or an answer is given up."""
     concurrency: PositiveInt = 64
     """Open connections of one process."""
+    allowed_hosts: tuple[Name, ...] = ()
+    """Hosts that addresses out of data may name although they are link-local (169.254.0.0/16, fe80::/10) or a cloud's
+    metadata server: names, `*.` before a domain, addresses or networks."""
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_entry(host) for host in hosts)
 
     def policy(self) -> StoragePolicy:
         """As `storage.configure` takes it."""

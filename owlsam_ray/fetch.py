@@ -32,7 +32,8 @@ from owlsam_ray.packed import (
     too_large,
 )
 from owlsam_ray.records import EncodedImage
-from owlsam_ray.storage.secrets import masked
+from owlsam_ray.storage.addresses import HostRules, check_by_look_up, data_uri_error, needs_look_up
+from owlsam_ray.storage.secrets import masked, masked_url
 
 FETCHED_SCHEMA = pa.schema(
     [
@@ -170,6 +171,20 @@ def to_images(fetched: pa.Table) -> list[EncodedImage]:
     return images
 
 
+def check_data_uri(uri: str) -> None:
+    """An address that data names may be opened.
+
+    Raises:
+        InputError: it chains file systems, or leads to a host that data may not name.
+    """
+    rules = HostRules(storage.policy().allowed_hosts)
+    error = data_uri_error(uri, rules)
+    if error is not None:
+        raise InputError(f"cannot open {masked_url(uri)}: {error}")
+    if needs_look_up(uri):
+        check_by_look_up(uri, rules)
+
+
 def fetch_file(uri: str, *, max_bytes: int) -> bytes:
     """The bytes of an image that is a file of its own.
 
@@ -183,6 +198,7 @@ def fetch_file(uri: str, *, max_bytes: int) -> bytes:
         StorageSetupError: no credentials, or no package, to ask the storage with.
     """
     try:
+        check_data_uri(uri)
         filesystem, path = storage.open_filesystem(uri)
         # A named pipe would be waited for.
         if storage.is_local(filesystem) and os.path.exists(path) and not os.path.isfile(path):

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from owlsam_ray import storage
 from owlsam_ray.datasets import Container
-from owlsam_ray.errors import ImageError
-from owlsam_ray.fetch import fetch_rows
+from owlsam_ray.errors import ImageError, InputError
+from owlsam_ray.fetch import check_data_uri, fetch_rows
 from owlsam_ray.packed import MEGABYTE, image_error
 from owlsam_ray.settings import DecodeConfig
 from owlsam_ray.stages.decode import decode_image
@@ -85,15 +85,18 @@ def _look_up(
     bad = [ImageError(row["member"]) if row["container"] == Container.BAD else None for row in rows]
     rest = [row for row, error in zip(rows, bad, strict=True) if error is None]
     uris = list(dict.fromkeys(row["uri"] for row in rest if row["uri"] not in known))
-    found = dict(zip(uris, pool.map(_absence, uris), strict=True))
+    named_by_data = {row["uri"] for row in rest if row["container"] is None}
+    found = dict(zip(uris, pool.map(lambda uri: _absence(uri, uri in named_by_data), uris), strict=True))
     known |= {row["uri"]: found[row["uri"]] for row in rest if row["container"] is not None and row["uri"] in found}
     return [error or known.get(row["uri"]) or found.get(row["uri"]) for row, error in zip(rows, bad, strict=True)]
 
 
-def _absence(uri: str) -> ImageError | None:
+def _absence(uri: str, is_named_by_data: bool) -> ImageError | None:
     try:
+        if is_named_by_data:
+            check_data_uri(uri)
         return None if storage.exists(uri) else ImageError("missing")
-    except OSError as error:
+    except (OSError, InputError) as error:
         return image_error(error)
 
 

@@ -36,6 +36,8 @@ class StoragePolicy:
     """Seconds until a connection, or an answer, is given up."""
     concurrency: int = 64
     """Requests of one process at a time."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts that an address out of data may name although they are link-local; see `addresses.HostRules`."""
 
 
 class _State:
@@ -126,6 +128,7 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
             concurrency=policy.concurrency,
             tries=policy.retries + 1,
             in_parts=in_parts,
+            allowed_hosts=policy.allowed_hosts,
         )
         if scheme[1] == "memory":  # it takes a name with `::` for a chain as well
             return client, "/" + url.removeprefix("memory://").strip("/")

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import fsspec
 
+from owlsam_ray.storage.addresses import HostRules
+
 Kind = Literal["s3", "gs", "http", "other"]
 KINDS: dict[str, Kind] = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
 """By URL scheme; the file systems that are asked over a network in a way that is known here."""
@@ -45,7 +47,15 @@ class Client:
         return None if endpoint is None or "amazonaws.com" in endpoint or "googleapis.com" in endpoint else endpoint
 
 
-def open_client(protocol: str, *, timeout_s: float, concurrency: int, tries: int, in_parts: bool = False) -> Client:
+def open_client(
+    protocol: str,
+    *,
+    timeout_s: float,
+    concurrency: int,
+    tries: int,
+    in_parts: bool = False,
+    allowed_hosts: tuple[str, ...] = (),
+) -> Client:
     """The file system of a URL scheme. The same one for the same arguments, except with `in_parts`.
 
     Args:
@@ -54,6 +64,7 @@ def open_client(protocol: str, *, timeout_s: float, concurrency: int, tries: int
         concurrency: connections that may be open at once.
         tries: of one request; only taken up with `in_parts`.
         in_parts: for a large upload: every part is repeated by itself.
+        allowed_hosts: of web servers, although they are link-local.
 
     Raises:
         ValueError, ImportError: the scheme is unknown, or its package is not installed.
@@ -64,7 +75,7 @@ def open_client(protocol: str, *, timeout_s: float, concurrency: int, tries: int
     if kind == "gs":
         return _open_gs(protocol, timeout_s, concurrency, in_parts)
     if kind == "http":
-        return _open_http(protocol, timeout_s, concurrency)
+        return _open_http(protocol, timeout_s, concurrency, allowed_hosts)
     return Client(kind, fsspec.filesystem(protocol), (OSError,))
 
 
@@ -98,8 +109,8 @@ def _open_gs(protocol: str, timeout_s: float, concurrency: int, in_parts: bool) 
     filesystem = implementation(use_listings_cache=False, skip_instance_cache=in_parts)
     # As an argument a timeout would have to be seconds for a whole request; None, its default, is no timeout at all.
     filesystem.requests_timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-    if filesystem.session is None and not filesystem.session_kwargs and concurrency > _AIOHTTP_CONNECTIONS:
-        filesystem.session_kwargs = {"connector": fsspec.asyn.sync(filesystem.loop, _connector, concurrency)}
+    if filesystem.session is None and not filesystem.session_kwargs:
+        filesystem.session_kwargs = fsspec.asyn.sync(filesystem.loop, _gs_session_options, concurrency)
     # Its six tries cannot be set: the function below them is called. A release without it keeps its own tries.
     single = getattr(implementation._request, "__wrapped__", None)
     if single is not None and not in_parts:
@@ -108,11 +119,11 @@ def _open_gs(protocol: str, timeout_s: float, concurrency: int, in_parts: bool) 
     return Client("gs", filesystem, (OSError, ValueError, *errors), timeout_s)
 
 
-def _open_http(protocol: str, timeout_s: float, concurrency: int) -> Client:
+def _open_http(protocol: str, timeout_s: float, concurrency: int, allowed_hosts: tuple[str, ...]) -> Client:
     implementation = fsspec.get_filesystem_class(protocol)
     import aiohttp
 
-    settings = {"timeout_s": timeout_s, "concurrency": concurrency}
+    settings = {"timeout_s": timeout_s, "concurrency": concurrency, "allowed_hosts": allowed_hosts}
     filesystem = implementation(get_client=_web_session, client_kwargs=settings)
     return Client("http", filesystem, (OSError, ValueError, aiohttp.ClientError), timeout_s)
 
@@ -121,14 +132,22 @@ _AIOHTTP_CONNECTIONS = 100
 """Its own limit."""
 
 
-async def _connector(concurrency: int) -> Any:
+async def _gs_session_options(concurrency: int) -> dict[str, Any]:
+    """Of a session with Google, or with an endpoint of the user's: proxies are used, hosts are not judged."""
     import aiohttp
 
-    return aiohttp.TCPConnector(limit=concurrency)
+    from owlsam_ray.storage.web import ProxiedRequest
+
+    connector = {"connector": aiohttp.TCPConnector(limit=concurrency)} if concurrency > _AIOHTTP_CONNECTIONS else {}
+    return connector | {"request_class": ProxiedRequest}
 
 
-async def _web_session(*, loop: Any, timeout_s: float, concurrency: int) -> Any:
+async def _web_session(*, loop: Any, timeout_s: float, concurrency: int, allowed_hosts: tuple[str, ...]) -> Any:
     import aiohttp
 
+    from owlsam_ray.storage.web import CheckedResolver, checked_request
+
+    rules = HostRules(allowed_hosts)
+    connector = aiohttp.TCPConnector(limit=concurrency, resolver=CheckedResolver(rules))
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-    return aiohttp.ClientSession(loop=loop, connector=await _connector(concurrency), timeout=timeout)
+    return aiohttp.ClientSession(loop=loop, connector=connector, timeout=timeout, request_class=checked_request(rules))
