@@ -54,6 +54,9 @@ class ReduceConfig(Section):
     """What stands before the file names in the tasks of `label_studio`: `/data/local-files/?d=set/images/`, or
     `https://host/images/`; default: the manifest's URIs, such as `s3://…`, which Label Studio opens through a storage
     of the project."""
+    yolo_val: Name | None = None
+    """What `data.yaml` of `yolo` names for `val`, which Ultralytics' training asks for: a list or folder of yours, or
+    `train.txt` to validate on what is trained on; default: nothing."""
     corrections: Name | None = None
     """A COCO file of a review tool, or the JSON export of a Label Studio project, replayed over the labels. What it
     says and what the machine found meet by annotation id, so it fits whatever is decided otherwise."""

@@ -65,11 +65,13 @@ def operating_points(
         categories reach the target, and how many of these only with what they borrow. `reliability` of all categories
         together. `categories`: rows of `category_id`, `name`, `threshold`, `threshold_interval`, `reached` (safely,
         with what is borrowed, and not against the category's own detections and objects), `reached_alone` (these alone
-        show it at this threshold), `pool` (None, or its `name`, `categories`, and the `weight` of each of the others'
-        detections and objects),
+        show it at this threshold), `too_few_examples` (it is not reached, and what there is of its own says nothing
+        against it), `pool` (None, or its `name`, `categories`, and the `weight` of each of the others' detections and
+        objects),
         `precision`, `precision_interval`, `recall`, `recall_interval`, `f1` (estimates, with what is borrowed),
         `num_objects`, `num_detections`, `num_kept`, `num_right` (of its own images), `reliability`.
 
+        A category of which nothing is kept reaches nothing, whatever it borrows, and borrows no precision and recall.
         A category whose own detections and objects speak against the threshold that it would get with its pool borrows
         nothing.
 
@@ -87,7 +89,7 @@ def operating_points(
         reached.append(is_reached)
     spread = spreads(chosen, target, num_images=num_images, resamples=fitting.resamples, seed=fitting.seed)
     rows = [
-        {"category_id": category.id, "name": category.name} | _row(basis, cut, is_reached, each)
+        {"category_id": category.id, "name": category.name} | _row(basis, cut, is_reached, each, target)
         for category, (basis, cut), is_reached, each in zip(categories, chosen, reached, spread, strict=True)
     ]
     _tell(rows, target, enough)
@@ -113,16 +115,40 @@ def _choose(basis: Basis, target: Target, floor: float) -> tuple[Basis, int, tup
     return basis, cut, (is_reached, bool(is_reached and choose(own, target)[1]))
 
 
-def _row(basis: Basis, cut: int, reached: tuple[bool, bool], spread: Spread) -> dict[str, Any]:
+def _too_few(sample: Sample, kept: int, right: int, target: Target) -> bool:
+    """Whether a category's own detections and objects say nothing against the target, and are only too few to show it.
+
+    So it is when there are none, or fewer than show the target were all of them right, and the bare ratio of what is
+    kept is at least the target.
+    """
+    found, objects = len(sample.score), len(sample.object_image)
+    if target.value is None:
+        return found == objects == 0
+    if (found if target.name == "precision" else objects) == 0:
+        return True
+    whole = kept if target.name == "precision" else objects
+    is_few = sample.num_examples(target.name) < target.fewest_examples
+    return is_few and whole > 0 and right / whole >= target.value
+
+
+def _row(basis: Basis, cut: int, reached: tuple[bool, bool], spread: Spread, target: Target) -> dict[str, Any]:
     threshold = basis.cuts.threshold(cut)
     kept, right = basis.sample.numbers_at(threshold)
     pool = basis.pool
-    estimates = _estimates(basis.counts.at(cut), spread) if cut != NOTHING else _of_nothing(basis.counts)
+    if cut == NOTHING:
+        estimates = _of_nothing(basis.counts)
+    elif kept == 0 and pool is not None:
+        # What others show above a threshold that keeps nothing of its own says nothing about this category.
+        reached = (False, False)
+        estimates = _of_nothing(counts_of(basis.sample, basis.cuts))
+    else:
+        estimates = _estimates(basis.counts.at(cut), spread)
     return {
         "threshold": threshold,
         "threshold_interval": list(spread.threshold),
         "reached": reached[0],
         "reached_alone": reached[1],
+        "too_few_examples": not reached[0] and _too_few(basis.sample, kept, right, target),
         "pool": None
         if pool is None
         else {"name": pool.name, "categories": len(pool.members), "weight": float(basis.weight)},
@@ -188,6 +214,12 @@ def _tell(rows: list[dict[str, Any]], target: Target, enough: int) -> None:
         _log.warning(
             "%d of %d categories cannot be shown to reach %s, and get the threshold that comes nearest, or one that "
             "keeps nothing (`reached` is false): %s", len(missed), len(rows), wanted, _some(missed),
+        )  # fmt: skip
+    unshown = [row["name"] for row in rows if row["too_few_examples"]]
+    if unshown:
+        _log.warning(
+            "%d of these have too few examples to show it, and nothing that speaks against it (`too_few_examples`): %s",
+            len(unshown), _some(unshown),
         )  # fmt: skip
     few = [row["name"] for row in rows if row["pool"] is not None]
     if few:

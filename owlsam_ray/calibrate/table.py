@@ -52,7 +52,11 @@ def _categories(result: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
 
 
 def _remark(row: dict[str, Any]) -> str:
-    parts = [] if row["reached"] else ["not reached"]
+    parts = []
+    if row["too_few_examples"]:
+        parts = ["not reached: too few examples to show it"]
+    elif not row["reached"]:
+        parts = ["not reached"]
     if row["pool"] is not None:
         only = "only " if row["reached"] and not row["reached_alone"] else ""
         parts.append(f"{only}with {row['pool']['name']}")

@@ -209,7 +209,9 @@ def _write_list(file: IO[bytes], texts: Iterator[bytes]) -> None:
 
 
 def _json(value: Any) -> bytes:
+    """A value; null for numbers beyond all floats, which only the text of the input can hold."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:
-        raise InputError(f"cannot write a number beyond all floats: {value!r:.200}. Mend the file.") from None
+        finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        return json.dumps(finite, ensure_ascii=False, allow_nan=False).encode()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from owlsam_ray.guard import RunRecord
+from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.coco import FAILURES, CocoOutput
 from owlsam_ray.reduce.coco_results import RESULTS, CocoResultsOutput
 from owlsam_ray.reduce.corrections_report import CORRECTIONS
@@ -10,30 +11,36 @@ from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.label_studio import CONFIG, TASKS, LabelStudioOutput
 from owlsam_ray.reduce.lvis import LvisOutput
 from owlsam_ray.reduce.outputs import FileSpan, Output
+from owlsam_ray.reduce.safe_paths import numbered_paths
 from owlsam_ray.reduce.table import ANNOTATION_TABLE, IMAGE_TABLE, TableOutput
 from owlsam_ray.reduce.yolo import YoloOutput
 from owlsam_ray.reduce_settings import ReduceConfig
 
 
-def outputs_of(settings: ReduceConfig, record: RunRecord, decisions: Decisions, image_list: str) -> tuple[Output, ...]:
+def outputs_of(
+    settings: ReduceConfig, record: RunRecord, decisions: Decisions, manifest: Manifest
+) -> tuple[Output, ...]:
     """The formats that are asked for, in that order.
 
     Args:
         settings: which, and how.
         record: of the run.
         decisions: resolved for it.
-        image_list: of its manifest.
+        manifest: of it.
     """
     texts = tuple(query.text for query in record.queries)
     prompts = texts if settings.provenance else None
+    numbered = {}
+    if {"yolo", "yolo_segment"} & set(settings.formats):
+        numbered = numbered_paths(table["file_name"] for table in manifest.iter_names())
     made: dict[str, Callable[[], Output]] = {
         "coco": lambda: CocoOutput(prompts, polygons=settings.segmentation == "polygon"),
         "coco_results": CocoResultsOutput,
-        "label_studio": lambda: _label_studio(settings, record, decisions, image_list),
+        "label_studio": lambda: _label_studio(settings, record, decisions, manifest.image_list()),
         "lvis": lambda: LvisOutput.of(decisions, prompts),
         "parquet": lambda: TableOutput(tuple(category.name for category in decisions.categories), texts),
-        "yolo": YoloOutput,
-        "yolo_segment": lambda: YoloOutput(outlines=True),
+        "yolo": lambda: YoloOutput(numbered=numbered, val=settings.yolo_val),
+        "yolo_segment": lambda: YoloOutput(outlines=True, numbered=numbered, val=settings.yolo_val),
     }
     return tuple(made[name]() for name in settings.formats)
 

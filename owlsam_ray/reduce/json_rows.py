@@ -14,13 +14,17 @@ from owlsam_ray.reduce.labels import ShardLabels
 LINE_END = ",\n"
 """Behind each line; the last one of a list loses it."""
 _PLAIN_NAME = r"^[ !#-\[\]-~]*$"
-_NO_JSON = re.compile(r"\b(NaN|-?Infinity)\b")
+_NO_JSON = re.compile(r"\b(NaN|-?Infinity)\b|[0-9][eE]\+?[0-9]{3}")
+"""What may be no finite number, or stand in a text."""
 
 
 def dump_json(value: Any) -> str:
-    """A value in one line."""
+    """A value in one line; null for a number that is not finite."""
     # ASCII with escapes, as COCO's own files: half of a surrogate pair in a name must not stop the last step of a run.
-    return json.dumps(value, allow_nan=False, separators=(", ", ": "))
+    try:
+        return json.dumps(value, allow_nan=False, separators=(", ", ": "))
+    except ValueError:  # Python's json reads 1e999 and NaN; no file of ours may hold what no other reader takes
+        return json.dumps(without_nan(value), allow_nan=False, separators=(", ", ": "))
 
 
 def json_strings(texts: pa.Array) -> pa.Array:
@@ -194,4 +198,4 @@ def _without_nan(text: str | None) -> str | None:
     """The same fields, with null for what is no number."""
     if text is None or not _NO_JSON.search(text):
         return text
-    return dump_json(json.loads("{" + text + "}", parse_constant=lambda _: None))[1:-1]
+    return dump_json(json.loads("{" + text + "}"))[1:-1]

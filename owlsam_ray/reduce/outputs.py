@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import IO, Any, Protocol
 
 from owlsam_ray.reduce.labels import Counts, ShardLabels
 from owlsam_ray.settings import Category
@@ -94,15 +94,3 @@ class Output(Protocol):
 
     def assemble(self, parts: Parts) -> list[str]:
         """Called once, in the process that reduces; returns the names of the files and folders that it made."""
-
-
-@runtime_checkable
-class Checked(Protocol):
-    """A format that cannot hold every run."""
-
-    def check(self, parts: Parts) -> None:
-        """Called once, before any format is assembled.
-
-        Raises:
-            InputError: the run cannot be written in this format.
-        """

@@ -213,7 +213,7 @@ def _some(names: Sequence[str]) -> str:
 def settings_in_use(settings: ReduceConfig, points: OperatingPoints | None) -> dict[str, object]:
     """For `info`: every setting that is not at its default and changes labels, as plain JSON values."""
     apart = {"out", "formats", "max_failed", "executor", "workers", "scratch", "images_per_file", "operating_points",
-             "corrections", "corrections_scope", "corrections_base", "label_studio_url"}  # fmt: skip
+             "corrections", "corrections_scope", "corrections_base", "label_studio_url", "yolo_val"}  # fmt: skip
     told = settings.model_dump(mode="json", exclude=apart, exclude_defaults=True)
     told |= {"score_threshold": settings.score_threshold, "min_mask_area": settings.min_mask_area}
     if points is not None:

@@ -31,7 +31,7 @@ from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, Job, writ
 from owlsam_ray.reduce.json_rows import without_nan
 from owlsam_ray.reduce.labels import Counts
 from owlsam_ray.reduce.operating_points import load_operating_points
-from owlsam_ray.reduce.outputs import Checked, FileSpan, Head
+from owlsam_ray.reduce.outputs import FileSpan, Head
 from owlsam_ray.reduce.proof import ShardRules, check_all_present
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
 from owlsam_ray.reduce_settings import ReduceConfig
@@ -192,9 +192,6 @@ class Reduction:
             (output, Fragments(self.job, output.name, self.out_url, head, self.spans, results))
             for output in self.job.outputs
         ]
-        for output, fragments in parts:
-            if isinstance(output, Checked):
-                output.check(fragments)
         still_mine()
         before = begin_files(self.out_url)
         files: list[str] = []
@@ -240,7 +237,7 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
         outputs=(
             FailuresOutput(),
             *([corrections.output] if corrections is not None else []),
-            *outputs_of(settings, record, decisions, manifest.image_list()),
+            *outputs_of(settings, record, decisions, manifest),
         ),
         scratch=scratch,
         overlay=corrections.overlay if corrections is not None else None,

@@ -1,9 +1,10 @@
 """YOLO: a folder with a text file of boxes or outlines for each image."""
 
-import hashlib
 import io
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 import yaml
 from numpy.typing import NDArray
 
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import shown
 from owlsam_ray.kernels import Piece, join_rows, text_bytes
 from owlsam_ray.reduce.json_rows import column_of, dump_json, literal
 from owlsam_ray.reduce.labels import ShardLabels
@@ -32,11 +33,16 @@ class YoloOutput:
     around it sees the cuts. A detection without a mask, or whose mask has no pixel, gets its box as the outline.
 
     An empty image has an empty file; a failed one none, and it is not in `train.txt`, which expects the pictures, or a
-    link to their folder, at `images` beside it. Names that are no safe paths are written otherwise (see `safe_path`),
-    and listed in `renamed.jsonl`. `data.yaml` names `train.txt` for both `train` and `val`, which its readers ask for.
+    link to their folder, at `images` beside it. Names that are no safe paths, or have no ending that readers know, are
+    written otherwise (see `safe_path`), those that would share a file of labels with an earlier one get a number, and
+    all of these are listed in `renamed.jsonl`. `data.yaml` names `train.txt` for `train`, and for `val` what is asked
+    for.
     """
 
     outlines: bool = False
+    numbered: Mapping[str, str] = field(default_factory=dict)
+    """See `numbered_paths`."""
+    val: str | None = None
 
     @property
     def name(self) -> str:
@@ -62,37 +68,31 @@ class YoloOutput:
         firsts = np.searchsorted(table["image"].to_numpy(), np.arange(labels.images.num_rows + 1))
         ends, text = row_ends[firsts].tolist(), text_bytes(rows)
         files: dict[str, Bytes] = {}
-        paths, keys, renamed = [], [], []
+        num_numbered = 0
+        paths, renamed = [], []
         images = (labels.images[name].to_pylist() for name in ("image_id", "file_name"))
         for row, (image_id, name) in enumerate(zip(*images, strict=True)):
             if not labels.is_labelled[row]:
                 continue
-            path = safe_path(name)
+            num_numbered += name in self.numbered
+            path = self.numbered.get(name) or safe_path(name)
             file = label_path(path)
             files[f"labels/{file}"] = text[ends[row] : ends[row + 1]]
             paths.append(f"./images/{path}\n")
-            keys.append(hashlib.blake2b(file.encode(), digest_size=8).digest())
             if path != name:
                 renamed.append(dump_json({"image_id": image_id, "file_name": name, "path": path}) + "\n")
         return Rendered(
-            {"train": "".join(paths).encode(), "keys": b"".join(keys), "renamed": "".join(renamed).encode()},
+            {"train": "".join(paths).encode(), "renamed": "".join(renamed).encode()},
             files,
-            told | {"renamed": len(renamed)},
+            told | {"renamed": len(renamed), "numbered": num_numbered},
         )
-
-    def check(self, parts: Parts) -> None:
-        """Each image has a file of labels of its own.
-
-        Raises:
-            InputError: two would have the same.
-        """
-        self._check_apart(np.frombuffer(_bytes(parts, "keys"), np.uint64), _bytes(parts, "train"))
 
     def assemble(self, parts: Parts) -> list[str]:
         """The folder."""
         train, renamed = _bytes(parts, "train"), _bytes(parts, "renamed")
         names = {number: category.name for number, category in enumerate(parts.head.categories)}
-        content = {"train": "train.txt", "val": "train.txt", "nc": len(names), "names": names}
+        content: dict[str, Any] = {"train": "train.txt", **({} if self.val is None else {"val": self.val})}
+        content |= {"nc": len(names), "names": names}
         more = {"train.txt": train} | ({"renamed.jsonl": renamed} if renamed else {})
         # Last: who finds it finds the rest.
         more["data.yaml"] = yaml.safe_dump(content, sort_keys=False).encode()
@@ -105,21 +105,13 @@ class YoloOutput:
         ):
             if told.get(key):
                 _log.info("%s: %d %s", self.name, told[key], words)
+        if told.get("numbered"):
+            first, path = next(iter(self.numbered.items()))
+            _log.warning(
+                "%s: %d images would share a file of labels with another one and got a number, see renamed.jsonl (%s "
+                "is now %s)", self.name, told["numbered"], shown(first), shown(path),
+            )  # fmt: skip
         return [self.name]
-
-    def _check_apart(self, keys: NDArray[np.uint64], train: bytes) -> None:
-        order = np.argsort(keys, kind="stable")
-        same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-        if len(same) == 0:
-            return
-        paths = train.decode().splitlines()
-        for place in same:
-            first, second = (paths[order[each]].removeprefix("./images/") for each in (place, place + 1))
-            if label_path(first) == label_path(second):
-                raise InputError(
-                    f"reduce.formats {self.name}: the images {first} and {second} would have one file of labels, "
-                    f"{label_path(first)}: rename one of them, or leave {self.name} out"
-                )
 
 
 def _shares(table: pa.Table) -> NDArray[np.float32]:

@@ -1,10 +1,13 @@
 """Pools, resamples against a loop, reliability against a loop, and rows without NaN."""
 
+import io
 import json
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from owlsam_ray.calibrate import bootstrap
 from owlsam_ray.calibrate.bootstrap import spreads
@@ -14,6 +17,7 @@ from owlsam_ray.calibrate.points import Fitting, operating_points
 from owlsam_ray.calibrate.pooling import ALL, GRID, Basis, bases
 from owlsam_ray.calibrate.reliability import BINS, reliability
 from owlsam_ray.calibrate.samples import Sample, pooled
+from owlsam_ray.calibrate.table import operating_points_table
 from owlsam_ray.errors import ConfigError
 from owlsam_ray.settings import Category
 from tests.calibrate.test_curves import FLOOR, random_sample, sample_of
@@ -248,6 +252,69 @@ def test_what_rests_on_a_pool_is_told() -> None:
         assert row["pool"] is not None
         assert (row["reached"], row["reached_alone"]) == (True, alone)
         assert result["overall"]["num_reached_only_with_pool"] == (not alone)
+
+
+def fitted(own: Sample, rich: Sample, target: Target) -> dict[str, Any]:
+    """The row of one category beside another one that has a lot."""
+    categories = [Category(id=1, name="a"), Category(id=2, name="b")]
+    result = operating_points(
+        [own, rich], categories, [[]] * 2, target, Fitting(resamples=20), num_images=400, floor=FLOOR
+    )
+    row: dict[str, Any] = result["categories"][0]
+    assert result["overall"]["num_reached"] == 1 + row["reached"]
+    return row
+
+
+@pytest.mark.parametrize("target", [Target("precision", 0.7), Target("recall", 0.7), Target()], ids=str)
+def test_what_keeps_nothing_of_its_own_reaches_nothing(target: Target) -> None:
+    """A category without examples gets the threshold of others, and none of their numbers."""
+    rich = sample_of("x" * 300 + "." * 60, 310)
+    row = fitted(EMPTY, rich, target)
+    assert row["pool"] is not None
+    assert (row["num_kept"], row["num_right"]) == (0, 0)
+    assert (row["reached"], row["reached_alone"], row["too_few_examples"]) == (False, False, True)
+    for name in ("precision", "precision_interval", "recall", "recall_interval"):
+        assert row[name] is None
+    low = Sample.of(
+        np.full(3, 0.051, np.float32), np.ones(3, np.bool_), np.arange(3, dtype=np.int32), EMPTY.object_image
+    )
+    row = fitted(low, rich, target)
+    if row["num_kept"] == 0:
+        assert (row["reached"], row["precision"]) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "objects", "target", "too_few"),
+    [
+        ("x" * 19, 19, Target("precision", 0.9), True),
+        ("x" * 19, 19, Target("recall", 0.9), True),
+        ("x" * 6, 6, Target("precision", 0.6), True),
+        ("x" * 45 + "." * 15, 60, Target("precision", 0.95), True),
+        ("x." * 30, 30, Target("precision", 0.7), False),
+        ("." * 30, 30, Target("precision", 0.9), False),
+        ("x" * 3, 30, Target("recall", 0.9), False),
+    ],
+)
+def test_too_few_examples_are_told_from_a_target_that_is_missed(
+    flags: str, objects: int, target: Target, too_few: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    poor = sample_of("." * 24, 24)
+    categories = [Category(id=1, name="few"), Category(id=2, name="poor")]
+    result = operating_points(
+        [sample_of(flags, objects), poor], categories, [[]] * 2, target, Fitting(min_examples=1, resamples=20),
+        num_images=100, floor=FLOOR,
+    )  # fmt: skip
+    row = result["categories"][0]
+    assert (row["reached"], row["too_few_examples"]) == (False, too_few)
+    assert ("have too few examples to show it, and nothing that speaks against it" in caplog.text) == too_few
+    named = {"name": target.name, "value": target.value, "shape": "box", "iou_threshold": 0.5}
+    counts = {"images_used": 1, "objects": 1, "detections": 1, "images_not_in_the_run": 0, "images_not_labelled": 0}
+    table = operating_points_table(
+        result | {"target": named, "counts": counts | {"images_failed": 0}, "score_floor": FLOOR}
+    )
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(table)
+    assert ("not reached: too few examples to show it" in console.export_text()) == too_few
 
 
 def test_fitting_that_cannot_be() -> None:

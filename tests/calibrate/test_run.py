@@ -194,15 +194,17 @@ def test_the_table(small: SmallRun) -> None:
     for words in ("precision of at least 0.7, by box IoU of at least 0.5", "cat", "with all categories", "6 failed"):
         assert words in text
     told = {name: result["overall"][name] for name in ("num_reached", "num_reached_only_with_pool")}
-    assert told == {"num_reached": 3, "num_reached_only_with_pool": 1}
-    assert "only with all categories" in text
-    assert "3 of 3 categories reach the target, 1 of them only with what they borrow. All" in text
-    result["categories"][2] |= {"reached": False}
-    result["overall"] |= {"num_reached": 2, "num_reached_only_with_pool": 0}
-    console.print(operating_points_table(result))
-    text = console.export_text()
+    assert told == {"num_reached": 2, "num_reached_only_with_pool": 0}  # nothing is kept of the owls
+    owl = result["categories"][2]
+    assert (owl["num_kept"], owl["num_right"], owl["reached"], owl["precision"]) == (0, 0, False, None)
     assert "not reached, with all categories" in text
     assert "2 of 3 categories reach the target. All" in text
+    result["categories"][2] |= {"reached": True, "reached_alone": False}
+    result["overall"] |= {"num_reached": 3, "num_reached_only_with_pool": 1}
+    console.print(operating_points_table(result))
+    text = console.export_text()
+    assert "only with all categories" in text
+    assert "3 of 3 categories reach the target, 1 of them only with what they borrow. All" in text
     rows = [result["categories"][0] | {"name": f"[b]{number}", "reached": number % 2 == 0} for number in range(200)]
     console.print(operating_points_table(result | {"categories": rows}))
     assert "60 of 200 categories, those that miss the target" in console.export_text()

@@ -2,13 +2,17 @@
 
 import csv
 import json
+import math
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from owlsam_ray.datasets.cleaned_file import clean_file
 from owlsam_ray.errors import InputError
 from owlsam_ray.reduce.review import review_list
 from owlsam_ray.reduce.run import reduce_run
@@ -154,6 +158,37 @@ def test_the_list_comes_back_as_corrections(small: SmallRun, tmp_path: Path, who
     assert moved in seen
     with pytest.raises(InputError, match="earlier ones would be lost"):
         again(second)
+
+
+def strict(text: str) -> Any:
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in a file"))
+
+
+def test_numbers_beyond_all_floats_of_the_source_become_null(tmp_path: Path) -> None:
+    """In every file that carries the source's own fields along."""
+    made = plan(tmp_path, num_images=8)
+    shutil.rmtree(made.run)
+    tree = made.truth | {"info": {"gain": math.inf, "deep": [{"a": -math.inf}]}, "licenses": [{"id": math.inf}]}
+    tree["images"][0] |= {"gain": [math.inf, -math.inf], "note": "NaN 1e999"}
+    (tmp_path / "data" / "instances.json").write_text(json.dumps(tree).replace("Infinity", "1e999"))
+    label(made)
+    config = made.config("reduce.formats=[coco, lvis, parquet]")
+    reduce_run(config)
+    review_list(config, SampleOptions(), out=str(tmp_path / "review"))
+    for name in ("run/coco/annotations.json", "run/coco/lvis.json", "review/review.json"):
+        written = strict((tmp_path / name).read_text())
+        assert written["info"].pop("owlsam_ray")["fingerprint"]
+        assert written["info"] == {"gain": None, "deep": [{"a": None}]}
+        assert written["licenses"] == [{"id": None}]
+        image = min(written["images"], key=lambda each: each["id"])
+        assert (image["gain"], image["note"]) == ([None, None], "NaN 1e999")
+    info = strict(pq.read_metadata(tmp_path / "run" / "coco" / "annotations.parquet").metadata[b"info"].decode())
+    assert info["gain"] is None
+    out = tmp_path / "cleaned.json"
+    clean_file(str(tmp_path / "data" / "instances.json"), str(out))
+    assert strict(out.read_text())["info"]["gain"] is None
+    for path in (made.run / "coco").glob("*.json"):
+        strict(path.read_text())
 
 
 def test_uncertain_ones_need_a_threshold(small: SmallRun, tmp_path: Path) -> None:

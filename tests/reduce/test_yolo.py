@@ -1,11 +1,13 @@
 """YOLO's folders: lines, files for every image, and names that want to be elsewhere."""
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 from hypothesis import example, given
@@ -13,13 +15,13 @@ from hypothesis import strategies as st
 
 from owlsam_ray.datasets import ImageRecord
 from owlsam_ray.datasets.source import tables_of
-from owlsam_ray.errors import FailureClass, InputError
+from owlsam_ray.errors import FailureClass
 from owlsam_ray.ledger import write_shard
 from owlsam_ray.manifest import Layout, Manifest, write_parts
 from owlsam_ray.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.reduce.coco import CocoOutput
-from owlsam_ray.reduce.safe_paths import label_path, safe_path
+from owlsam_ray.reduce.safe_paths import ENDINGS, label_path, numbered_paths, safe_path
 from owlsam_ray.reduce.yolo import YoloOutput
 from owlsam_ray.reduce_settings import ReduceConfig
 from owlsam_ray.schema import predictions_to_table
@@ -93,10 +95,68 @@ def test_hostile_names_too(name: str) -> None:
         "Größe/ü.jpeg",
         "part-000.tar/0001.jpg",
         "2026-01-01T12:00:00.jpg",
+        "a..b/IMG.JPG",
+        "myimages/x.webp",
     ],
 )
 def test_names_that_are_fine_stay(name: str) -> None:
     assert safe_path(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("images/train/1.jpg", "train/1.jpg"),
+        ("cam/images/1.jpg", "cam/images_/1.jpg"),
+        ("cam/images_/1.jpg", "cam/images__/1.jpg"),
+        ("images/images/1.jpg", "images_/1.jpg"),
+        ("images", "images.jpg"),
+        ("train-0/17", "train-0/17.jpg"),
+        ("photo.v2", "photo.v2.jpg"),
+        ("drawing.gif", "drawing.gif.jpg"),
+        ("x" * 300, None),
+        ("end./1.jpg", "end%2E/1.jpg"),  # readers put the folder in the place of every "./"
+        ("a/../1.jpg", "a/%2E%2E/1.jpg"),
+        (".png", "%2Epng.jpg"),
+    ],
+)
+def test_names_that_readers_do_not_take(name: str, path: str | None) -> None:
+    found = safe_path(name)
+    assert found == (path or found)
+    assert found.rpartition(".")[2].lower() in ENDINGS
+    assert "./" not in found
+    assert "/images/" not in f"/{found}"
+
+
+def plain_paths(names: list[str]) -> dict[str, str]:
+    """Paths of all, as the format finds them."""
+    half = len(names) // 2
+    numbered = numbered_paths(
+        [pa.chunked_array([pa.array(part, pa.string())]) for part in (names[:half], names[half:])]
+    )
+    return {name: numbered.get(name) or safe_path(name) for name in names}
+
+
+def test_images_that_would_share_a_file_get_a_number() -> None:
+    names = ["a/same.jpg", "b/same.jpg", "a/same.png", "a/same-2.jpg", "a/same.webp", "images/x.png", "x.jpg", "", "/"]
+    paths = plain_paths(names)
+    assert paths == {
+        "a/same.jpg": "a/same.jpg", "b/same.jpg": "b/same.jpg", "a/same.png": "a/same-4.png",
+        "a/same-2.jpg": "a/same-2.jpg", "a/same.webp": "a/same-3.webp", "images/x.png": "x.png", "x.jpg": "x-2.jpg",
+        "": "%.jpg", "/": "%-2.jpg",
+    }  # fmt: skip
+    assert plain_paths(["a.jpg", "b.jpg"]) == {"a.jpg": "a.jpg", "b.jpg": "b.jpg"}
+    assert numbered_paths([]) == {}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_two_images_share_a_file(seed: int) -> None:
+    choose = random.Random(seed)
+    parts = ["images", "images_", "a", "b.", "..", ".", "x.txt", ".txt", "1.jpg", "2.png", "3", "é.jpg", "1.JPEG", "\n"]
+    names = sorted({"/".join(choose.choices(parts, k=choose.randint(1, 4))) for _ in range(3000)})
+    paths = plain_paths(names)
+    assert len({label_path(path) for path in paths.values()}) == len(names), f"seed {seed}"
+    assert all(is_safe(path) for path in paths.values())
 
 
 def test_the_label_of_an_image_has_its_name() -> None:
@@ -156,8 +216,8 @@ def test_lines_of_boxes_and_outlines(tmp_path: Path) -> None:
     corners = {(round(x * 20), round(y * 10)) for x, y in zip(outline[1::2], outline[2::2], strict=True)}
     assert corners == {(4, 2), (16, 2), (16, 8), (4, 8), (8, 4), (12, 4), (12, 6), (8, 6)}
     assert told == {
-        "yolo": {"no_area": 2, "renamed": 0},
-        "yolo_segment": {"box_for_mask": 2, "no_area": 2, "renamed": 0},
+        "yolo": {"no_area": 2, "numbered": 0, "renamed": 0},
+        "yolo_segment": {"box_for_mask": 2, "no_area": 2, "numbered": 0, "renamed": 0},
     }
     for name in ("yolo", "yolo_segment"):
         root = tmp_path / "coco" / name
@@ -167,6 +227,7 @@ def test_lines_of_boxes_and_outlines(tmp_path: Path) -> None:
         content = yaml.safe_load((root / "data.yaml").read_text())
         assert content["names"] == dict(enumerate(category.name for category in CATEGORIES))
         assert (content["train"], content["nc"]) == ("train.txt", 3)
+        assert "val" not in content
         assert sorted(path.name for path in root.iterdir()) == ["data.yaml", "labels", "train.txt"]
 
 
@@ -199,31 +260,59 @@ def test_every_annotation_of_a_random_run_has_its_line(tmp_path: Path) -> None:
 
 def test_hostile_names_stay_in_the_folder_and_are_listed(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    names = [name for name in HOSTILE if name != "/"]  # the same path as ""
+    names = HOSTILE
     manifest = run_of(root, names)
-    assert reduced(root, manifest, YoloOutput())["told"]["yolo"]["renamed"] == len(names)
+    output = YoloOutput(numbered=numbered_of(manifest))
+    assert reduced(root, manifest, output)["told"]["yolo"] == {"no_area": 0, "numbered": 1, "renamed": len(names)}
     folder = root / "coco" / "yolo"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     labels = {path.relative_to(folder / "labels").as_posix() for path in (folder / "labels").rglob("*.txt")}
     assert len(labels) == len(names)
     listed = (folder / "train.txt").read_text().splitlines()
     assert {label_path(line.removeprefix("./images/")) for line in listed} == labels
-    for line in listed:  # as Ultralytics's readers find labels
-        before, _, behind = line.rpartition("/images/")
-        assert label_path(f"{before}/labels/{behind}").removeprefix("./labels/") in labels
+    found = [path.relative_to(folder / "labels").as_posix() for path in read_labels(folder)]
+    assert sorted(found) == sorted(labels)
     renamed = [json.loads(line) for line in (folder / "renamed.jsonl").read_text().splitlines()]
     assert [each["file_name"] for each in renamed] == names
     assert [f"./images/{each['path']}" for each in renamed] == listed
 
 
 @pytest.mark.parametrize("shard_size", [1, 3])
-def test_images_that_would_share_a_file_are_refused(tmp_path: Path, shard_size: int) -> None:
-    manifest = run_of(tmp_path, ["x/a.jpg", "b.jpg", "x/a.png"], shard_size=shard_size)
-    reduced(tmp_path, manifest, CocoOutput())
-    before = {path.name: path.read_bytes() for path in (tmp_path / "coco").iterdir()}
-    with pytest.raises(InputError, match=r"x/a\.jpg and x/a\.png would have one file of labels, x/a\.txt"):
-        reduced(tmp_path, manifest, CocoOutput(prompts=("a", "b", "c")), YoloOutput())
-    assert {path.name: path.read_bytes() for path in (tmp_path / "coco").iterdir()} == before
+def test_a_pair_with_one_file_of_labels_is_told_and_all_formats_come_out(
+    tmp_path: Path, shard_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    boxes = [[0, 0, 10, 10], [0, 0, 20, 10], [0, 0, 10, 5]]
+    rows = [prediction(place, [box], [None]) for place, box in enumerate(boxes)]
+    manifest = run_of(tmp_path, ["x/a.jpg", "b.jpg", "x/a.png"], rows, shard_size=shard_size)
+    output = YoloOutput(numbered=numbered_of(manifest), val="mine.txt")
+    told = reduced(tmp_path, manifest, output, CocoOutput())["told"]["yolo"]
+    assert told == {"no_area": 0, "numbered": 1, "renamed": 1}
+    assert "yolo: 1 images would share a file of labels with another one" in caplog.text
+    assert "('x/a.png' is now 'x/a-2.png')" in caplog.text
+    root = tmp_path / "coco" / "yolo"
+    assert (root / "train.txt").read_text() == "./images/x/a.jpg\n./images/b.jpg\n./images/x/a-2.png\n"
+    assert [len(lines(tmp_path, f"yolo/labels/{name}.txt")) for name in ("x/a", "b", "x/a-2")] == [1, 1, 1]
+    assert lines(tmp_path, "yolo/labels/x/a.txt") == [[0, 0.25, 0.5, 0.5, 1]]
+    assert lines(tmp_path, "yolo/labels/x/a-2.txt") == [[0, 0.25, 0.25, 0.5, 0.5]]
+    assert json.loads((root / "renamed.jsonl").read_text()) == {
+        "image_id": 2, "file_name": "x/a.png", "path": "x/a-2.png",
+    }  # fmt: skip
+    assert yaml.safe_load((root / "data.yaml").read_text())["val"] == "mine.txt"
+    assert len(json.loads((tmp_path / "coco" / "annotations.json").read_text())["images"]) == 3
+
+
+def numbered_of(manifest: Manifest) -> dict[str, str]:
+    return numbered_paths(table["file_name"] for table in manifest.iter_names())
+
+
+def read_labels(folder: Path) -> list[Path]:
+    """Files of labels as the readers of the YOLO family look for them, from `train.txt` on."""
+    listed = (folder / "train.txt").read_text(encoding="utf-8").strip().splitlines()
+    images = [line.replace("./", f"{folder}/") if line.startswith("./") else line for line in listed]
+    assert all(image.rpartition(".")[2].lower() in ENDINGS for image in images)
+    paths = [Path("/labels/".join(image.rsplit("/images/", 1)).rsplit(".", 1)[0] + ".txt") for image in images]
+    assert all(path.is_file() for path in paths)
+    return paths
 
 
 def test_a_second_reduce_replaces_the_folder(tmp_path: Path) -> None:
