@@ -300,6 +300,10 @@ def _show_evaluation(evaluation: dict[str, Any], options: argparse.Namespace, co
     return (
         {key: evaluation[key] for key in ("ground_truth", "predictions", "box", "mask")}
         | {key: overall[key] for key in ("miou", "dice", "precision", "recall", "num_objects")}
+        | {
+            key: evaluation["counts"][key]
+            for key in ("images", "images_not_labelled", "images_failed", "images_not_in_the_ground_truth")
+        }
         | {key: value for key, value in speed.items() if key.endswith(("_per_image", "images_per_s"))}
     )
 

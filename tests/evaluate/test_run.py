@@ -239,6 +239,8 @@ def test_images_that_the_run_does_not_have_are_left_out(run_file: Path, capsys: 
     truth.write_text(json.dumps(tree))
     code, summary, log = call(capsys, str(run_file), "--set", f"evaluate.ground_truth={truth}")
     assert (code, summary["recall"]) == (0, 1.0)
+    assert (summary["images"], summary["images_not_labelled"]) == (NUM_IMAGES, 1)
+    assert (summary["images_failed"], summary["images_not_in_the_ground_truth"]) == (0, 0)
     assert "1 of the ground truth's 5 images are not labelled: scored without them" in log
     assert "1 more images of the ground truth are not labelled: not scored" in log
 
