@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from owlsam_ray.config import RunConfig
@@ -24,6 +25,8 @@ from owlsam_ray.demo.drawing import Split
 from owlsam_ray.demo.models import model_settings
 from owlsam_ray.masks import decode_rle
 from owlsam_ray.reduce.run import reduce_run
+from owlsam_ray.reduce.yolo import YoloOutput
+from tests.reduce.test_yolo import numbered_of, reduced, run_of
 from tests.runs import ROOT, label_here
 
 PYTHON = ROOT / ".venv-readers" / "bin" / "python"
@@ -209,6 +212,24 @@ def test_supervision_reads_outlines(labels: Labels) -> None:
     assert len(ious) > 10
     assert sum(cuts) < 0.05 * sum(areas)
     assert np.mean(ious) > 0.8
+
+
+def test_yolo_takes_names_without_an_ending_twins_and_folders_called_images(tmp_path: Path) -> None:
+    """Pictures at the paths of `train.txt`, as users are told to put them."""
+    paths = {
+        "rows-0/1": "rows-0/1.jpg", "a/same.jpg": "a/same.jpg", "a/same.png": "a/same-2.png",
+        "images/x.png": "x.png", "cam/images/y.jpg": "cam/images_/y.jpg", "end./z.png": "end%2E/z.png",
+    }  # fmt: skip
+    manifest = run_of(tmp_path, list(paths))
+    reduced(tmp_path, manifest, YoloOutput(numbered=numbered_of(manifest)))
+    folder = tmp_path / "coco" / "yolo"
+    assert (folder / "train.txt").read_text().splitlines() == [f"./images/{path}" for path in paths.values()]
+    for path in paths.values():
+        place = folder / "images" / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 10)).save(place, "PNG")
+    seen = read("yolo", folder, folder / "images")
+    assert {path: len(each["classes"]) for path, each in seen["images"].items()} == dict.fromkeys(paths.values(), 1)
 
 
 def grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
