@@ -167,7 +167,7 @@ def check_config(config: RunConfig, record: RunRecord, *, data_too: bool = True)
     Raises:
         GuardError: with one line per field.
     """
-    ours, theirs = config.frozen_fields(), record.stored_config().frozen_fields()
+    ours, theirs = with_planned_suffixes(config, record).frozen_fields(), record.stored_config().frozen_fields()
     if not data_too:
         theirs["data"] = ours["data"]
     lines = differing_fields(ours, theirs)
@@ -184,6 +184,14 @@ def check_config(config: RunConfig, record: RunRecord, *, data_too: bool = True)
                 ]
             )
         )
+
+
+def with_planned_suffixes(config: RunConfig, record: RunRecord) -> RunConfig:
+    """A config with the run's own `data.suffixes` where the caller gives none: the default may have grown since."""
+    if "suffixes" in config.data.model_fields_set:
+        return config
+    data = config.data.model_copy(update={"suffixes": record.stored_config().data.suffixes})
+    return config.model_copy(update={"data": data})
 
 
 def check_same_vocabulary(vocabulary: Vocabulary, record: RunRecord, run_url: str) -> None:

@@ -3,6 +3,7 @@
 Neighbours are read together, each file by itself, and what cannot be read becomes a reason for the images it concerns.
 """
 
+import errno
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,7 +76,9 @@ def image_error(error: OSError | InputError) -> ImageError:
         raise error
     if isinstance(error, InputError):
         return ImageError(f"bad_uri: {masked(str(error))}")
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
+    # Links in a loop, and names that no file can have, lead nowhere as well: the same again tomorrow.
+    nowhere = error.errno in (errno.ELOOP, errno.ENAMETOOLONG)
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or nowhere:
         return ImageError("missing")
     if isinstance(error, IsADirectoryError):
         return ImageError("not_a_file")

@@ -30,6 +30,7 @@ from owlsam_ray.guard import (
     load_run_manifest,
     run_directory,
     save_record,
+    with_planned_suffixes,
 )
 from owlsam_ray.manifest import Layout, Manifest, shard_size, write_parts
 from owlsam_ray.selection import Show, already_planned, named, select_images, selection_of, silent
@@ -92,6 +93,7 @@ def plan_run(
             )
         return _freeze(config, show=show, still_mine=still_mine)
     check_config(config, record, data_too=not extend)
+    config = with_planned_suffixes(config, record)
     manifest = load_run_manifest(run_url, record)
     if extend:
         return _freeze(config, show=show, still_mine=still_mine, before=Plan(record, manifest, 0))

@@ -118,8 +118,12 @@ class DataConfig(Section):
     """The tables or tar files: paths or fsspec URLs, with `*`, `?`, `[0-9]`, `**` and `{000..127}`."""
     columns: ColumnsConfig = ColumnsConfig()
     """Of `table`."""
-    suffixes: tuple[Name, ...] = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-    """Endings, in any case, of the files that `folder` takes, and of the members that `webdataset` takes."""
+    suffixes: tuple[Name, ...] = (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".jp2", ".bmp", ".tif", ".tiff", ".gif"),
+        *(".ppm", ".pgm", ".pbm", ".pnm"),
+    )
+    """Endings, in any case, of the files that `folder` takes, and of the members that `webdataset` takes. A run that is
+    planned keeps those it was planned with, unless others are given."""
 
     @model_validator(mode="after")
     def _fields_belong_to_the_source(self) -> Self:

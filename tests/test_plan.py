@@ -408,3 +408,24 @@ def test_verify(tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str, rea
     plan = plan_run(lenient)
     assert plan.new == 10, "they are planned all the same: one image, one row"
     assert "They are planned, and become failed rows" in caplog.text
+
+
+def test_a_planned_run_keeps_its_own_endings(tmp_path: Path) -> None:
+    """The default was shorter when this run was planned; what stands in the run file counts as ever."""
+    for name in ("a.jpg", "b.jfif"):
+        (tmp_path / "i").mkdir(exist_ok=True)
+        (tmp_path / "i" / name).touch()
+    source = {"source": "folder", "images": str(tmp_path / "i")}
+    run = tmp_path / "run"
+    assert names(plan_run(make_config(source | {"suffixes": [".jpg"]}, run))) == ["a.jpg"]
+    config = make_config(source, run)
+    assert plan_run(config).new == 0
+    assert plan_run(config, extend=True).new == 0
+    record = load_record(str(run))
+    assert record is not None
+    assert record.stored_config().data.suffixes == (".jpg",)
+    with pytest.raises(GuardError, match=r"data\.suffixes"):
+        plan_run(make_config(source | {"suffixes": [".jfif"]}, run))
+    wider = make_config(source | {"suffixes": [".jpg", ".jfif"]}, run)
+    assert names(plan_run(wider, extend=True)) == ["a.jpg", "b.jfif"]
+    assert names(plan_run(make_config(source, tmp_path / "new"))) == ["a.jpg", "b.jfif"]

@@ -2,13 +2,14 @@
 
 import inspect
 import itertools
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -19,6 +20,8 @@ from owlsam_ray import storage
 from owlsam_ray.child_imports import without_working_directory
 from owlsam_ray.errors import IncompleteError, InputError
 
+_log = logging.getLogger(__name__)
+_ENDINGS_TOLD = 10
 _GLOB = re.compile(r"[*?\[]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -93,6 +96,28 @@ def relative_names(urls: Sequence[str]) -> list[str]:
         list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))) if folders else []
     )
     return ["/".join(path.split("/")[common:]) for path in paths]
+
+
+def ending_of(name: str) -> str:
+    """The ending of a file's name in lower case, as `.txt`; `none` without one."""
+    return os.path.splitext(name)[1].lower() or "none"
+
+
+def tell_left_out(where: str, endings: Mapping[str, int]) -> None:
+    """Log in one line how many files were left out for their endings; nothing when none was.
+
+    Args:
+        where: the folder, or the files, that were listed.
+        endings: numbers by ending.
+    """
+    if not endings:
+        return
+    ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    listed = ", ".join(f"{number} {ending[:20]}" for ending, number in ordered[:_ENDINGS_TOLD])
+    rest = sum(number for _, number in ordered[_ENDINGS_TOLD:])
+    more = f", {rest} with {len(ordered) - _ENDINGS_TOLD} other endings" if rest else ""
+    total = sum(endings.values())
+    _log.warning("%s: %d files are left out by their endings (data.suffixes): %s%s", where, total, listed, more)
 
 
 def check_schemes(urls: Iterable[str]) -> None:

@@ -1,8 +1,10 @@
 """Every image file under a folder → listing."""
 
 import logging
+from collections import Counter
 
 from owlsam_ray import storage
+from owlsam_ray.datasets.files import ending_of, tell_left_out
 from owlsam_ray.datasets.source import (
     DEFAULTS,
     ImageRecord,
@@ -36,19 +38,20 @@ def list_folder(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listi
         raise InputError(f"data.images {root} is not a folder; for a single file, name the folder that holds it")
     suffixes = tuple(suffix.lower() for suffix in config.suffixes)
     found: list[tuple[str, int | None]] = []
-    others = 0
+    others: Counter[str] = Counter()
     for name, num_bytes in storage.walk_files(root):
         if name.lower().endswith(suffixes):
             found.append((name, num_bytes))
             if len(found) % _TOLD_EVERY == 0:
                 _log.info("found %s image files so far", f"{len(found):,}")
         else:
-            others += 1
+            others[ending_of(name)] += 1
     if not found:
         raise InputError(
-            f"data.images {root} holds no image file: {others} files, none ending in {', '.join(suffixes)} "
+            f"data.images {root} holds no image file: {others.total()} files, none ending in {', '.join(suffixes)} "
             "(data.suffixes)"
         )
+    tell_left_out(f"data.images {root}", others)
     found.sort()
     offences = [f"{name!r}: {reason}" for name, _ in found if (reason := file_name_error(name)) is not None]
     raise_offences(root, offences, "Rename these files.")

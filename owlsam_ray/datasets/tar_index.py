@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from owlsam_ray import storage
+from owlsam_ray.datasets.files import ending_of
 from owlsam_ray.datasets.source import BATCH_ROWS, Container, file_name_error, listing_table
 
 _MAX_HEADER = 2**20
@@ -48,6 +49,8 @@ class TarIndex:
     """Whole members of any kind."""
     others: int = 0
     """Members that are no image by their ending, or hidden."""
+    endings: Counter[str] = field(default_factory=Counter)
+    """Members that are no image by their ending, by that."""
     odd: Counter[str] = field(default_factory=Counter)
     """Members without bytes of their own, by kind (link, device, sparse file)."""
     unmarked: bool = False
@@ -233,6 +236,8 @@ def _image_name(member: tarfile.TarInfo, index: TarIndex) -> str | None:
     hidden = any(part[:1] == "." and part not in (".", "..") for part in name.split("/"))
     if hidden or not name.lower().endswith(index.file.suffixes):
         index.others += 1
+        if not hidden:
+            index.endings[ending_of(name)] += 1
         return None
     return name
 

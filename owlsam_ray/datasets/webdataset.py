@@ -1,11 +1,12 @@
 """Image members of plain tar files → listing. Where they lie is found once; no member is ever extracted."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from owlsam_ray.datasets.files import check_schemes, expand_files, in_order, relative_names
+from owlsam_ray.datasets.files import check_schemes, expand_files, in_order, relative_names, tell_left_out
 from owlsam_ray.datasets.source import DEFAULTS, Listing, ListingOptions, file_name_error, raise_offences
 from owlsam_ray.datasets.tar_index import TarFile, TarIndex, compressed, index_tar
 from owlsam_ray.errors import InputError
@@ -60,6 +61,7 @@ def _tables(files: Sequence[TarFile], options: ListingOptions) -> Iterator[pa.Ta
     refused: list[str] = []
     damaged: list[str] = []
     images = others = 0
+    endings: Counter[str] = Counter()
     for index in in_order(index_tar, files, options.workers, apart=not any(_in_memory(each) for each in files)):
         url = index.file.url
         if index.refusal is not None:
@@ -71,6 +73,8 @@ def _tables(files: Sequence[TarFile], options: ListingOptions) -> Iterator[pa.Ta
         yield from index.tables
         images += index.images
         others += index.others
+        endings += index.endings
+    tell_left_out("data.files", endings)
     way_out = "Mend these files."
     if damaged and not options.keep_whole:
         way_out = (

@@ -24,11 +24,12 @@ from PIL import Image, UnidentifiedImageError, features
 
 from owlsam_ray.errors import ImageError
 from owlsam_ray.settings import Grey16
+from owlsam_ray.stages.file_kinds import other_kind
 from owlsam_ray.stages.png_chunks import without_long_texts
 from owlsam_ray.stages.tiff_tags import split_orientation
-from owlsam_ray.stages.unidentified import why_unidentified
+from owlsam_ray.stages.unidentified import NO_IMAGE, why_unidentified
 
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Raster formats only: nothing that runs an interpreter, as EPS does. Multi-picture JPEGs come under JPEG."""
 
 # Our own limit is checked from the header before any pixel is read; Pillow's would only warn.
@@ -135,7 +136,8 @@ def decode_image(
             _check_cost(image, data, max_pixels)
             return _read(image, stated_hw, tiff_orientation, grey16)
     except UnidentifiedImageError:
-        raise ImageError(why_unidentified(data)) from None
+        why, kind = why_unidentified(data), other_kind(data)
+        raise ImageError(f"{why}: {kind}" if why == NO_IMAGE and kind else why) from None
     except _DECODER_ERRORS as error:
         raise ImageError(_reason(error)) from None
 

@@ -9,7 +9,7 @@ from PIL import GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from owlsam_ray.stages import png_chunks, tiff_tags
 
-_TRUNCATED, _NO_IMAGE = "truncated", "not_an_image"
+_TRUNCATED, NO_IMAGE = "truncated", "not_an_image"
 _RIFF_KINDS = {b"WAVE": "WAV", b"AVI ": "AVI", b"ACON": "ANI", b"RMID": "MIDI", b"CDR ": "CorelDRAW"}
 _PHOTOMETRIC = {0: "WhiteIsZero", 1: "BlackIsZero", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab"}
 _SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "float", 5: "complex", 6: "complex float"}
@@ -34,7 +34,7 @@ def why_unidentified(data: bytes) -> str:
     for heads, why in _WHY:
         if any(data.startswith(head) or (len(data) >= _SHORTEST and head.startswith(data)) for head in heads):
             return why(data)
-    return _NO_IMAGE
+    return NO_IMAGE
 
 
 def _png(data: bytes) -> str:
@@ -88,7 +88,7 @@ def _riff(data: bytes) -> str:
     if len(form) < 4:
         return _TRUNCATED
     if form != b"WEBP":
-        return f"{_NO_IMAGE}: {_RIFF_KINDS[form]}" if form in _RIFF_KINDS else _NO_IMAGE
+        return f"{NO_IMAGE}: {_RIFF_KINDS[form]}" if form in _RIFF_KINDS else NO_IMAGE
     cut = 8 + int.from_bytes(data[4:8], "little") > len(data)
     return _TRUNCATED if cut else _damaged(WebPImagePlugin.WebPImageFile, data)
 

@@ -155,16 +155,31 @@ def walk_disk(root: str) -> Iterator[tuple[str, int | None]]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                is_folder, size = _look_at(entry)
+                if is_folder:
                     (links if entry.is_symlink() else waiting).append(f"{below}{entry.name}/")
-                    continue
-                try:
-                    size = entry.stat().st_size
-                except FileNotFoundError:  # a link to nothing
-                    size = None
-                yield below + entry.name, size
+                else:
+                    yield below + entry.name, size
     if links:
         _log.warning("%d linked folders below %s are not entered, the first: %s", len(links), root, links[0])
+
+
+def _look_at(entry: "os.DirEntry[str]") -> tuple[bool, int | None]:
+    """Whether an entry is a directory, or leads to one, and its size; None of a link that leads nowhere.
+
+    Raises:
+        OSError: it cannot be asked for, and is no link. A link fails by its target: one that is gone, one below a file,
+            in a loop, with a name that is too long, or in a place that may not be read. It is listed all the same, and
+            reading it tells.
+    """
+    try:
+        return entry.is_dir(), entry.stat().st_size
+    except FileNotFoundError:
+        return False, None
+    except OSError:
+        if not entry.is_symlink():
+            raise
+        return False, None
 
 
 def walk_other(filesystem: Any, root: str) -> Iterator[tuple[str, int | None]]:

@@ -10,7 +10,8 @@ import pytest
 
 from owlsam_ray.datasets import list_images
 from owlsam_ray.datasets.source import below
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import FailureClass, ImageError, InputError
+from owlsam_ray.fetch import fetch_rows
 from owlsam_ray.settings import DataConfig
 
 
@@ -95,3 +96,32 @@ def test_names_below_http_are_quoted() -> None:
     assert below("https://h/i/", names).to_pylist() == expected
     assert below("s3://h/i", names).to_pylist()[1] == "s3://h/i/x#1.jpg"
     assert below("https://h/i", pa.array(["a%20b.jpg"]), are_uris=True).to_pylist() == ["https://h/i/a%20b.jpg"]
+
+
+def test_what_is_left_out_is_told_by_ending(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "1.jpg", "2.HEIC", "x/3.heic", "4.txt", "5", "6.JFIF", "7.pgm", "8.avif")
+    assert names_of(tmp_path) == ["1.jpg", "6.JFIF", "7.pgm", "8.avif"]
+    assert (
+        f"data.images {tmp_path}: 4 files are left out by their endings (data.suffixes): 2 .heic, 1 .txt, 1 none"
+        in (caplog.text)
+    )
+    caplog.clear()
+    touch(tmp_path / "only", "1.jpg")
+    assert names_of(tmp_path / "only") == ["1.jpg"]
+    assert "left out" not in caplog.text
+
+
+def test_links_that_lead_nowhere_are_listed(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    targets = {"self": "self.jpg", "file": "a.jpg/x.jpg", "gone": "gone/x", "long": "n" * 300, "two": "three.jpg"}
+    targets["three"] = "two.jpg"
+    for name, target in targets.items():
+        (tmp_path / f"{name}.jpg").symlink_to(target)
+    rows = listing(tmp_path)
+    assert [(row["file_name"], row["num_bytes"]) for row in rows] == [
+        ("a.jpg", 5), *((f"{name}.jpg", None) for name in sorted(targets)),
+    ]  # fmt: skip
+    fetched = fetch_rows(rows, threads=2, max_bytes=10)
+    assert fetched[0] == b"12345"
+    failures = [(str(error), error.failure_class) for error in fetched if isinstance(error, ImageError)]
+    assert failures == [("missing", FailureClass.PERMANENT)] * 6
