@@ -329,9 +329,9 @@ def test_decoders_are_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     ("data", "expected"),
     [
         (b"", "empty_file"),
-        (b"<html>404 not found</html>", "not_an_image"),
+        (b"<html>404 not found</html>", "not_an_image: an HTML page"),
         (b"\0" * 1000, "not_an_image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "not_an_image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "not_an_image: a PostScript document"),
         (b"\xff\xd8\xff", "truncated"),
         (b"\x89PNG\r\n", "truncated"),
     ],
