@@ -119,6 +119,9 @@ def stop_ray() -> None:
 def _start_here(resources: RaySettings, options: dict[str, Any]) -> None:
     global _session
     roots = temporary_roots()
+    if os.environ.get("RAY_TMPDIR"):
+        with contextlib.suppress(OSError):  # which is told with the other places
+            roots[0].mkdir(parents=True, exist_ok=True)  # as Ray does
     for path in remove_abandoned(roots):
         _log.debug("removed %s, which a killed process of yours left", path)
     inside = len(_LONGEST_SOCKET.format(pid=os.getpid()))
@@ -130,7 +133,7 @@ def _start_here(resources: RaySettings, options: dict[str, Any]) -> None:
         options |= {"num_cpus": resources.num_cpus, "include_dashboard": False, "job_config": _OwnImports()}
         options["_temp_dir"] = str(folder.path / _RAY)
         if spill is not None:
-            options["_object_spilling_directory"] = str(spill.path)
+            options["object_spilling_directory"] = str(spill.path)
         if resources.object_store_mb is not None:
             options["object_store_memory"] = resources.object_store_mb * 2**20
         with _on_loopback(), _told_rightly():

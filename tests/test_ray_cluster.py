@@ -1,10 +1,14 @@
 """A Ray that is started here lets nobody in, imports nothing from the working directory, and is told rightly."""
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +25,7 @@ from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.private_folder import PREFIX
 from owlsam_ray.ray_cluster import start_ray, stop_ray
 from owlsam_ray.reduce.executors import map_in_order
+from tests.finetune.drawn import SEGMENTER, draw_sets, write_job
 from tests.ray_processes import LOOPBACK, command_lines, family, listening
 from tests.runs import ROOT, TinyRun, environment
 
@@ -45,6 +50,7 @@ class Started:
     folder: Path
     token: str
     home: Path
+    scratch: Path
     ports: dict[int, str]
     pids: set[int]
 
@@ -53,10 +59,13 @@ class Started:
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     """One start for all tests that look at it, from a user's folder, in a home of its own; then all as it was."""
     home = tmp_path_factory.mktemp("home")
+    scratch = tmp_path_factory.mktemp("longer-than-the-path-of-a-socket-may-be-as-some-schedulers-set-it-for-a-job")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
         patch.setenv("RAY_AUTH_TOKEN", "what the user has for another cluster")
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.delenv("RAY_TMPDIR", raising=False)
+        patch.setenv("TMPDIR", str(scratch))
         patch.chdir(write_modules_of_users(tmp_path_factory.mktemp("work")))
         before, had = dict(os.environ), set(listening(family(os.getpid())))
         assert start_ray(SMALL, level="error")
@@ -66,12 +75,13 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
             assert session is not None
             pids = family(os.getpid())
             ports = {port: address for port, address in listening(pids).items() if port not in had}
-            yield Started(session.folder.path, os.environ["RAY_AUTH_TOKEN"], home, ports, pids)
+            yield Started(session.folder.path, os.environ["RAY_AUTH_TOKEN"], home, scratch, ports, pids)
         finally:
             stop_ray()
         for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "PYTHONSAFEPATH", "PYTHONPATH", "GLOO_SOCKET_IFNAME"):
             assert os.environ.get(name) == before.get(name)
         assert not session.folder.path.exists()
+        assert list(scratch.iterdir()) == []
 
 
 def test_another_user_is_refused_at_every_port(started: Started) -> None:
@@ -130,6 +140,16 @@ def test_its_folder_is_of_this_user_alone(started: Started) -> None:
     assert started.folder.name.startswith(PREFIX)
 
 
+def test_blocks_spill_where_the_user_wants_them_and_nobody_else_can_look(started: Started) -> None:
+    """The sockets cannot lie there: the path is too long for them."""
+    [spill] = started.scratch.iterdir()
+    assert stat.S_IMODE(spill.lstat().st_mode) == 0o700
+    assert started.scratch not in started.folder.parents
+    raylet = [line for line in command_lines(started.pids) if b"--fallback_directory=" in line]
+    assert raylet
+    assert all(f"--fallback_directory={spill}".encode() in line for line in raylet)
+
+
 def test_workers_import_nothing_from_the_working_directory(started: Started) -> None:
     def look() -> tuple[list[str], list[str]]:
         from importlib.util import find_spec
@@ -140,10 +160,10 @@ def test_workers_import_nothing_from_the_working_directory(started: Started) -> 
     path, found = ray.get(ray.remote(look).remote())
     assert not [entry for entry in path if Path(entry or ".").resolve() == Path.cwd()]
     library, installed = Path(os.__file__).parent, Path(ray.__file__).parents[1]
-    assert [Path(file).parent for file in found] == [
-        *(library, library),
-        *(installed / "numpy", installed / "timm"),
-        Path(ray_cluster.__file__).parent,
+    assert [Path(file).resolve().parent for file in found] == [
+        *(library.resolve(), library.resolve()),
+        *(installed.resolve() / "numpy", installed.resolve() / "timm"),
+        Path(ray_cluster.__file__).resolve().parent,
     ]
 
 
@@ -206,9 +226,67 @@ def test_whole_commands_in_a_folder_with_a_users_modules(tiny: TinyRun, tmp_path
 
 
 @pytest.mark.slow
+def test_a_training_of_two_workers_listens_on_loopback_alone(tmp_path: Path) -> None:
+    work = write_modules_of_users(tmp_path / "work")
+    job = write_job(
+        tmp_path, draw_sets(tmp_path / "drawn", train=12), model=SEGMENTER, optimizer={"steps": 4, "batch_size": 4},
+        checkpoint={"every": 4, "validate_every": 4},
+        resources={"workers": 2, "num_cpus": 2, "torch_threads": 1, "loader_threads": 1},
+    )  # fmt: skip
+    command = [sys.executable, "-m", "owlsam_ray", "finetune", str(job), "--out", str(tmp_path / "out")]
+    code, seen, summary, log = watch(command, work)
+    assert code == 0, log[-3000:]
+    assert summary["steps"] == 4
+    assert len(seen) > 6
+    assert {port: address for port, address in seen.items() if address not in LOOPBACK} == {}
+
+
+@contextlib.contextmanager
+def cluster_of_others(mode: str, token: str) -> Iterator[str]:
+    """`ray start --head` as the user of a cluster would do it; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--num-cpus=2", f"--object-store-memory={100 * 2**20}", "--include-dashboard=false", "--block"]
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
+        head = subprocess.Popen(
+            [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={port}", *options],
+            env=environment() | {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": token, "RAY_TMPDIR": folder},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        pids = set()
+        try:
+            deadline = time.monotonic() + 120
+            while not (pids := family(head.pid)) or len(listening(pids)) < 5:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+            yield f"127.0.0.1:{port}"
+        finally:
+            for pid in pids | family(head.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            head.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_a_cluster_is_joined_in_its_mode(tiny: TinyRun, tmp_path: Path, mode: str) -> None:
+    work, token = write_modules_of_users(tmp_path / "work"), "f" * 64
+    with cluster_of_others(mode, token) as address:
+        sets = [f"--set=resources.ray_address={address}", f"--set=resources.auth_mode={mode}"]
+        command = tiny.command("annotate", tmp_path / "run")
+        code, _, summary, log = watch([*command, *sets], work, RAY_AUTH_TOKEN=token)
+        assert (code, summary.get("done")) == (0, tiny.num_images), log[-3000:]
+        if mode == "token":
+            code, _, summary, _ = watch([*command, *sets, "--run", str(tmp_path / "2")], work, RAY_AUTH_TOKEN="0" * 64)
+            assert code == 5
+            assert "RAY_AUTH_MODE=token, as resources.auth_mode says, and the same token" in summary["error"]
+
+
+@pytest.mark.slow
 def test_what_a_killed_run_left_goes_with_the_next(tiny: TinyRun, tmp_path: Path) -> None:
-    root = tmp_path.parent / "t"  # short enough for sockets, or not: both must be cleared
-    root.mkdir(exist_ok=True)
     process = tiny.start("annotate", tmp_path / "run")
     deadline = time.monotonic() + 120
     mine: list[Path] = []

@@ -93,7 +93,7 @@ def test_a_long_temporary_folder_is_no_trouble(
         start_ray(SMALL, level="info")
     socket_path = f"{parts.options['_temp_dir']}/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
     assert len(socket_path) <= 107
-    assert Path(parts.options["_object_spilling_directory"]).parent == long
+    assert Path(parts.options["object_spilling_directory"]).parent == long
     assert list(long.iterdir()) == []
 
 
