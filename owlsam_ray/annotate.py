@@ -15,8 +15,9 @@ import ray
 
 from owlsam_ray import crumbs, pipeline, storage
 from owlsam_ray.config import RunConfig
+from owlsam_ray.ending import before_end
 from owlsam_ray.errors import InterruptedRunError, OwlsamError, PreflightError
-from owlsam_ray.fence import LABEL, Attempt, Slice, claim, claim_setup
+from owlsam_ray.fence import ATTEMPTS, LABEL, Attempt, Slice, claim, claim_setup
 from owlsam_ray.guard import (
     QUERY_FILE,
     RunRecord,
@@ -29,11 +30,13 @@ from owlsam_ray.guard import (
     run_directory,
 )
 from owlsam_ray.ledger import PREDICTIONS
+from owlsam_ray.lost_ray import SUFFIX, LossCount
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.plan import plan_run
 from owlsam_ray.progress import PROGRESS_FILE, ProgressWatcher
 from owlsam_ray.ray_cluster import cluster_totals, start_ray, stop_ray
+from owlsam_ray.ray_watch import watch_ray
 from owlsam_ray.redo import Retry
 from owlsam_ray.resources import allocate, check_nodes, check_object_store
 from owlsam_ray.stopping import GraceOverError, as_interrupts, stop_on_signals
@@ -42,6 +45,10 @@ from owlsam_ray.waves import Labeller, StoppedError
 
 _log = logging.getLogger(__name__)
 _WHOLE = Slice()
+_ADVICE = (
+    "Most often memory is short: give the job more, or lower resources.actors, resources.shards_in_flight or "
+    "resources.object_store_mb. Finished shards are kept."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +99,17 @@ def annotate_run(
         if url is not None and url.startswith("memory:"):
             raise PreflightError(f"{url} lives in one process, and Ray's actors are others: use a disk or object store")
     check_writable(run_url)
-    with claim(
-        run_url,
-        scope=LABEL,
-        part=options.part,
-        heartbeat_s=config.resources.heartbeat_s,
-        takeover_s=config.resources.takeover_s,
-        takeover=options.takeover,
-    ) as attempt:
+    with (
+        claim(
+            run_url,
+            scope=LABEL,
+            part=options.part,
+            heartbeat_s=config.resources.heartbeat_s,
+            takeover_s=config.resources.takeover_s,
+            takeover=options.takeover,
+        ) as attempt,
+        before_end(attempt.sign_off),
+    ):
         return _annotate(config, options, attempt, _set_up(config, run_url), show)
 
 
@@ -150,9 +160,14 @@ def _annotate(
     elif listed:
         _log.info("resuming: %d of %d shards are done", len(listed), len(mine))
     start = time.monotonic()
+    losses = LossCount(
+        storage.join(run_url, ATTEMPTS, f"slice-{options.part.index}-of-{options.part.count}{SUFFIX}"),
+        progress=lambda: len(tally.refresh_listing()),
+        state=lambda: _shards_done(tally),
+    )
     try:
         with (
-            _ray(config),
+            _ray(config, losses),
             stop_on_signals(attempt.stop_url, config.resources.grace_s) as asked,
         ):
             job = _prepare(config, run, attempt)
@@ -273,13 +288,18 @@ def _prepare(config: RunConfig, run: _Prepared, attempt: Attempt) -> pipeline.Jo
 
 
 def _interrupted(tally: Tally, why: str) -> InterruptedRunError:
-    return InterruptedRunError(
-        f"interrupted ({why}): {len(tally.done)} of {tally.num_shards} shards are done; call the same command again"
-    )
+    return InterruptedRunError(f"interrupted ({why}): {_shards_done(tally)}; call the same command again")
+
+
+def _shards_done(tally: Tally) -> str:
+    """By a fresh listing: the last one may be older than the last shard."""
+    with contextlib.suppress(OSError, OwlsamError):
+        tally.refresh_listing()
+    return f"{len(tally.done)} of {tally.num_shards} shards are done"
 
 
 @contextlib.contextmanager
-def _ray(config: RunConfig) -> Iterator[None]:
+def _ray(config: RunConfig, losses: LossCount) -> Iterator[None]:
     """Ray for the time of an attempt; one that this process already had is left running."""
     try:
         ours = start_ray(config.resources, level=config.logging.level)
@@ -288,7 +308,9 @@ def _ray(config: RunConfig) -> Iterator[None]:
         raise InterruptedRunError("interrupted while Ray was starting; call the same command again") from None
     as_interrupts()
     try:
-        yield
+        with watch_ray(lambda cause: losses.count(cause, advice=_ADVICE)):
+            yield
     finally:
+        losses.clear()  # no loss: that does not come back here
         if ours:
             stop_ray()

@@ -4,8 +4,10 @@ import argparse
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +23,7 @@ from owlsam_ray.config import (
     load_tree,
     validate_tree,
 )
+from owlsam_ray.ending import before_end
 from owlsam_ray.errors import (
     ConfigError,
     ExitCode,
@@ -30,6 +33,7 @@ from owlsam_ray.errors import (
     OwlsamError,
 )
 from owlsam_ray.logs import SafeFormatter, stderr_handler
+from owlsam_ray.standard_streams import Answers, own_stdout
 from owlsam_ray.stopping import as_interrupts
 from owlsam_ray.storage.secrets import masked_tree
 
@@ -41,13 +45,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; default: the process's.
     """
     options = make_parser().parse_args(arguments)
-    console = Console(stderr=True)
-    _start_log(console, "info")
-    as_interrupts()  # until `annotate` has handlers of its own
-    start = time.monotonic()
-    summary: dict[str, Any] = {"command": options.command}
+    with own_stdout() as answers:
+        console = Console(stderr=True)
+        _start_log(console, "info")
+        as_interrupts()  # until `annotate` has handlers of its own
+        call = _Call(options, console, answers)
+        with before_end(call.end_early):
+            return call.end(call.run())
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of a command: its work, and the line of JSON that it ends with."""
+
+    options: argparse.Namespace
+    console: Console
+    answers: Answers
+    start: float = field(default_factory=time.monotonic)
+    summary: dict[str, Any] = field(default_factory=dict)
+    ended: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self) -> ExitCode:
+        """Do the work; returns the exit code."""
+        self.summary["command"] = self.options.command
+        return _run(self.options, self.console, self.answers, self.summary)
+
+    def end(self, code: int) -> int:
+        """Write the line of JSON, unless that was done; returns the exit code by which the process is to end."""
+        if not self.ended.acquire(blocking=False):
+            return code
+        self.summary |= {"wall_s": round(time.monotonic() - self.start, 1), "exit_code": int(code)}
+        try:
+            self.answers.write(json.dumps(masked_tree(self.summary)))
+        except BrokenPipeError:
+            pass  # nobody wants to know
+        except OSError as error:
+            logging.getLogger("owlsam_ray").error("cannot write the line of JSON to stdout: %s", error)
+            return int(code or ExitCode.INCOMPLETE)
+        return int(code)
+
+    def end_early(self, error: OwlsamError) -> None:
+        """Tell what ends the process from outside the main thread, see `ending`."""
+        self.console.show_cursor()  # a progress bar hides it
+        self.end(_tell(error, self.summary))
+
+
+def _run(options: argparse.Namespace, console: Console, answers: Answers, summary: dict[str, Any]) -> ExitCode:
+    """Run a command, and put into its summary what it found."""
     try:
-        if options.command in _WITHOUT_RUN:
+        if options.command == "finetune":
+            summary |= _finetune(options, answers)
+        elif options.command in _WITHOUT_RUN:
             summary |= _WITHOUT_RUN[options.command](options, console)
         elif options.command in _ON_DIRECTORY:
             summary["run"] = absolute(options.run)
@@ -60,22 +108,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             storage.configure(config.storage.policy())
             summary["run"] = config.run
             summary |= _COMMANDS[options.command](config, options, console)
-        code = ExitCode.COMPLETE
     except OwlsamError as error:
-        code = _tell(error, summary)
+        return _tell(error, summary)
     except OSError as error:
         logging.getLogger("owlsam_ray").debug("storage refused", exc_info=True)
         message = f"storage refused: {error}. What was finished is kept: mend it, and call the same command again."
-        code = _tell(IncompleteError(message), summary)
+        return _tell(IncompleteError(message), summary)
     except (KeyboardInterrupt, SystemExit):  # the latter of Ray's own handler of SIGTERM
-        code = _tell(InterruptedRunError("interrupted: call the same command again"), summary)
+        return _tell(InterruptedRunError("interrupted: call the same command again"), summary)
     except Exception as error:  # Python's own exit code, 1, would say that images failed
         logging.getLogger("owlsam_ray").exception("an error that nobody expected; what was finished is kept")
         summary["error"] = f"{type(error).__name__}: {error}"
-        code = ExitCode.INCOMPLETE
-    summary |= {"wall_s": round(time.monotonic() - start, 1), "exit_code": int(code)}
-    print(json.dumps(masked_tree(summary)), flush=True)
-    return int(code)
+        return ExitCode.INCOMPLETE
+    return ExitCode.COMPLETE
 
 
 def _all_overrides(options: argparse.Namespace) -> list[str]:
@@ -308,17 +353,17 @@ def _show_evaluation(evaluation: dict[str, Any], options: argparse.Namespace, co
     )
 
 
-def _finetune(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def _finetune(options: argparse.Namespace, answers: Answers) -> dict[str, Any]:
     from owlsam_ray.finetune.config import load_finetune_config
     from owlsam_ray.resources import export_ray_environment
 
     config = load_finetune_config(options.job_files, overrides=options.overrides, out=options.out)
-    _start_log(console, config.logging.level)
+    _start_log(Console(stderr=True), config.logging.level)
     export_ray_environment(config.resources.auth_mode)
 
     from owlsam_ray.finetune.job import finetune
 
-    return {"out": config.out} | finetune(config, report=lambda line: print(json.dumps(masked_tree(line)), flush=True))
+    return {"out": config.out} | finetune(config, report=lambda line: answers.write(json.dumps(masked_tree(line))))
 
 
 def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -428,7 +473,7 @@ _COMMANDS = {
     "evaluate": _evaluate,
 }
 _ON_DIRECTORY = {"verify": _verify, "status": _status}
-_WITHOUT_RUN = {"stats": _stats, "clean": _clean, "preview": _preview, "finetune": _finetune, "demo": _demo}
+_WITHOUT_RUN = {"stats": _stats, "clean": _clean, "preview": _preview, "demo": _demo}
 
 
 def _start_log(console: Console, level: str) -> None:

@@ -154,6 +154,10 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.sign_off(error)
+
+    def sign_off(self, error: BaseException | None) -> None:
+        """Show no life any more, and tell how the attempt ended; storage that refuses is only logged."""
         self._stop.set()
         self._thread.join()
         if self.record.state != "running" or self.record.scope != LABEL:  # nothing to remember

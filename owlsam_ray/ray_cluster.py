@@ -116,6 +116,13 @@ def stop_ray() -> None:
         _clear_away()
 
 
+def remove_files() -> None:
+    """Remove the files of a Ray that was started here, whose processes are dead; the rest of it is as it was."""
+    if _session is not None:
+        for folder in _session.folders:
+            folder.remove()
+
+
 def _start_here(resources: RaySettings, options: dict[str, Any]) -> None:
     global _session
     roots = temporary_roots()

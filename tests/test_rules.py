@@ -13,7 +13,15 @@ from owlsam_ray.finetune.config import load_finetune_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "owlsam_ray"
-MAY_IMPORT_RAY = {"pipeline.py", "ray_cluster.py", "waves.py", "annotate.py", "finetune/job.py", "reduce/executors.py"}
+MAY_IMPORT_RAY = {
+    "pipeline.py",
+    "ray_cluster.py",
+    "ray_watch.py",
+    "waves.py",
+    "annotate.py",
+    "finetune/job.py",
+    "reduce/executors.py",
+}
 STORED_RUNS = ROOT / "tests" / "fixtures" / "earlier"
 LISTED = ("owlsam_ray", "jobs", "cluster", "tests", ".ci")
 

@@ -32,7 +32,9 @@ from owlsam_ray.finetune.segmenter import SegmenterTask
 from owlsam_ray.finetune.store import MODEL, TrainingStore
 from owlsam_ray.finetune.task import Task
 from owlsam_ray.logs import stderr_handler
+from owlsam_ray.lost_ray import SUFFIX, LossCount
 from owlsam_ray.ray_cluster import start_ray, stop_ray
+from owlsam_ray.ray_watch import watch_ray
 
 forget_ray_types()  # ray.train imports ray.data
 
@@ -40,6 +42,7 @@ _log = logging.getLogger(__name__)
 
 _PATIENCE_S = 4 * 3600
 """That workers wait for the first one while it validates."""
+_ADVICE = "Most often memory is short: give the job more, or lower resources.workers or data.cache_mb."
 
 
 def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
@@ -64,7 +67,12 @@ def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None]
     kept = store.checkpoints()
     # What was written after the last checkpoint is done again.
     store.write_metrics([line for line in store.read_metrics() if kept and line["step"] <= kept[-1]])
-    with _ray(config), _tell_metrics(store, report, config.logging.progress_s):
+    losses = LossCount(
+        storage.join(config.out, f"finetune{SUFFIX}"),
+        progress=lambda: max(store.checkpoints(), default=0),
+        state=lambda: f"the last checkpoint is of step {max(store.checkpoints(), default=0)}",
+    )
+    with _ray(config, losses), _tell_metrics(store, report, config.logging.progress_s):
         _fit_again(config)
     finished: dict[str, Any] = next((line for line in reversed(store.read_metrics()) if line.get("finished")), {})
     summary = {name: value for name, value in finished.items() if name not in ("step", "finished")}
@@ -255,7 +263,7 @@ def _told(error: BaseException) -> tuple[OwlsamError, bool]:
 
 
 @contextlib.contextmanager
-def _ray(config: FinetuneConfig) -> Iterator[None]:
+def _ray(config: FinetuneConfig, losses: LossCount) -> Iterator[None]:
     """Ray for the time of a training; SIGTERM ends it as Ctrl-C does."""
     try:
         ours = start_ray(config.resources, level=config.logging.level)
@@ -265,13 +273,15 @@ def _ray(config: FinetuneConfig) -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
-        yield
+        with watch_ray(lambda cause: losses.count(cause, advice=_ADVICE)):
+            yield
     # Ray Train has a SIGINT handler of its own while it works, which leaves by `sys.exit(0)`.
     except (KeyboardInterrupt, SystemExit):
         raise InterruptedRunError(
             "interrupted: the same command goes on at the last checkpoint (every checkpoint.every steps)"
         ) from None
     finally:
+        losses.clear()  # no loss: that does not come back here
         for number, handler in before.items():
             signal.signal(number, handler)
         if ours:

@@ -9,12 +9,14 @@ from owlsam_ray import storage
 from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.datasets.files import in_order
 from owlsam_ray.errors import IncompleteError
+from owlsam_ray.lost_ray import LossCount
 from owlsam_ray.resources import export_ray_environment
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 Executor = Literal["local", "ray"]
 _MOST_TASKS = 256
+_ADVICE = "Most often memory is short: give the job more, or lower reduce.workers, or leave out reduce.executor."
 
 
 def num_workers(setting: int | str, *, num_images: int, small: int, executor: Executor) -> int:
@@ -41,6 +43,7 @@ def map_in_order(
     workers: int,
     executor: Executor,
     resources: ResourcesConfig,
+    losses: LossCount | None = None,
 ) -> Iterator[ResultT]:
     """Results of a function in the order of its arguments, of which a few are worked on at once.
 
@@ -50,6 +53,7 @@ def map_in_order(
         workers: at a time.
         executor: `local` with one worker calls the function here.
         resources: which Ray.
+        losses: how often Ray was lost before; None: not counted.
 
     Raises:
         Whatever the function raises, at its place.
@@ -57,19 +61,27 @@ def map_in_order(
     if executor == "local":
         yield from in_order(function, items, workers)
         return
-    yield from _ray_in_order(function, items, workers, resources)
-
-
-def _ray_in_order(
-    function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, resources: ResourcesConfig
-) -> Iterator[ResultT]:
     export_ray_environment(resources.auth_mode)  # read when ray is imported
 
     import ray
 
     from owlsam_ray.ray_cluster import start_ray, stop_ray
+    from owlsam_ray.ray_watch import watch_ray
 
     started = start_ray(resources, level="info")
+    try:
+        with watch_ray(None if losses is None else lambda cause: losses.count(cause, advice=_ADVICE)):
+            yield from _ray_in_order(ray, function, items, workers)
+    finally:
+        if losses is not None:  # no loss: that does not come back here
+            losses.clear()
+        if started:
+            stop_ray()
+
+
+def _ray_in_order(
+    ray: Any, function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int
+) -> Iterator[ResultT]:
     waiting: deque[Any] = deque()
     try:
         workers = max(1, min(workers, int(ray.cluster_resources().get("CPU", 1))))
@@ -85,8 +97,6 @@ def _ray_in_order(
     finally:
         for reference in waiting:  # the cluster may be others' too
             ray.cancel(reference)
-        if started:
-            stop_ray()
 
 
 def _call(function: Callable[[Any], Any], item: Any, policy: storage.StoragePolicy) -> Any:

@@ -11,8 +11,10 @@ import msgspec
 from owlsam_ray import __version__, storage
 from owlsam_ray.config import ResourcesConfig, RunConfig
 from owlsam_ray.errors import IncompleteError, InputError
+from owlsam_ray.fence import ATTEMPTS
 from owlsam_ray.guard import RunRecord, check_config, load_record, load_run_manifest, run_directory
 from owlsam_ray.ledger import done_shards
+from owlsam_ray.lost_ray import SUFFIX, LossCount
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.coco import ANNOTATIONS, FAILURES, FailuresOutput
 from owlsam_ray.reduce.corrections_report import CORRECTIONS, summary_of, tell_outcome
@@ -152,7 +154,12 @@ class Reduction:
         results: list[ChunkResult] = []
         counts, images = Counts(corrections=Counter(self.corrections)), 0
         show("reduced", 0, manifest.num_images)
-        for result in map_in_order(write_chunk, chunks, workers, settings.executor, self.resources):
+        losses = LossCount(
+            storage.join(manifest.run_url, ATTEMPTS, f"reduce{SUFFIX}"),
+            progress=lambda: 0,
+            state=lambda: "no file was written",
+        )
+        for result in map_in_order(write_chunk, chunks, workers, settings.executor, self.resources, losses):
             results.append(result)
             counts.add(result.counts)
             images += result.num_images

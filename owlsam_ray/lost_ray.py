@@ -1,0 +1,69 @@
+"""How often in a row Ray was lost without any progress, so that no scheduler calls again for ever.
+
+One small file for each slice of a run (or each training, each reduce): how far the work was, and how many calls in a
+row have ended so since. Progress by anyone makes the count start anew.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from owlsam_ray import storage
+from owlsam_ray.errors import IncompleteError, InterruptedRunError, OwlsamError
+
+MOST_LOSSES = 3
+"""The last of so many calls in a row says that calling again does not help."""
+SUFFIX = ".lost-ray"
+"""How the names of these files end."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LossCount:
+    """The count of one piece of work."""
+
+    url: str
+    """Its file."""
+    progress: Callable[[], int]
+    """A number that rises with progress: finished shards, steps."""
+    state: Callable[[], str]
+    """How far the work is, for a message: `3 of 20 shards are done`."""
+
+    def losses(self) -> int:
+        """Calls in a row that ended so, with the progress that there is now; 0 where nobody can tell."""
+        try:
+            seen = json.loads(storage.read_bytes(self.url))
+            return int(seen["losses"]) if seen["progress"] == self.progress() else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def count(self, cause: str, *, advice: str) -> OwlsamError:
+        """Count one more.
+
+        Args:
+            cause: what happened, the start of a sentence.
+            advice: what may help when it happens again and again, a sentence.
+
+        Returns:
+            What this call is to end with: call again, or, after `MOST_LOSSES` without progress, do not.
+        """
+        losses = self.losses() + 1
+        try:
+            storage.write_atomic(self.url, json.dumps({"losses": losses, "progress": self.progress()}).encode())
+        except OSError as error:
+            _log.warning("cannot count that Ray was lost: %s", error)
+        if losses < MOST_LOSSES:
+            return InterruptedRunError(f"{cause}: {self.state()}; call the same command again")
+        return IncompleteError(
+            f"{cause}. {losses} calls in a row have ended so without progress ({self.state()}), so calling again does "
+            f"not help. {advice}"
+        )
+
+    def clear(self) -> None:
+        """Count anew: this call has ended otherwise."""
+        try:
+            if storage.exists(self.url):
+                storage.remove(self.url)
+        except OSError as error:
+            _log.debug("cannot remove %s: %s", self.url, error)
