@@ -32,12 +32,15 @@ from owlsam_ray.guard import (
 from owlsam_ray.ledger import PREDICTIONS
 from owlsam_ray.lost_ray import SUFFIX, LossCount
 from owlsam_ray.manifest import Manifest
+from owlsam_ray.memory_need import KillWatch, check_memory, check_node_memory, memory_need
 from owlsam_ray.models.weights import ModelPaths
+from owlsam_ray.node_memory import memory_limit
 from owlsam_ray.plan import plan_run
 from owlsam_ray.progress import PROGRESS_FILE, ProgressWatcher
 from owlsam_ray.ray_cluster import cluster_totals, start_ray, stop_ray
 from owlsam_ray.ray_watch import watch_ray
 from owlsam_ray.redo import Retry
+from owlsam_ray.reduce.proof import check_failures
 from owlsam_ray.resources import allocate, check_nodes, check_object_store
 from owlsam_ray.stopping import GraceOverError, as_interrupts, stop_on_signals
 from owlsam_ray.tally import Tally
@@ -61,6 +64,8 @@ class AttemptOptions:
     """Stop an attempt that lives, and go on in its place."""
     retry: Retry | None = None
     """Failed rows to try again once everything is labelled; None: the transient ones."""
+    judge: bool = False
+    """Raise FailedImagesError when more images failed than `reduce.max_failed`; of a slice nobody can tell."""
     allow_numerics_change: bool = False
     """Go on with another device, dtype, batch or library version than earlier attempts."""
 
@@ -110,7 +115,12 @@ def annotate_run(
         ) as attempt,
         before_end(attempt.sign_off),
     ):
-        return _annotate(config, options, attempt, _set_up(config, run_url), show)
+        run = _set_up(config, run_url)
+        counts = _annotate(config, options, attempt, run, show)
+        counts["fingerprint"] = run.record.fingerprint[:16] if run.record.fingerprint else None
+        if options.judge and options.part.is_whole:
+            check_failures(config.reduce.max_failed, counts)  # here, so that the attempt signs off with its exit code
+        return counts
 
 
 def _set_up(config: RunConfig, run_url: str) -> _Prepared:
@@ -165,9 +175,10 @@ def _annotate(
         progress=lambda: len(tally.refresh_listing()),
         state=lambda: _shards_done(tally),
     )
+    kills = KillWatch(done=lambda: len(tally.done))
     try:
         with (
-            _ray(config, losses),
+            _ray(config, losses, kills),
             stop_on_signals(attempt.stop_url, config.resources.grace_s) as asked,
         ):
             job = _prepare(config, run, attempt)
@@ -177,9 +188,10 @@ def _annotate(
                 allowed = options.allow_numerics_change
                 record = guard_numerics(run.record, numerics, run_url, allow_change=allowed)
             job = replace(job, record=record)
+            kills.need = memory_need(job.allocation, (run.models.detector, run.models.segmenter))
             storage.remove_stale_temporaries(storage.join(run_url, PREDICTIONS))
             with _watch(config, options.part, tally, attempt, show) as watcher:
-                labeller = Labeller(job, tally, watcher, attempt, asked)
+                labeller = Labeller(job, tally, watcher, attempt, asked, isolating=kills.pause)
                 labeller.label()
                 for retry in retries:
                     labeller.retry(retry)
@@ -265,8 +277,17 @@ def _prepare(config: RunConfig, run: _Prepared, attempt: Attempt) -> pipeline.Jo
     )
     check_nodes(allocation, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     check_object_store(
-        allocation, config.resources, shard_bytes=run.manifest.max_shard_bytes, store_bytes=totals["store_bytes"]
+        allocation,
+        config.resources,
+        shard_bytes=run.manifest.max_shard_bytes(max_file_mb=config.decode.max_file_mb),
+        store_bytes=totals["store_bytes"],
     )
+    need = memory_need(allocation, (run.models.detector, run.models.segmenter))
+    if config.resources.ray_address is None:
+        check_memory(need, memory_limit())
+    else:
+        check_node_memory(need, [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]])
+    _log.info("memory: at least %s are needed", need)
     _log.info(
         "%d actor(s) on %s, %g CPU and %g GPU each",
         allocation.actors,
@@ -299,7 +320,7 @@ def _shards_done(tally: Tally) -> str:
 
 
 @contextlib.contextmanager
-def _ray(config: RunConfig, losses: LossCount) -> Iterator[None]:
+def _ray(config: RunConfig, losses: LossCount, kills: KillWatch) -> Iterator[None]:
     """Ray for the time of an attempt; one that this process already had is left running."""
     try:
         ours = start_ray(config.resources, level=config.logging.level)
@@ -308,7 +329,7 @@ def _ray(config: RunConfig, losses: LossCount) -> Iterator[None]:
         raise InterruptedRunError("interrupted while Ray was starting; call the same command again") from None
     as_interrupts()
     try:
-        with watch_ray(lambda cause: losses.count(cause, advice=_ADVICE)):
+        with watch_ray(lambda cause: losses.count(cause, advice=_ADVICE), also=kills.cause):
             yield
     finally:
         losses.clear()  # no loss: that does not come back here

@@ -154,7 +154,7 @@ def _nothing_new(run_url: str) -> Iterator[None]:
 def _try_dataset(config: RunConfig, directory: _Directory | None, images: int, show: Show) -> Done[_Dataset]:
     """The images that are planned already, or those that would be."""
     if directory is not None and directory.manifest is not None:
-        return _of_plan(directory.manifest, directory.left, images)
+        return _of_plan(directory.manifest, directory.left, images, max_file_mb=config.decode.max_file_mb)
     listing = list_dataset(config)
     with tempfile.TemporaryDirectory(prefix="owlsam-check-") as folder:
         spool, wanted, _ = select_images(listing, config.plan, Path(folder), show=show)
@@ -172,7 +172,7 @@ def _try_dataset(config: RunConfig, directory: _Directory | None, images: int, s
     return Done(dataset, f"{len(chosen):,} of {spool.num_listed:,} listed images, in shards of {size}")
 
 
-def _of_plan(manifest: Manifest, left: int, images: int) -> Done[_Dataset]:
+def _of_plan(manifest: Manifest, left: int, images: int, *, max_file_mb: int) -> Done[_Dataset]:
     """The same without listing: the plan is frozen."""
     rows = []
     for shard in _spread(manifest.num_shards, images):
@@ -180,7 +180,7 @@ def _of_plan(manifest: Manifest, left: int, images: int) -> Done[_Dataset]:
         each = -(-images // min(images, manifest.num_shards))
         rows += [of_shard[int(place)] for place in _spread(len(of_shard), each)]
     categories = manifest.parts[0].source["categories"]
-    dataset = _Dataset(left, rows[:images], categories, manifest.max_shard_bytes)
+    dataset = _Dataset(left, rows[:images], categories, manifest.max_shard_bytes(max_file_mb=max_file_mb))
     return Done(dataset, f"{manifest.num_images:,} images as they are planned, in {manifest.num_shards:,} shards")
 
 

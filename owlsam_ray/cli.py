@@ -195,24 +195,18 @@ def _annotate(config: RunConfig, options: argparse.Namespace, console: Console) 
 
     from owlsam_ray.annotate import AttemptOptions, annotate_run
     from owlsam_ray.fence import Slice
-    from owlsam_ray.guard import load_record, run_directory
     from owlsam_ray.progress import LazyDisplay
     from owlsam_ray.redo import Retry
-    from owlsam_ray.reduce.proof import check_failures
 
     wanted = AttemptOptions(
         part=Slice.parse(options.slice),
         takeover=options.takeover,
         retry=None if options.retry_failed is None else Retry(options.retry_failed),
+        judge=True,
         allow_numerics_change=options.allow_numerics_change,
     )
     with LazyDisplay(console) as display:
-        counts = annotate_run(config, wanted, show=display.show)
-    record = load_record(run_directory(config))
-    counts["fingerprint"] = record.fingerprint[:16] if record is not None and record.fingerprint else None
-    if wanted.part.is_whole:  # the failures of a slice are no share of the run's: `reduce` judges
-        check_failures(config.reduce.max_failed, counts)
-    return counts
+        return annotate_run(config, wanted, show=display.show)
 
 
 def _estimate(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 import socket
+import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -134,4 +135,21 @@ def sweep(run_url: str, shards: Collection[int]) -> None:
     for shard, names in list_crumbs(run_url).items():
         if shard in shards:
             for name in names:
-                storage.remove(storage.join(_folder(run_url), name))
+                url = storage.join(_folder(run_url), name)
+                _remove_notes(url)
+                storage.remove(url)
+
+
+def _remove_notes(url: str) -> None:
+    """Remove the file on this host that a crumb names: its process is dead, or has begun another one."""
+    from owlsam_ray.watch import BREADCRUMBS
+
+    try:
+        crumb = Crumb.model_validate_json(storage.read_bytes(url))
+    except (FileNotFoundError, ValidationError):
+        return
+    notes = Path(crumb.notes) if crumb.notes is not None and crumb.host == socket.gethostname() else None
+    # No other file: the run directory may be somebody else's.
+    if notes is not None and notes.name.startswith(BREADCRUMBS) and notes.parent == Path(tempfile.gettempdir()):
+        with contextlib.suppress(OSError):
+            notes.unlink()

@@ -165,7 +165,9 @@ class Attempt:
             return
         self.record.ended, self.record.exit_code = _now(), _exit_code(error)
         if error is not None:
-            self.record.last_error = masked(str(error)) or type(error).__name__
+            # Our own errors may carry counts as a second argument.
+            said = error.args[0] if isinstance(error, OwlsamError) and error.args else error
+            self.record.last_error = masked(str(said)) or type(error).__name__
         try:
             _write(self.run_url, self.record, _ENDED)
             storage.remove(_url(self.run_url, self.id, _LIVE))

@@ -22,6 +22,7 @@ from owlsam_ray import storage
 from owlsam_ray.arrow_types import misfit_of
 from owlsam_ray.datasets.source import encoded_bytes
 from owlsam_ray.errors import GuardError, InputError, one_line
+from owlsam_ray.packed import MEGABYTE
 from owlsam_ray.schema import MANIFEST_SCHEMA
 
 MANIFEST = "manifest"
@@ -63,10 +64,14 @@ class Manifest:
         """Shards in all parts."""
         return sum(part.num_shards for part in self.parts)
 
-    @property
-    def max_shard_bytes(self) -> int:
-        """Encoded bytes of the largest shard, estimated."""
-        return max(part.max_shard_bytes for part in self.parts)
+    def max_shard_bytes(self, *, max_file_mb: int) -> int:
+        """Encoded bytes that the largest shard is fetched as, estimated.
+
+        Args:
+            max_file_mb: larger images are not fetched. Plans of earlier versions counted them all the same, and keep no
+                sizes to count anew: a larger shard is taken for one with such an image.
+        """
+        return min(max(part.max_shard_bytes for part in self.parts), max_file_mb * MEGABYTE)
 
     @property
     def layout_hash(self) -> str:
@@ -209,6 +214,8 @@ class Layout:
     """Images in a shard."""
     part_images: int = 1_000_000
     """Images in a part; rounded down to whole shards."""
+    max_file_mb: int = 512
+    """Larger images are not fetched, and take no memory."""
 
 
 def write_parts(
@@ -295,7 +302,8 @@ def _write_part(
             rows = _rows(listed, first_shard + num_shards)
             writer.write_table(rows, row_group_size=layout.shard_size)
             num_rows, num_shards = num_rows + rows.num_rows, num_shards + 1
-            max_bytes = max(max_bytes, int(encoded_bytes(listed).sum()))
+            sizes = encoded_bytes(listed)
+            max_bytes = max(max_bytes, int(sizes[sizes <= layout.max_file_mb * MEGABYTE].sum()))
     part = ManifestPart(
         file=f"{name}.parquet",
         sha256=_sha256(url),

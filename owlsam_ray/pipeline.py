@@ -35,6 +35,11 @@ forget_ray_types()  # this module is imported by the driver, and by every task a
 # The named parameters that the warning asks for are not there yet in the release that gives it.
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
+_MOST_RETRIES = 3
+"""Of a fetch or write task whose process dies; the default is for ever."""
+_MOST_RESTARTS = 8
+"""Of an actor in a wave; then the wave breaks, and is built again as long as there is progress."""
+
 ROWS_SCHEMA = pa.schema(
     [
         *PREDICTION_SCHEMA,
@@ -213,7 +218,13 @@ def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
     return (
         ray.data.from_arrow([pa.table({"shard": pa.array([shard], pa.int64())}) for shard in shards])
         # Another CPU request than the actor's, or Ray would fuse the two stages into one process.
-        .map_batches(FetchShard(job).__call__, batch_size=None, batch_format="pyarrow", num_cpus=resources.fetch_cpus)
+        .map_batches(
+            FetchShard(job).__call__,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=resources.fetch_cpus,
+            max_retries=_MOST_RETRIES,
+        )
         .map_batches(
             Annotator,
             fn_constructor_args=(job,),
@@ -230,6 +241,7 @@ def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
             # More often than a shard is begun at all: after MAX_STRIKES deaths the actor gives it back. For ever, which
             # is the default, would hide an actor that dies of something else.
             max_task_retries=MAX_STRIKES + 2,
+            max_restarts=_MOST_RESTARTS,
         )
     )
 
@@ -241,7 +253,7 @@ def run_wave(job: Job, shards: Sequence[int]) -> None:
         ray.exceptions.RayError: an actor could not start, a process died too often, storage refused a file.
     """
     build_graph(job, shards).write_datasink(
-        ShardSink(job), ray_remote_args={"num_cpus": job.config.resources.write_cpus}
+        ShardSink(job), ray_remote_args={"num_cpus": job.config.resources.write_cpus, "max_retries": _MOST_RETRIES}
     )
 
 

@@ -135,7 +135,7 @@ def _freeze(config: RunConfig, *, show: Show, still_mine: Callable[[], None], be
         manifest = write_parts(
             run_url,
             _counted(spool.tables(wanted), "planned", count, show),
-            Layout(shard_size=size, part_images=config.plan.part_images),
+            Layout(size, part_images=config.plan.part_images, max_file_mb=config.decode.max_file_mb),
             source={"info": listing.info, "licenses": listing.licenses, "categories": listing.categories},
             before=before.manifest if before else None,
             next_id=next_id,

@@ -163,6 +163,8 @@ def _variables_of_own(folder: Path) -> dict[str, str | None]:
         "RAY_REDIS_ADDRESS": None,
         # Numbers for anyone who asks, without a token.
         "RAY_enable_metrics_collection": "0",
+        # Tasks that Ray's own memory monitor ends; the default is for ever.
+        "RAY_task_oom_retries": "5",
         **child_variables(folder),
     }
     if any(name == "lo" for _, name in socket.if_nameindex()):

@@ -70,6 +70,7 @@ class _Watch:
     gcs_address: tuple[str, int] | None
     """Of a GCS that is none of our processes."""
     on_death: Callable[[str], None]
+    also: Callable[[], str | None] = lambda: None
     stop: threading.Event = field(default_factory=threading.Event)
     last_heard: float = field(default_factory=time.monotonic)
     next_asked: float = field(default_factory=lambda: time.monotonic() + _ASK_GCS_S)
@@ -92,6 +93,9 @@ class _Watch:
         for process in self.processes:
             if process.pidfd in ended or process.is_dead():
                 self.on_death(f"{_NAMES[process.name]} (process {process.pid}) {process.how()}")
+        cause = self.also()
+        if cause is not None:
+            self.on_death(cause)
         if self.gcs_address is not None and time.monotonic() >= self.next_asked:
             if _answers(self.gcs_address):
                 self.last_heard = time.monotonic()
@@ -102,7 +106,9 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def watch_ray(explain: Callable[[str], OwlsamError] | None = None) -> Iterator[None]:
+def watch_ray(
+    explain: Callable[[str], OwlsamError] | None = None, *, also: Callable[[], str | None] = lambda: None
+) -> Iterator[None]:
     """End this process in an orderly way when Ray dies while this context lasts.
 
     To be left before `ray.shutdown`. When Ray is found dead at the end, this context does not return either: whatever
@@ -110,6 +116,7 @@ def watch_ray(explain: Callable[[str], OwlsamError] | None = None) -> Iterator[N
 
     Args:
         explain: the cause → the error that the process ends with; may ask storage. Default: interrupted, call again.
+        also: called now and then; a cause ends the process as well.
     """
 
     def on_death(cause: str) -> None:
@@ -119,7 +126,7 @@ def watch_ray(explain: Callable[[str], OwlsamError] | None = None) -> Iterator[N
         end_process(lambda: explain(cause) if explain is not None else otherwise, otherwise, at_last=_kill_ours)
 
     processes = _processes()
-    watch = _Watch(processes, _foreign_gcs(processes), on_death)
+    watch = _Watch(processes, _foreign_gcs(processes), on_death, also)
     thread = threading.Thread(target=watch.run, name="owlsam-ray-watch", daemon=True)
     thread.start()
     try:

@@ -1,14 +1,13 @@
 """What a run gets of the machine, and whether it can start at all (law 10). Plain arithmetic, no Ray."""
 
-import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.errors import PreflightError
+from owlsam_ray.node_memory import memory_limit
 
 MEBIBYTE = 2**20
 _MOST_OF_A_NODE = 0.8
@@ -128,19 +127,8 @@ def actor_memory_bytes(resources: ResourcesConfig) -> int | None:
     """
     if resources.actor_memory_gb != "auto":
         return round(resources.actor_memory_gb * 10**9)
-    total = node_memory_bytes()
+    total = memory_limit()
     return None if total is None else round(_MOST_OF_A_NODE * total)
-
-
-def node_memory_bytes() -> int | None:
-    """Memory of this machine, or of the container that it is seen from; None where nobody can tell."""
-    found = []
-    with contextlib.suppress(OSError, ValueError):
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max": no limit
-            found.append(int(Path(file).read_text(encoding="ascii")))
-    return min(found, default=None)
 
 
 def export_ray_environment(auth_mode: str) -> None:

@@ -62,14 +62,23 @@ class Watch:
         Args:
             folder: for the file; default: the system's for temporary files.
         """
-        descriptor, name = tempfile.mkstemp(prefix=BREADCRUMBS, dir=folder)
+        self._folder = folder
+        self.renew()
+        self._slots: dict[int, _Slot] = {}
+        self._free = list(range(_SLOTS - 1, -1, -1))
+        self._lock = threading.Lock()
+
+    def renew(self) -> None:
+        """Make another file, for the work that begins from now on."""
+        descriptor, name = tempfile.mkstemp(prefix=BREADCRUMBS, dir=self._folder)
         self.path = Path(name)
         with os.fdopen(descriptor, "r+b") as file:
             file.truncate(_SLOTS * _SLOT_BYTES)
             self._map = mmap.mmap(file.fileno(), _SLOTS * _SLOT_BYTES)
-        self._slots: dict[int, _Slot] = {}
-        self._free = list(range(_SLOTS - 1, -1, -1))
-        self._lock = threading.Lock()
+
+    def remove_file(self) -> None:
+        """Remove the file: nothing is worked on, and the process may be ended at any time from now on."""
+        self.path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def busy(self, kind: str, image_ids: Sequence[int]) -> Iterator[None]:
@@ -83,24 +92,19 @@ class Watch:
         with self._lock:
             slot = self._free.pop() if self._free else -1
             self._slots[slot] = work
+        noted = self._map  # a later file may take its place meanwhile
         if slot >= 0:
-            self._note(slot, kind, image_ids[:_MOST_IDS])
+            _note(noted, slot, kind, image_ids[:_MOST_IDS])
         try:
             yield
         finally:
             if slot >= 0:
-                self._map[slot * _SLOT_BYTES + 1] = 0
+                noted[slot * _SLOT_BYTES + 1] = 0
             with self._lock:
                 if self._slots.get(slot) is work:
                     del self._slots[slot]
                 if slot >= 0:
                     self._free.append(slot)
-
-    def _note(self, slot: int, kind: str, image_ids: Sequence[int]) -> None:
-        """Write the ids first and the kind last: a slot that is half written counts as free."""
-        start = slot * _SLOT_BYTES
-        struct.pack_into(f"<{len(image_ids)}q", self._map, start + _HEADER.size, *image_ids)
-        _HEADER.pack_into(self._map, start, len(image_ids), 1 + KINDS.index(kind))
 
     def in_hand(self) -> tuple[int, ...]:
         """Ids of all images that are being worked on, rising."""
@@ -118,6 +122,13 @@ class Watch:
         """Remove the file."""
         self._map.close()
         self.path.unlink(missing_ok=True)
+
+
+def _note(notes: mmap.mmap, slot: int, kind: str, image_ids: Sequence[int]) -> None:
+    """Write the ids first and the kind last: a slot that is half written counts as free."""
+    start = slot * _SLOT_BYTES
+    struct.pack_into(f"<{len(image_ids)}q", notes, start + _HEADER.size, *image_ids)
+    _HEADER.pack_into(notes, start, len(image_ids), 1 + KINDS.index(kind))
 
 
 def read_breadcrumbs(path: Path) -> list[tuple[str, list[int]]]:

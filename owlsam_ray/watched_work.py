@@ -31,9 +31,11 @@ class WatchedWork:
         self._run_url, self._attempt = run_url, attempt
         self._worker = crumbs.new_worker_name()
         self._in_hand: dict[int, Crumb] = {}
+        self._shards = 0
         self._lock = threading.Lock()
         remove_old_breadcrumbs()
         self.watch = Watch()
+        self.watch.remove_file()  # it is there while there is work, since Ray ends idle actors without a word to them
         Watchdog(
             self.watch,
             deadline_s=resources.image_deadline_s,
@@ -43,7 +45,11 @@ class WatchedWork:
 
     @contextlib.contextmanager
     def in_hand(self, shard: int) -> Iterator[None]:
-        """Keep a crumb while a shard is worked on."""
+        """Keep a crumb while a shard is worked on, and the file of slots while any is."""
+        with self._lock:
+            if self._shards == 0:
+                self.watch.renew()
+            self._shards += 1
         crumb = Crumb(
             shard=shard,
             worker=self._worker,
@@ -51,14 +57,20 @@ class WatchedWork:
             host=socket.gethostname(),
             notes=str(self.watch.path),
         )
-        with crumbs.in_hand(self._run_url, crumb):
-            with self._lock:
-                self._in_hand[shard] = crumb
-            try:
-                yield
-            finally:
+        try:
+            with crumbs.in_hand(self._run_url, crumb):
                 with self._lock:
-                    del self._in_hand[shard]
+                    self._in_hand[shard] = crumb
+                try:
+                    yield
+                finally:
+                    with self._lock:
+                        del self._in_hand[shard]
+        finally:
+            with self._lock:
+                self._shards -= 1
+                if self._shards == 0:
+                    self.watch.remove_file()
 
     def _end_process(self, trouble: Trouble) -> None:
         """Tell what was found, if storage lets us, and end."""

@@ -79,6 +79,8 @@ class Labeller:
     watcher: ProgressWatcher
     attempt: Attempt
     asked_to_stop: Callable[[], bool]
+    isolating: Callable[[bool], None] = lambda _: None
+    """Called with whether shards are done one by one from now on."""
 
     def label(self) -> None:
         """Label every shard that has no file.
@@ -135,11 +137,13 @@ class Labeller:
                     pipeline.run_wave(job, wave)
                 else:
                     _log.warning("%d shards that processes died with are done one by one", len(left))
+                    self.isolating(True)
                     pipeline.run_isolated(job, {shard: found.get(shard, []) for shard in left})
             except RayError as error:
                 cause: BaseException | None = root_cause(error)
             else:
                 cause = None
+            self.isolating(False)
             after = crumbs.strikes(crumbs.list_crumbs(job.run_url))
             if cause is None and not job.stopping():
                 work.handed_back([shard for shard in wave or left if after.get(shard, 0) < MAX_STRIKES or not wave])

@@ -82,9 +82,38 @@ def test_the_hash_is_of_the_bytes_and_moves_with_the_layout(tmp_path: Path) -> N
 
 
 def test_bytes_of_the_largest_shard(tmp_path: Path) -> None:
-    assert plan(str(tmp_path / "a"), 20, 8, num_bytes=1000).max_shard_bytes == 8000
-    assert plan(str(tmp_path / "b"), 20, 8, height=100, width=200).max_shard_bytes == 80_000
-    assert plan(str(tmp_path / "c"), 20, 8).max_shard_bytes == 1_600_000
+    assert plan(str(tmp_path / "a"), 20, 8, num_bytes=1000).max_shard_bytes(max_file_mb=512) == 8000
+    assert plan(str(tmp_path / "b"), 20, 8, height=100, width=200).max_shard_bytes(max_file_mb=512) == 80_000
+    assert plan(str(tmp_path / "c"), 20, 8).max_shard_bytes(max_file_mb=512) == 1_600_000
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit_mb", "expected"),
+    [
+        ({3: 3 * 10**9}, 512, 8 * 10**6),  # one file of 3 GB among pictures of 1 MB
+        ({3: 3 * 10**9, 11: 500 * 10**6}, 512, 507 * 10**6),
+        (dict.fromkeys(range(20), 600 * 10**6), 512, 0),
+        (dict.fromkeys(range(20), 600 * 10**6), 5000, 4800 * 10**6),
+    ],
+)
+def test_an_image_that_is_too_large_to_be_fetched_takes_no_memory(
+    tmp_path: Path, sizes: dict[int, int], limit_mb: int, expected: int
+) -> None:
+    records = [ImageRecord(image_id=n, file_name=f"{n}.jpg", num_bytes=sizes.get(n, 10**6)) for n in range(20)]
+    layout = Layout(8, max_file_mb=limit_mb)
+    planned = write_parts(str(tmp_path), tables_of(records, "/pictures", rows=7), layout, source={})
+    assert planned.max_shard_bytes(max_file_mb=limit_mb) == expected
+    assert planned.parts[0].max_shard_bytes == expected
+
+
+@pytest.mark.parametrize(("stored", "expected"), [(3 * 10**9, 512 * 10**6), (512 * 10**6 + 1, 512 * 10**6), (7, 7)])
+def test_a_plan_of_before_that_counts_such_an_image_works(tmp_path: Path, stored: int, expected: int) -> None:
+    plan(str(tmp_path), 20)
+    sidecar = tmp_path / "manifest" / "part-0000.json"
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"max_shard_bytes": stored}))
+    manifest = load_manifest(str(tmp_path), verify=True)
+    assert manifest is not None
+    assert manifest.max_shard_bytes(max_file_mb=512) == expected
 
 
 def test_nothing_to_plan(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def kill_when(
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()
     stdout, _ = driver.communicate(timeout=120)
-    assert time.monotonic() - killed < 20
+    assert time.monotonic() - killed < 60
     assert not parts_of_ray(driver.pid, ""), "parts of Ray are left behind"
     return driver.returncode, stdout.splitlines()
 
@@ -191,7 +191,7 @@ def test_the_third_loss_in_a_row_is_the_last_and_the_run_goes_on_when_it_can(tmp
     count = run / "attempts" / "slice-1-of-1.lost-ray"
     for expected in (75, 75, 5):
         driver = start(["annotate", *arguments], tmp_path / "log")
-        code, lines = kill_when(driver, name, lambda _: any((run / "attempts" / "in-hand").glob("shard-*")))
+        code, lines = kill_when(driver, name, working)  # crumbs of the last call are there already
         assert code == expected
         summary = the_line(code, lines, "annotate")
     assert "3 calls in a row have ended so without progress (0 of 6 shards are done)" in summary["error"]

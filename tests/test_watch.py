@@ -3,15 +3,20 @@
 import mmap
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from owlsam_ray import crumbs
+from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.watch import Trouble, Watch, Watchdog, read_breadcrumbs, remove_old_breadcrumbs, resident_bytes
+from owlsam_ray.watched_work import WatchedWork
 
 
 def test_slots_are_taken_and_given_back(tmp_path: Path) -> None:
@@ -154,3 +159,59 @@ def test_old_files_are_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     os.utime(old.path, (1, 1))
     remove_old_breadcrumbs()
     assert (old.path.exists(), young.path.exists()) == (False, True)
+
+
+def test_a_file_of_slots_is_there_only_while_there_is_work(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
+    watch.remove_file()
+    assert not list(tmp_path.iterdir())
+    with watch.busy("decode", [1]):
+        watch.renew()  # work of before ends in the file of before
+        (file,) = tmp_path.iterdir()
+        with watch.busy("model", [2]):
+            assert read_breadcrumbs(file) == [("model", [2])]
+        assert watch.in_hand() == (1,)
+    assert read_breadcrumbs(file) == []
+    watch.remove_file()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_actor_leaves_no_file_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, run = tmp_path / "tmp", str(tmp_path / "run")
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(Watchdog, "start", lambda self: self)
+    work = WatchedWork(run, "attempt", ResourcesConfig())
+    assert not list(folder.iterdir())
+    with work.in_hand(3):
+        (file,) = folder.iterdir()
+        with work.in_hand(4):
+            assert list(folder.iterdir()) == [file]
+        assert list(folder.iterdir()) == [file]
+    assert not list(folder.iterdir())
+    with pytest.raises(OSError, match="full"), work.in_hand(5):
+        raise OSError("full")
+    assert not list(folder.iterdir())
+    with work.in_hand(6), work.watch.busy("decode", [9]):
+        (file,) = folder.iterdir()
+        (names,) = crumbs.list_crumbs(run).values()
+        assert crumbs.suspects(run, names) == {9}
+
+
+def test_the_file_of_a_dead_process_goes_with_its_crumb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    ours, other, elsewhere = (
+        tmp_path / "tmp" / "owlsam-watch-x",
+        tmp_path / "tmp" / "somebody-elses",
+        tmp_path / "owlsam-watch-y",
+    )
+    for number, notes in enumerate((ours, other, elsewhere)):
+        notes.write_bytes(b"")
+        crumbs.drop(
+            str(tmp_path),
+            crumbs.Crumb(shard=number, worker="w", attempt="a", host=socket.gethostname(), notes=str(notes)),
+        )
+    crumbs.sweep(str(tmp_path), {0, 1, 2})
+    assert (ours.exists(), other.exists(), elsewhere.exists()) == (False, True, True)
+    assert crumbs.list_crumbs(str(tmp_path)) == {}
