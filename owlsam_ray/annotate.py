@@ -16,7 +16,7 @@ import ray
 from owlsam_ray import crumbs, pipeline, storage
 from owlsam_ray.config import RunConfig
 from owlsam_ray.ending import before_end
-from owlsam_ray.errors import InterruptedRunError, OwlsamError, PreflightError
+from owlsam_ray.errors import InterruptedRunError, PreflightError
 from owlsam_ray.fence import ATTEMPTS, LABEL, Attempt, Slice, claim, claim_setup
 from owlsam_ray.guard import (
     QUERY_FILE,
@@ -137,12 +137,12 @@ def _set_up(config: RunConfig, run_url: str) -> _Prepared:
             models = find_models(config.detector, config.segment)
             if record.fingerprint is None:
                 embed_run_queries(config, record, models.detector, run_url)
-        except OwlsamError:
+            weights = {"detector": models.detector, "segmenter": models.segmenter}
+            parts = fingerprint_parts(config, record, weights=weights, run_url=run_url)
+        except Exception:
             if plan.new:  # by this call, for settings that do not work: corrected ones must not be refused
                 forget_plan(run_url)
             raise
-        weights = {"detector": models.detector, "segmenter": models.segmenter}
-        parts = fingerprint_parts(config, record, weights=weights, run_url=run_url)
         setup.check()
         record = guard_labels(record, parts, run_url)
     return _Prepared(record, plan.manifest, models)

@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     Field,
     ValidationError,
@@ -21,7 +20,7 @@ from pydantic import (
 )
 
 from owlsam_ray.added_settings import with_added, without_added
-from owlsam_ray.errors import ConfigError
+from owlsam_ray.errors import ConfigError, one_line, shown
 from owlsam_ray.reduce_settings import ReduceConfig
 from owlsam_ray.settings import (
     KINDS,
@@ -44,6 +43,7 @@ from owlsam_ray.settings import (
 )
 from owlsam_ray.storage import StoragePolicy
 from owlsam_ray.storage.addresses import check_entry
+from owlsam_ray.yaml_text import MAX_BYTES, load_yaml
 
 NON_LABEL_FIELDS = frozenset(
     {"run", "data", "plan", "storage", "resources", "fakes", "reduce", "evaluate", "report", "logging"}
@@ -52,6 +52,10 @@ NON_LABEL_FIELDS = frozenset(
 manifest: the layout hash guards it, so that a run can be extended by files that `data` did not name before."""
 FREE_FIELDS = NON_LABEL_FIELDS - {"data"}
 """Top-level fields that may change on a planned run."""
+
+
+_TOLD = 20
+"""Fields that do not validate and are told one by one."""
 
 
 class PlanConfig(Section):
@@ -306,19 +310,6 @@ def _check_stricter(late: SuppressConfig, early: SuppressConfig) -> None:
         )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice (PyYAML keeps the last one silently)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
 def load_config(files: Sequence[str | Path], *, overrides: Iterable[str] = (), run: str | None = None) -> RunConfig:
     """Read YAML files, merge them left to right, apply overrides, validate.
 
@@ -339,12 +330,14 @@ def load_config(files: Sequence[str | Path], *, overrides: Iterable[str] = (), r
 
 
 def _lines(error: ValidationError, prefix: str = "") -> list[str]:
-    """One line for each field that does not validate."""
-    return [
-        f"  {prefix}{'.'.join(str(part) for part in item['loc'] if part not in KINDS) or '(run file)'}: {item['msg']}"
-        + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r})")
-        for item in error.errors(include_url=False)
-    ]
+    """One line for each field that does not validate, of the first ones; values and names are cut."""
+    lines = []
+    for item in error.errors(include_url=False, include_context=False)[:_TOLD]:
+        place = ".".join(one_line(part, 60) for part in item["loc"] if part not in KINDS) or "(run file)"
+        got = "" if isinstance(item["input"], dict) else f" (got {shown(item['input'])})"
+        lines.append(f"  {prefix}{place}: {one_line(item['msg'], 1000)}{got}")
+    more = error.error_count() - len(lines)
+    return [*lines, f"  and {more} more"] if more > 0 else lines
 
 
 def load_evaluate_settings(overrides: Iterable[str]) -> EvaluateConfig:
@@ -399,8 +392,9 @@ def validate_tree(
         return kind.model_validate(tree)
     except ValidationError as error:
         names = ", ".join(str(file) for file in files)
-        lines = _lines(error)
-        raise ConfigError("\n".join([f"{names}: {len(lines)} error(s) in the {what}", *lines])) from None
+        raise ConfigError(
+            "\n".join([f"{names}: {error.error_count()} error(s) in the {what}", *_lines(error)])
+        ) from None
 
 
 def config_from_stored(fields: Mapping[str, Any]) -> RunConfig:
@@ -412,7 +406,8 @@ def config_from_stored(fields: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(with_added(RunConfig, fields))
     except ValidationError as error:
-        raise ConfigError(f"the stored run config does not load in this version: {error}") from None
+        told = "\n".join(["the stored run config does not load in this version:", *_lines(error)])
+        raise ConfigError(told) from None
 
 
 def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -423,39 +418,42 @@ def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix:
         if isinstance(mine, Mapping) and isinstance(other, Mapping):
             lines += differing_fields(mine, other, f"{prefix}{key}.")
         elif mine != other:
-            lines.append(f"{prefix}{key}: {_short(other)} -> {_short(mine)}")
+            lines.append(f"{prefix}{key}: {shown(other)} -> {shown(mine)}")
     return lines
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:100] + f"… ({len(text)} characters)"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        with path.open(encoding="utf-8") as file:
-            tree = yaml.load(file, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ConfigError(f"run file {path} has more than {MAX_BYTES // 2**20} MB: is it a run file?")
+        tree = load_yaml(data.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read run file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"run file {path} is not valid YAML: {error}") from None
+    except ValueError as error:  # also of UTF-8
+        raise ConfigError(f"run file {path} is not valid YAML: {one_line(error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"run file {path} must hold sections, not a {type(tree).__name__}")
-    return tree
+    return {key: value for key, value in tree.items() if not _holds_anchors(key)}
+
+
+def _holds_anchors(key: object) -> bool:
+    """Whether a top-level key is only there for what it holds to be named and reused: `x`, or `x-…`."""
+    return isinstance(key, str) and (key == "x" or key.startswith("x-"))
 
 
 def _parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise ConfigError(f"--set {text!r} is not of the form section.field=value")
+        raise ConfigError(f"--set {shown(text)} is not of the form section.field=value")
     try:
-        tree: Any = yaml.load(value, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text!r}: the value is not valid YAML: {error}") from None
+        tree: Any = load_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"--set {shown(text)}: the value is not valid YAML: {error}") from None
     for part in reversed(parts):
         tree = {part: tree}
     return dict(tree)

@@ -20,6 +20,10 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from enum import IntEnum, StrEnum
 from itertools import islice
 
+_MESSAGE_LIMIT = 8000
+"""Characters of a message, some twenty lines."""
+_REASON_LIMIT = 1000
+"""Characters of the reason of a failed image."""
 _SHOWN_DEPTH = 4
 """Levels of nested values that a message shows."""
 
@@ -52,6 +56,11 @@ class OwlsamError(Exception):
 
     exit_code: ExitCode = ExitCode.USAGE
 
+    def __str__(self) -> str:
+        """The message, cut: a backstop for values that `shown` was not asked to cut."""
+        text = super().__str__()
+        return text if len(text) <= _MESSAGE_LIMIT else f"{text[: _MESSAGE_LIMIT - 1]}…"
+
 
 class ImageError(OwlsamError):
     """Fails one image.
@@ -62,6 +71,7 @@ class ImageError(OwlsamError):
     """
 
     def __init__(self, reason: str, failure_class: FailureClass = FailureClass.PERMANENT) -> None:
+        reason = reason if len(reason) <= _REASON_LIMIT else f"{reason[: _REASON_LIMIT - 1]}…"
         super().__init__(reason)
         self.reason = reason
         self.failure_class = failure_class

@@ -6,7 +6,6 @@ Loads the official `mobile_sam.pt` layout strictly, from a pickle without code o
 Source: ChaoningZhang/MobileSAM (Apache-2.0); tests compare with outputs of that code.
 """
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +16,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from owlsam_ray.errors import WeightsError
+from owlsam_ray.errors import WeightsError, one_line
 from owlsam_ray.models.mobile_sam_layout import (
     UNUSED,
     MobileSamConfig,
@@ -32,7 +30,13 @@ from owlsam_ray.models.mobile_sam_layout import (
 )
 from owlsam_ray.models.sam_decoder import BoxDecoder
 from owlsam_ray.models.sam_frame import input_size_hw
-from owlsam_ray.models.weights import check_layout, read_safetensors_shapes
+from owlsam_ray.models.weights import (
+    check_layout,
+    check_sizes,
+    read_json,
+    read_safetensors_shapes,
+    refused_as_weights,
+)
 from owlsam_ray.storage import write_atomic
 
 CONFIG_FILE = "config.json"
@@ -145,6 +149,7 @@ def read_mobile_sam(path: Path) -> tuple[MobileSamConfig, dict[str, Tensor]]:
     if not file.is_file():
         raise WeightsError(f"there are no segmenter weights at {file}. {_HINT}")
     state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    check_sizes(config.model_dump(mode="json"), path / CONFIG_FILE, num_tensors=len(state))
     counters = _check_state(state, config, source=str(file))
     used = {name: tensor for name, tensor in state.items() if name not in UNUSED}
     return config, dict.fromkeys(counters, torch.zeros((), dtype=torch.int64)) | used
@@ -152,7 +157,8 @@ def read_mobile_sam(path: Path) -> tuple[MobileSamConfig, dict[str, Tensor]]:
 
 def _check_state(state: Mapping[str, Tensor], config: MobileSamConfig, *, source: str) -> list[str]:
     """Check names and shapes; returns the batch counters of the model, which inference does not read."""
-    shapes = official_shapes(config)
+    with refused_as_weights(Path(source), "is described by sizes that no model can have"):
+        shapes = official_shapes(config)
     counters = [name for name in shapes if name.endswith(".num_batches_tracked")]
     check_layout(
         {name: shape for name, shape in shapes.items() if name not in counters},
@@ -166,7 +172,7 @@ def _check_state(state: Mapping[str, Tensor], config: MobileSamConfig, *, source
 
 def _read_config(path: Path) -> MobileSamConfig:
     try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+        fields: Any = read_json(path)
         if isinstance(fields, dict) and fields.get("model_type") == "sam":
             raise WeightsError(
                 f"{path} has model_type sam, and segment.model is mobile_sam: set segment.model: sam for it"
@@ -174,16 +180,19 @@ def _read_config(path: Path) -> MobileSamConfig:
         return MobileSamConfig.model_validate(fields)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror}. {_HINT}") from None
-    except (ValidationError, ValueError) as error:
-        raise WeightsError(f"{path} does not describe a MobileSAM: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(one_line(part, 60) for part in first["loc"])
+        told = f"{where}: {first['msg']}" if where else str(first["msg"])
+        raise WeightsError(f"{path} does not describe a MobileSAM: {one_line(told)}") from None
+    except ValueError as error:
+        raise WeightsError(f"{path} does not describe a MobileSAM: {one_line(error)}") from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     read_safetensors_shapes(path)  # refuses the usual damage in clearer words
-    try:
+    with refused_as_weights(path, "is not a safetensors file, export the weights again"):
         return dict(load_file(path))
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is not a safetensors file ({error}): export the weights again") from None
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -191,13 +200,17 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = one_line((str(error).strip().splitlines() or ["no reason"])[0])
         raise WeightsError(
             f"{path} was refused: it is damaged, or it holds more than tensors, and code in a weight file is never "
             f"run ({reason}). {_HINT}"
         ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError) as error:
-        raise WeightsError(f"{path} is not a weight file: {type(error).__name__}: {error}. {_HINT}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # torch has no common base for what it raises on a damaged file
+        raise WeightsError(
+            f"{path} is not a weight file: {type(error).__name__}: {one_line(error)}. {_HINT}"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(state[key], Tensor) for key in state):
         raise WeightsError(f"{path} holds no plain table of tensors. {_HINT}")
     return state

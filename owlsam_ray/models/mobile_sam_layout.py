@@ -16,6 +16,8 @@ from transformers.models.sam.modeling_sam import SamLayerNorm, SamMaskDecoder, S
 
 Positive = Annotated[int, Field(ge=1)]
 FourSizes = tuple[Positive, Positive, Positive, Positive]
+Window = Annotated[int, Field(ge=1, le=64)]
+"""Side of an attention window: building one takes time with its fourth power."""
 
 
 class MobileSamConfig(BaseModel):
@@ -29,7 +31,7 @@ class MobileSamConfig(BaseModel):
     embed_dims: FourSizes = (64, 128, 160, 320)
     depths: FourSizes = (2, 2, 6, 2)
     num_heads: FourSizes = (2, 4, 5, 10)
-    window_sizes: FourSizes = (7, 7, 14, 7)
+    window_sizes: tuple[Window, Window, Window, Window] = (7, 7, 14, 7)
     prompt_dim: Positive = 256
     """Channels of image embedding and prompts."""
     decoder_layers: Positive = 2

@@ -6,7 +6,6 @@ for OwlViT and pads them for OWLv2, the original code pads them for both.
 Letters: H, W the picture, S the side of the square.
 """
 
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,8 +20,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from transformers import Owlv2ImageProcessor, OwlViTImageProcessor
 
-from owlsam_ray.errors import ConfigError, WeightsError
+from owlsam_ray.errors import ConfigError, WeightsError, one_line
 from owlsam_ray.models.owl_weights import family_of, load_config
+from owlsam_ray.models.weights import check_statistics, read_json
 from owlsam_ray.settings import DetectorConfig
 
 Processor: TypeAlias = OwlViTImageProcessor | Owlv2ImageProcessor
@@ -195,11 +195,12 @@ def load_processor(path: Path) -> Processor:
     for file in (path / name for name in _PROCESSOR_FILES):
         if file.is_file():
             try:
-                fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+                fields: dict[str, Any] = read_json(file)
                 kind = Owlv2ImageProcessor if owlv2 else OwlViTImageProcessor
                 processor: Processor = kind(**fields.get("image_processor", fields))
-            except (ValueError, TypeError, AttributeError) as error:
-                raise WeightsError(f"{file} describes no image processor: {error}") from None
+            except Exception as error:  # transformers has no common base for what it raises
+                raise WeightsError(f"{file} describes no image processor: {one_line(error)}") from error
+            check_statistics(file, processor.image_mean, processor.image_std)
             if processor.do_center_crop:
                 raise WeightsError(f"{file} asks for a centre crop, which would cut objects off: set it to false")
             for name in ("do_resize", "do_normalize", *(("do_pad", "do_rescale") if owlv2 else ())):

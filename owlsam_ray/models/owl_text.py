@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, WeightsError
 from owlsam_ray.models.owl_weights import OwlModel, backbone, load_config, load_model, load_tokenizer
 
 WAY_OUT = (
@@ -63,11 +63,16 @@ def embed_texts(path: Path, prompts: Sequence[str], *, device: torch.device | No
 
     Raises:
         InputError: a prompt has more tokens than the text tower takes; it is never cut.
-        WeightsError: there is no readable `config.json`.
+        WeightsError: there is no readable `config.json`, or the tokenizer is damaged or of another model.
     """
     rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     config = load_config(path)
     ids, mask = tokenize(load_tokenizer(path), list(rows), config.text_config.max_position_embeddings)
+    if ids.numel() and int(ids.max()) >= config.text_config.vocab_size:
+        raise WeightsError(
+            f"the tokenizer of {path} gives the token {int(ids.max())}, and its model knows "
+            f"{config.text_config.vocab_size}: take the tokenizer that the model came with"
+        )
     model = load_model(path).eval().to(device or torch.device("cpu"))
     distinct = [
         _forward(model, ids[start : start + _PROMPTS_PER_CALL], mask[start : start + _PROMPTS_PER_CALL])

@@ -5,15 +5,22 @@ this project tells them apart by the classes of transformers.
 """
 
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Owlv2Config, Owlv2ForObjectDetection, OwlViTConfig, OwlViTForObjectDetection
 
-from owlsam_ray.errors import WeightsError
-from owlsam_ray.models.weights import check_layout, find_safetensors, read_config, read_safetensors_shapes
+from owlsam_ray.errors import WeightsError, shown
+from owlsam_ray.models.weights import (
+    check_layout,
+    check_sizes,
+    find_safetensors,
+    read_config,
+    read_safetensors_shapes,
+    refused_as_weights,
+)
 
 Family = Literal["owlvit", "owlv2", "fake"]
 OwlModel: TypeAlias = OwlViTForObjectDetection | Owlv2ForObjectDetection
@@ -44,7 +51,8 @@ def load_config(path: Path) -> OwlConfig:
         WeightsError: there is no readable `config.json`, or it describes another model.
     """
     family, fields = _read_config(path)
-    return _FAMILIES[family][0].from_dict(fields)
+    with refused_as_weights(path / "config.json", f"does not describe an {family} model"):
+        return _FAMILIES[family][0].from_dict(fields)
 
 
 def check_weights(path: Path, model: Family) -> None:
@@ -66,10 +74,12 @@ def check_weights(path: Path, model: Family) -> None:
     file = find_safetensors(path, name)
     if not any((path / tokenizer).is_file() for tokenizer in _TOKENIZER_FILES):
         raise WeightsError(f"{path} holds no tokenizer ({' or '.join(_TOKENIZER_FILES)})")
+    found = read_safetensors_shapes(file)
+    check_sizes(_read_config(path)[1], path / "config.json", num_tensors=len(found))
     expected = {name: tuple(tensor.shape) for name, tensor in _build_empty(path).state_dict().items()}
     check_layout(
         expected,
-        read_safetensors_shapes(file),
+        found,
         source=str(file),
         hint=f"Wanted: {name} as {path / 'config.json'} describes it.",
         ignored=_optional(family),
@@ -80,15 +90,25 @@ def load_model(path: Path) -> OwlModel:
     """The whole model, text tower included, in float32 on the CPU; `check_weights` comes first."""
     model = _build_empty(path)
     optional = _optional(family_of(path))
-    state = {name: tensor.float() for name, tensor in load_file(path / _WEIGHTS).items() if name not in optional}
-    _materialise_buffers(model)
-    model.load_state_dict(state, assign=True)
+    with refused_as_weights(path / _WEIGHTS, "cannot be loaded"):
+        state = {name: tensor.float() for name, tensor in load_file(path / _WEIGHTS).items() if name not in optional}
+        _materialise_buffers(model)
+        model.load_state_dict(state, assign=True)
     return model
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of the text tower, from a directory that `check_weights` accepts."""
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    """The tokenizer of the text tower, from a directory that `check_weights` accepts.
+
+    Raises:
+        WeightsError: it is damaged, or has no token to fill up with.
+    """
+    with refused_as_weights(path, "holds no tokenizer that can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        filling = tokenizer.pad_token_id
+    if not isinstance(filling, int):
+        raise WeightsError(f"{path} holds a tokenizer without a pad_token: take the one that the model came with")
+    return tokenizer
 
 
 def backbone(model: OwlModel) -> nn.Module:
@@ -104,15 +124,16 @@ def ready(queries: Tensor) -> Tensor:
 def _read_config(path: Path) -> tuple[Family, dict[str, Any]]:
     fields = read_config(path)
     kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if kind not in _FAMILIES:
-        raise WeightsError(f"{path / 'config.json'} describes a {kind!r} model, not an owlvit or owlv2 one")
-    return cast("Family", kind), fields
+    if not isinstance(kind, str) or kind not in _FAMILIES:
+        raise WeightsError(f"{path / 'config.json'} describes a {shown(kind)} model, not an owlvit or owlv2 one")
+    return kind, fields
 
 
 def _build_empty(path: Path) -> OwlModel:
     """The model without values."""
-    with torch.device("meta"):
-        return _FAMILIES[family_of(path)][1](load_config(path))
+    family, config = family_of(path), load_config(path)
+    with refused_as_weights(path / "config.json", f"describes no {family} that can be built"), torch.device("meta"):
+        return _FAMILIES[family][1](config)
 
 
 def _optional(family: Family) -> tuple[str, ...]:

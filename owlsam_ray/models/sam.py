@@ -6,25 +6,31 @@ masks are those of `sam_decoder`. Letters as in `protocols`; the sam frame is th
 Source: Kirillov et al., Segment Anything (2023); facebook/sam-vit-base, -large, -huge.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from transformers import SamConfig, SamImageProcessor, SamModel
 
-from owlsam_ray.errors import WeightsError
+from owlsam_ray.errors import WeightsError, shown
 from owlsam_ray.models.sam_decoder import BoxDecoder
 from owlsam_ray.models.sam_frame import input_size_hw
-from owlsam_ray.models.weights import check_layout, find_safetensors, read_config, read_safetensors_shapes
+from owlsam_ray.models.weights import (
+    check_layout,
+    check_sizes,
+    check_statistics,
+    find_safetensors,
+    read_config,
+    read_json,
+    read_safetensors_shapes,
+    refused_as_weights,
+)
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -63,14 +69,10 @@ class Sam(BoxDecoder):
         """
         check_weights(path)
         model = _build_empty(path)
-        try:
+        with refused_as_weights(path / _WEIGHTS, "cannot be loaded"):
             state = {name: tensor.float() for name, tensor in load_file(path / _WEIGHTS).items()}
-        except SafetensorError as error:
-            raise WeightsError(
-                f"{path / _WEIGHTS} is not a safetensors file ({error}): export the weights again"
-            ) from None
-        frequencies = next(state[name] for name in _FREQUENCIES if name in state)
-        model.load_state_dict(state | dict.fromkeys(_FREQUENCIES, frequencies), assign=True)
+            frequencies = next(state[name] for name in _FREQUENCIES if name in state)
+            model.load_state_dict(state | dict.fromkeys(_FREQUENCIES, frequencies), assign=True)
         return Sam(model, _load_processor(path, model.config), device=device, dtype=dtype)
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Tensor:
@@ -102,9 +104,10 @@ def check_weights(path: Path) -> None:
         WeightsError: files are missing or damaged, the directory holds another model, or tensors do not fit (names the
             first).
     """
-    model = _build_empty(path)
     file = find_safetensors(path, "SamModel")
     found = read_safetensors_shapes(file)
+    check_sizes(read_config(path), path / _CONFIG, num_tensors=len(found))
+    model = _build_empty(path)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if any(name in found for name in _FREQUENCIES):
         expected = {name: shape for name, shape in expected.items() if name in found or name not in _FREQUENCIES}
@@ -114,8 +117,9 @@ def check_weights(path: Path) -> None:
 
 def _build_empty(path: Path) -> SamModel:
     """The model without values."""
-    with torch.device("meta"):
-        return SamModel(_load_config(path))
+    config = _load_config(path)
+    with refused_as_weights(path / _CONFIG, "describes no SAM that can be built"), torch.device("meta"):
+        return SamModel(config)
 
 
 def _load_config(path: Path) -> SamConfig:
@@ -125,12 +129,12 @@ def _load_config(path: Path) -> SamConfig:
     if kind == "mobile_sam":
         raise WeightsError(f"{path} holds a mobile_sam model, and segment.model is sam: set segment.model: mobile_sam")
     if kind != "sam":
-        raise WeightsError(f"{file} describes a {kind!r} model, and segment.model is sam: wanted is SAM ViT-B, L or H")
-    try:
+        raise WeightsError(
+            f"{file} describes a {shown(kind)} model, and segment.model is sam: wanted is SAM ViT-B, L or H"
+        )
+    with refused_as_weights(file, "does not describe a SAM"):
         config = SamConfig.from_dict(fields)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise WeightsError(f"{file} does not describe a SAM: {str(error).splitlines()[0]}") from None
-    _check_sizes(config, file)
+        _check_sizes(config, file)
     return config
 
 
@@ -159,17 +163,16 @@ def _load_processor(path: Path, config: SamConfig) -> SamImageProcessor:
     for name in _PROCESSOR_FILES:
         file = path / name
         if file.is_file():
-            try:
-                fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            with refused_as_weights(file, "does not describe SAM's preprocessing"):
+                fields: dict[str, Any] = read_json(file)
                 processor = SamImageProcessor(**fields.get("image_processor", fields))
-            except (ValueError, TypeError, AttributeError) as error:
-                raise WeightsError(f"{file} does not describe SAM's preprocessing: {error}") from None
-            asks = {
-                "size.longest_edge": (processor.size["longest_edge"], side),
-                "resample": (int(processor.resample), 2),
-                "do_resize": (processor.do_resize, True),
-                "do_normalize": (processor.do_normalize, True),
-            }
+                asks = {
+                    "size.longest_edge": (processor.size["longest_edge"], side),
+                    "resample": (int(processor.resample), 2),
+                    "do_resize": (processor.do_resize, True),
+                    "do_normalize": (processor.do_normalize, True),
+                }
+            check_statistics(file, processor.image_mean, processor.image_std)
             for field, (value, wanted) in asks.items():
                 if value != wanted:
                     raise WeightsError(f"{file} asks for {field} {value}, and this SAM is run with {wanted}: change it")

@@ -1,19 +1,26 @@
 """Weight files: hashes, tensor layouts, and errors that name the first tensors that do not fit."""
 
+import contextlib
 import hashlib
 import json
+import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from owlsam_ray.errors import WeightsError
+from owlsam_ray.errors import OwlsamError, WeightsError, one_line, shown
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _HASHED_SUFFIXES = {".safetensors", ".json", ".txt"}
 _NAMED = 5
+_CONFIG_BYTES = 16 * 2**20
+_COUNTS = ("layers", "depth", "depths")
+"""What the names of settings end with that say how many parts a model has: building them takes time for each."""
+_MOST_PARTS = 10_000
+_LARGEST_SIZE = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,71 @@ def _sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def refused_as_weights(path: Path, what: str) -> Iterator[None]:
+    """Make any error of a library that reads or builds a model from a file the fault of that file.
+
+    Weights come from anyone, and what torch, transformers and tokenizers raise on damaged ones has no common base.
+
+    Args:
+        path: the file or directory.
+        what: is wrong with it, `does not describe a SAM`.
+
+    Raises:
+        WeightsError: instead of anything but errors of this project and a lack of memory.
+    """
+    try:
+        yield
+    except (OwlsamError, MemoryError):
+        raise
+    except Exception as error:
+        raise WeightsError(f"{path} {what}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def check_sizes(fields: object, source: Path, *, num_tensors: int) -> None:
+    """Refuse a model that nobody has, before it is built: that would take for ever, or all memory.
+
+    Args:
+        fields: plain values of a `config.json`, at any depth.
+        source: the file, for the message.
+        num_tensors: in the weight file; a layer has at least one.
+
+    Raises:
+        WeightsError: a number is no size of a model, or there are more layers than tensors.
+    """
+    waiting: list[tuple[str, object]] = [("", fields)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(str(key), each) for key, each in value.items()]
+        elif isinstance(value, list):
+            waiting += [(name, each) for each in value[:_MOST_PARTS]]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            most = min(num_tensors, _MOST_PARTS) if name.endswith(_COUNTS) else _LARGEST_SIZE
+            if abs(value) > most:
+                raise WeightsError(
+                    f"{source} gives {one_line(name, 60)} {shown(value, 40)}, more than the {most} that can be: is it "
+                    "the config of these weights?"
+                )
+
+
+def read_json(file: Path) -> Any:
+    """A small JSON file of a model directory, as plain values.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not valid JSON, has megabytes, or is nested beyond reason.
+    """
+    with file.open("rb") as opened:
+        data = opened.read(_CONFIG_BYTES + 1)
+    if len(data) > _CONFIG_BYTES:
+        raise ValueError(f"it has more than {_CONFIG_BYTES // 2**20} MB")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_config(path: Path) -> Any:
     """The `config.json` of a directory in Hugging Face layout, as plain values.
 
@@ -56,11 +128,11 @@ def read_config(path: Path) -> Any:
     """
     file = path / "config.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except OSError as error:
         raise WeightsError(f"{path} is no model directory: cannot read {file.name} ({error.strerror})") from None
     except ValueError as error:
-        raise WeightsError(f"{file} is not valid JSON: {error}") from None
+        raise WeightsError(f"{file} is not valid JSON: {one_line(error)}") from None
 
 
 def find_safetensors(path: Path, model_class: str) -> Path:
@@ -103,11 +175,24 @@ def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
     except OSError as error:
         raise WeightsError(f"cannot read weights {path}: {error.strerror}") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise WeightsError(f"{path} is not a safetensors file: export the weights again") from None
     if size < end:
         raise WeightsError(f"{path} is cut off: {size} of {end} bytes; copy or download it again")
+    _check_tensors(path)
     return shapes
+
+
+def _check_tensors(path: Path) -> None:
+    """Let the library look at types, shapes and places of a file's tensors, which it does without reading them.
+
+    Raises:
+        WeightsError: they do not fit each other or the file.
+    """
+    from safetensors import safe_open
+
+    with refused_as_weights(path, "is not a whole safetensors file, export the weights again"), safe_open(path, "np"):
+        pass
 
 
 def check_layout(expected: Shapes, found: Shapes, *, source: str, hint: str, ignored: Iterable[str] = ()) -> None:
@@ -138,3 +223,18 @@ def check_layout(expected: Shapes, found: Shapes, *, source: str, hint: str, ign
     ]
     if lines:
         raise WeightsError("\n".join([f"{source} does not fit the model:", *lines, f"  {hint}"]))
+
+
+def check_statistics(source: Path, mean: object, std: object) -> None:
+    """Means and deviations of the three channels are numbers that pixels can be normalised with.
+
+    Raises:
+        WeightsError: they are not.
+    """
+    for name, values, least in (("image_mean", mean, -math.inf), ("image_std", std, 0.0)):
+        numbers = list(values) if isinstance(values, list | tuple) else []
+        fits = len(numbers) == 3 and all(
+            isinstance(each, int | float) and math.isfinite(each) and each > least for each in numbers
+        )
+        if not fits:
+            raise WeightsError(f"{source} gives {name} {shown(values)}, and three numbers are needed")

@@ -1,0 +1,107 @@
+"""YAML of run files, which may come from anyone: plain values, or one sentence that says what is wrong and where.
+
+Beyond YAML's own rules, a key given twice, a list as a key, deep nesting, integers of hundreds of digits, and aliases
+that unfold to much more than was written are refused. Merge keys (`<<`) work.
+"""
+
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+from yaml.nodes import MappingNode, Node, ScalarNode
+
+from owlsam_ray.errors import one_line, shown
+
+MAX_BYTES = 16 * 2**20
+"""Size of a run file."""
+_MAX_DEPTH = 64
+_MAX_UNFOLDED = 100_000
+"""Values that aliases stand for, all together: a thousand aliases of a section of a hundred values."""
+_MAX_NUMBER = 100
+"""Characters of a number."""
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text; None when it holds none.
+
+    Raises:
+        ValueError: it is not valid, or more than a run file may be; says what and where, in one line.
+    """
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        raise ValueError(f"{one_line(what or error)}{where}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(one_line(error)) from None
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        # PyYAML's own code on a tag that does not fit its value: `!!omap 3`.
+        raise ValueError(f"a value does not fit its tag: {one_line(error)}") from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses what PyYAML takes without a word, or does not end on."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = self._unfolded = 0
+        self._sizes: dict[Node, int] = {}
+        """Values of each node, with what its aliases stand for."""
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        if self.check_event(yaml.AliasEvent):
+            alias: Any = self.peek_event()
+            node = super().compose_node(parent, index)
+            size = self._sizes.get(node) if node is not None else 0
+            if size is None:
+                raise _error(f"the alias *{alias.anchor:.60} stands inside of what it names", alias.start_mark)
+            self._unfolded += size
+            if self._unfolded > _MAX_UNFOLDED:
+                raise _error(f"its aliases stand for more than {_MAX_UNFOLDED:,} values", alias.start_mark)
+            return node
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise _error(f"it is nested more than {_MAX_DEPTH} levels deep", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None:
+            self._sizes[node] = 1 + sum(self._sizes[each] for each in _children(node))
+        return node
+
+    def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, ScalarNode):
+                raise _error("a list or a section cannot be a key", key_node.start_mark)
+            key = "<<" if key_node.tag == _MERGE else self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise _error(f"key {shown(key)} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_number(self, node: ScalarNode) -> Any:
+        """An integer, a float or a date."""
+        kind = node.tag.rsplit(":", 1)[-1]
+        if len(str(node.value)) > _MAX_NUMBER:
+            raise _error(f"a value of {len(node.value)} characters is no {kind} that can be meant", node.start_mark)
+        try:
+            return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+        except (ValueError, LookupError, AttributeError, OverflowError):
+            raise _error(f"{shown(node.value)} is no {kind}", node.start_mark) from None
+
+
+for _tag in ("int", "float", "bool", "timestamp"):
+    _UniqueKeyLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _UniqueKeyLoader.construct_number)
+
+
+def _children(node: Node) -> list[Node]:
+    if isinstance(node, MappingNode):
+        return [each for pair in node.value for each in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _error(problem: str, mark: Any) -> ConstructorError:
+    return ConstructorError(None, None, problem, mark)
