@@ -12,8 +12,9 @@ import logging
 import mmap
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 
 import msgspec
@@ -24,7 +25,7 @@ import pyarrow.json as pa_json
 from owlsam_ray import storage
 from owlsam_ray.datasets.blocks import Piece, cut_array
 from owlsam_ray.datasets.fields import kind_of, misfit, values_of
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 
 BLOCK_BYTES = 8 * 2**20
 _COPY_BYTES = 16 * 2**20
@@ -32,6 +33,7 @@ _BYTE_ORDER_MARK = codecs.BOM_UTF8
 _SURROGATES = re.compile(
     rb"(?<!\\)(?:\\\\)*(?:(?P<pair>\\u[dD][89abAB]..\\u[dD][c-fC-F]..)|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2}))"
 )
+_AFTER_KEY = re.compile(rb'"\s*:')
 _KEY = re.compile(rb'[\s,{]*("(?:[^"\\]|\\.)*")\s*:\s*', re.DOTALL)
 _log = logging.getLogger(__name__)
 
@@ -65,6 +67,26 @@ class Block:
             return list(msgspec.json.decode(text))
         except msgspec.MsgspecError:  # a float beyond all floats, which `json` reads as infinite
             return list(_decode(self.url, self.key, text))
+
+    def repeats(self, elements: Sequence[Any]) -> list[str]:
+        """What is wrong with elements of the block that give a key twice, of which `decode` kept only the last value.
+
+        Args:
+            elements: as `decode` gave them.
+
+        Returns:
+            A line for each, as `images[3]: gives "id" twice`.
+        """
+        text = self.text
+        if sum(len(each) for each in elements if isinstance(each, dict)) == len(_AFTER_KEY.findall(text)):
+            return []  # no key is lost, and no object lies inside another
+        found = []
+        for position, raw in enumerate(msgspec.json.decode(b"[%b]" % text, type=list[msgspec.Raw]), self.first):
+            repeated: list[str] = []
+            json.loads(bytes(raw), object_pairs_hook=partial(_note_repeats, repeated), parse_int=str)
+            if repeated:
+                found.append(f"{self.key}[{position}]: gives {shown(repeated[0])} twice")
+        return found
 
     def table(self, schema: pa.Schema) -> pa.Table:
         """N rows of a schema; null where an element does not have the field, or has null.
@@ -307,6 +329,15 @@ def _decode(url: str, key: str, text: bytes) -> Any:
         return json.loads(text)
     except ValueError as error:  # an integer of thousands of digits; the syntax is checked
         raise InputError(f"{url}: `{key}` cannot be read: {error}") from None
+
+
+def _note_repeats(repeated: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; its keys that repeat are added to `repeated`."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated += [name for name in found if names.count(name) > 1]
+    return found
 
 
 def _null_free(table: pa.Table, schema: pa.Schema) -> bool:

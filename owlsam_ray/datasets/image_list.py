@@ -137,8 +137,10 @@ def spread(images: Sequence[Any]) -> list[dict[str, Any]]:
 def _tables(document: Document, root: str, dialect: Dialect, layout: Layout, *, has_ids: bool) -> Iterator[pa.Table]:
     offences: list[str] = []
     place = Placing(document.url, root, layout, has_ids=has_ids)
-    for first, images in document.batches("images", max_bytes=_BATCH_BYTES):
-        placed = list(place.images(images, offences, first=first))
+    for block in document.blocks("images", max_bytes=_BATCH_BYTES):
+        images = block.decode()
+        offences += block.repeats(images)
+        placed = list(place.images(images, offences, first=block.first))
         if not offences:
             usable = [each for each in placed if each.path is not None]
             left_out = dialect.inspect(usable, layout)

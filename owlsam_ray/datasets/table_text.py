@@ -26,11 +26,17 @@ from owlsam_ray.datasets.table_columns import (
     plain,
     refuse_rows,
 )
-from owlsam_ray.errors import InputError, one_line
+from owlsam_ray.errors import InputError, one_line, shown
 
 _BLOCK = 8 * 2**20
+_MOST_ROW = 64 * 2**20
+"""Bytes of a row of JSONL; without a limit a file without line breaks would fill the memory."""
+_LONG_CELL = 4000
+"""Bytes from where a value may hold an integer of so many digits that Python's json refuses it."""
 _NULLS = pa.array(pa_csv.ConvertOptions().null_values)
 _MISSING = msgspec.Raw(b"null")
+_KEYS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_AFTER_KEY = re.compile(rb'"\s*:')
 _NUMBER = r"^-?\d{1,300}(\.\d*)?([eE][+-]?\d{1,2})?$"
 
 
@@ -115,7 +121,8 @@ def _from_text(url: str, column: Wanted, texts: pa.Array, first: int) -> pa.Arra
     rows = pc.indices_nonzero(bad)
     if len(rows):
         told = [
-            f"{text!r} in {column.path} ({column.setting}) is no {word}" for text in texts.take(rows[:TOLD]).to_pylist()
+            f"{shown(text)} in {column.path} ({column.setting}) is no {word}"
+            for text in texts.take(rows[:TOLD]).to_pylist()
         ]
         refuse_rows(url, [first + row for row in rows.to_pylist()], told, WAY_OUT)
     return pc.if_else(is_null, pa.scalar(None, TEXT), trimmed).cast(column.kind)
@@ -151,18 +158,28 @@ def read_jsonl(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
         # A name that is wrong gives no values at all, but some rows, even many, may leave a column out.
         for column in unseen.values():
             if column.is_needed:
-                check_name(url, column, column.path, list(json.loads(lines[0])))
+                check_name(url, column, column.path, _names(lines[0]))
         yield [_from_json(url, column, values, first) for column, values in zip(wanted, columns, strict=True)]
         first += len(rows)
-        names = list(json.loads(lines[0]))
+        names = _names(lines[0])
     if first == 0:
         raise InputError(f"{url} holds no row")
     for column in unseen.values():
         check_name(url, column, column.path, names)
 
 
+def _names(line: bytes) -> list[str]:
+    """Names of the columns of a row that could be read."""
+    return list(json.loads(line, parse_int=str))
+
+
 def _lines(url: str) -> Iterator[list[bytes]]:
-    """Lines that are not empty, a block of them at a time."""
+    """Lines that are not empty, a block of them at a time.
+
+    Raises:
+        InputError: a line is longer than any row.
+    """
+    row = 0
     with _text(url) as file:
         rest = file.read(3).removeprefix(b"\xef\xbb\xbf")
         while True:
@@ -171,13 +188,19 @@ def _lines(url: str) -> Iterator[list[bytes]]:
             rest = lines.pop() if block else b""
             if lines := [line for line in lines if line.strip()]:
                 yield lines
+                row += len(lines)
+            if len(rest) > _MOST_ROW:
+                most = _MOST_ROW // 2**20
+                raise InputError(f"{url}: row {row} has more than {most} MB: is it one JSON object a line?")
             if not block:
                 return
 
 
 def _decode_lines(url: str, lines: Sequence[bytes], first: int, decode: Callable[[bytes], Any]) -> list[Any]:
-    with contextlib.suppress(msgspec.DecodeError):
-        return [decode(line) for line in lines]
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):
+        rows = [decode(line) for line in lines]
+        if not any(_may_repeat(line) for line in lines):
+            return rows
     rows, bad, told = [], [], []
     for number, line in enumerate(lines, first):
         try:
@@ -196,15 +219,49 @@ def _decode_line(line: bytes, decode: Callable[[bytes], Any]) -> Any:
     Raises:
         ValueError: it is none; says why.
     """
-    with contextlib.suppress(msgspec.DecodeError):
-        return decode(line)
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):
+        row = decode(line)
+        if not _may_repeat(line):
+            return row
+        json.loads(line, object_pairs_hook=_without_repeats, parse_int=str)
+        return row
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=_without_repeats)
         if isinstance(value, dict):
             return decode(json.dumps(plain(value)).encode())  # NaN, which JSON does not have, is null
+    except _RepeatedKeyError:
+        raise
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"is not valid JSON: {error}") from None
+        raise ValueError(f"is not valid JSON: {one_line(error)}") from None
     raise ValueError(f"is a {type(value).__name__}, not an object")
+
+
+class _RepeatedKeyError(ValueError):
+    """An object gives a key twice."""
+
+
+def _may_repeat(line: bytes) -> bool:
+    """Whether an object of a row may give a key twice: there are more of what follows a key than keys at the top."""
+    try:
+        return len(_KEYS.decode(line)) != len(_AFTER_KEY.findall(line))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False  # a name that is no UTF-8: nobody asks for it
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the row.
+
+    Raises:
+        _RepeatedKeyError: only one of the values could be kept, and none says which.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise _RepeatedKeyError(f"gives the key {shown(repeated)} twice")
+    return found
 
 
 def _inside(cells: list[msgspec.Raw], path: Sequence[str]) -> list[msgspec.Raw]:
@@ -218,6 +275,7 @@ def _inside(cells: list[msgspec.Raw], path: Sequence[str]) -> list[msgspec.Raw]:
 def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: int) -> pa.Array:
     """What JSON texts stand for."""
     if column.kind is None:
+        _refuse_endless(url, column, cells, first)
         return pa.array([bytes(cell) for cell in cells], pa.binary()).cast(TEXT)
     kind, word = {INTEGER: (int, "integer"), NUMBER: (float, "number"), TEXT: (str, "text")}[column.kind]
     try:
@@ -228,12 +286,12 @@ def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: in
         for row, cell in enumerate(cells, first):
             try:
                 value = json.loads(bytes(cell))
-            except UnicodeDecodeError:
+            except ValueError:  # no UTF-8, or an integer of thousands of digits
                 value = bytes(cell)
             values.append(value if _is_of(value, kind) else None)
             if value is not None and not _is_of(value, kind):
                 bad.append(row)
-                told.append(f"{value!r} in {column.path} ({column.setting}) is no {word}")
+                told.append(f"{shown(value)} in {column.path} ({column.setting}) is no {word}")
         if bad and not column.may_be_odd:
             refuse_rows(url, bad, told, WAY_OUT)
         return pa.array(values, column.kind)
@@ -244,6 +302,20 @@ def _is_of(value: Any, kind: type) -> bool:
     if kind is str or type(value) not in (int, float):
         return kind is str and type(value) is str
     return type(value) is int and abs(value) < 2**63 if kind is int else -(2**63) <= value <= 2**63
+
+
+def _refuse_endless(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: int) -> None:
+    """Refuse rows whose value stands in the labels later, where no reader of JSON takes it."""
+    bad, told = [], []
+    for row, cell in enumerate(cells, first):
+        if len(memoryview(cell)) > _LONG_CELL:
+            try:
+                json.loads(bytes(cell))
+            except ValueError as error:
+                bad.append(row)
+                told.append(f"the value in {column.path} ({column.setting}) cannot be read: {one_line(error, 80)}")
+    if bad:
+        refuse_rows(url, bad, told, WAY_OUT)
 
 
 @contextlib.contextmanager
