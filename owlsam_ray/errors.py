@@ -56,10 +56,11 @@ class OwlsamError(Exception):
 
     exit_code: ExitCode = ExitCode.USAGE
 
-    def __str__(self) -> str:
-        """The message, cut: a backstop for values that `shown` was not asked to cut."""
-        text = super().__str__()
-        return text if len(text) <= _MESSAGE_LIMIT else f"{text[: _MESSAGE_LIMIT - 1]}…"
+    def __init__(self, *args: object) -> None:
+        """Keep the message, cut: a backstop for values that `shown` was not asked to cut."""
+        if args and isinstance(args[0], str) and len(args[0]) > _MESSAGE_LIMIT:
+            args = (f"{args[0][: _MESSAGE_LIMIT - 1]}…", *args[1:])
+        super().__init__(*args)
 
 
 class ImageError(OwlsamError):

@@ -1,10 +1,11 @@
 """Values and errors of others in messages: cut, escaped, on one line."""
 
 import datetime
+import pickle
 
 import pytest
 
-from owlsam_ray.errors import one_line, shown
+from owlsam_ray.errors import ImageError, InputError, one_line, shown
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,13 @@ def test_a_librarys_message_comes_on_one_line_and_cut() -> None:
     assert one_line(ValueError("a\n  b\t c\x1b[2J")) == "a b c\\x1b[2J"
     assert one_line(KeyError()) == "KeyError"
     assert one_line(ValueError("z" * 10**7)) == "z" * 299 + "…"
+
+
+def test_a_message_or_reason_of_megabytes_is_cut_whoever_made_it() -> None:
+    error = InputError("m" * 10**7, {"counts": 3})
+    assert (len(error.args[0]), error.args[1]) == (8000, {"counts": 3})
+    assert str(InputError("m" * 8000)) == "m" * 8000
+    assert len(str(InputError("m" * 8001))) == 8000
+    assert ImageError("bad_uri: " + "r" * 10**7).reason == "bad_uri: " + "r" * 990 + "…"
+    again = pickle.loads(pickle.dumps(error))
+    assert again.args == error.args
