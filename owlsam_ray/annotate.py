@@ -16,7 +16,7 @@ import ray
 from owlsam_ray import crumbs, pipeline, storage
 from owlsam_ray.config import RunConfig
 from owlsam_ray.ending import before_end
-from owlsam_ray.errors import InterruptedRunError, PreflightError
+from owlsam_ray.errors import InterruptedRunError, OwlsamError, PreflightError
 from owlsam_ray.fence import ATTEMPTS, LABEL, Attempt, Slice, claim, claim_setup
 from owlsam_ray.guard import (
     QUERY_FILE,
