@@ -36,6 +36,7 @@ from owlsam_ray.logs import SafeFormatter, stderr_handler
 from owlsam_ray.standard_streams import Answers, own_stdout
 from owlsam_ray.stopping import as_interrupts
 from owlsam_ray.storage.secrets import masked_tree
+from owlsam_ray.terminal import SafeConsole, safe_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = make_parser().parse_args(arguments)
     with own_stdout() as answers:
-        console = Console(stderr=True)
+        console = SafeConsole(stderr=True)
         _start_log(console, "info")
         as_interrupts()  # until `annotate` has handlers of its own
         call = _Call(options, console, answers)
@@ -271,7 +272,7 @@ def _calibrate(config: RunConfig, options: argparse.Namespace, console: Console)
         )
     if options.json:
         return result | {"operating_points": out}
-    wide = console if console.is_terminal else Console(stderr=True, width=160)
+    wide = console if console.is_terminal else SafeConsole(stderr=True, width=160)
     wide.print(operating_points_table(result))
     rows = result["categories"]
     return {
@@ -332,7 +333,7 @@ def _show_evaluation(evaluation: dict[str, Any], options: argparse.Namespace, co
         return evaluation
     from owlsam_ray.evaluate.table import evaluation_table
 
-    wide = console if console.is_terminal else Console(stderr=True, width=160)
+    wide = console if console.is_terminal else SafeConsole(stderr=True, width=160)
     wide.print(evaluation_table(evaluation))
     overall = evaluation["groups"]["all"]["all"]
     speed = evaluation["speed"] or {}
@@ -370,7 +371,6 @@ def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _preview(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from rich.table import Table
-    from rich.text import Text
 
     from owlsam_ray.preview import expand_images, preview, preview_config
 
@@ -382,10 +382,10 @@ def _preview(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     result = preview(images, config, out=out, min_score=min_score)
     found = result.counts(min_score)
     table = Table(
-        "category", "boxes", "best score", "median score", title=Text(f"{len(images)} picture(s): {options.out}")
+        "category", "boxes", "best score", "median score", title=safe_text(f"{len(images)} picture(s): {options.out}")
     )
     for entry in found:
-        table.add_row(*(Text("–" if value is None else str(value)) for value in entry.values()))
+        table.add_row(*(safe_text("–" if value is None else str(value)) for value in entry.values()))
     console.print(table)
     failed = result.failed()
     summary = {"images": len(images), "sheet": result.sheet, "found": found, "failed": failed}
@@ -419,7 +419,7 @@ def _verify(run_url: str, options: argparse.Namespace, console: Console) -> dict
 def _status(run_url: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from owlsam_ray.status import status_table, watch_run
 
-    wide = console if console.is_terminal else Console(stderr=True, width=160)
+    wide = console if console.is_terminal else SafeConsole(stderr=True, width=160)
 
     def show(state: dict[str, Any]) -> None:
         if options.watch is not None and console.is_terminal:

@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.crumbs import list_crumbs
@@ -23,6 +22,7 @@ from owlsam_ray.guard import RUN_FILE, load_record
 from owlsam_ray.manifest import load_manifest
 from owlsam_ray.progress import duration
 from owlsam_ray.tally import Tally
+from owlsam_ray.terminal import safe_text
 
 _NAMED = 20
 """Attempts that have ended of which the state tells more than the number."""
@@ -226,14 +226,14 @@ def status_table(state: dict[str, Any]) -> Group:
         *(("last error", f"{each['attempt']}: {each['error']}") for each in state["last_errors"]),
     ):
         if name != "failed" or state["failed"]:
-            counts.add_row(Text(name), Text(value))
-    parts: list[Any] = [Text(state["run"]), counts]
+            counts.add_row(safe_text(name), safe_text(value))
+    parts: list[Any] = [safe_text(state["run"]), counts]
     if state["attempts"]:
         table = Table("attempt", "host", "process", "slice", "state", "beat", "exit code", "since", "ended")
         for each in state["attempts"]:
             cells = [each[key] for key in ("id", "host", "pid", "slice", "state", "beat")]
             cells += [each["exit_code"], each["started"], each["ended"]]
-            table.add_row(*(Text("–" if cell is None else str(cell)) for cell in cells))
+            table.add_row(*(safe_text("–" if cell is None else str(cell)) for cell in cells))
         parts.append(table)
     return Group(*parts)
 

@@ -1,6 +1,12 @@
-"""Text from outside as a terminal may show it: no escape sequence, no other control, no reordering of what is read."""
+"""Text from outside as a terminal, or a spreadsheet, may show it: no escape sequence, no hidden order, no formula."""
 
 import re
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
 
 _UNSAFE = (
     "\x00-\x1f\x7f-\x9f"  # controls: escape sequences begin with them
@@ -37,3 +43,37 @@ def _escape(match: re.Match[str]) -> str:
         return known
     number = ord(character)
     return rf"\x{number:02x}" if number < 0x100 else rf"\u{number:04x}" if number < 0x10000 else rf"\U{number:08x}"
+
+
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def table_cell(value: Any) -> Any:
+    """A value for a CSV file that people open with a spreadsheet.
+
+    A text that would be taken for a formula gets an apostrophe in front, as is usual, and controls are escaped.
+    Numbers, also as texts, stay numbers.
+    """
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def safe_text(text: str) -> Text:
+    """A text for a table of rich: no markup, no controls."""
+    return Text(printable(text))
+
+
+class SafeConsole(Console):
+    """A console whose tables, bars and lines show nothing that steers the terminal, but for its own colours."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What is drawn, with controls inside texts escaped."""
+        for segment in super().render(renderable, options):
+            text = segment.text
+            if segment.control is not None or text.isprintable() or text == "\n":
+                yield segment
+            else:
+                yield Segment("\n".join(map(printable, text.split("\n"))), segment.style)

@@ -4,7 +4,8 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
+
+from owlsam_ray.terminal import safe_text
 
 MAX_CATEGORIES = 60
 """More categories than that are left to the JSON file, but for those that miss the target."""
@@ -17,8 +18,8 @@ def operating_points_table(result: dict[str, Any]) -> RenderableType:
     shown = rows if len(rows) <= MAX_CATEGORIES else [row for row in rows if not row["reached"]][:MAX_CATEGORIES]
     parts: list[RenderableType] = [_categories(result, shown)] if shown else []
     if len(shown) < len(rows):
-        parts.append(Text(f"{len(shown)} of {len(rows)} categories, those that miss the target: the JSON has all"))
-    parts += [Text(line) for line in _footnotes(result)]
+        parts.append(safe_text(f"{len(shown)} of {len(rows)} categories, those that miss the target: the JSON has all"))
+    parts += [safe_text(line) for line in _footnotes(result)]
     return Group(*parts)
 
 
@@ -41,12 +42,12 @@ def _categories(result: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
     table.add_column("")
     for row in rows:
         table.add_row(
-            Text(row["name"]),
+            safe_text(row["name"]),
             f"{row['threshold']:.4g}", _ends(row["threshold_interval"]),
             _number(row["precision"]), _ends(row["precision_interval"]),
             _number(row["recall"]), _ends(row["recall_interval"]),
             *(str(row[f"num_{name}"]) for name in ("kept", "right", "objects")),
-            Text(_remark(row)),
+            safe_text(_remark(row)),
         )  # fmt: skip
     return table
 

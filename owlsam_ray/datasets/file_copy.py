@@ -27,6 +27,7 @@ from owlsam_ray.datasets.file_rules import (
 )
 from owlsam_ray.datasets.outlines import BadSegmentationError, proper_polygons, read_outline
 from owlsam_ray.errors import InputError
+from owlsam_ray.terminal import table_cell
 
 TABLE_COLUMNS = ("action", "image_id", "file_name", "annotation_id", "category", "rule", "detail")
 """`action` is `removed` or `changed`; an image has no annotation id. Annotations in the file's order, then images."""
@@ -66,7 +67,7 @@ class RemovalTable:
     def add(self, *values: Any) -> None:
         """One line: a value for each column."""
         if self._csv is not None:
-            self._csv.writerow(values)
+            self._csv.writerow(table_cell(value) for value in values)
         else:
             self._text.write(json.dumps(dict(zip(TABLE_COLUMNS, values, strict=True)), ensure_ascii=False) + "\n")
 

@@ -15,6 +15,7 @@ from owlsam_ray.datasets.file_copy import refuse_no_place
 from owlsam_ray.datasets.statistics import statistics
 from owlsam_ray.datasets.statistics_table import statistics_table
 from owlsam_ray.errors import IncompleteError, InputError
+from owlsam_ray.terminal import SafeConsole
 
 STATISTICS_FILE = "statistics.json"
 PLOTS_FILE = "statistics.png"
@@ -55,7 +56,7 @@ def run_statistics(url: str, *, out: str | None, as_json: bool, console: Console
             written = write_statistics(result, out)
     if as_json:
         return result | written
-    wide = console if console.is_terminal else Console(file=console.file, width=_WIDTH)
+    wide = console if console.is_terminal else SafeConsole(file=console.file, width=_WIDTH)
     wide.print(statistics_table(result))
     images, annotations = result["images"], result["annotations"]
     return {

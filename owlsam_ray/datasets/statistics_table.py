@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
+
+from owlsam_ray.terminal import safe_text
 
 MAX_CATEGORIES = 40
 """More categories than that are left to the JSON file."""
@@ -31,7 +32,7 @@ def _overview(result: dict[str, Any]) -> Table:
     table = _table(result["file"])
     table.show_header = False
     for name, value in _lines(result):
-        table.add_row(name, Text(value))
+        table.add_row(name, safe_text(value))
     return table
 
 
@@ -65,7 +66,7 @@ def _lines(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _categories(categories: dict[str, Any]) -> RenderableType:
     rows = sorted((row for row in categories["rows"] if row["objects"]), key=lambda row: -row["objects"])
     if not rows:
-        return Text("")
+        return safe_text("")
     cut = len(rows) > MAX_CATEGORIES
     table = _table("Categories" + (f": the first {MAX_CATEGORIES} of {len(rows):,} with objects" if cut else ""))
     table.add_column("category")
@@ -74,7 +75,7 @@ def _categories(categories: dict[str, Any]) -> RenderableType:
     table.add_column("")
     for row in rows[:MAX_CATEGORIES]:
         bar = "█" * max(1, round(_BAR * row["objects"] / rows[0]["objects"]))
-        table.add_row(Text(row["name"]), f"{row['objects']:,}", f"{row['images']:,}", bar)
+        table.add_row(safe_text(row["name"]), f"{row['objects']:,}", f"{row['images']:,}", bar)
     return table
 
 
@@ -90,7 +91,7 @@ def _groups(groups: dict[str, Any]) -> RenderableType:
         for key in ("instance_count", "image_count")
         if stated[f"{key}_stated"]
     ]
-    return Group(table, Text("; ".join(told)))
+    return Group(table, safe_text("; ".join(told)))
 
 
 def _scores(scores: dict[str, Any]) -> Table:
@@ -108,7 +109,7 @@ def _problems(problems: dict[str, Any]) -> Table:
     table.add_column("number", justify="right")
     table.add_column("the first")
     for name, found in problems.items():
-        table.add_row(name, f"{found['count']:,}", Text(found["examples"][0]))
+        table.add_row(name, f"{found['count']:,}", safe_text(found["examples"][0]))
     return table
 
 
@@ -125,4 +126,4 @@ def _percent(part: float | None) -> str:
 
 
 def _table(title: str) -> Table:
-    return Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
+    return Table(title=safe_text(title), title_justify="left", show_edge=False, pad_edge=False)

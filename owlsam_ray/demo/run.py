@@ -25,6 +25,7 @@ from owlsam_ray.errors import ConfigError, GuardError
 from owlsam_ray.guard import RUN_FILE, check_writable
 from owlsam_ray.plan import plan_run
 from owlsam_ray.resources import export_ray_environment
+from owlsam_ray.terminal import SafeConsole
 
 CONFIG_FILE, SHEET_FILE, PICTURES = "run.yaml", "contact_sheet.png", "drawn"
 _SHEET_PICTURES, _SHEET_COLUMNS = 12, 4
@@ -206,7 +207,7 @@ def _measure(config: RunConfig, console: Console) -> dict[str, Any]:
     from owlsam_ray.evaluate.table import evaluation_table
 
     evaluation = evaluate_run(config)
-    wide = console if console.is_terminal else Console(file=console.file, width=160)
+    wide = console if console.is_terminal else SafeConsole(file=console.file, width=160)
     wide.print(evaluation_table(evaluation))
     return evaluation
 

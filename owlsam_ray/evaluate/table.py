@@ -5,9 +5,9 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from owlsam_ray.evaluate.sizes import ALL
+from owlsam_ray.terminal import safe_text
 
 UNDEFINED = "–"
 MAX_CATEGORIES = 40
@@ -25,13 +25,13 @@ def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
     if len(categories) <= MAX_CATEGORIES:
         parts.append(_categories(categories, columns))
     else:
-        parts.append(Text(f"{len(categories)} categories: see `categories` in the JSON"))
-    parts.append(Text(_footnote(evaluation)))
-    parts += [Text(line) for line in _left_out(evaluation["counts"])]
+        parts.append(safe_text(f"{len(categories)} categories: see `categories` in the JSON"))
+    parts.append(safe_text(_footnote(evaluation)))
+    parts += [safe_text(line) for line in _left_out(evaluation["counts"])]
     if evaluation["mapping"] is not None:
-        parts.append(Text(_mapping(evaluation["mapping"])))
+        parts.append(safe_text(_mapping(evaluation["mapping"])))
     if evaluation["speed"] is not None:
-        parts.append(Text(_speed(evaluation["speed"])))
+        parts.append(safe_text(_speed(evaluation["speed"])))
     return Group(*parts)
 
 
@@ -66,7 +66,7 @@ def _groups(evaluation: dict[str, Any], columns: dict[str, str]) -> Table:
     for name, sizes in evaluation["groups"].items():
         for size, row in sizes.items():
             table.add_row(
-                Text(name if size == ALL else ""), size, *_cells(row, columns), end_section=size == list(sizes)[-1]
+                safe_text(name if size == ALL else ""), size, *_cells(row, columns), end_section=size == list(sizes)[-1]
             )
     return table
 
@@ -76,7 +76,7 @@ def _categories(categories: list[dict[str, Any]], columns: dict[str, str]) -> Ta
     table.add_column("category")
     _add_columns(table, columns)
     for category in categories:
-        table.add_row(Text(category["name"]), *_cells(category["sizes"][ALL], columns))
+        table.add_row(safe_text(category["name"]), *_cells(category["sizes"][ALL], columns))
     return table
 
 

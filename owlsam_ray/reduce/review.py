@@ -33,6 +33,7 @@ from owlsam_ray.reduce.labels import ShardLabels, read_labels
 from owlsam_ray.reduce.run import COCO_FOLDER, Reduction, Show, open_run, prepare, quiet
 from owlsam_ray.reduce.sampling import Picks, SampleOptions, pick, why
 from owlsam_ray.storage.secrets import masked_tree, published
+from owlsam_ray.terminal import table_cell
 
 REVIEW_FOLDER = "review"
 REVIEW_FILE, REVIEW_TABLE = "review.json", "review.csv"
@@ -210,7 +211,7 @@ class _Reviewing:
                 images.write(written.images)
                 annotations.write(written.annotations)
                 listed.append(written.ids)
-                writer.writerows(written.rows)
+                writer.writerows([table_cell(value) for value in row] for row in written.rows)
                 num_images += written.num_images
             text.flush()
             text.detach()
