@@ -270,7 +270,8 @@ class Engine:
                 grey16=self._settings.decode.grey16,
             )
             height, width = decoded.pixels.shape[:2]
-            item.size_hw, item.note = (height, width), decoded.note
+            item.size_hw = (height, width)
+            item.note = "; ".join(filter(None, (image.note, decoded.note))) or None
             item.views = tile_views(item.size_hw, self._settings.tiling)
             item.segmenter_input = self._segmenter.preprocess(decoded.pixels)
         return decoded.pixels

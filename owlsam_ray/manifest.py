@@ -4,6 +4,7 @@ A part is `manifest/part-0000.parquet` with one row group per shard, and a small
 written afterwards: it makes the part, and holds its hash. Ordinals are 1-based positions in the manifest.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -132,6 +133,16 @@ class Manifest:
             reader = pq.ParquetFile(file, metadata=_footer(url, part.sha256))
             table = reader.read_row_group(shard - part.first_shard)
         return _with_container(table).select(MANIFEST_SCHEMA.names)
+
+    def uri_bounds(self) -> Iterator[tuple[int, tuple[str, str]]]:
+        """Shard, and the first and the last of its URIs by their order as texts, from the footers alone."""
+        for part in self.parts:
+            footer = _footer(storage.join(self.run_url, MANIFEST, part.file), part.sha256)
+            names = [footer.schema.column(number).path for number in range(footer.num_columns)]
+            for group in range(footer.num_row_groups):
+                found = footer.row_group(group).column(names.index("uri")).statistics
+                if found is not None and found.has_min_max:
+                    yield part.first_shard + group, (found.min, found.max)
 
     def iter_names(self) -> Iterator[pa.Table]:
         """`image_id` and `file_name`, some at a time, of all images in order."""
@@ -292,7 +303,7 @@ def _write_part(
     run_url: str, shards: Iterable[pa.Table], before: list[ManifestPart], layout: Layout, source: dict[str, Any]
 ) -> ManifestPart:
     """Write one part: the Parquet file first, then its sidecar, which makes it valid."""
-    name = f"part-{len(before):04d}"
+    name = _part_name(len(before))
     url = storage.join(run_url, MANIFEST, f"{name}.parquet")
     first_ordinal = 1 + sum(part.num_rows for part in before)
     first_shard = sum(part.num_shards for part in before)
@@ -333,28 +344,57 @@ def load_manifest(run_url: str, *, verify: bool, num_parts: int | None = None) -
     Args:
         run_url: the run directory.
         verify: compare each part's bytes with its hash.
-        num_parts: look at the first so many parts only: further ones are of an extension that did not end.
+        num_parts: read the first so many parts: further ones are of an extension that did not end. They are asked for
+            by their names: a listing may be older than they are. None: the parts that are listed.
 
     Raises:
         GuardError: a part is missing, damaged, changed or no manifest; names it.
     """
+    if num_parts is None:
+        names = [name for name in storage.list_names(storage.join(run_url, MANIFEST)) if name.endswith(".json")]
+    else:
+        names = [f"{_part_name(number)}.json" for number in range(num_parts)]
     parts: list[ManifestPart] = []
-    for name in storage.list_names(storage.join(run_url, MANIFEST)):
-        if not name.endswith(".json"):
-            continue
-        if len(parts) == num_parts:
-            break
+    for name in names:
         url = storage.join(run_url, MANIFEST, name)
         try:
-            part = ManifestPart(**json.loads(storage.read_bytes(url)))
-        except (ValueError, TypeError) as error:
-            raise GuardError(
-                f"{url} is damaged ({one_line(error)}): restore it, or plan again in another directory"
-            ) from None
+            part = _read_sidecar(url)
+        except FileNotFoundError:
+            if not parts and not storage.exists(storage.join(run_url, MANIFEST)):
+                return None
+            raise GuardError(f"{url} is missing: restore it, or plan again in another directory") from None
         if verify:
             _verify(run_url, part)
         parts.append(part)
     return Manifest(run_url, tuple(parts)) if parts else None
+
+
+def num_shards_behind(run_url: str, num_parts: int) -> int:
+    """Shards of the parts behind the first so many, asked for by their names.
+
+    Raises:
+        GuardError: a part is damaged.
+    """
+    count = 0
+    with contextlib.suppress(FileNotFoundError):
+        for number in itertools.count(num_parts):
+            count += _read_sidecar(storage.join(run_url, MANIFEST, f"{_part_name(number)}.json")).num_shards
+    return count
+
+
+def _read_sidecar(url: str) -> ManifestPart:
+    data = storage.read_bytes(url)
+    try:
+        return ManifestPart(**json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise GuardError(
+            f"{url} is damaged ({one_line(error)}): restore it, or plan again in another directory"
+        ) from None
+
+
+def _part_name(number: int) -> str:
+    """Of both files of a part, without their endings."""
+    return f"part-{number:04d}"
 
 
 def _verify(run_url: str, part: ManifestPart) -> None:

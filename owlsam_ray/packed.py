@@ -66,6 +66,38 @@ class Cell:
     row: int
 
 
+class NotSetUpError(ImageError):
+    """Fails an image in a storage that this machine has no credentials, or no package, to ask with."""
+
+    def __init__(self, reason: str, failure_class: FailureClass = FailureClass.TRANSIENT) -> None:
+        super().__init__(reason, failure_class)
+
+
+def guarded(positions: Iterable[int], task: FetchTask) -> FetchTask:
+    """The same task, but whatever it raises is what those of its images fail with that have no outcome yet."""
+    return partial(_run_guarded, tuple(positions), task)
+
+
+def _run_guarded(positions: tuple[int, ...], task: FetchTask) -> Iterator[Outcomes]:
+    left = dict.fromkeys(positions)
+    failure: ImageError
+    try:
+        for outcomes in task():
+            for position, _ in outcomes:
+                left.pop(position, None)
+            yield outcomes
+    except StorageSetupError as error:
+        failure = NotSetUpError(f"no_access: {error}")
+    except (OSError, InputError) as error:
+        failure = image_error(error)
+    except Exception as error:  # noqa: BLE001 (any error of a library behind fsspec becomes the row of its images)
+        storage.tell_once("a read of images", error)
+        failure = ImageError(f"fetch_failed: {storage.described(error)}", FailureClass.TRANSIENT)
+    else:
+        return
+    yield [(position, failure) for position in left]
+
+
 def image_error(error: OSError | InputError) -> ImageError:
     """What an image fails with whose file cannot be read.
 
@@ -118,7 +150,7 @@ def tar_tasks(uri: str, members: Sequence[Member], *, max_bytes: int) -> Iterato
     if large:
         yield lambda: [[(member.position, too_large(max_bytes)) for member in large]]
     for span in join_members([member for member in members if member.length <= max_bytes]):
-        yield partial(_read_span, uri, span)
+        yield guarded((member.position for member in span.members), partial(_read_span, uri, span))
 
 
 def _read_span(uri: str, span: Span) -> Iterator[Outcomes]:
@@ -173,7 +205,8 @@ def read_cells(
             continue
         first = ends[group] - footer.row_group(group).num_rows
         local = [Cell(cell.position, cell.row - first) for cell in wanted]
-        hand_over(partial(_read_row_group, uri, footer, column, group, local, max_bytes))
+        task = partial(_read_row_group, uri, footer, column, group, local, max_bytes)
+        hand_over(guarded((cell.position for cell in local), task))
 
 
 def _read_footer(uri: str, column: str) -> Any:
@@ -209,9 +242,13 @@ def _field_at(schema: pa.Schema, column: str) -> pa.Field | None:
 
 def _table_error(error: Exception) -> ImageError:
     """Of storage, or of Arrow: its errors about a file's content carry no number."""
-    if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):
+    if isinstance(error, InputError) or (isinstance(error, OSError) and not _is_of_arrow(error)):
         return image_error(error)
     return ImageError(f"bad_table: {one_line(masked((str(error).splitlines() or [type(error).__name__])[0]))}")
+
+
+def _is_of_arrow(error: OSError) -> bool:
+    return type(error) is OSError and error.errno is None
 
 
 def _read_row_group(

@@ -24,6 +24,8 @@ class EncodedImage:
     """(H, W) that the source states, if it does."""
     failure: tuple[str, FailureClass] | None = None
     """Reason and class when fetching failed."""
+    note: str | None = None
+    """A remark of whoever fetched it, such as a size that the listing contradicts."""
 
 
 @dataclass(frozen=True, slots=True)

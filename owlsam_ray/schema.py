@@ -24,7 +24,7 @@ MANIFEST_SCHEMA = pa.schema(
         ),  # null: the file is the image; tar or parquet: it lies in one; bad: no image
         pa.field("member", pa.string()),  # tar: name; parquet: column, with dots into structures; bad: the reason
         pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet, bad: row of the file
-        pa.field("length", pa.int64()),  # tar: bytes of the image
+        pa.field("length", pa.int64()),  # bytes of the image, where the storage told them (tar: always)
         pa.field("shard", pa.int64(), nullable=False),
         pa.field("height", pa.int32()),  # as the source states it
         pa.field("width", pa.int32()),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from owlsam_ray.errors import OwlsamError
 from owlsam_ray.ledger import ShardFooter, corrupt_shard, done_shards, read_footer, shard_url
-from owlsam_ray.manifest import Manifest, load_manifest
+from owlsam_ray.manifest import Manifest, num_shards_behind
 
 _COUNTED = ("ok", "empty", "failed", "transient", "detections", "masks")
 _CHUNK = 256
@@ -38,7 +38,7 @@ class Tally:
         """
         self.run_url = run_url
         self._fingerprint = fingerprint
-        self._in_run = manifest.num_shards
+        self._in_run, self._num_parts = manifest.num_shards, len(manifest.parts)
         self._shards = range(manifest.num_shards) if shards is None else shards
         self._images = _images_of_shards(manifest)[self._shards.start : self._shards.stop : self._shards.step]
         n = len(self._images)
@@ -120,7 +120,8 @@ class Tally:
         with self._listing:
             found = done_shards(self.run_url)
             foreign = [shard for shard in found if shard >= self._in_run]
-            if foreign and max(foreign) >= self._in_run_by_now():
+            # Others may label parts that were added since.
+            if foreign and max(foreign) >= self._in_run + num_shards_behind(self.run_url, self._num_parts):
                 raise corrupt_shard(shard_url(self.run_url, max(foreign)), f"the run has {self._in_run} shards")
             found.intersection_update(self._shards)
             listed = np.zeros_like(self._listed)
@@ -131,11 +132,6 @@ class Tally:
                 if self._first_listed is None:
                     self._first_listed = listed
         return found
-
-    def _in_run_by_now(self) -> int:
-        """Shards of the run with the parts that were added since: others may label them already."""
-        manifest = load_manifest(self.run_url, verify=False)
-        return manifest.num_shards if manifest is not None else self._in_run
 
     def refresh(self, limit: int | None = None) -> Self:
         """Look at the listing, and read footers that were not read yet.

@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from owlsam_ray import storage
 from owlsam_ray.datasets import Container
-from owlsam_ray.errors import ImageError, InputError
-from owlsam_ray.fetch import check_data_uri, fetch_rows
-from owlsam_ray.packed import MEGABYTE, image_error
+from owlsam_ray.errors import ImageError, InputError, StorageSetupError
+from owlsam_ray.fetch import check_data_uri, fetch_outcomes, setup_error
+from owlsam_ray.packed import MEGABYTE, NotSetUpError, image_error
 from owlsam_ray.settings import DecodeConfig
 from owlsam_ray.stages.decode import decode_image
 from owlsam_ray.storage.secrets import masked_url
@@ -53,13 +53,16 @@ def verify_images(
         show: called with the number of images looked at.
 
     Raises:
-        StorageSetupError: no credentials, or no package, to ask the storage with.
+        StorageSetupError: no credentials, or no package, to ask the storage of the first images with. Later ones fail
+            by themselves.
     """
     result = Verification()
     known: dict[str, ImageError | None] = {}
     with ThreadPoolExecutor(threads) as pool:
         for rows in _batches(tables, _LOOKED_UP if mode == "exists" else _BATCH):
             offences = _look_up(rows, known, pool) if mode == "exists" else _decode(rows, decode, threads, pool)
+            if result.images == result.failed and (error := setup_error(rows, offences)) is not None:
+                raise error  # nothing could be read so far
             for row, offence in zip(rows, offences, strict=True):
                 result.images += 1
                 if offence is not None:
@@ -96,6 +99,8 @@ def _absence(uri: str, is_named_by_data: bool) -> ImageError | None:
         if is_named_by_data:
             check_data_uri(uri)
         return None if storage.exists(uri) else ImageError("missing")
+    except StorageSetupError as error:
+        return NotSetUpError(f"no_access: {error}")
     except (OSError, InputError) as error:
         return image_error(error)
 
@@ -103,7 +108,7 @@ def _absence(uri: str, is_named_by_data: bool) -> ImageError | None:
 def _decode(
     rows: Sequence[dict[str, Any]], decode: DecodeConfig, threads: int, pool: ThreadPoolExecutor
 ) -> list[ImageError | None]:
-    outcomes = fetch_rows(rows, threads=threads, max_bytes=decode.max_file_mb * MEGABYTE)
+    outcomes = fetch_outcomes(rows, {}, threads=threads, max_bytes=decode.max_file_mb * MEGABYTE)
 
     def look(outcome: bytes | ImageError) -> ImageError | None:
         if isinstance(outcome, ImageError):

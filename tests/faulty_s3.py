@@ -96,6 +96,8 @@ class FaultyS3:
             return self._inner(environ, start_response)
         if kind == "cut":
             return self._cut(environ, start_response)
+        if kind == "half":
+            return self._half(environ, start_response)
         _drain(environ)
         if kind == "stall":
             time.sleep(faults.stall_s)
@@ -104,6 +106,21 @@ class FaultyS3:
         )
         body = b"" if method == "HEAD" else _BODY.format(code=code).encode()
         start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+        return [body]
+
+    def _half(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """The right answer with half its body and the length of that, as of a proxy; its Content-Range stays."""
+        told: list[Any] = []
+
+        def keep(status: str, headers: list[tuple[str, str]], *_: Any) -> Callable[[bytes], None]:
+            told[:] = [status, headers]
+            return lambda data: None
+
+        body = b"".join(self._inner(environ, keep))
+        is_part = environ["REQUEST_METHOD"] == "GET" and told[0].startswith("206")
+        body = body[: len(body) // 2] if is_part else body
+        kept = [(name, value) for name, value in told[1] if not is_part or name.lower() != "content-length"]
+        start_response(told[0], [*kept, ("Content-Length", str(len(body)))] if is_part else kept)
         return [body]
 
     def _cut(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:

@@ -418,14 +418,14 @@ def test_an_image_of_a_web_server_is_decoded(site: str) -> None:
 @contextlib.contextmanager
 def hanging_reads(monkeypatch: pytest.MonkeyPatch, word: str) -> Iterator[threading.Event]:
     """Reads of URLs with this word in them hang until the event is set."""
-    go_on, original = threading.Event(), storage.read_range
+    go_on, original = threading.Event(), storage.read_whole
 
-    def read(url: str, start: int, length: int) -> bytes:
+    def read(url: str, **options: Any) -> storage.Body:
         if word in url:
             go_on.wait()
-        return original(url, start, length)
+        return original(url, **options)
 
-    monkeypatch.setattr(storage, "read_range", read)
+    monkeypatch.setattr(storage, "read_whole", read)
     yield go_on
     go_on.set()
 
@@ -451,11 +451,11 @@ def test_what_is_still_out_after_the_deadline_is_transient(tmp_path: Path, monke
 
 
 def test_slow_images_are_waited_for_as_long_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(url: str, start: int, length: int) -> bytes:
+    def read(url: str, **_: Any) -> storage.Body:
         time.sleep(0.1)
-        return url.encode()
+        return storage.Body(url.encode(), None)
 
-    monkeypatch.setattr(storage, "read_range", read)
+    monkeypatch.setattr(storage, "read_whole", read)
     uris = [f"memory://slow/{number}" for number in range(24)]
     assert fetch_rows(rows_of(*uris), threads=2, max_bytes=100, deadline_s=0.6) == [uri.encode() for uri in uris]
 
@@ -547,8 +547,8 @@ def test_a_process_ends_whatever_hangs(tmp_path: Path, what: str) -> None:
     }[what]
     if what != "server":
         hang += (
-            "original = storage.read_range\n"
-            "storage.read_range = lambda url, *rest: block() if 'stuck' in url else original(url, *rest)\n"
+            "original = storage.read_whole\n"
+            "storage.read_whole = lambda url, **rest: block() if 'stuck' in url else original(url, **rest)\n"
         )
     code = f"{_ENDS}{hang}show(rows('a.jpg', *stuck))\nshow(rows('a.jpg'))\n"
     began = time.monotonic()

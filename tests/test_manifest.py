@@ -9,10 +9,11 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
+from owlsam_ray import storage
 from owlsam_ray.datasets import ImageRecord
 from owlsam_ray.datasets.source import tables_of
 from owlsam_ray.errors import GuardError, InputError
-from owlsam_ray.manifest import Layout, Manifest, load_manifest, shard_size, write_parts
+from owlsam_ray.manifest import Layout, Manifest, load_manifest, num_shards_behind, shard_size, write_parts
 from owlsam_ray.schema import MANIFEST_SCHEMA
 
 
@@ -202,3 +203,18 @@ def test_a_changed_manifest_is_refused(tmp_path: Path, damage: str, words: str) 
         (tmp_path / "manifest" / "part-0000.json").write_text('{"file": 1}')
     with pytest.raises(GuardError, match=words):
         load_manifest(str(tmp_path), verify=True)
+
+
+def test_a_stale_listing_hides_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts whose number is known are asked for by their names."""
+    run = "memory://stale/run"
+    manifest = plan(run, 20, part=16)
+    assert [part.num_shards for part in manifest.parts] == [2, 1]
+    monkeypatch.setattr(storage, "list_names", lambda url: ["part-0000.json", "part-0000.parquet"])
+    assert load_manifest(run, verify=True, num_parts=2) == manifest
+    assert load_manifest(run, verify=True, num_parts=1) == Manifest(run, manifest.parts[:1])
+    assert [num_shards_behind(run, number) for number in range(4)] == [3, 1, 0, 0]
+    storage.remove(f"{run}/manifest/part-0001.json")
+    with pytest.raises(GuardError, match=r"part-0001\.json is missing"):
+        load_manifest(run, verify=False, num_parts=2)
+    assert load_manifest("memory://stale/nothing", verify=False, num_parts=1) is None

@@ -29,8 +29,8 @@ LISTING_SCHEMA = pa.schema(
         pa.field("container", pa.string()),  # null: the file is the image; or a `Container`
         pa.field("member", pa.string()),  # tar: name; parquet: column, with dots into structures; bad: the reason
         pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet, bad: row of the file
-        pa.field("length", pa.int64()),  # tar: bytes of the image
-        pa.field("num_bytes", pa.int64()),  # encoded size, where the listing tells it
+        pa.field("length", pa.int64()),  # bytes of the image, where the storage told them (tar: always)
+        pa.field("num_bytes", pa.int64()),  # encoded size, where the storage or the source tells it
         pa.field("height", pa.int32()),  # as the source states it
         pa.field("width", pa.int32()),
         pa.field("split", pa.string()),  # null: the first folder of the file name, if it has one
@@ -83,7 +83,7 @@ class ImageRecord:
     """As the source states it."""
     width: int | None = None
     num_bytes: int | None = None
-    """Size of the file, where the listing tells it."""
+    """Size of the file, where the storage told it; never what a source states."""
     extra: dict[str, Any] = field(default_factory=dict)
     """The source's other fields of the image, carried into the output."""
 
@@ -133,6 +133,7 @@ def _table(records: Sequence[ImageRecord], root: str) -> pa.Table:
             "image_id": [record.image_id for record in records],
             "file_name": names,
             "uri": below(root, names),
+            "length": [record.num_bytes for record in records],
             "num_bytes": [record.num_bytes for record in records],
             "height": [record.height for record in records],
             "width": [record.width for record in records],

@@ -280,5 +280,9 @@ def _count_images(images: pa.Table, counts: Counts) -> None:
     if images["reason"].null_count == images.num_rows:
         return
     for status, reason in zip(images["status"].to_pylist(), images["reason"].to_pylist(), strict=True):
-        if reason is not None:
-            (counts.failed if status == "failed" else counts.flagged)[reason.split(":")[0]] += 1
+        if reason is None:
+            continue
+        if status == "failed":
+            counts.failed[reason.split(":")[0]] += 1
+        else:
+            counts.flagged.update(note.split(":")[0] for note in reason.split("; "))

@@ -6,6 +6,7 @@ Every request to a remote store is repeated after throttling, server errors, cut
 library takes as an `InputError`. Listings are never taken from a cache.
 """
 
+from owlsam_ray.storage.answers import Body
 from owlsam_ray.storage.asking import (
     StoragePolicy,
     configure,
@@ -16,7 +17,8 @@ from owlsam_ray.storage.asking import (
     policy,
 )
 from owlsam_ray.storage.listing import TEMPORARY_PREFIX, glob_files, list_names, walk_files
-from owlsam_ray.storage.reading import exists, is_directory, num_bytes, open_input, read_bytes, read_range
+from owlsam_ray.storage.reading import exists, is_directory, num_bytes, open_input, read_bytes, read_range, read_whole
+from owlsam_ray.storage.trouble import TooLargeError, described, tell_once
 from owlsam_ray.storage.uploads import open_stream
 from owlsam_ray.storage.writing import (
     free_bytes,
@@ -32,8 +34,11 @@ from owlsam_ray.storage.writing import (
 
 __all__ = [
     "TEMPORARY_PREFIX",
+    "Body",
     "StoragePolicy",
+    "TooLargeError",
     "configure",
+    "described",
     "exists",
     "forget_clients",
     "free_bytes",
@@ -52,8 +57,10 @@ __all__ = [
     "policy",
     "read_bytes",
     "read_range",
+    "read_whole",
     "remove",
     "remove_stale_temporaries",
+    "tell_once",
     "temporary_files",
     "try_writing",
     "walk_files",

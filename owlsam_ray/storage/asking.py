@@ -14,10 +14,10 @@ import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
-from owlsam_ray.errors import InputError, StorageSetupError
+from owlsam_ray.errors import InputError, OwlsamError, StorageSetupError
 from owlsam_ray.storage.clients import KINDS, Client, open_client
 from owlsam_ray.storage.secrets import masked, masked_url
-from owlsam_ray.storage.trouble import Trouble, understand
+from owlsam_ray.storage.trouble import Trouble, described, tell_once, understand
 
 T = TypeVar("T")
 
@@ -117,11 +117,14 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
     # `url_to_fs` takes `::` in the name of a file for a chain of file systems: only when it comes first it is one.
     if "://" not in url or (scheme is not None and scheme[1] in ("file", "local")):
         return Client("other", LocalFileSystem(), ()), LocalFileSystem._strip_protocol(url)
-    policy = _state.policy
+    policy, is_opening = _state.policy, False
     try:
         if scheme is None:
             filesystem, path = fsspec.core.url_to_fs(url)
-            return Client("other", filesystem, (OSError,)), str(path)
+            return Client("other", filesystem, (Exception,), policy.timeout_s), str(path)
+        if scheme[1] not in KINDS:
+            fsspec.get_filesystem_class(scheme[1])
+        is_opening = True
         client = open_client(
             scheme[1],
             timeout_s=policy.timeout_s,
@@ -130,13 +133,19 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
             in_parts=in_parts,
             allowed_hosts=policy.allowed_hosts,
         )
+        is_opening = False
         if scheme[1] == "memory":  # it takes a name with `::` for a chain as well
             return client, "/" + url.removeprefix("memory://").strip("/")
         return client, str(client.filesystem._strip_protocol(url))
     except ImportError as error:
         raise StorageSetupError(f"cannot open {masked_url(url)!r}: {masked(str(error))}") from None
-    except ValueError as error:
-        raise InputError(f"cannot open {masked_url(url)!r}: {masked(str(error))}") from None
+    except OwlsamError:
+        raise
+    except Exception as error:  # noqa: BLE001 (of any class: a plugin that does not load, or wants settings)
+        if isinstance(error, TypeError) or (isinstance(error, ValueError) and not is_opening):
+            raise InputError(f"cannot open {masked_url(url)!r}: {masked(str(error))}") from None
+        tell_once(url.partition("://")[0] + "://", error)
+        raise StorageSetupError(f"cannot open {masked_url(url)!r}: {described(error)}") from None
 
 
 class _TroubleError(Exception):
@@ -162,8 +171,10 @@ def ask(client: Client, url: str, request: Callable[[], T]) -> T:
         try:
             with state.slot():
                 return request()
+        except OwlsamError:
+            raise
         except client.errors as error:
-            raise _TroubleError(understand(error), error) from None
+            raise _TroubleError(understand(error, is_foreign=client.kind == "other"), error) from None
 
     policy = state.policy
     grows = tenacity.wait_exponential(multiplier=policy.backoff_s, max=policy.max_backoff_s)
@@ -183,13 +194,17 @@ def ask(client: Client, url: str, request: Callable[[], T]) -> T:
 
 def _raise(client: Client, url: str, failure: _TroubleError, num_tries: int) -> None:
     trouble, error = failure.trouble, failure.error
+    if client.kind == "other" and not isinstance(error, OSError):
+        tell_once(url.partition("://")[0] + "://", error)
     url = masked_url(url)
-    if trouble.kind == "as_is":
+    if trouble.kind == "as_is" and (type(error) is not OSError or error.errno is not None):
         raise error
     host = f" at {masked(client.host)}" if client.host else ""
     message = f"{trouble.what} ({url}{host}, {num_tries} {'try' if num_tries == 1 else 'tries'})"
     if trouble.kind == "anonymous":
         raise StorageSetupError(f"no credentials for {url}{host}: {trouble.what}. {_CREDENTIALS.get(client.kind, '')}")
+    if trouble.kind == "no_package":
+        raise StorageSetupError(f"cannot open {url!r}: {trouble.what}")
     if trouble.kind == "bad_request":
         raise InputError(f"cannot open {url!r}: {trouble.what}")
     numbers = {"missing": errno.ENOENT, "forbidden": errno.EACCES, "expired": errno.EKEYEXPIRED, "beyond": errno.EINVAL}

@@ -76,7 +76,7 @@ def open_client(
         return _open_gs(protocol, timeout_s, concurrency, in_parts)
     if kind == "http":
         return _open_http(protocol, timeout_s, concurrency, allowed_hosts)
-    return Client(kind, fsspec.filesystem(protocol), (OSError,))
+    return Client(kind, fsspec.filesystem(protocol), (Exception,), timeout_s)  # nobody knows what it raises
 
 
 def _open_s3(protocol: str, timeout_s: float, concurrency: int, tries: int | None) -> Client:

@@ -7,7 +7,7 @@ from typing import Any
 
 from owlsam_ray.storage.asking import ask, is_local, open_url
 from owlsam_ray.storage.clients import Client
-from owlsam_ray.storage.operations import list_page, walk_disk, walk_other
+from owlsam_ray.storage.operations import folder_page, list_page, walk_disk
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -38,10 +38,14 @@ def list_names(url: str) -> list[str]:
             for page in _pages(client, url, bucket, prefix, deep=False):
                 found += [key for key, _ in page.files if key != prefix] + page.folders
         else:
-            client.filesystem.invalidate_cache(path)
-            found += ask(client, url, lambda: client.filesystem.ls(path, detail=False))
+            found += ask(client, url, partial(_fresh_names, client.filesystem, path))
     names = {str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in found}
     return sorted(name for name in names if name and not name.startswith(TEMPORARY_PREFIX))
+
+
+def _fresh_names(filesystem: Any, path: str) -> list[Any]:
+    filesystem.invalidate_cache(path)
+    return list(filesystem.ls(path, detail=False))
 
 
 def glob_files(pattern: str) -> list[str]:
@@ -75,8 +79,7 @@ def walk_files(url: str) -> Iterator[tuple[str, int | None]]:
     """
     client, path = open_url(url)
     if client.kind not in ("s3", "gs"):
-        client.filesystem.invalidate_cache(path)
-        yield from walk_disk(path) if is_local(client.filesystem) else walk_other(client.filesystem, path)
+        yield from walk_disk(path) if is_local(client.filesystem) else _walk_foreign(client, url, path)
         return
     bucket, prefix = _bucket_and_prefix(client, path)
     for page in _pages(client, url, bucket, prefix, deep=True):
@@ -84,3 +87,16 @@ def walk_files(url: str) -> Iterator[tuple[str, int | None]]:
             name = key[len(prefix) :]
             if name and not name.endswith("/") and not name.startswith(".") and "/." not in name:
                 yield name, size
+
+
+def _walk_foreign(client: Client, url: str, root: str) -> Iterator[tuple[str, int | None]]:
+    """Relative path and size of every file of a file system with real directories; each is tried again by itself."""
+    client.filesystem.invalidate_cache(root)
+    waiting = [""]
+    while waiting:
+        below = waiting.pop()
+        folder = f"{root.rstrip('/')}/{below}".rstrip("/") or "/"
+        folders, files = ask(client, url, partial(folder_page, client.filesystem, folder))
+        waiting += [f"{below}{name}/" for name in folders]
+        for name, size in files.items():
+            yield below + name, size

@@ -10,52 +10,86 @@ from typing import Any
 
 import fsspec
 
+from owlsam_ray.storage.answers import CHUNK, Answer, Body, Wanted, paced, read_foreign, receive
 from owlsam_ray.storage.clients import Client
 
 _log = logging.getLogger(__name__)
+_SKIPPED_AT_MOST = 16 * 2**20
 
 
-def read_range(client: Client, path: str, start: int, length: int) -> bytes:
-    """At most `length` bytes from `start`; fewer where the file ends. One request."""
-    if length <= 0:
-        return b""
-    deadline = client.deadline_s(length)
-    if client.kind == "gs":
-        wanted = {"Range": f"bytes={start}-{start + length - 1}"}
-        headers, data = client.filesystem.call("GET", client.filesystem.url(path), headers=wanted, timeout=deadline)
-        # Stored compressed, files are sent whole and unpacked.
-        return bytes(data) if "Content-Range" in headers else bytes(data[start : start + length])
-    if client.kind == "http":
-        return fsspec.asyn.sync(
-            client.filesystem.loop, _read_web, client.filesystem, path, start, length, timeout=deadline
-        )
-    options = {"timeout": deadline} if client.kind == "s3" else {}
-    return bytes(client.filesystem.cat_file(path, start=start, end=start + length, **options))
+def read(client: Client, path: str, wanted: Wanted, *, listed: int | None = None) -> Body:
+    """A part of a file; less where the file ends. One request, but for file systems that show no answers.
+
+    Raises:
+        CutError, TrickleTimeoutError: worth another try.
+        TooLargeError: the file is larger than wanted.
+    """
+    if wanted.length <= 0:
+        return Body(b"", None)
+    filesystem = client.filesystem
+    if client.kind == "other":
+        return read_foreign(client, path, wanted, listed=listed)
+    reader = {"s3": _read_s3, "gs": _read_gs, "http": _read_web}[client.kind]
+    # The deadline is for a loop that stands still: the pace of an answer is watched inside.
+    deadline = client.deadline_s(wanted.length)
+    body: Body = fsspec.asyn.sync(filesystem.loop, reader, client, path, wanted, timeout=deadline)
+    return body
+
+
+async def _read_s3(client: Client, path: str, wanted: Wanted) -> Body:
+    """A range also for a whole file: its answer tells the size of the file, even when a proxy cut it."""
+    filesystem = client.filesystem
+    bucket, key, version = filesystem.split_path(path)
+    options = {"VersionId": version} if version else {}
+    await filesystem.set_session()
+    await filesystem.get_s3(bucket)  # the first one loads much
+    async with paced(client) as pace:
+        told = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, Range=wanted.range_header, **options)
+        body, facts = told["Body"], told["ResponseMetadata"]
+        headers = {name.lower(): str(value) for name, value in facts["HTTPHeaders"].items()}
+        try:
+            answer = Answer(facts["HTTPStatusCode"], headers, body.iter_chunks(CHUNK), unpacks=False)
+            return await receive(answer, wanted, pace)
+        finally:
+            body.close()
+
+
+async def _read_gs(client: Client, path: str, wanted: Wanted) -> Body:
+    """As gcsfs asks for a file, but taken as it comes. Stored compressed, files are sent whole and unpacked."""
+    from gcsfs.retry import validate_response
+
+    filesystem = client.filesystem
+    await filesystem._set_session()
+    options = {
+        "params": filesystem._get_params({}),
+        "headers": filesystem._get_headers({"Range": wanted.range_header}),
+        "timeout": filesystem.requests_timeout,
+    }
+    async with paced(client) as pace, filesystem.session.get(filesystem.url(path), **options) as response:
+        if response.status >= 400:
+            validate_response(response.status, await response.read(), path)
+        return await receive(_web_answer(response), wanted, pace)
+
+
+async def _read_web(client: Client, url: str, wanted: Wanted) -> Body:
+    """A range is only asked for where it does not begin the file: not every server knows ranges."""
+    session = await client.filesystem.set_session()
+    headers = {"Accept-Encoding": "identity"}
+    if wanted.start:
+        headers["Range"] = wanted.range_header
+    async with paced(client) as pace, session.get(_encoded(url), headers=headers) as response:
+        response.raise_for_status()
+        return await receive(_web_answer(response), wanted, pace, most_skipped=_SKIPPED_AT_MOST)
+
+
+def _web_answer(response: Any) -> Answer:
+    """Of aiohttp."""
+    headers = {name.lower(): str(value) for name, value in response.headers.items()}
+    return Answer(response.status, headers, response.content.iter_chunked(CHUNK), unpacks=True)
 
 
 _PAGE_BYTES = 2**20
 """A page of a listing is no larger, about."""
-_SKIPPED_AT_MOST = 16 * 2**20
-
-
-async def _read_web(filesystem: Any, url: str, start: int, length: int) -> bytes:
-    """A range is only asked for where it does not begin the file: not every server knows ranges."""
-    session = await filesystem.set_session()
-    headers = {"Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-{start + length - 1}"
-    async with session.get(_encoded(url), headers=headers) as response:
-        response.raise_for_status()
-        skip = start if response.status != 206 else 0
-        if skip > _SKIPPED_AT_MOST:
-            raise OSError(errno.EOPNOTSUPP, "the server sends whole files only, no ranges")
-        data = bytearray()
-        async for chunk in response.content.iter_chunked(2**18):
-            data += chunk[skip:]
-            skip = max(0, skip - len(chunk))
-            if len(data) >= length:
-                break
-        return bytes(data[:length])
 
 
 def _encoded(url: str) -> Any:
@@ -78,6 +112,8 @@ def file_size(client: Client, path: str) -> int:
         entry = filesystem.info(path)
         if entry["type"] != "file":
             raise FileNotFoundError(path)
+        if entry.get("size") is None:
+            raise OSError(errno.EOPNOTSUPP, "this storage does not tell the sizes of files")
         return int(entry["size"])
     bucket, key, _ = filesystem.split_path(path)
     if not key:
@@ -182,13 +218,17 @@ def _look_at(entry: "os.DirEntry[str]") -> tuple[bool, int | None]:
         return False, None
 
 
-def walk_other(filesystem: Any, root: str) -> Iterator[tuple[str, int | None]]:
-    """The same for a file system with real directories that fsspec knows."""
-    prefix = root.rstrip("/") + "/"
-    for folder, folders, files in filesystem.walk(root, detail=True, on_error="raise"):
-        for name in [name for name in folders if name.startswith(".")]:
-            del folders[name]
-        below = f"{folder.rstrip('/')}/"[len(prefix) :]
-        for name, entry in files.items():
-            if not name.startswith("."):
-                yield below + name, entry.get("size")
+def folder_page(filesystem: Any, folder: str) -> tuple[list[str], dict[str, int | None]]:
+    """Names of the folders, and names and sizes of the files, in a folder of a file system that fsspec knows."""
+    folders: list[str] = []
+    files: dict[str, int | None] = {}
+    for entry in filesystem.ls(folder, detail=True):
+        path = str(entry["name"]).rstrip("/")
+        name = path.rsplit("/", 1)[-1]
+        if name.startswith(".") or path == folder.rstrip("/"):
+            continue
+        if entry["type"] == "directory":
+            folders.append(name)
+        else:
+            files[name] = entry.get("size")
+    return folders, files

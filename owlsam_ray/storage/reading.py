@@ -2,11 +2,14 @@
 
 import errno
 import io
+import os
 from typing import IO, Any
 
+from owlsam_ray.storage.answers import Body, Wanted, check_end, time_option
 from owlsam_ray.storage.asking import ask, is_local, open_url
+from owlsam_ray.storage.clients import Client
 from owlsam_ray.storage.operations import file_size, list_page
-from owlsam_ray.storage.operations import read_range as read_once
+from owlsam_ray.storage.operations import read as read_once
 from owlsam_ray.storage.secrets import masked_url
 
 _CHUNK = 64 * 2**20
@@ -18,7 +21,7 @@ def exists(url: str) -> bool:
     """Whether a file or directory is there."""
     client, path = open_url(url)
     if client.kind == "other":
-        return bool(ask(client, url, lambda: client.filesystem.exists(path)))
+        return _entry_type(client, url, path) is not None
     try:
         ask(client, url, lambda: file_size(client, path))
     except FileNotFoundError:
@@ -32,7 +35,7 @@ def is_directory(url: str) -> bool:
     if client.kind == "http":
         return False
     if client.kind == "other":
-        return bool(ask(client, url, lambda: client.filesystem.isdir(path)))
+        return _entry_type(client, url, path) == "directory"
     bucket, key, _ = client.filesystem.split_path(path)
     prefix = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
     try:
@@ -40,6 +43,17 @@ def is_directory(url: str) -> bool:
     except FileNotFoundError:
         return False
     return bool(page.files or not prefix)
+
+
+def _entry_type(client: Client, url: str, path: str) -> str | None:
+    """`file` or `directory`; None when there is nothing. fsspec's own `exists` says so of every error as well."""
+    filesystem = client.filesystem
+    if is_local(filesystem):
+        return "directory" if os.path.isdir(path) else "file" if os.path.exists(path) else None
+    try:
+        return str(ask(client, url, lambda: filesystem.info(path)["type"]))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def num_bytes(url: str) -> int:
@@ -59,26 +73,69 @@ def read_bytes(url: str) -> bytes:
         FileNotFoundError, OSError: there is none; it cannot be read.
     """
     client, path = open_url(url)
+    if is_local(client.filesystem):
+        return bytes(client.filesystem.cat_file(path))
     if client.kind == "other":
-        return bytes(ask(client, url, lambda: client.filesystem.cat_file(path)))
+        return ask(client, url, lambda: _read_foreign_file(client, path))
     pieces: list[bytes] = []
     while not pieces or len(pieces[-1]) == _CHUNK:
         pieces.append(read_range(url, len(pieces) * _CHUNK, _CHUNK))
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+def _read_foreign_file(client: Client, path: str) -> bytes:
+    data = bytes(client.filesystem.cat_file(path, **time_option(client, 2**30)))
+    check_end(client, path, len(data))
+    return data
+
+
+def read_whole(url: str, *, limit: int, listed: int | None = None) -> Body:
+    """A whole file that is not too large, and its size, where storage tells it. One request.
+
+    Args:
+        url: of the file.
+        limit: bytes; a larger file is not read.
+        listed: its size in a listing of the storage, if there was one.
+
+    Raises:
+        TooLargeError: it is larger.
+        FileNotFoundError, OSError: there is none; it cannot be read, or only a part of it comes.
+    """
+    client, path = open_url(url)
+    wanted = Wanted(0, limit + 1, is_whole=True)
+    if is_local(client.filesystem):
+        with open(path, "rb") as file:
+            wanted.check_size(os.fstat(file.fileno()).st_size)
+            data = file.read(limit + 1)
+        wanted.check_size(len(data))
+        return Body(data, len(data))
+    try:
+        return ask(client, url, lambda: read_once(client, path, wanted, listed=listed))
+    except OSError as error:
+        if _is_beyond(client, error):
+            return Body(b"", 0)
+        raise
+
+
+def _is_beyond(client: Client, error: OSError) -> bool:
+    """Whether the file ends before the range that was asked for."""
+    return error.errno == errno.EINVAL and client.kind != "other"
+
+
 def read_range(url: str, start: int, length: int) -> bytes:
     """Bytes `start` … `start + length` of a file; fewer, or none, where it ends before. One request.
 
     Raises:
-        FileNotFoundError, OSError: there is none; it cannot be read.
+        FileNotFoundError, OSError: there is none; it cannot be read, or only a part of it comes.
     """
     client, path = open_url(url)
+    if is_local(client.filesystem):
+        return bytes(client.filesystem.cat_file(path, start=start, end=start + length)) if length > 0 else b""
     try:
-        data = ask(client, url, lambda: read_once(client, path, start, length))
+        data = ask(client, url, lambda: read_once(client, path, Wanted(start, length))).data
     except OSError as error:
-        if error.errno == errno.EINVAL and client.kind != "other":
-            return b""  # it ends before `start`
+        if _is_beyond(client, error):
+            return b""
         raise
     if len(data) > length:
         raise OSError(errno.EIO, f"asked for {length} bytes and got {len(data)} ({masked_url(url)})")

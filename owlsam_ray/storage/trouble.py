@@ -1,12 +1,19 @@
 """What the errors of client libraries mean: worth another try, or not, and which of Python's own errors they are."""
 
+import logging
+import os
+import re
+import traceback
 from dataclasses import dataclass
 from typing import Literal
 
+from owlsam_ray.errors import one_line
 from owlsam_ray.storage.secrets import masked
 
+_log = logging.getLogger(__name__)
+
 TroubleKind = Literal[
-    "missing", "forbidden", "expired", "anonymous", "bad_request", "beyond", "busy", "refused", "as_is"
+    "missing", "forbidden", "expired", "anonymous", "no_package", "bad_request", "beyond", "busy", "refused", "as_is"
 ]
 
 _BUSY_STATUS = {408, 425, 429, 500, 502, 503, 504}
@@ -16,9 +23,32 @@ _EXPIRED_CODES = {"ExpiredToken", "InvalidToken", "RequestTimeTooSkewed", "Token
 _ANONYMOUS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}
 _ANONYMOUS |= {"NoAuthTokenError", "SSOTokenLoadError", "TokenRetrievalError", "UnauthorizedSSOTokenError"}
 _BAD_REQUEST = {"InvalidURL", "NonHttpUrlClientError", "ParamValidationError", "ValueError"}
-_BUSY_NAMES = {"ChecksumError", "ClientError", "ConnectionError", "CredentialRetrievalError", "HTTPClientError"}
+_OF_THE_URL = {"TypeError", "AttributeError", "LookupError", "NotImplementedError"}
+"""What a foreign library stumbles over in a URL, besides."""
+_REFUSED = {"ClientConnectorCertificateError", "NonRetryableError", "SSLCertVerificationError"}
+_BUSY_NAMES = {"ClientError", "ConnectionError", "CredentialRetrievalError", "HTTPClientError", "TransportError"}
 _BUSY_NAMES |= {"HTTPError", "HttpError", "IncompleteReadError", "RefreshError", "RequestException", "TimeoutError"}
-_BUSY_NAMES |= {"ResponseParserError", "ResponseStreamingError", "TransportError", "GoogleAPIError"}
+_BUSY_NAMES |= {"ResponseParserError", "ResponseStreamingError", "GoogleAPIError", "gaierror", "SSLError"}
+# Less came than was promised, or something else: http.client, google-resumable-media, huggingface_hub, ours.
+_BUSY_NAMES |= {"CutError", "DataCorruption", "IncompleteRead", "ConsistencyError", "TrickleTimeoutError"}
+_BUSY_NAMES |= {"EOFError", "BadGzipFile"}
+# There is no such file in a cache, and nobody could be asked: a FileNotFoundError that says nothing about the file.
+_BUSY_NAMES |= {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}
+_IS_WRONG_CONTENT = re.compile(r"checksum|crc|md5|^JSONDecodeError$", re.IGNORECASE)
+"""The name of an error of botocore, gcsfs, … about bytes that do not fit their sum, or an answer that is cut or a page
+of a proxy; some are a `ValueError` as well."""
+
+
+class CutError(OSError):
+    """Storage sent less than it said, or another part of the file."""
+
+
+class TrickleTimeoutError(OSError):
+    """Storage sent too slowly."""
+
+
+class TooLargeError(OSError):
+    """The file is larger than wanted; it was not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,33 +65,79 @@ class Trouble:
         return self.kind == "busy"
 
 
-def understand(error: BaseException) -> Trouble:
+def understand(error: BaseException, *, is_foreign: bool = False) -> Trouble:
     """The kind of an error that a client library raised, whichever that was.
 
     By names and attributes, so that no library is imported for it.
+
+    Args:
+        error: of any class.
+        is_foreign: of a file system that is not known here.
     """
     status, code, message = _http_facts(error)
     if status is not None:
         what = " ".join(f"{status} {code if code != str(status) else ''}".split())
-        return Trouble(_kind_of_status(status, code, message), _in_one_line(f"{what}: {message}" if message else what))
-    if isinstance(error, FileNotFoundError):
+        return Trouble(
+            _kind_of_status(status, code, message), one_line(masked(f"{what}: {message}" if message else what))
+        )
+    names = _names(error)
+    if isinstance(error, FileNotFoundError) and not (names | _names(error.__cause__)) & _BUSY_NAMES:
         return Trouble("missing", "there is no such file")
-    names = {kind.__name__ for kind in type(error).__mro__}
     if "TooManyRedirects" in names:
         return Trouble("refused", "too many redirects")
-    what = _in_one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
-    kind: TroubleKind = "as_is"
+    return Trouble(_kind_of_names(names, is_foreign), described(error))
+
+
+def _names(error: BaseException | None) -> set[str]:
+    """Of an error's class and those above."""
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _kind_of_names(names: set[str], is_foreign: bool) -> TroubleKind:
     if names & _ANONYMOUS:
-        kind = "anonymous"
-    elif names & {"ClientConnectorCertificateError", "NonRetryableError"}:
-        kind = "refused"
-    elif names & _BAD_REQUEST:
-        kind = "bad_request"
-    elif names & _BUSY_NAMES:
-        kind = "busy"
-    elif not isinstance(error, OSError):
-        kind = "refused"
-    return Trouble(kind, what)
+        return "anonymous"
+    if names & _REFUSED:
+        return "refused"
+    if any(map(_IS_WRONG_CONTENT.search, names)):
+        return "busy"
+    if names & _BAD_REQUEST:
+        return "bad_request"
+    if names & _BUSY_NAMES:
+        return "busy"
+    if is_foreign and names & _OF_THE_URL:
+        return "bad_request"
+    if is_foreign and "ImportError" in names:
+        return "no_package"
+    return "as_is" if "OSError" in names else "refused"
+
+
+def described(error: BaseException) -> str:
+    """Kind and message in one line, whatever the class of the error does when it is asked for a text."""
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 (the class is anyone's)
+        return name
+    return one_line(masked(f"{name}: {text}" if text else name))  # half of a URL shows no secrets to look for
+
+
+_told: set[tuple[str, str]] = set()
+
+
+def tell_once(where: str, error: BaseException) -> None:
+    """One line of the log for an error that nobody expected, with the place that it comes from, however often it comes.
+
+    Args:
+        where: what fails. With the class of the error it makes a kind, of which the first is logged by this process.
+        error: of a foreign library.
+    """
+    kind = where, type(error).__name__
+    if kind in _told:
+        return
+    _told.add(kind)
+    frames = traceback.extract_tb(error.__traceback__)
+    origin = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    _log.warning("%s fails: %s%s; further errors of this kind are not logged", where, described(error), origin)
 
 
 def _kind_of_status(status: int, code: str, message: str) -> TroubleKind:
@@ -83,6 +159,10 @@ def _http_facts(error: BaseException) -> tuple[int | None, str, str]:
             told = response.get("Error", {})
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return status, str(told.get("Code", "")), str(told.get("Message", ""))
+        # requests and httpx (the libraries of most foreign file systems); azure's errors have it themselves
+        status = getattr(response if response is not None else each, "status_code", None)
+        if isinstance(status, int) and status >= 400:
+            return status, "", str(getattr(each, "message", None) or getattr(each, "reason", None) or "")
     name = type(error).__name__
     if name == "HttpError" and getattr(error, "code", None) is not None:  # gcsfs
         return int(getattr(error, "code", 0)), "", str(getattr(error, "message", ""))
@@ -93,8 +173,3 @@ def _http_facts(error: BaseException) -> tuple[int | None, str, str]:
     if name == "ProxyError" and not str(error):  # gcsfs's word for it
         return 502, "", ""
     return None, "", ""
-
-
-def _in_one_line(text: str) -> str:
-    line = masked(" ".join(text.split()))  # before it is cut: half of a URL shows no secrets to look for
-    return line if len(line) <= 300 else f"{line[:299]}…"

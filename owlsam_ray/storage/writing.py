@@ -33,7 +33,7 @@ def make_directory(url: str) -> None:
     """
     client, path = open_url(url)
     if client.kind == "other":
-        client.filesystem.makedirs(path, exist_ok=True)
+        ask(client, url, lambda: client.filesystem.makedirs(path, exist_ok=True))
 
 
 def try_writing(url: str) -> None:
