@@ -94,6 +94,7 @@ class _Call:
 def _run(options: argparse.Namespace, console: Console, answers: Answers, summary: dict[str, Any]) -> ExitCode:
     """Run a command, and put into its summary what it found."""
     try:
+        _refuse_empty(options)
         if options.command == "finetune":
             summary |= _finetune(options, answers)
         elif options.command in _WITHOUT_RUN:
@@ -124,6 +125,18 @@ def _run(options: argparse.Namespace, console: Console, answers: Answers, summar
     return ExitCode.COMPLETE
 
 
+def _refuse_empty(options: argparse.Namespace) -> None:
+    """Refuse options that were given without a value, which would stand for their defaults.
+
+    Raises:
+        ConfigError: names the first one.
+    """
+    for name, value in vars(options).items():
+        if isinstance(value, str) and not value.strip():
+            option = "--" + name.removeprefix("reduce_").replace("_", "-")
+            raise ConfigError(f"{option} has an empty value (an unset shell variable?): give one, or leave it out")
+
+
 def _all_overrides(options: argparse.Namespace) -> list[str]:
     """`--set`, and the options that stand for settings of the section `plan`."""
     named = {name: getattr(options, name, None) for name in ("limit", "sample", "splits", "verify")}
@@ -134,9 +147,9 @@ def _all_overrides(options: argparse.Namespace) -> list[str]:
         named["categories"] = [int(each) if each.isdecimal() else each for each in wanted]
     return [
         *options.overrides,
-        *(f"plan.{name}={json.dumps(value)}" for name, value in named.items() if value is not None),
+        *(f"plan.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in named.items() if value is not None),
         *(
-            f"reduce.{name}={json.dumps(value)}"
+            f"reduce.{name}={json.dumps(value, ensure_ascii=False)}"
             for name in ("out", "formats", "operating_points", "corrections")
             if (value := getattr(options, f"reduce_{name}", None)) is not None
         ),

@@ -21,6 +21,7 @@ from pydantic import (
 
 from owlsam_ray.added_settings import with_added, without_added
 from owlsam_ray.errors import ConfigError, one_line, shown
+from owlsam_ray.overrides import parse_override
 from owlsam_ray.reduce_settings import ReduceConfig
 from owlsam_ray.settings import (
     KINDS,
@@ -315,7 +316,7 @@ def load_config(files: Sequence[str | Path], *, overrides: Iterable[str] = (), r
 
     Args:
         files: at least one; a later file's keys win, sections merge key by key, lists are replaced.
-        overrides: `a.b=value`, value in YAML.
+        overrides: `a.b=value`, see `overrides`.
         run: the run directory, over the files' `run`.
 
     Local paths are made absolute, so that the stored config means the same from any directory.
@@ -446,17 +447,7 @@ def _holds_anchors(key: object) -> bool:
 
 
 def _parse_override(text: str) -> dict[str, Any]:
-    key, separator, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise ConfigError(f"--set {shown(text)} is not of the form section.field=value")
-    try:
-        tree: Any = load_yaml(value)
-    except ValueError as error:
-        raise ConfigError(f"--set {shown(text)}: the value is not valid YAML: {error}") from None
-    for part in reversed(parts):
-        tree = {part: tree}
-    return dict(tree)
+    return parse_override(text, load_yaml)
 
 
 def _merge(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from owlsam_ray import cli
+from owlsam_ray.config import load_tree
 from owlsam_ray.ledger import done_shards, shard_url
 from tests.drawn_images import draw_image
 from tests.runs import ROOT, TinyRun, environment
@@ -48,6 +49,29 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main(arguments)
         assert caught.value.code == 2
     assert call(capsys, "plan", "nowhere.yaml")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["stats", "x.json", "--out", ""], "--out"),
+        (["calibrate", "x.yaml", "--ground-truth", " "], "--ground-truth"),
+        (["reduce", "x.yaml", "--operating-points", ""], "--operating-points"),
+        (["plan", "x.yaml", "--run", ""], "--run"),
+    ],
+)
+def test_an_option_with_an_empty_value_is_refused(
+    arguments: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, summary, _ = call(capsys, *arguments)
+    assert code == 2
+    assert summary["error"].startswith(f"{option} has an empty value (an unset shell variable?)")
+
+
+def test_paths_given_as_options_reach_the_settings_as_they_are() -> None:
+    for name in ("labels #2", "😀: x", "*", "a\tb"):
+        options = cli.make_parser().parse_args(["reduce", "x.yaml", "--out", name])
+        assert load_tree([], cli._all_overrides(options)) == {"reduce": {"out": name}}
 
 
 def test_a_finished_run_says_so_and_does_nothing(
