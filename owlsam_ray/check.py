@@ -21,10 +21,18 @@ from owlsam_ray.check_steps import Done, Steps
 from owlsam_ray.config import RunConfig, allowed_failures
 from owlsam_ray.demo.models import check_shipped
 from owlsam_ray.errors import ConfigError, FailedImagesError, InputError, PreflightError
-from owlsam_ray.guard import check_config, check_writable, load_record, load_run_manifest, run_directory
+from owlsam_ray.guard import (
+    check_config,
+    check_writable,
+    load_record,
+    load_run_manifest,
+    moves_since_plan,
+    run_directory,
+)
 from owlsam_ray.ledger import done_shards
 from owlsam_ray.manifest import Manifest, shard_size
 from owlsam_ray.models.weights import ModelPaths
+from owlsam_ray.moved_images import moved_manifest
 from owlsam_ray.plan import list_dataset
 from owlsam_ray.resources import MEBIBYTE, Allocation, allocate, check_object_store
 from owlsam_ray.selection import Show, select_images, silent
@@ -128,7 +136,7 @@ def _try_directory(config: RunConfig) -> Done[_Directory]:
     if record is None:
         return Done(_Directory(None, None, 0), f"{run_url}, no plan yet")
     check_config(config, record)
-    manifest = load_run_manifest(run_url, record)
+    manifest = moved_manifest(load_run_manifest(run_url, record), moves_since_plan(config, record))
     done = sum(manifest.shard_span(shard)[1] for shard in done_shards(run_url) if shard < manifest.num_shards)
     left = manifest.num_images - done
     told = f"{run_url}, planned: {manifest.num_images:,} images, {left:,} of them without labels"

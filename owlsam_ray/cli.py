@@ -22,6 +22,7 @@ from owlsam_ray.config import (
     load_evaluate_settings,
     load_tree,
     validate_tree,
+    with_frozen_of,
 )
 from owlsam_ray.ending import before_end
 from owlsam_ray.errors import (
@@ -105,7 +106,7 @@ def _run(options: argparse.Namespace, console: Console, answers: Answers, summar
         elif options.command == "evaluate" and not options.run_files:
             summary |= _evaluate_files(options, console)
         else:
-            config = load_config(options.run_files, overrides=_all_overrides(options), run=options.run)
+            config = _config(options)
             _start_log(console, config.logging.level)
             storage.configure(config.storage.policy())
             summary["run"] = config.run
@@ -123,6 +124,19 @@ def _run(options: argparse.Namespace, console: Console, answers: Answers, summar
         summary["error"] = f"{type(error).__name__}: {error}"
         return ExitCode.INCOMPLETE
     return ExitCode.COMPLETE
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    """The config of a call. What only reads a labelled run takes from it what the run files do not say."""
+    overrides = _all_overrides(options)
+    if options.command in _ON_LABELS:
+        from owlsam_ray.guard import load_record
+
+        run = options.run or load_tree(options.run_files, overrides).get("run")
+        record = load_record(absolute(run)) if isinstance(run, str) and run.strip() else None
+        if record is not None:
+            return with_frozen_of(record.stored_config(), options.run_files, overrides=overrides, run=options.run)
+    return load_config(options.run_files, overrides=overrides, run=options.run)
 
 
 def _refuse_empty(options: argparse.Namespace) -> None:
@@ -479,6 +493,7 @@ _COMMANDS = {
     "review-list": _review_list,
     "evaluate": _evaluate,
 }
+_ON_LABELS = ("calibrate", "reduce", "review-list", "evaluate")
 _ON_DIRECTORY = {"verify": _verify, "status": _status}
 _WITHOUT_RUN = {"stats": _stats, "clean": _clean, "preview": _preview, "demo": _demo}
 

@@ -23,6 +23,7 @@ from owlsam_ray.added_settings import with_added, without_added
 from owlsam_ray.errors import ConfigError, one_line, shown
 from owlsam_ray.overrides import parse_override
 from owlsam_ray.reduce_settings import ReduceConfig
+from owlsam_ray.run_file_paths import anchored
 from owlsam_ray.settings import (
     KINDS,
     Auto,
@@ -330,6 +331,25 @@ def load_config(files: Sequence[str | Path], *, overrides: Iterable[str] = (), r
     return with_absolute_paths(validate_tree(RunConfig, merged, files))
 
 
+def with_frozen_of(
+    stored: RunConfig, files: Sequence[str | Path], *, overrides: Iterable[str] = (), run: str | None = None
+) -> RunConfig:
+    """As `load_config`, but what a plan freezes and the files do not say is that of a planned run.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    overrides = list(overrides)
+    merged = load_tree(files, overrides)
+    if run is not None:
+        merged["run"] = run
+    frozen = stored.model_dump(mode="json", exclude=set(FREE_FIELDS))
+    try:
+        return with_absolute_paths(validate_tree(RunConfig, _merge(frozen, merged), files))
+    except ConfigError:  # of settings that contradict the run's: the guard tells which, if they are sound by themselves
+        return load_config(files, overrides=overrides, run=run)
+
+
 def _lines(error: ValidationError, prefix: str = "") -> list[str]:
     """One line for each field that does not validate, of the first ones; values and names are cut."""
     lines = []
@@ -364,12 +384,15 @@ def load_evaluate_settings(overrides: Iterable[str]) -> EvaluateConfig:
 def load_tree(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> dict[str, Any]:
     """YAML files merged from left to right, then overrides `a.b=value`; not validated yet.
 
+    Paths of inputs that are not found from the working directory are taken from the file's folder, where they are
+    found from there (`run_file_paths`).
+
     Raises:
         ConfigError: a file or an override cannot be read or parsed.
     """
     merged: dict[str, Any] = {}
     for file in files:
-        merged = _merge(merged, _read_yaml(Path(file)))
+        merged = _merge(merged, anchored(_read_yaml(Path(file)), os.path.dirname(file)))
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
     return merged

@@ -21,6 +21,7 @@ from owlsam_ray.config import RunConfig, config_from_stored, differing_fields
 from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError
 from owlsam_ray.manifest import Manifest, load_manifest
 from owlsam_ray.models.load import weights_sha256
+from owlsam_ray.moved_data import Move, moves_between, without_places
 from owlsam_ray.resources import Allocation
 from owlsam_ray.schema import SCHEMA_VERSION
 from owlsam_ray.settings import Category
@@ -156,13 +157,16 @@ def load_run_manifest(run_url: str, record: RunRecord) -> Manifest:
     return manifest
 
 
-def check_config(config: RunConfig, record: RunRecord, *, data_too: bool = True) -> None:
+def check_config(config: RunConfig, record: RunRecord, *, data_too: bool = True, images_matter: bool = True) -> None:
     """Refuse another config on a planned run, naming every frozen field that differs.
 
     Args:
         config: of this call.
         record: of the run.
         data_too: the section `data` must be the same as well; not so when a run is extended.
+        images_matter: the images are read. Else any place of them will do.
+
+    Weights and files of names are compared by what they hold, elsewhere; a dataset may have moved (`moved_data`).
 
     Raises:
         GuardError: with one line per field.
@@ -170,6 +174,7 @@ def check_config(config: RunConfig, record: RunRecord, *, data_too: bool = True)
     ours, theirs = with_planned_suffixes(config, record).frozen_fields(), record.stored_config().frozen_fields()
     if not data_too:
         theirs["data"] = ours["data"]
+    theirs, ours = without_places(theirs, ours, any_data=not images_matter)
     lines = differing_fields(ours, theirs)
     if lines:
         unused = f" Nothing is labelled there yet: without its {RUN_FILE} it is planned anew."
@@ -192,6 +197,11 @@ def with_planned_suffixes(config: RunConfig, record: RunRecord) -> RunConfig:
         return config
     data = config.data.model_copy(update={"suffixes": record.stored_config().data.suffixes})
     return config.model_copy(update={"data": data})
+
+
+def moves_since_plan(config: RunConfig, record: RunRecord) -> tuple[Move, ...]:
+    """Roots of the dataset that lie elsewhere by now, from where they were planned to where this call has them."""
+    return moves_between(record.config.get("data", {}), config.data.model_dump(mode="json"))
 
 
 def check_same_vocabulary(vocabulary: Vocabulary, record: RunRecord, run_url: str) -> None:
@@ -259,8 +269,11 @@ def guard_labels(record: RunRecord, parts: dict[str, Any], run_url: str) -> RunR
         )
         save_record(run_url, updated)
         return updated
-    if canonical_hash(parts) != record.fingerprint:
-        lines = differing_fields(parts, record.fingerprint_parts or {})
+    stored = record.fingerprint_parts or {}
+    then, now = without_places(stored.get("config", {}), parts["config"], any_data=True)
+    same = canonical_hash(stored) == record.fingerprint and {**stored, "config": then} == {**parts, "config": now}
+    if canonical_hash(parts) != record.fingerprint and not same:
+        lines = differing_fields({**parts, "config": now}, {**stored, "config": then})
         raise GuardError(
             "\n  ".join(
                 [

@@ -102,7 +102,7 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], voice: _Voice)
     from owlsam_ray import storage
     from owlsam_ray.config import RunConfig
     from owlsam_ray.fetch import fetch_shard, to_images
-    from owlsam_ray.guard import RunRecord, load_run_manifest
+    from owlsam_ray.guard import RunRecord, load_run_manifest, moves_since_plan
     from owlsam_ray.resources import actor_memory_bytes
     from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 
@@ -123,7 +123,8 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], voice: _Voice)
     ).start()
     deadline_s = config.resources.image_deadline_s
     threading.Thread(target=_stay_alive, args=(voice, watch, deadline_s), daemon=True).start()
-    manifest = load_run_manifest(setup["run_url"], record)
+    # Whether the dataset is at the place that it moved to, the driver has looked.
+    manifest = load_run_manifest(setup["run_url"], record).with_moves(moves_since_plan(config, record))
     with _load(setup, config, record, watch) as engine:
         voice.say("ready")
         for group in lines:

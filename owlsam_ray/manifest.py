@@ -8,8 +8,8 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,7 @@ from owlsam_ray import storage
 from owlsam_ray.arrow_types import misfit_of
 from owlsam_ray.datasets.source import encoded_bytes
 from owlsam_ray.errors import GuardError, InputError, one_line
+from owlsam_ray.moved_data import Move
 from owlsam_ray.packed import MEGABYTE
 from owlsam_ray.schema import MANIFEST_SCHEMA
 
@@ -54,6 +55,12 @@ class Manifest:
 
     run_url: str
     parts: tuple[ManifestPart, ...]
+    moves: tuple[Move, ...] = ()
+    """Roots under which the files lie elsewhere by now: shards are read with their URIs there."""
+
+    def with_moves(self, moves: Iterable[Move]) -> "Manifest":
+        """The same images, some of them at another place."""
+        return replace(self, moves=tuple(moves))
 
     @property
     def num_images(self) -> int:
@@ -132,7 +139,7 @@ class Manifest:
         with storage.open_input(url) as file:
             reader = pq.ParquetFile(file, metadata=_footer(url, part.sha256))
             table = reader.read_row_group(shard - part.first_shard)
-        return _with_container(table).select(MANIFEST_SCHEMA.names)
+        return moved_uris(_with_container(table).select(MANIFEST_SCHEMA.names), self.moves)
 
     def uri_bounds(self) -> Iterator[tuple[int, tuple[str, str]]]:
         """Shard, and the first and the last of its URIs by their order as texts, from the footers alone."""
@@ -167,6 +174,17 @@ class Manifest:
             if part.first_shard <= shard < part.first_shard + part.num_shards:
                 return part
         raise IndexError(f"shard {shard} of {self.num_shards}")
+
+
+def moved_uris(table: pa.Table, moves: Sequence[Move]) -> pa.Table:
+    """The same rows of a manifest or a listing, with their URIs under the new roots."""
+    if not moves:
+        return table
+    uris = table["uri"].to_pylist()
+    for move in moves:
+        uris = [move.apply(uri) for uri in uris]
+    at = table.schema.get_field_index("uri")
+    return table.set_column(at, table.schema.field(at), pa.array(uris, pa.string()))
 
 
 def _with_container(table: pa.Table) -> pa.Table:

@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,14 @@ from owlsam_ray.guard import (
     check_same_vocabulary,
     load_record,
     load_run_manifest,
+    moves_since_plan,
     run_directory,
     save_record,
     with_planned_suffixes,
 )
-from owlsam_ray.manifest import Layout, Manifest, shard_size, write_parts
+from owlsam_ray.manifest import Layout, Manifest, moved_uris, shard_size, write_parts
+from owlsam_ray.moved_data import Move
+from owlsam_ray.moved_images import moved_manifest
 from owlsam_ray.selection import Show, already_planned, named, select_images, selection_of, silent
 from owlsam_ray.settings import is_vocabulary_file
 from owlsam_ray.stages.suppress import label_thresholds
@@ -96,16 +99,39 @@ def plan_run(
     config = with_planned_suffixes(config, record)
     manifest = load_run_manifest(run_url, record)
     if extend:
-        return _freeze(config, show=show, still_mine=still_mine, before=Plan(record, manifest, 0))
+        moves = _moves_of_extension(config, record, manifest)
+        return _freeze(config, show=show, still_mine=still_mine, before=Plan(record, manifest, 0), moves=moves)
     _check_names(config, record)
     _tell_other_selection(config.plan, record)
-    return Plan(record, manifest, 0)
+    return Plan(record, moved_manifest(manifest, moves_since_plan(config, record)), 0)
 
 
-def _freeze(config: RunConfig, *, show: Show, still_mine: Callable[[], None], before: Plan | None = None) -> Plan:
-    """List, select, write the parts, and make them count."""
+def _moves_of_extension(config: RunConfig, record: RunRecord, manifest: Manifest) -> tuple[Move, ...]:
+    """Where the dataset has moved to since the plan; none when what is at the new place is another one, to be added."""
+    moves = moves_since_plan(config, record)
+    try:
+        moved_manifest(manifest, moves)
+    except GuardError:
+        return ()
+    return moves
+
+
+def _freeze(
+    config: RunConfig,
+    *,
+    show: Show,
+    still_mine: Callable[[], None],
+    before: Plan | None = None,
+    moves: tuple[Move, ...] = (),
+) -> Plan:
+    """List, select, write the parts, and make them count.
+
+    All parts name the places of the first plan: with `moves`, what is listed elsewhere is written down as if there.
+    """
     run_url = run_directory(config)
     listing = list_dataset(config)
+    back = [move.back() for move in moves]
+    listing = replace(listing, tables=(moved_uris(table, back) for table in listing.tables))
     vocabulary = resolve_vocabulary(config.vocabulary, listing.categories)
     label_thresholds(config.suppress, [category.name for category in vocabulary.categories])
     if before is not None:
@@ -123,7 +149,7 @@ def _freeze(config: RunConfig, *, show: Show, still_mine: Callable[[], None], be
         if count == 0:
             raise InputError(_nothing_left(config.plan, spool))
         bad = check_bad_rows(config, run_url, spool, wanted)
-        _verify(config, run_url, spool.tables(wanted), count, show)
+        _verify(config, run_url, (moved_uris(table, moves) for table in spool.tables(wanted)), count, show)
         still_mine()
         _as_it_was(before, run_url)  # or the parts of another call would be taken for leftovers
         size = shard_size(
@@ -140,14 +166,16 @@ def _freeze(config: RunConfig, *, show: Show, still_mine: Callable[[], None], be
             before=before.manifest if before else None,
             next_id=next_id,
         )
-    record = _new_record(config, vocabulary, manifest, before)
+    record = _new_record(config, vocabulary, manifest, before, keep_places=bool(moves))
     still_mine()
     save_record(run_url, record)
     return Plan(record, manifest, count, bad=bad, **told)
 
 
-def _new_record(config: RunConfig, vocabulary: Vocabulary, manifest: Manifest, before: Plan | None) -> RunRecord:
-    """`run.json` of a plan or of an extension, not saved yet."""
+def _new_record(
+    config: RunConfig, vocabulary: Vocabulary, manifest: Manifest, before: Plan | None, *, keep_places: bool
+) -> RunRecord:
+    """`run.json` of a plan or of an extension, not saved yet; with `keep_places` of where the dataset was before."""
     fields: dict[str, Any] = {
         "config": config.model_dump(mode="json", exclude={"run"}),
         "layout_hash": manifest.layout_hash,
@@ -155,6 +183,9 @@ def _new_record(config: RunConfig, vocabulary: Vocabulary, manifest: Manifest, b
     }
     now = _as_it_was(before, run_directory(config))
     if now is not None:
+        if keep_places:
+            places = {name: now.config["data"][name] for name in ("images", "annotations", "files")}
+            fields["config"]["data"] |= places
         return now.model_copy(update=fields)
     return RunRecord(
         owlsam_version=__version__,

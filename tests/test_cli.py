@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from owlsam_ray import cli
+from owlsam_ray.arguments import make_parser
 from owlsam_ray.config import load_tree
 from owlsam_ray.ledger import done_shards, shard_url
 from tests.drawn_images import draw_image
@@ -70,7 +71,7 @@ def test_an_option_with_an_empty_value_is_refused(
 
 def test_paths_given_as_options_reach_the_settings_as_they_are() -> None:
     for name in ("labels #2", "😀: x", "*", "a\tb"):
-        options = cli.make_parser().parse_args(["reduce", "x.yaml", "--out", name])
+        options = make_parser().parse_args(["reduce", "x.yaml", "--out", name])
         assert load_tree([], cli._all_overrides(options)) == {"reduce": {"out": name}}
 
 

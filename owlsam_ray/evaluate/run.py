@@ -37,7 +37,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     record = load_record(run_url)
     if record is None:
         raise InputError(f"{run_url} holds no run (no run.json): plan, annotate and reduce it first")
-    check_config(config, record)
+    check_config(config, record, images_matter=False)
     annotations = storage.join(run_url, "coco", "annotations.json")
     if record.fingerprint is None or not storage.exists(annotations):
         raise IncompleteError(

@@ -117,7 +117,7 @@ def open_run(config: RunConfig, run_url: str) -> tuple[RunRecord, Manifest]:
     record = load_record(run_url)
     if record is None:
         raise InputError(f"{run_url} holds no run (no run.json): call `owlsam plan` and `owlsam annotate` first")
-    check_config(config, record)
+    check_config(config, record, images_matter=False)
     manifest = load_run_manifest(run_url, record)
     if record.fingerprint is None:
         raise IncompleteError(f"nothing was labelled in {run_url} yet: call `owlsam annotate`")
