@@ -164,6 +164,24 @@ def test_names_that_clash_after_all_are_told_apart(tmp_path: Path) -> None:
         plan_run(run_of(tmp_path, table_of(tmp_path, [*uris, uris[3]]), run="other"))
 
 
+def test_addresses_that_differ_in_their_scheme_or_slashes_are_two_images(tmp_path: Path) -> None:
+    uris = [
+        "https://h/1.jpg",
+        "HTTP://h/1.jpg",
+        "s3://h/1.jpg",
+        "https://h//1.jpg",
+        "https://h/2.jpg",
+        "http://h/3.jpg",
+    ]
+    source = table_of(tmp_path, uris)
+    names = [row["file_name"] for row in planned(plan_run(run_of(tmp_path, source)))]
+    assert [*names[:3], *names[4:]] == ["h/1.jpg", "http/h/1.jpg", "s3/h/1.jpg", "h/2.jpg", "h/3.jpg"]
+    assert names[3].startswith("h/1~")
+    for other in ("http://h/1.jpg", "https://h/1.jpg"):
+        with pytest.raises(InputError, match="is listed twice"):
+            plan_run(run_of(tmp_path, table_of(tmp_path, [*uris, other]), run="other"))
+
+
 @pytest.mark.parametrize("columns", [{}, {"id": "key"}])
 def test_a_name_that_is_taken_by_the_plan_is_told_apart_as_well(tmp_path: Path, columns: dict[str, str]) -> None:
     uris = ["https://h/p?id=1"]

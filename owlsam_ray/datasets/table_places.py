@@ -27,8 +27,8 @@ from owlsam_ray.storage.secrets import masked_url, without_query
 _SCHEME = r"^[A-Za-z][A-Za-z0-9+.-]*://"
 _LOCAL = r"^(?i:file|local)://"
 _UPPER = r"^[A-Za-z0-9+.-]*[A-Z][A-Za-z0-9+.-]*://"
-_ODD_URL = r"[?#@]"
-"""Of a URL: a query, or user info."""
+_ODD_URL = r"[?#@]|://.*//"
+"""Of a URL: a query, user info, or a path with an empty part."""
 _WEB = ("http://", "https://")
 
 
@@ -88,7 +88,11 @@ class TablePlaces:
         whole = pc.if_else(relative, below(self._root or "", names, are_uris=True), uris)
         odd = self._odd(uris, paths, is_url, pc.or_(below_root, is_url if begin is None else pc.or_(relative, is_url)))
         odd[bad_names(names).to_numpy()] = True
-        return self._with_odd_rows(uris, whole, names, np.flatnonzero(odd))
+        scheme = pc.replace_substring_regex(paths, r"(?s)^(\w[^:]*)://.*$", r"\1")
+        elsewhere = pc.and_(pc.and_(is_url, pc.invert(below_root)), pc.not_equal(scheme, "https"))
+        # The same host and path by another scheme is another address.
+        others = pc.if_else(elsewhere, pc.binary_join_element_wise(scheme, names, "/"), pa.scalar(None, pa.string()))
+        return self._with_odd_rows(uris, PlaceColumns(whole, names, others, pa.nulls(len(uris), pa.string()), {}), odd)
 
     def _odd(self, uris: pa.Array, paths: pa.Array, is_url: pa.Array, known: pa.Array) -> NDArray[np.bool_]:
         """(N,) rows that are looked at one by one; `known`: their folder is."""
@@ -125,31 +129,22 @@ class TablePlaces:
                 self._schemes[scheme] = f"has a scheme that cannot be opened ({error.__context__ or error})"
         return self._schemes[scheme]
 
-    def _with_odd_rows(self, uris: pa.Array, whole: pa.Array, names: pa.Array, at: NDArray[np.int64]) -> PlaceColumns:
-        reasons: dict[int, str] = {}
-        places: list[Place | None] = []
-        for position, uri in zip(at.tolist(), uris.take(pa.array(at)).to_pylist(), strict=True):
-            found = self.place(uri)
-            if isinstance(found, str):
-                reasons[position] = found
-            places.append(None if isinstance(found, str) else found)
-        nothing = pa.nulls(len(uris), pa.string())
-
-        def with_odd(column: pa.Array, field: str) -> pa.Array:
-            if not len(at):
-                return column
-            mask = np.zeros(len(uris), np.bool_)
-            mask[at] = True
-            values = [None if place is None else getattr(place, field) for place in places]
-            return pc.replace_with_mask(column, pa.array(mask), pa.array(values, pa.string()))
-
-        return PlaceColumns(
-            uri=with_odd(whole, "uri"),
-            file_name=with_odd(names, "file_name"),
-            other_name=with_odd(nothing, "other_name"),
-            quoted=with_odd(nothing, "quoted"),
-            reasons=reasons,
-        )
+    def _with_odd_rows(self, uris: pa.Array, plain: PlaceColumns, odd: NDArray[np.bool_]) -> PlaceColumns:
+        """The columns with the places of (N,) odd rows, which are looked at one by one."""
+        at = np.flatnonzero(odd)
+        if not len(at):
+            return plain
+        found = [self.place(uri) for uri in uris.take(pa.array(at)).to_pylist()]
+        columns = {
+            key: pc.replace_with_mask(
+                getattr(plain, key),
+                pa.array(odd),
+                pa.array([None if isinstance(place, str) else getattr(place, key) for place in found], pa.string()),
+            )
+            for key in ("uri", "file_name", "other_name", "quoted")
+        }
+        reasons = {row: place for row, place in zip(at.tolist(), found, strict=True) if isinstance(place, str)}
+        return PlaceColumns(**columns, reasons=reasons)
 
     def place(self, uri: str | None) -> Place | str:
         """Where the image of one row lies; or the reason why that cannot be told."""
@@ -202,8 +197,11 @@ class TablePlaces:
 def _elsewhere(url: str) -> Place | str:
     """The place of a full URL: its name is host and path, without what may be secret."""
     plain = without_query(url)
-    name = re.sub(r"/{2,}", "/", plain.partition("://")[2])
-    return _named(url, name, "" if plain == url else url)
+    scheme, _, path = plain.partition("://")
+    name = re.sub(r"/{2,}", "/", path)
+    if name == path and plain == url and file_name_error(name) is None:
+        return Place(url, name, None if scheme == "https" else f"{scheme}/{name}")
+    return _named(url, name, url)
 
 
 def _named(uri: str, name: str, more: str) -> Place | str:
