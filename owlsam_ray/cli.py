@@ -380,7 +380,7 @@ def _finetune(options: argparse.Namespace, answers: Answers) -> dict[str, Any]:
     from owlsam_ray.resources import export_ray_environment
 
     config = load_finetune_config(options.job_files, overrides=options.overrides, out=options.out)
-    _start_log(Console(stderr=True), config.logging.level)
+    _start_log(SafeConsole(stderr=True), config.logging.level)
     export_ray_environment(config.resources.auth_mode)
 
     from owlsam_ray.finetune.job import finetune

@@ -81,14 +81,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     storage.forget_clients()
-    storage.configure(StoragePolicy(retries=0, timeout_s=2))
+    storage.configure(StoragePolicy(retries=0, timeout_s=20))
     yield
     storage.configure(StoragePolicy())
     storage.forget_clients()
 
 
 def allow(*hosts: str) -> None:
-    storage.configure(StoragePolicy(retries=0, timeout_s=2, allowed_hosts=hosts))
+    storage.configure(StoragePolicy(retries=0, timeout_s=20, allowed_hosts=hosts))
 
 
 def reason_of(url: str) -> str:
