@@ -149,7 +149,8 @@ class Manifest:
             for group in range(footer.num_row_groups):
                 found = footer.row_group(group).column(names.index("uri")).statistics
                 if found is not None and found.has_min_max:
-                    yield part.first_shard + group, (found.min, found.max)
+                    first, last = (moved_uri(uri, self.moves) for uri in (found.min, found.max))
+                    yield part.first_shard + group, (first, last)
 
     def iter_names(self) -> Iterator[pa.Table]:
         """`image_id` and `file_name`, some at a time, of all images in order."""
@@ -176,13 +177,18 @@ class Manifest:
         raise IndexError(f"shard {shard} of {self.num_shards}")
 
 
+def moved_uri(uri: str, moves: Sequence[Move]) -> str:
+    """A URI under the new roots."""
+    for move in moves:
+        uri = move.apply(uri)
+    return uri
+
+
 def moved_uris(table: pa.Table, moves: Sequence[Move]) -> pa.Table:
     """The same rows of a manifest or a listing, with their URIs under the new roots."""
     if not moves:
         return table
-    uris = table["uri"].to_pylist()
-    for move in moves:
-        uris = [move.apply(uri) for uri in uris]
+    uris = [moved_uri(uri, moves) for uri in table["uri"].to_pylist()]
     at = table.schema.get_field_index("uri")
     return table.set_column(at, table.schema.field(at), pa.array(uris, pa.string()))
 

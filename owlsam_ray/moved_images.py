@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from owlsam_ray import storage
+from owlsam_ray.datasets import Container
 from owlsam_ray.errors import GuardError, OwlsamError, shown
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.moved_data import Move
@@ -34,7 +35,9 @@ def moved_manifest(manifest: Manifest, moves: Sequence[Move]) -> Manifest:
         return manifest
     moved = manifest.with_moves(moves)
     rows = [
-        (old, new) for old, new in _sample(manifest, moved) if old["uri"] != new["uri"] and old["container"] != "bad"
+        (old, new)
+        for old, new in _sample(manifest, moved)
+        if old["uri"] != new["uri"] and old["container"] != Container.BAD
     ]
     if not rows:
         return moved
@@ -81,7 +84,9 @@ def _problem(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str | None]
     before = _size(old["uri"])
     if before is not None and before >= 0 and size != before:
         return new["uri"], f"has {size} bytes, and {before} at the old place"
-    if new["length"] is not None and size < new["offset"] + new["length"]:
+    if new["container"] is None and new["length"] not in (None, size):
+        return new["uri"], f"has {size} bytes, and {new['length']} when it was planned"
+    if new["container"] == Container.TAR and size < new["offset"] + new["length"]:
         return new["uri"], f"has {size} bytes, and an image that ends at {new['offset'] + new['length']}"
     return new["uri"], None
 

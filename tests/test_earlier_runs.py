@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -63,6 +65,20 @@ def test_status_and_verify_read_them(earlier: Path, run: str, left: int) -> None
     assert (found["bad"], found["left"], found["good"]) == (0, left, 4 - left)
     state = watch_run(str(earlier / run), lambda _: None, every_s=None, wait_s=0.0)
     assert (state["shards_done"], state["shards"]) == (4 - left, 4)
+
+
+@pytest.mark.slow
+def test_the_command_finishes_a_half_done_run(earlier: Path) -> None:
+    """With Ray, and with the images at another place."""
+    (earlier / "images").rename(earlier / "moved")
+    fields = config_fields("half_done")
+    fields["data"]["images"] = "moved"
+    (earlier / "run.yaml").write_text(json.dumps(fields))
+    command = [sys.executable, "-m", "owlsam_ray", "annotate", "run.yaml", "--allow-numerics-change"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["new"] == 6
+    assert rows(earlier / "half_done") == rows(earlier / "finished")
 
 
 def test_a_half_done_run_is_finished_with_the_same_bytes(earlier: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,38 @@ def test_other_files_at_the_new_place_are_refused(earlier: Path, tmp_path: Path)
     shutil.rmtree(tmp_path / "mount")
     with pytest.raises(GuardError, match="of 12 files that were looked at, 12 are missing and 0 are others"):
         plan_run(config)
+
+
+def test_sizes_that_were_planned_are_compared_where_the_old_place_is_gone(tmp_path: Path) -> None:
+    shutil.copytree(EARLIER / "images", tmp_path / "old")
+    data = {"source": "folder", "images": str(tmp_path / "old")}
+    config = RunConfig.model_validate(config_fields(str(tmp_path / "run")) | {"data": data})
+    plan_run(config)
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"images": str(tmp_path / "new")})})
+    bounds = [uri for _, uris in plan_run(moved).manifest.uri_bounds() for uri in uris]
+    assert bounds
+    assert all(uri.startswith(str(tmp_path / "new")) for uri in bounds)
+    (tmp_path / "new" / "a" / "02.png").write_bytes(b"another")
+    with pytest.raises(GuardError, match=r"02\.png has 7 bytes, and 203 when it was planned"):
+        plan_run(moved)
+
+
+def test_members_of_tar_files_at_the_new_place(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    with tarfile.open(tmp_path / "old" / "0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        tar.add(EARLIER / "images" / "a" / "00.png", "00.png")
+    data = {"source": "webdataset", "files": [str(tmp_path / "old" / "*.tar")]}
+    config = RunConfig.model_validate(config_fields(str(tmp_path / "run")) | {"data": data})
+    plan_run(config)
+    (tmp_path / "old").rename(tmp_path / "new")
+    files = (str(tmp_path / "new" / "*.tar"),)
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"files": files})})
+    assert plan_run(moved).manifest.read_shard(0)["uri"].to_pylist() == [str(tmp_path / "new" / "0.tar")]
+    with (tmp_path / "new" / "0.tar").open("r+b") as file:
+        file.truncate(600)
+    with pytest.raises(GuardError, match=r"0\.tar has 600 bytes, and an image that ends at 687"):
+        plan_run(moved)
 
 
 def test_an_extension_at_the_new_place_keeps_the_old_names(earlier: Path, tmp_path: Path) -> None:
