@@ -161,7 +161,8 @@ async def receive(answer: Answer, wanted: Wanted, pace: Pace, *, most_skipped: i
         received += len(chunk)
         data += chunk[skip:]
         skip = max(0, skip - len(chunk))
-        if len(data) >= wanted.length and answer.status != 206:
+        # A part is read to its end, where checksums are compared, unless it is longer than it may be.
+        if len(data) > wanted.length or (len(data) == wanted.length and answer.status != 206):
             is_whole = received == expected
             break
     if is_whole and expected is not None and received < expected:

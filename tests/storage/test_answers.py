@@ -121,6 +121,15 @@ def test_s3_keeps_packed_objects_packed(server: ScriptedServer) -> None:
     assert storage.read_whole(url_of(server, "s3", "gz", cut, reply), limit=10**6) == storage.Body(packed, len(packed))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_without_an_end_is_read_no_further_than_wanted(server: ScriptedServer, kind: str) -> None:
+    endless = Reply(b"x" * 1000, 206, {"Content-Length": "400000000"}, pause_s=0.02, piece=20)
+    with pytest.raises(OSError, match="asked for 30 bytes and got"):
+        storage.read_range(url_of(server, kind, "endless", endless), 100, 30)
+    with pytest.raises(TooLargeError):
+        storage.read_whole(url_of(server, kind, "endless", endless), limit=30)
+
+
 # Checksums
 
 
