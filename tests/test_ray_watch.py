@@ -139,8 +139,9 @@ def kill_when(
 
 
 def working(driver: "subprocess.Popen[str]") -> bool:
-    """Whether tasks run already."""
-    return any(parts_of_ray(raylet, "ray::") for raylet in parts_of_ray(driver.pid, RAYLET))
+    """Whether tasks or actors of ours run already; idle workers are there while Ray still starts."""
+    ours = ("ray::MapWorker", "ray::MapBatches", "ray::_isolate", "ray::_call")
+    return any(parts_of_ray(raylet, name) for raylet in parts_of_ray(driver.pid, RAYLET) for name in ours)
 
 
 def the_line(code: int, lines: list[str], command: str) -> dict[str, Any]:
