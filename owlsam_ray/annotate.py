@@ -173,7 +173,7 @@ def _annotate(
     losses = LossCount(
         storage.join(run_url, ATTEMPTS, f"slice-{options.part.index}-of-{options.part.count}{SUFFIX}"),
         progress=lambda: len(tally.refresh_listing()),
-        state=lambda: _shards_done(tally),
+        state=lambda: f"{len(tally.done)} of {tally.num_shards} shards are done",
     )
     kills = KillWatch(done=lambda: len(tally.done))
     try:

@@ -32,6 +32,8 @@ from owlsam_ray.resources import export_ray_environment
 _RAY = "r"
 """Ray gives its folder away to everybody (mode 0777), so it lies inside the private one."""
 _LONGEST_SOCKET = f"/{_RAY}/session_2000-01-01_00-00-00_000000_{{pid}}/sockets/plasma_store"
+_OOM_RETRIES = "5"
+"""Of a task that Ray's own memory monitor ends, whoever started Ray: the driver counts. The default is for ever."""
 _TOO_SLOW = ("timed out", "timeout", "failed to start gcs", "deadline exceeded", "failed to connect", "unavailable")
 """In the words of Ray: a part of it did not come up in time."""
 _log = logging.getLogger(__name__)
@@ -163,8 +165,7 @@ def _variables_of_own(folder: Path) -> dict[str, str | None]:
         "RAY_REDIS_ADDRESS": None,
         # Numbers for anyone who asks, without a token.
         "RAY_enable_metrics_collection": "0",
-        # Tasks that Ray's own memory monitor ends; the default is for ever.
-        "RAY_task_oom_retries": "5",
+        "RAY_task_oom_retries": _OOM_RETRIES,
         **child_variables(folder),
     }
     if any(name == "lo" for _, name in socket.if_nameindex()):
@@ -249,6 +250,7 @@ def _end_processes_of(folder: Path) -> None:
 
 def _join(address: str, auth_mode: str, options: dict[str, Any]) -> None:
     _check_answers(address)
+    os.environ.setdefault("RAY_task_oom_retries", _OOM_RETRIES)
     Config.initialize("")  # an earlier start in this process may have read another mode
     AuthenticationTokenLoader.instance().reset_cache()
     if not address.startswith("ray://"):

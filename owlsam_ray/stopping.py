@@ -11,6 +11,7 @@ from owlsam_ray import storage
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """SIGUSR1 is what schedulers are often told to send some time before the end."""
+_asked = threading.Event()
 _log = logging.getLogger(__name__)
 
 
@@ -20,9 +21,28 @@ class GraceOverError(Exception):
 
 def as_interrupts() -> None:
     """Make each of the signals what Ctrl-C is: until there is work to finish, a scheduler's stop is no failure."""
+    _asked.clear()
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, interrupt)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle a signal as Ctrl-C is.
+
+    Raises:
+        KeyboardInterrupt: always.
+    """
+    _asked.set()
+    signal.default_int_handler(number, frame)
+
+
+def was_asked(wait_s: float = 0.0) -> bool:
+    """Whether one of the signals came since `as_interrupts`; for other threads, which may wait for it a little.
+
+    A scheduler often sends it to all processes of a job at once, Ray's own among them.
+    """
+    return _asked.wait(wait_s)
 
 
 @contextlib.contextmanager
@@ -44,6 +64,7 @@ def stop_on_signals(stop_url: str, grace_s: float) -> Iterator[Callable[[], bool
         if asked.is_set():
             grace_is_over(number, frame)
         asked.set()
+        _asked.set()
         _log.warning("%s: finishing the shards in hand, at most %g s", signal.Signals(number).name, grace_s)
         signal.setitimer(signal.ITIMER_REAL, max(grace_s, 0.01))
         try:

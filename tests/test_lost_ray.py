@@ -2,12 +2,15 @@
 
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from owlsam_ray.errors import IncompleteError, InterruptedRunError
 from owlsam_ray.lost_ray import LossCount
+from owlsam_ray.stopping import SIGNALS, as_interrupts, stop_on_signals
 
 
 class Work:
@@ -54,6 +57,40 @@ def test_slices_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert [one.lose(), other.lose(), one.lose()] == [75, 75, 75]
     other.count.clear()
     assert (one.lose(), other.lose()) == (5, 75)
+
+
+def test_a_call_that_was_asked_to_stop_is_no_loss(tmp_path: Path) -> None:
+    """A scheduler sends its signal to all processes of a job, those of Ray included."""
+    work = Work(tmp_path)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for code in (75, 75, 75, 75):
+            as_interrupts()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert work.lose() == code
+            assert not list(tmp_path.iterdir())
+        told = work.count.count("the raylet ended with exit code 0", advice="Give it memory.")
+        assert str(told) == (
+            "asked to stop (the raylet ended with exit code 0): 0 of 9 done; call the same command again"
+        )
+        as_interrupts()
+        assert [work.lose() for _ in range(3)] == [75, 75, 5]
+        with stop_on_signals(str(tmp_path / "stop"), grace_s=60):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert work.lose() == 75
+    finally:
+        as_interrupts()  # asked for nothing
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_progress_is_looked_at_once(tmp_path: Path) -> None:
+    """It may be a long listing, and the process has a moment."""
+    looks: list[int] = []
+    count = LossCount(str(tmp_path / "x.lost-ray"), lambda: looks.append(0) or len(looks), lambda: "far")
+    count.count("the raylet was killed", advice="")
+    assert len(looks) == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b"[1]", b"null", b'{"losses": "x", "progress": 0}', b"\xff\xfe"])

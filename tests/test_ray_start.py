@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,34 @@ def test_a_long_temporary_folder_is_no_trouble(
     assert len(socket_path) <= 107
     assert Path(parts.options["object_spilling_directory"]).parent == long
     assert list(long.iterdir()) == []
+
+
+@pytest.mark.parametrize(("wanted", "limit"), [(None, "5"), ("0", "0")])
+def test_the_retries_of_tasks_that_a_cluster_ends_for_memory_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, wanted: str | None, limit: str
+) -> None:
+    """The driver counts them, for ever by default; a user may have set another number."""
+    name = "RAY_task_oom_retries"
+    monkeypatch.setenv(name, wanted or "")
+    if wanted is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(ray_cluster, "_check_answers", lambda address: None)
+    found: list[str | None] = []
+    monkeypatch.setattr(ray_cluster, "Config", _Reads(lambda: found.append(os.environ.get(name))))
+    _Parts(monkeypatch, ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379"))
+    with pytest.raises(IncompleteError):
+        start_ray(ResourcesConfig(ray_address="10.0.0.1:6379"), level="info")
+    assert found == [limit]
+
+
+class _Reads:
+    """Where Ray reads its environment anew."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self._look = look
+
+    def initialize(self, _: str) -> None:
+        self._look()
 
 
 def test_a_cluster_gets_its_own_way_of_asking(monkeypatch: pytest.MonkeyPatch) -> None:

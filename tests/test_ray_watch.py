@@ -206,6 +206,24 @@ def test_the_third_loss_in_a_row_is_the_last_and_the_run_goes_on_when_it_can(tmp
 
 
 @pytest.mark.slow
+def test_a_signal_to_the_whole_job_is_no_loss(tmp_path: Path) -> None:
+    """As Slurm and `timeout` send it: Ray's parts end along with the driver."""
+    arguments, run = write_run(tmp_path, delay_s=3), tmp_path / "run"
+    driver = start(["annotate", *arguments], tmp_path / "log")
+    deadline = time.monotonic() + 300
+    while not any((run / "attempts" / "in-hand").glob("shard-*")):
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(driver.pid, signal.SIGTERM)
+    stdout, _ = driver.communicate(timeout=120)
+    summary = the_line(75, stdout.splitlines(), "annotate")
+    assert driver.returncode == 75
+    assert "asked to stop" in summary["error"]
+    assert not list((run / "attempts").glob("*.lost-ray"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [RAYLET, GCS])
 def test_reduce_ends_with_75(tmp_path: Path, name: str) -> None:
     make_run(tmp_path, 400_000, shard_size=20)

@@ -182,7 +182,13 @@ def _field_at(url: str, schema: pa.Schema, column: Wanted) -> pa.Field:
     check_name(url, column, names[0], schema.names)
     field = schema.field(names[0])
     for name in names[1:]:
-        inner = list(field.type) if pa.types.is_struct(field.type) else []
+        if not pa.types.is_struct(field.type) or extension_of(field) is not None:
+            way_out = _way_to_bytes(column, field.type) if column.setting == "columns.bytes" else ""
+            raise InputError(
+                f"{url} has no column {column.path!r} ({column.setting}): {shown(field.name)} holds "
+                f"{shown_type(field)}{way_out}"
+            )
+        inner = list(field.type)
         check_name(url, column, name, [each.name for each in inner])
         field = next(each for each in inner if each.name == name)
     extension = extension_of(field)

@@ -35,6 +35,7 @@ from owlsam_ray.logs import stderr_handler
 from owlsam_ray.lost_ray import SUFFIX, LossCount
 from owlsam_ray.ray_cluster import start_ray, stop_ray
 from owlsam_ray.ray_watch import watch_ray
+from owlsam_ray.stopping import interrupt
 
 forget_ray_types()  # ray.train imports ray.data
 
@@ -271,7 +272,7 @@ def _ray(config: FinetuneConfig, losses: LossCount) -> Iterator[None]:
         raise InterruptedRunError("interrupted while Ray was starting; call the same command again") from None
     in_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         with watch_ray(lambda cause: losses.count(cause, advice=_ADVICE)):
             yield

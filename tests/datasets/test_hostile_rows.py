@@ -165,6 +165,25 @@ def test_other_columns_are_named_for_what_they_are(tmp_path: Path, column: pa.Ar
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            pa.list_(pa.struct([("data", pa.binary())])),
+            "holds list<element: struct<data: binary>>; a row of a table",
+        ),
+        (pa.map_(pa.string(), pa.binary()), "holds map<string, binary ('picture')>; a row of a table is one image"),
+        (pa.binary(), "'picture' holds binary"),
+    ],
+)
+def test_a_path_into_what_is_no_structure_names_what_is_there(tmp_path: Path, kind: pa.DataType, said: str) -> None:
+    pq.write_table(pa.table({"picture": pa.nulls(1, kind)}), tmp_path / "t.parquet")
+    with pytest.raises(InputError) as caught:
+        listed(tmp_path / "t.parquet", None, bytes="picture.data")
+    assert said in str(caught.value)
+    assert "has no column 'picture.data' (columns.bytes): 'picture'" in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary", "large dictionary"])
 def test_uris_in_every_kind_of_column_of_texts_are_read(tmp_path: Path, kind: str) -> None:
     names = ["a.png", "b/c.png", "a2.png"]
