@@ -286,7 +286,7 @@ def _prepare(config: RunConfig, run: _Prepared, attempt: Attempt) -> pipeline.Jo
     if config.resources.ray_address is None:
         check_memory(need, memory_limit())
     else:
-        check_node_memory(need, [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]])
+        check_node_memory(need, [node["Resources"].get("memory") for node in ray.nodes() if node["Alive"]])
     _log.info("memory: at least %s are needed", need)
     _log.info(
         "%d actor(s) on %s, %g CPU and %g GPU each",

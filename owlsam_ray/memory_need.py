@@ -87,19 +87,20 @@ def check_memory(need: MemoryNeed, here: int | None) -> None:
         )
 
 
-def check_node_memory(need: MemoryNeed, nodes: Sequence[float]) -> None:
+def check_node_memory(need: MemoryNeed, nodes: Sequence[float | None]) -> None:
     """Refuse actors that the nodes of a cluster cannot hold, wherever Ray puts them.
 
     Args:
         need: of `memory_need`.
-        nodes: memory of each node that lives, in bytes, as Ray tells it.
+        nodes: memory of each node that lives, in bytes, as Ray tells it; None: it does not.
 
     Raises:
         PreflightError: with what an actor needs, and what there is.
     """
-    fitting = sum(int(node // need.actor) for node in nodes)
-    if nodes and fitting < need.actors:
-        largest = ", ".join(f"{node / _GB:.2f} GB" for node in sorted(nodes, reverse=True)[:5])
+    known = [node for node in nodes if node is not None]
+    fitting = sum(int(node // need.actor) for node in known)
+    if known and len(known) == len(nodes) and fitting < need.actors:
+        largest = ", ".join(f"{node / _GB:.2f} GB" for node in sorted(known, reverse=True)[:5])
         raise PreflightError(
             f"too little memory: {need.actors} actor(s) need at least {need.actor / _GB:.2f} GB each, and the nodes "
             f"have {largest}: there is room for {fitting}. Lower resources.actors, or give the nodes more memory."

@@ -54,9 +54,13 @@ def test_stand_ins_need_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "fits"), [([2e9], True), ([1.9e9], False), ([1e9, 1e9], True), ([9e8, 9e8], False), ([], True)]
+    ("nodes", "fits"),
+    [
+        *(([2e9], True), ([1.9e9], False), ([1e9, 1e9], True), ([9e8, 9e8], False), ([], True)),
+        *(([None], True), ([9e8, None], True)),
+    ],
 )
-def test_actors_on_the_nodes_of_a_cluster(nodes: list[float], fits: bool) -> None:
+def test_actors_on_the_nodes_of_a_cluster(nodes: list[float | None], fits: bool) -> None:
     need = MemoryNeed(driver=1, actor=10**9, fetch=1, actors=2)
     if fits:
         check_node_memory(need, nodes)
