@@ -28,6 +28,8 @@ from owlsam_ray.reduce.executors import map_in_order
 from tests.finetune.drawn import SEGMENTER, draw_sets, write_job
 from tests.ray_processes import LOOPBACK, command_lines, family, listening
 from tests.runs import ROOT, TinyRun, environment
+from tests.test_ray_watch import start as start_command
+from tests.test_ray_watch import write_run
 
 SMALL = ResourcesConfig(num_cpus=2, object_store_mb=100)
 NOBODY = 65534
@@ -286,18 +288,24 @@ def test_a_cluster_is_joined_in_its_mode(tiny: TinyRun, tmp_path: Path, mode: st
 
 
 @pytest.mark.slow
-def test_what_a_killed_run_left_goes_with_the_next(tiny: TinyRun, tmp_path: Path) -> None:
-    process = tiny.start("annotate", tmp_path / "run")
-    deadline = time.monotonic() + 120
-    mine: list[Path] = []
-    while not mine and time.monotonic() < deadline:
-        time.sleep(0.2)
-        for line in command_lines(family(process.pid)):
-            mine += [Path("/tmp") / part.split("/")[2] for part in line.decode().split() if f"/tmp/{PREFIX}" in part]
-    process.kill()
-    process.wait()
-    time.sleep(5)  # its Ray ends by itself
-    [folder] = {*mine} & {*Path("/tmp").glob(f"{PREFIX}*")}
-    summary = tiny.call("annotate", tmp_path / "run")
-    assert summary["done"] == tiny.num_images
-    assert not folder.exists()
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["annotate", *write_run(tmp_path, delay_s=0)]
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as short:  # of this test: other runs tidy up in /tmp
+        monkeypatch.setenv("RAY_TMPDIR", short)
+        killed = start_command(arguments, tmp_path / "log")
+        deadline = time.monotonic() + 300
+        while not [path for path in Path(short).rglob("*") if path.is_socket()]:
+            assert killed.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        pids = family(killed.pid)
+        killed.kill()
+        killed.communicate()
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):  # its Ray ends by itself
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        [folder] = Path(short).iterdir()
+        assert folder.name.startswith(PREFIX)
+        stdout, _ = start_command(arguments, tmp_path / "log").communicate(timeout=300)
+        assert json.loads(stdout)["done"] == 60
+        assert list(Path(short).iterdir()) == []
