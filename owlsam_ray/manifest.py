@@ -47,6 +47,12 @@ class ManifestPart:
     """Encoded bytes of the largest shard, estimated where the listing does not tell."""
     source: dict[str, Any]
     """What the output carries over: info, licenses, categories. Of the first part of a plan; empty in further ones."""
+    counts_fetched_only: bool = False
+    """Whether `max_shard_bytes` leaves out images that are too large to be fetched; parts of before do not."""
+
+    def fetched_bytes(self, max_file_mb: int) -> int:
+        """Encoded bytes that the largest shard is fetched as; of parts of before, never more than one such image."""
+        return self.max_shard_bytes if self.counts_fetched_only else min(self.max_shard_bytes, max_file_mb * MEGABYTE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,7 @@ class Manifest:
             max_file_mb: larger images are not fetched. Plans of earlier versions counted them all the same, and keep no
                 sizes to count anew: a larger shard is taken for one with such an image.
         """
-        return min(max(part.max_shard_bytes for part in self.parts), max_file_mb * MEGABYTE)
+        return max(part.fetched_bytes(max_file_mb) for part in self.parts)
 
     @property
     def layout_hash(self) -> str:
@@ -349,6 +355,7 @@ def _write_part(
         shard_size=layout.shard_size,
         max_shard_bytes=max_bytes,
         source=source,
+        counts_fetched_only=True,
     )
     storage.write_atomic(storage.join(run_url, MANIFEST, f"{name}.json"), json.dumps(asdict(part), indent=1).encode())
     return part

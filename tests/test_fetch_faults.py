@@ -1,5 +1,6 @@
 """What faulty storage, and file systems that nobody knows, do to the images of a shard: rows, never the run's end."""
 
+import asyncio
 import io
 import logging
 import tarfile
@@ -22,6 +23,9 @@ from owlsam_ray.manifest import Layout, Manifest, write_parts
 from owlsam_ray.records import EncodedImage
 from owlsam_ray.settings import DataConfig, DecodeConfig
 from owlsam_ray.storage import StoragePolicy, trouble
+from owlsam_ray.storage.answers import Answer, Wanted, paced, receive
+from owlsam_ray.storage.clients import Client
+from owlsam_ray.storage.trouble import TooLargeError
 from owlsam_ray.verify import verify_images
 from tests.faulty_s3 import Faults, faulty_s3
 from tests.scripted_server import Reply, part_of, scripted_server
@@ -160,6 +164,39 @@ def test_what_a_table_says_of_sizes_is_no_size(tmp_path: Path) -> None:
     assert manifest.read_shard(0)["length"].to_pylist() == [None]
     (image,) = fetch(manifest)
     assert (bytes(image.data or b""), image.note, image.failure) == (b"abc", None, None)
+
+
+class _Endless:
+    """A body that never ends, and how much of it was taken."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __aiter__(self) -> "_Endless":
+        return self
+
+    async def __anext__(self) -> bytes:
+        self.taken += 1000
+        assert self.taken < 10**6, "a server fills the memory"
+        return b"x" * 1000
+
+
+@pytest.mark.parametrize("status", [200, 206])
+@pytest.mark.parametrize("told", [{}, {"content-range": "bytes 0-9/*"}, {"content-encoding": "gzip"}])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_body_without_an_end_is_given_up(status: int, told: dict[str, str], is_whole: bool) -> None:
+    endless, wanted = _Endless(), Wanted(0, 5000, is_whole=is_whole)
+
+    async def take() -> int:
+        async with paced(Client("http", None, (), timeout_s=60)) as pace:
+            return len((await receive(Answer(status, told, endless, unpacks=True), wanted, pace)).data)
+
+    if is_whole:
+        with pytest.raises(TooLargeError):
+            asyncio.run(take())
+    else:
+        assert asyncio.run(take()) >= 5000
+    assert endless.taken <= 6000
 
 
 def test_halves_of_files_members_and_cells_are_asked_for_again() -> None:
