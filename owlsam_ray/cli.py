@@ -32,12 +32,16 @@ from owlsam_ray.errors import (
     IncompleteError,
     InterruptedRunError,
     OwlsamError,
+    one_line,
 )
 from owlsam_ray.logs import SafeFormatter, stderr_handler
 from owlsam_ray.standard_streams import Answers, own_stdout
 from owlsam_ray.stopping import as_interrupts
-from owlsam_ray.storage.secrets import masked_tree
+from owlsam_ray.storage.secrets import masked, masked_tree
 from owlsam_ray.terminal import SafeConsole, safe_text
+
+_LONG_MESSAGE = 2000
+"""Characters of an error of somebody else's; a path has up to 4,096 bytes, but seldom more than some hundred."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +86,7 @@ class _Call:
         except BrokenPipeError:
             pass  # nobody wants to know
         except OSError as error:
-            logging.getLogger("owlsam_ray").error("cannot write the line of JSON to stdout: %s", error)
+            logging.getLogger("owlsam_ray").error("cannot write the line of JSON to stdout: %s", _words_of(error))
             return int(code or ExitCode.INCOMPLETE)
         return int(code)
 
@@ -115,13 +119,15 @@ def _run(options: argparse.Namespace, console: Console, answers: Answers, summar
         return _tell(error, summary)
     except OSError as error:
         logging.getLogger("owlsam_ray").debug("storage refused", exc_info=True)
-        message = f"storage refused: {error}. What was finished is kept: mend it, and call the same command again."
+        message = (
+            f"storage refused: {_words_of(error)}. What was finished is kept: mend it, and call the same command again."
+        )
         return _tell(IncompleteError(message), summary)
     except (KeyboardInterrupt, SystemExit):  # the latter of Ray's own handler of SIGTERM
         return _tell(InterruptedRunError("interrupted: call the same command again"), summary)
     except Exception as error:  # Python's own exit code, 1, would say that images failed
         logging.getLogger("owlsam_ray").exception("an error that nobody expected; what was finished is kept")
-        summary["error"] = f"{type(error).__name__}: {error}"
+        summary["error"] = storage.described(error, _LONG_MESSAGE)
         return ExitCode.INCOMPLETE
     return ExitCode.COMPLETE
 
@@ -149,6 +155,11 @@ def _refuse_empty(options: argparse.Namespace) -> None:
         if isinstance(value, str) and not value.strip():
             option = "--" + name.removeprefix("reduce_").replace("_", "-")
             raise ConfigError(f"{option} has an empty value (an unset shell variable?): give one, or leave it out")
+
+
+def _words_of(error: OSError) -> str:
+    """Its own words, of whatever library they are, and of any length."""
+    return one_line(masked(str(error)[: 10 * _LONG_MESSAGE]), _LONG_MESSAGE)
 
 
 def _all_overrides(options: argparse.Namespace) -> list[str]:

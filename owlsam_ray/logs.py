@@ -7,10 +7,20 @@ import traceback
 from owlsam_ray.storage.secrets import masked
 from owlsam_ray.terminal import printable_lines
 
+_MOST_LINES = 400
+_LONGEST_LINE = 10_000
+"""Characters: a message of ours, which is cut before, with what a log line has in front of it."""
+
 
 def safe_lines(text: str) -> str:
-    """A text from anywhere, an error message or a traceback, as a log or a terminal takes it."""
-    return printable_lines(masked(text))
+    """A text from anywhere, an error message or a traceback, as a log or a terminal takes it: masked, escaped, cut."""
+    lines = text.splitlines() if len(text) > _LONGEST_LINE else [text]
+    if len(lines) > _MOST_LINES:
+        half = _MOST_LINES // 2
+        left_out = f"… {len(lines) - 2 * half:,} lines are left out here …"
+        lines = [*lines[:half], left_out, *lines[-half:]]
+    lines = [line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…" for line in lines]
+    return printable_lines(masked("\n".join(lines)))
 
 
 class SafeFormatter(logging.Formatter):

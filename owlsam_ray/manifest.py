@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -22,12 +23,14 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from owlsam_ray import storage
 from owlsam_ray.arrow_types import misfit_of
 from owlsam_ray.datasets.source import encoded_bytes
-from owlsam_ray.errors import GuardError, InputError, one_line
+from owlsam_ray.errors import GuardError, InputError, one_line, shown
 from owlsam_ray.moved_data import Move
 from owlsam_ray.packed import MEGABYTE
 from owlsam_ray.schema import MANIFEST_SCHEMA
 
 MANIFEST = "manifest"
+_PART_NAME = re.compile(r"part-[0-9]{4,}")
+"""Of both files of a part, without their endings."""
 _SMALLEST_SHARD, _LARGEST_SHARD, _SHARDS_WANTED = 8, 1024, 64
 
 
@@ -389,7 +392,7 @@ def load_manifest(run_url: str, *, verify: bool, num_parts: int | None = None) -
     for name in names:
         url = storage.join(run_url, MANIFEST, name)
         try:
-            part = _read_sidecar(url)
+            part = _read_sidecar(url, after=parts)
         except FileNotFoundError:
             if not parts and not storage.exists(storage.join(run_url, MANIFEST)):
                 return None
@@ -413,14 +416,41 @@ def num_shards_behind(run_url: str, num_parts: int) -> int:
     return count
 
 
-def _read_sidecar(url: str) -> ManifestPart:
+def _read_sidecar(url: str, *, after: Sequence[ManifestPart] | None = None) -> ManifestPart:
+    """What the small file beside a part tells of it.
+
+    Args:
+        url: of the small file.
+        after: the parts before it, to be compared; None: they are not at hand.
+
+    Raises:
+        FileNotFoundError, OSError: it is not there, or cannot be read.
+        GuardError: it is damaged, names another file than its own part, or does not go on from the parts before.
+    """
     data = storage.read_bytes(url)
     try:
-        return ManifestPart(**json.loads(data))
-    except (ValueError, TypeError) as error:
-        raise GuardError(
-            f"{url} is damaged ({one_line(error)}): restore it, or plan again in another directory"
-        ) from None
+        part = ManifestPart(**json.loads(data))
+        wrong = _wrong_with(part, url.rpartition("/")[2], after)
+    except (ValueError, TypeError, RecursionError) as error:
+        wrong = one_line(error)
+    if wrong is not None:
+        raise GuardError(f"{url} is damaged ({wrong}): restore it, or plan again in another directory")
+    return part
+
+
+def _wrong_with(part: ManifestPart, sidecar: str, after: Sequence[ManifestPart] | None) -> str | None:
+    """What keeps a part from being one that `write_parts` has written: a run directory may come from someone else."""
+    name = sidecar.removesuffix(".json")
+    if not _PART_NAME.fullmatch(name) or part.file != f"{name}.parquet":
+        return f"it names the file {shown(part.file)}, not the part-NNNN.parquet beside it"
+    num_shards = -(-part.num_rows // part.shard_size) if part.shard_size > 0 else 0
+    if part.num_rows < 1 or part.num_shards != num_shards or part.max_shard_bytes < 0:
+        return f"{part.num_rows} images are not {part.num_shards} shards of {part.shard_size}"
+    if after is not None:
+        begin = 1 + sum(each.num_rows for each in after), sum(each.num_shards for each in after)
+        if (part.first_ordinal, part.first_shard) != begin:
+            return f"it begins at image {part.first_ordinal}, shard {part.first_shard}, not at {begin[0]}, {begin[1]}"
+    return None
 
 
 def _part_name(number: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -297,3 +298,19 @@ def test_module_runs_as_a_program() -> None:
         cwd=ROOT,
     )
     assert done.stdout.startswith("owlsam 0.")
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_errors_of_others_are_cut_and_masked(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> dict[str, Any]:
+        raise error(f"no answer of https://ann:hunter2@h/a?sig=f00d\n\x1b[2J{'x' * 10**7}")
+
+    monkeypatch.setitem(cli._ON_DIRECTORY, "status", fail)
+    code, summary, log = call(capsys, "status", "somewhere")
+    begin = "storage refused: " if error is OSError else "RuntimeError: "
+    assert (code, summary["error"].startswith(f"{begin}no answer of https://***@h/a?*** \\x1b[2Jxxx")) == (5, True)
+    assert len(summary["error"]) < 2200
+    assert len(log) < 25_000
+    assert not {"hunter2", "f00d", "\x1b"} & set(re.split("[:@=\n\\[]", log + summary["error"]))

@@ -151,8 +151,9 @@ def test_a_plan_is_kept_and_a_changed_config_refused(config: RunConfig) -> None:
 def test_a_changed_layout_is_refused(config: RunConfig, tmp_path: Path) -> None:
     record = plan_run(config).record
     tree = json.loads((tmp_path / "run" / "manifest" / "part-0000.json").read_text())
-    (tmp_path / "run" / "manifest" / "part-0000.json").write_text(json.dumps(tree | {"shard_size": 4}))
-    with pytest.raises(GuardError, match="layout"):
+    changed = {"shard_size": 4, "num_shards": -(-tree["num_rows"] // 4)}
+    (tmp_path / "run" / "manifest" / "part-0000.json").write_text(json.dumps(tree | changed))
+    with pytest.raises(GuardError, match="has the layout hash"):
         load_run_manifest(run_directory(config), record)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from owlsam_ray.logs import SafeFormatter, log_safely_by_default, print_traceback
+from owlsam_ray.logs import SafeFormatter, log_safely_by_default, print_traceback, safe_lines
 
 
 def fail() -> None:
@@ -48,3 +48,13 @@ def test_printed_tracebacks_are_safe(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().err
     assert "RuntimeError: no answer of http://***@h/a.png?***" in shown
     assert "hunter2" not in shown
+
+
+def test_long_texts_are_cut() -> None:
+    text = safe_lines(f"http://ann:hunter2@h/{'x' * 10**7}")
+    assert (text[:15], text[-1], len(text)) == ("http://***@h/xx", "…", 10_000 - len("ann:hunter2") + len("***"))
+    lines = safe_lines("\n".join(f"line {number}" for number in range(10**5))).splitlines()
+    assert (len(lines), lines[0], lines[-1]) == (401, "line 0", "  line 99999")
+    assert lines[200] == "  … 99,600 lines are left out here …"
+    whole = "\n".join(["y" * 9000] * 3)
+    assert safe_lines(whole).replace("\n  ", "\n") == whole

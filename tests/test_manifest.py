@@ -221,3 +221,40 @@ def test_a_stale_listing_hides_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GuardError, match=r"part-0001\.json is missing"):
         load_manifest(run, verify=False, num_parts=2)
     assert load_manifest("memory://stale/nothing", verify=False, num_parts=1) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"file": "../../elsewhere/part-0000.parquet"}, "it names the file '../../elsewhere/part-0000.parquet'"),
+        ({"file": "/etc/part-0000.parquet"}, "it names the file '/etc/part-0000.parquet'"),
+        ({"file": "part-0001.parquet"}, "it names the file 'part-0001.parquet'"),
+        ({"file": "part-0000.parquet\n" + "x" * 10**6}, r"it names the file 'part-0000.parquet\\nxxx"),
+        ({"shard_size": 0}, "20 images are not 3 shards of 0"),
+        ({"num_rows": 10**15}, "1000000000000000 images are not 3 shards of 8"),
+        ({"num_shards": 10**15}, "20 images are not 1000000000000000 shards of 8"),
+        ({"first_shard": -1}, "it begins at image 1, shard -1, not at 1, 0"),
+        ({"first_ordinal": 7}, "it begins at image 7, shard 0, not at 1, 0"),
+    ],
+)
+def test_a_part_names_its_own_file_and_goes_on_from_the_one_before(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    plan(str(tmp_path / "run"), 20)
+    sidecar = tmp_path / "run" / "manifest" / "part-0000.json"
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | change))
+    for num_parts in (None, 1):
+        with pytest.raises(GuardError, match=told) as caught:
+            load_manifest(str(tmp_path / "run"), verify=False, num_parts=num_parts)
+        assert str(sidecar) in str(caught.value)
+        assert len(str(caught.value)) < 1000
+    if "file" in change:
+        with pytest.raises(GuardError, match=told):
+            num_shards_behind(str(tmp_path / "run"), 0)
+
+
+def test_a_sidecar_of_nothing_but_brackets_is_damaged(tmp_path: Path) -> None:
+    plan(str(tmp_path), 20)
+    (tmp_path / "manifest" / "part-0000.json").write_text("[" * 10**5)
+    with pytest.raises(GuardError, match="is damaged"):
+        load_manifest(str(tmp_path), verify=False)

@@ -14,8 +14,10 @@ _SCHEME = r"(?<![A-Za-z0-9+.\-])[A-Za-z][A-Za-z0-9+.\-]{0,30}:"
 _URL = re.compile(rf"""(?P<scheme>(?:{_SCHEME}|(?<![^\s"'(=,\[]))//)(?P<rest>[^\s"<>]+)""")
 _WITH_SPACES = re.compile(rf"""({_SCHEME}//[^\s/?#@"'<>:]*:)(?!\d+[\s,;)])[^/?#@"'<>\r\n]+@""")
 """User info with a space in the password."""
-_NO_SCHEME = re.compile(r"""(?<![^\s"'(=,\[])[^\s"'()/:@=,\[]+:[^\s"'/@]+@(?=[\w\[])""")
-"""`user:password@host`, as it stands when somebody forgot the scheme."""
+_BEFORE_AT = re.compile(r"""(?<![^\s"'/@])[^\s"'/@]+@(?=[\w\[])""")
+_NO_SCHEME = re.compile(r"""(?:^|(?<=[(=,\[]))[^()/:@=,\[]+:(?=.)""")
+"""`user:password@host`, as it stands when somebody forgot the scheme. In two steps: one alone would take the square of
+the length of a text that has many such begins and no end."""
 _PARAMETER = re.compile(
     r"""(?P<name>[?&;](?:[\w.\-]*(?:signature|credential|token|secret|password|passwd|api[_-]?key|access[_-]?key(?:id)?)"""
     r"""|sig|se|sp|sv|sr|key|auth|pwd|policy|key-pair-id)=)[^\s&;"'<>]+""",
@@ -25,7 +27,7 @@ _PARAMETER = re.compile(
 _BEARER = re.compile(r"""\b(Bearer|Authorization:(?:\s*\w+)?)\s+[A-Za-z0-9._~+/=\-]{8,}""", re.IGNORECASE)
 _CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")
 """Schemes of Azure, where a container stands before the `@`: no secret."""
-_TAIL = re.compile(r"""['")\]}>,.;:!…]+$""")
+_TAIL = "'\")]}>,.;:!…"
 """What may follow a URL in a sentence; it is left as it is where the end of the URL is masked."""
 
 
@@ -38,7 +40,7 @@ def masked(text: str) -> str:
     if "//" in text:
         text = _URL.sub(_mask_match, _WITH_SPACES.sub(rf"\1{MASK}@", text))
     if "@" in text and ":" in text:
-        text = _NO_SCHEME.sub(f"{MASK}@", text)
+        text = _BEFORE_AT.sub(_mask_before_at, text)
     if "=" in text:
         text = _PARAMETER.sub(rf"\g<name>{MASK}", text)
     return _BEARER.sub(rf"\1 {MASK}", text)
@@ -102,9 +104,16 @@ def _parts(url: str) -> tuple[str, str] | None:
 
 def _mask_match(match: re.Match[str]) -> str:
     rest = match["rest"]
-    tail = _TAIL.search(rest)
-    end = tail.start() if tail is not None else len(rest)
+    end = len(rest.rstrip(_TAIL))
     return match["scheme"] + _mask_rest(match["scheme"].removesuffix("//"), rest[:end]) + rest[end:]
+
+
+def _mask_before_at(match: re.Match[str]) -> str:
+    text = match[0][:-1]
+    # What stands behind a slash, or another @, is the middle of something else.
+    is_begin = match.start() == 0 or match.string[match.start() - 1] not in "/@"
+    found = next((each for each in _NO_SCHEME.finditer(text) if is_begin or each.start()), None)
+    return match[0] if found is None else f"{text[: found.start()]}{MASK}@"
 
 
 def _without_user(match: re.Match[str]) -> str:

@@ -37,6 +37,8 @@ _BUSY_NAMES |= {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}
 _IS_WRONG_CONTENT = re.compile(r"checksum|crc|md5|^JSONDecodeError$", re.IGNORECASE)
 """The name of an error of botocore, gcsfs, … about bytes that do not fit their sum, or an answer that is cut or a page
 of a proxy; some are a `ValueError` as well."""
+_MASKED_AT_MOST = 20_000
+"""Characters of a message that are looked through; the rest is not shown anyway."""
 
 
 class CutError(OSError):
@@ -78,7 +80,8 @@ def understand(error: BaseException, *, is_foreign: bool = False) -> Trouble:
     if status is not None:
         what = " ".join(f"{status} {code if code != str(status) else ''}".split())
         return Trouble(
-            _kind_of_status(status, code, message), one_line(masked(f"{what}: {message}" if message else what))
+            _kind_of_status(status, code, message),
+            one_line(masked(f"{what}: {message[:_MASKED_AT_MOST]}" if message else what)),
         )
     names = _names(error)
     if isinstance(error, FileNotFoundError) and not (names | _names(error.__cause__)) & _BUSY_NAMES:
@@ -111,14 +114,21 @@ def _kind_of_names(names: set[str], is_foreign: bool) -> TroubleKind:
     return "as_is" if "OSError" in names else "refused"
 
 
-def described(error: BaseException) -> str:
-    """Kind and message in one line, whatever the class of the error does when it is asked for a text."""
+def described(error: BaseException, limit: int = 300) -> str:
+    """Kind and message in one line, masked and cut, whatever the class of the error does when it is asked for a text.
+
+    Args:
+        error: of any class.
+        limit: most characters.
+    """
     name = type(error).__name__
     try:
         text = str(error)
     except Exception:  # noqa: BLE001 (the class is anyone's)
         return name
-    return one_line(masked(f"{name}: {text}" if text else name))  # half of a URL shows no secrets to look for
+    text = f"{name}: {text}" if text else name
+    # Masked before it is cut: half of a URL shows no secrets to look for.
+    return one_line(masked(text[: max(_MASKED_AT_MOST, 10 * limit)]), limit)
 
 
 _told: set[tuple[str, str]] = set()
