@@ -187,10 +187,9 @@ class Manifest:
 
 
 def moved_uri(uri: str, moves: Sequence[Move]) -> str:
-    """A URI under the new roots."""
-    for move in moves:
-        uri = move.apply(uri)
-    return uri
+    """A URI under the new root: with one move alone, the innermost, since a new root may be another one's old root."""
+    inner = sorted(moves, key=lambda move: -len(move.old))
+    return next((new for move in inner if (new := move.apply(uri)) != uri), uri)
 
 
 def moved_uris(table: pa.Table, moves: Sequence[Move]) -> pa.Table:

@@ -120,7 +120,7 @@ class DataConfig(Section):
     """Of `table`."""
     suffixes: tuple[Name, ...] = (
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".jp2", ".bmp", ".tif", ".tiff", ".gif"),
-        *(".ppm", ".pgm", ".pbm", ".pnm"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".apng"),
     )
     """Endings, in any case, of the files that `folder` takes, and of the members that `webdataset` takes. A run that is
     planned keeps those it was planned with, unless others are given."""

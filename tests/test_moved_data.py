@@ -6,12 +6,14 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from owlsam_ray import cli
 from owlsam_ray.config import RunConfig, config_from_stored
 from owlsam_ray.errors import GuardError
 from owlsam_ray.guard import check_config, guard_labels, load_record
+from owlsam_ray.manifest import moved_uris
 from owlsam_ray.moved_data import Move, moves_between, without_places
 from owlsam_ray.plan import plan_run
 from owlsam_ray.reduce.run import reduce_run
@@ -56,6 +58,12 @@ def test_a_move_and_back() -> None:
     move = Move("/a", "s3://b/c")
     for uri in ("/a/x/y.png", "/ab/x", "/a"):
         assert move.back().apply(move.apply(uri)) == uri
+
+
+def test_a_new_root_that_is_the_old_one_of_another_move() -> None:
+    table = pa.table({"uri": ["/a/1.jpg", "/b/2.tar", "/a/in/3.jpg", "/c/4.jpg"]})
+    moved = moved_uris(table, (Move("/a", "/b"), Move("/b", "/c"), Move("/a/in", "/d")))
+    assert moved["uri"].to_pylist() == ["/b/1.jpg", "/c/2.tar", "/d/3.jpg", "/c/4.jpg"]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ _BYTE_ORDER_MARK = codecs.BOM_UTF8
 _SURROGATES = re.compile(
     rb"(?<!\\)(?:\\\\)*(?:(?P<pair>\\u[dD][89abAB]..\\u[dD][c-fC-F]..)|(?P<half>\\u[dD][89a-fA-F][0-9a-fA-F]{2}))"
 )
+_NO_SIZES = re.compile(rb'"(?:height|width)"\s*:\s*(?P<size>NaN)(?=\s*[,}])')
 _AFTER_KEY = re.compile(rb'"\s*:')
 _KEY = re.compile(rb'[\s,{]*("(?:[^"\\]|\\.)*")\s*:\s*', re.DOTALL)
 _log = logging.getLogger(__name__)
@@ -138,6 +139,10 @@ class Document:
         """A top-level value that is there, as the file states it."""
         return bytes(memoryview(self._fields[key]))
 
+    def raw(self, key: str) -> memoryview:
+        """As `text`, without a copy."""
+        return memoryview(self._fields[key])
+
     def has(self, key: str) -> bool:
         """Whether a top-level value is there and not null."""
         return key in self._fields and bytes(memoryview(self._fields[key])[:4]) != b"null"
@@ -204,8 +209,8 @@ class Document:
 def open_document(url: str) -> Iterator[Document]:
     """Open a JSON file, and check its syntax to the end; one in remote storage is copied to a temporary file first.
 
-    Halves of surrogate pairs, which no text can hold, are read as U+FFFD, with a warning; a UTF-8 byte order mark is
-    skipped.
+    Halves of surrogate pairs, which no text can hold, are read as U+FFFD, and heights and widths that are NaN as 0,
+    which means that they are not stated; both with a warning. A UTF-8 byte order mark is skipped.
 
     Raises:
         InputError: it cannot be read, is empty, is no UTF-8, no valid JSON (with the byte), or no object, or gives a
@@ -220,10 +225,10 @@ def open_document(url: str) -> Iterator[Document]:
         try:
             fields = _top_level(url, mapped)
         except msgspec.DecodeError as error:
-            halves = [match.span("half") for match in _SURROGATES.finditer(mapped) if match["half"]]
-            if not halves:
+            repaired = _repaired(url, file, mapped)
+            if repaired is None:
                 raise _not_json(url, mapped, error) from None
-            mapped = _without_halves(url, file, halves)
+            mapped = repaired
             try:
                 fields = _top_level(url, mapped)
             except msgspec.DecodeError as second:
@@ -303,15 +308,26 @@ def _check_repeats(url: str, mapped: mmap.mmap, fields: dict[str, msgspec.Raw]) 
         before = start + length
 
 
-def _without_halves(url: str, file: IO[bytes], halves: list[tuple[int, int]]) -> mmap.mmap:
-    """A private copy of the mapping, in which only the pages that change take memory."""
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    for start, stop in halves:
-        mapped[start:stop] = rb"\ufffd"
-    _log.warning(
-        "%s holds %d halves of surrogate pairs, the first at byte %d: read as U+FFFD", url, len(halves), halves[0][0]
-    )
-    return mapped
+def _repaired(url: str, file: IO[bytes], mapped: mmap.mmap) -> mmap.mmap | None:
+    """A private copy of the mapping without what is known not to matter; only the pages that change take memory.
+
+    Returns:
+        None where there is nothing of the kind.
+    """
+    changes = [(match.span("half"), rb"\ufffd") for match in _SURROGATES.finditer(mapped) if match["half"]]
+    if halves := len(changes):
+        _log.warning(
+            "%s holds %d halves of surrogate pairs, the first at byte %d: read as U+FFFD", url, halves, changes[0][0][0]
+        )
+    changes += [(match.span("size"), b"0  ") for match in _NO_SIZES.finditer(mapped)]
+    if sizes := len(changes) - halves:
+        _log.warning("%s: %d heights or widths are NaN, which JSON does not have: read as not stated", url, sizes)
+    if not changes:
+        return None
+    copied = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    for (start, stop), text in changes:
+        copied[start:stop] = text
+    return copied
 
 
 def _not_json(url: str, mapped: mmap.mmap, error: msgspec.DecodeError) -> InputError:

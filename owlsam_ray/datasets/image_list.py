@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,7 @@ _log = logging.getLogger(__name__)
 
 WAY_OUT = "Mend the file; ids and file names must be unique."
 
+_TEXT_FOR_ID = re.compile(rb'"id"\s*:\s*"')
 _TEXT_ID = "source_id"
 """Field of the output's image records that holds an id that is a text."""
 _OWN_FIELDS = {"id", "file_name", "height", "width"}
@@ -96,19 +98,19 @@ def list_images_of(url: str, root: str, dialect: Dialect) -> Listing:
 
     Raises:
         InputError: the file cannot be read or is no such file, lists no images, or none of a sample of them exists;
-            from the tables: an id is no integer from 0 to 2^53 (where the first is no text), a size is none.
+            from the tables: an id is no integer from 0 to 2^53 (where none is a text), a size is none.
     """
     with open_document(url) as document:
         head = next((images for _, images in document.batches("images")), [])
         if not head:
             raise InputError(f"{url} lists no images: is it a COCO file with a non-empty `images`?")
         layout = choose_layout(root, _samples(head, document), dialect.layouts, where=url)
-        first_id = head[0].get("id") if isinstance(head[0], dict) else None
-        has_ids = not isinstance(first_id, str)
+        text_id = _text_id(document)
+        has_ids = text_id is None
     if not has_ids:
         _log.warning(
             "%s: image ids are texts, as %s: they are kept as %r in the image records, and the images are numbered",
-            url, shown(first_id), _TEXT_ID,
+            url, shown(text_id), _TEXT_ID,
         )  # fmt: skip
     # The document stays mapped as long as the listing is held: a remote file is copied once.
     return Listing(
@@ -119,6 +121,14 @@ def list_images_of(url: str, root: str, dialect: Dialect) -> Listing:
         categories=document.value("categories", list, []),
         annotated=(lambda: _references(document)) if document.has("annotations") else None,
     )
+
+
+def _text_id(document: Document) -> str | None:
+    """An image id that is a text; None where there is none."""
+    if not _TEXT_FOR_ID.search(document.raw("images")):
+        return None  # most files: nothing is decoded
+    ids = (image.get("id") for _, images in document.batches("images") for image in images if isinstance(image, dict))
+    return next((each for each in ids if isinstance(each, str)), None)
 
 
 def _samples(head: Sequence[Any], document: Document) -> Iterator[list[dict[str, Any]]]:

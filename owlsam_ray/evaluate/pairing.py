@@ -48,7 +48,8 @@ def pair_images(
 
     Names pair in this order: equal ones (of equal ones the one with the same id, else the first); a path of which the
     other one is the end, if there is a single such pair; paths that share the longest end, or at least the last part,
-    if no other path of either side has it. An image without a name, or one whose name fits several, goes by its id,
+    if no other path of either side has it, and neither one's folder is among the other side's (there it would have its
+    partner, if any). An image without a name, or one whose name fits several, goes by its id,
     unless a pair of names showed that the ids differ.
 
     Returns:
@@ -138,9 +139,13 @@ class _Pairs:
                 (partner,) = fitting
                 if their_ends.fitting(partner, our_ends) == {each}:
                     self._add_end(each, partner)
+        their_folders, our_folders = _folders(self._theirs), _folders(self._ours)
         for each in left:
-            if each not in self.ids:
-                self._add_end(each, our_ends.sharing(each, their_ends))
+            sharing = our_ends.sharing(each, their_ends) if each not in self.ids else None
+            if sharing is None or not our_folders.isdisjoint(_folders({each: self._theirs[each]})):
+                continue
+            if their_folders.isdisjoint(_folders({sharing: self._ours[sharing]})):
+                self._add_end(each, sharing)
         for each in right:
             if each not in self._taken:
                 fitting = {other for other in their_ends.fitting(each, our_ends) if other not in self.ids}
@@ -229,6 +234,11 @@ class _Ends:
                         return next(iter(self._ends[end]))
                     break
         return None
+
+
+def _folders(names: Mapping[int, Sequence[str]]) -> set[Parts]:
+    """Folders of paths that have any."""
+    return {parts[:-1] for parts in _paths(names, names)} - {()}
 
 
 def _paths(names: Mapping[int, Sequence[str]], ids: Iterable[int]) -> Iterable[Parts]:

@@ -159,6 +159,12 @@ def _results(
             f"none of the {len(strangers)} images of {url} is one of the {len(truth.images)} of {truth.url} (the first "
             f"ids: {first} against {here}): name the ground truth that the results are of, as results have only ids"
         )
+    without = len(truth.images.keys() - {entry["image_id"] for entry in results})
+    if without:
+        _log.warning(
+            "%d of the ground truth's %d images have no result in %s, and count as images in which nothing was found: "
+            "a list of results does not tell which images were looked at", without, len(truth.images), url,
+        )  # fmt: skip
     return Predictions(
         url, regions, num_images_left_out=len(strangers), num_left_out=strangers.total(), translation=translated
     )

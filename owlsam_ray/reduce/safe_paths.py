@@ -40,7 +40,7 @@ def safe_path(name: str, *, suffix: str = ".txt") -> str:
         name: any text.
         suffix: of the files that will stand beside or below it.
     """
-    if len(name) <= 200 and suffix not in name.lower() and _IS_FINE.match(name) and not _IS_IN_IMAGES.search(name):
+    if len(name) <= 200 and suffix not in name.lower() and _IS_FINE.fullmatch(name) and not _IS_IN_IMAGES.search(name):
         return name
     parts = [part for part in name.split("/") if part] or ["%"]
     if len(parts) > 1 and parts[0] == "images":

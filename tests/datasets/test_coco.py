@@ -206,7 +206,6 @@ def test_unicode_names_and_missing_files_are_taken(root: Path) -> None:
         ([image(-1, "1.jpg")], "id -1"),
         ([{"id": True, "file_name": "1.jpg"}], "id True"),
         ([image(1), image(None, "2.jpg")], "images[1]: id None"),
-        ([image(1), image("2")], "images[1]: id '2' is not an integer from 0 to 2^53"),
         ([image(1.0, "1.jpg")], "id 1.0"),
         ([image(2**53, "1.jpg")], "is not an integer from 0 to 2^53"),
         ([image(1, height=-3, width=4)], "height -3"),
@@ -299,6 +298,25 @@ def test_ids_that_are_texts_are_kept_and_the_images_numbered(root: Path, caplog:
         {"source_id": 9},
     ]
     assert "image ids are texts, as 'A-7': they are kept as 'source_id'" in caplog.text
+
+
+@pytest.mark.parametrize(("ids", "text"), [([1, "s7"], "s7"), ([*range(1, 40), "040"], "040"), ([None, "x"], None)])
+def test_a_text_among_the_ids_is_found_wherever_it_stands(
+    root: Path, caplog: pytest.LogCaptureFixture, ids: list[Any], text: str | None
+) -> None:
+    images = [image(1, f"{place}.jpg") | {"id": each} for place, each in enumerate(ids, 1)]
+    listed = listing(root, {"images": images})
+    if text is None:  # without an id there is nothing to keep
+        with pytest.raises(InputError, match=r"images\[0\]: id None"):
+            rows(listed)
+        return
+    assert not listed.has_ids
+    assert [json.loads(row["extra"])["source_id"] for row in rows(listed)] == ids
+    assert f"image ids are texts, as {text!r}" in caplog.text
+
+
+def test_a_text_that_is_the_id_of_something_else_changes_nothing(root: Path) -> None:
+    assert listing(root, {"images": [image(1, license={"id": "cc"}), image(2, "b.jpg")]}).has_ids
 
 
 def test_many_offences_are_counted(root: Path) -> None:

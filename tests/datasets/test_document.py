@@ -141,6 +141,18 @@ def test_halves_of_surrogate_pairs_are_told(path: Path, caplog: pytest.LogCaptur
     assert path.read_text() == text
 
 
+def test_sizes_that_are_nan_are_not_stated(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = r'{"images": [{"height":NaN, "width" : NaN}, {"height": 5, "width": NaN, "a": "\"width\": NaN\ud800"}]}'
+    with caplog.at_level(logging.WARNING), open_document(_write(path, text)) as document:
+        assert [images for _, images in document.batches("images")] == [
+            [{"height": 0, "width": 0}, {"height": 5, "width": 0, "a": '"width": NaN\ufffd'}]
+        ]
+    assert "3 heights or widths are NaN, which JSON does not have: read as not stated" in caplog.text
+    assert path.read_text() == text
+    with pytest.raises(InputError, match="invalid character"), open_document(_write(path, '{"score": NaN}')):
+        pass
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

@@ -51,6 +51,12 @@ def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
     assert names_of(tmp_path) == ["a/1.jpg", "a/2.jpg"]
 
 
+@pytest.mark.parametrize("name", ["1.JFIF", "2.jpe", "3.mpo", "4.ppm", "5.avif", "6.jp2", "7.j2k", "8.jpx", "9.apng"])
+def test_all_that_decodes_is_listed_by_default(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    assert names_of(tmp_path) == [name]
+
+
 def test_suffixes_are_a_setting(tmp_path: Path) -> None:
     touch(tmp_path, "1.jpg", "2.ppm")
     assert names_of(tmp_path, suffixes=[".ppm"]) == ["2.ppm"]

@@ -23,6 +23,8 @@ def pair(theirs: dict[int, str], ours: dict[int, str]) -> dict[int, int]:
         ({1: "x/train/a.png", 2: "x/val/a.png"}, {5: "y/val/a.png"}, {2: 5}),
         ({1: "val\\b.png", 2: "./c.png"}, {4: "b.png", 5: "c.png"}, {1: 4, 2: 5}),
         ({1: "val2017/b.png"}, {9: "val/b.png"}, {1: 9}),  # the last part alone, which no other name has
+        ({1: "cam1/0.png", 2: "cam1/1.png"}, {7: "cam1/1.png", 8: "cam2/0.png"}, {2: 7}),  # both sides have cam1
+        ({1: "s/cam1/0.png", 2: "s/cam2/5.png"}, {7: "s/cam2/0.png", 8: "s/cam3/5.png"}, {}),
         ({1: "cam1/0.png", 2: "cam3/0.png"}, {7: "cam1/0.png", 8: "cam2/0.png"}, {1: 7}),  # two have it
         ({1: "train/a.png", 2: "val/a.png"}, {2: "a.png"}, {2: 2}),  # two names fit, the id tells which
         ({1: "", 2: "b.png"}, {1: "a.png", 2: ""}, {1: 1, 2: 2}),  # no name speaks against the ids

@@ -493,6 +493,16 @@ def test_predictions_of_other_images_are_left_out(
     assert "are not in the ground truth: left out, with 3 predictions" in caplog.text
 
 
+def test_images_without_a_result_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A list of results of a sample does not say that it is one."""
+    images = TRUTH["images"] + [{"id": each, "file_name": f"{each}.png"} for each in (5, 6)]
+    evaluate(tmp_path, TRUTH | {"images": images}, [FOUND])
+    assert "2 of the ground truth's 3 images have no result in" in caplog.text
+    caplog.clear()
+    evaluate(tmp_path, TRUTH, [FOUND])
+    assert "no result" not in caplog.text
+
+
 def test_a_ground_truth_of_other_images_is_refused(tmp_path: Path) -> None:
     truth = TRUTH | {"images": [TRUTH["images"][0] | {"file_name": "mine.png"}]}
     found = {"categories": TRUTH["categories"], "annotations": [FOUND | {"image_id": 5}]}

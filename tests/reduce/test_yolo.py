@@ -118,6 +118,7 @@ def test_names_that_are_fine_stay(name: str) -> None:
         ("end./1.jpg", "end%2E/1.jpg"),  # readers put the folder in the place of every "./"
         ("a/../1.jpg", "a/%2E%2E/1.jpg"),
         (".png", "%2Epng.jpg"),
+        ("a/1.jpg\n", "a/1.jpg%0A.jpg"),
     ],
 )
 def test_names_that_readers_do_not_take(name: str, path: str | None) -> None:
