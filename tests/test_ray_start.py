@@ -1,8 +1,10 @@
 """How a Ray that does not start is told, and where its files go: without a start."""
 
+import contextlib
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import pytest
 import ray
 
-from owlsam_ray import ray_cluster
+from owlsam_ray import ray_cluster, ray_watch
 from owlsam_ray.config import ResourcesConfig
 from owlsam_ray.errors import IncompleteError, InterruptedRunError, PreflightError
 from owlsam_ray.ray_cluster import start_ray
+from owlsam_ray.reduce import executors
+from owlsam_ray.stopping import SIGNALS, as_interrupts, interrupt
 from tests.runs import TinyRun
 
 SMALL = ResourcesConfig(num_cpus=2, object_store_mb=100)
@@ -114,6 +118,28 @@ def test_the_retries_of_tasks_that_a_cluster_ends_for_memory_are_bounded(
     with pytest.raises(IncompleteError):
         start_ray(ResourcesConfig(ray_address="10.0.0.1:6379"), level="info")
     assert found == [limit]
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_reduce_on_ray_hears_of_a_signal_to_the_whole_job(monkeypatch: pytest.MonkeyPatch, is_ours: bool) -> None:
+    """Or what ends Ray along with it would be counted as a loss; handlers of other programs are left to Ray."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def start_with_a_handler(*_: object, **__: object) -> bool:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return False
+
+    monkeypatch.setattr(ray_cluster, "start_ray", start_with_a_handler)
+    monkeypatch.setattr(ray_watch, "watch_ray", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(executors, "_ray_in_order", lambda *_: iter([signal.getsignal(signal.SIGTERM)]))
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if is_ours:
+            as_interrupts()
+        assert list(executors.map_in_order(len, ["a"], 1, "ray", SMALL)) == [interrupt if is_ours else signal.SIG_IGN]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Reads:

@@ -1,6 +1,7 @@
 """Who does the chunks of a reduce: this process, others on this machine, or tasks of a Ray cluster. Always in order."""
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
@@ -11,6 +12,7 @@ from owlsam_ray.datasets.files import in_order
 from owlsam_ray.errors import IncompleteError
 from owlsam_ray.lost_ray import LossCount
 from owlsam_ray.resources import export_ray_environment
+from owlsam_ray.stopping import as_interrupts, interrupt
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -68,7 +70,10 @@ def map_in_order(
     from owlsam_ray.ray_cluster import start_ray, stop_ray
     from owlsam_ray.ray_watch import watch_ray
 
+    handler = signal.getsignal(signal.SIGTERM)
     started = start_ray(resources, level="info")
+    if handler is interrupt:  # of the command; Ray has put its own in place
+        as_interrupts()
     try:
         with watch_ray(None if losses is None else lambda cause: losses.count(cause, advice=_ADVICE)):
             yield from _ray_in_order(ray, function, items, workers)
