@@ -97,7 +97,8 @@ def _list(spool: Spool, odd: NDArray[np.bool_], found: _Found, out: IO[bytes]) -
             line = {"file_name": row["file_name"], "uri": masked(row["uri"])}
             if row["container"] == Container.BAD:
                 kind, _, detail = row["member"].partition(": ")
-                found.add(kind, f"row {row['offset']} of {line['uri']}: {detail}")
+                where = line["uri"] if row["offset"] is None else f"row {row['offset']} of {line['uri']}"
+                found.add(kind, f"{where}: {detail}")
                 line |= {"row": row["offset"], "reason": row["member"]}
             else:
                 found.add("quoted", f"{row['quoted']}, now {shown(row['file_name'])}")

@@ -15,6 +15,7 @@ import pyarrow as pa
 from owlsam_ray import storage
 from owlsam_ray.crew import Crew, SilenceError
 from owlsam_ray.datasets import Container
+from owlsam_ray.datasets.source import address_of
 from owlsam_ray.errors import FailureClass, ImageError, InputError, StorageSetupError
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.packed import (
@@ -222,7 +223,7 @@ def _tasks(
             yield partial(list, [[(position, ImageError(row["member"]))]])
         else:
             listed = row.get("length")
-            task = partial(_fetch_plain, position, row["uri"], max_bytes, listed, notes, not_set_up)
+            task = partial(_fetch_plain, position, address_of(row), max_bytes, listed, notes, not_set_up)
             yield guarded([position], task)
     for uri, inside in members.items():
         yield from tar_tasks(uri, inside, max_bytes=max_bytes)

@@ -9,6 +9,7 @@ import numpy as np
 
 from owlsam_ray import storage
 from owlsam_ray.datasets import Container
+from owlsam_ray.datasets.source import address_of
 from owlsam_ray.errors import GuardError, OwlsamError, shown
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.moved_data import Move
@@ -76,15 +77,15 @@ def _sample(manifest: Manifest, moved: Manifest) -> list[tuple[dict[str, Any], d
 
 def _problem(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str | None]:
     """(URI, what is wrong with the file at the new place)."""
-    size = _size(new["uri"])
+    size = _size(address_of(new))
     if size is None:
         return new["uri"], "missing"
     if size < 0:
         return new["uri"], None
-    before = _size(old["uri"])
+    before = _size(address_of(old))
     if before is not None and before >= 0 and size != before:
         return new["uri"], f"has {size} bytes, and {before} at the old place"
-    if new["container"] is None and new["length"] not in (None, size):
+    if new["container"] in (None, Container.ESCAPED) and new["length"] not in (None, size):
         return new["uri"], f"has {size} bytes, and {new['length']} when it was planned"
     if new["container"] == Container.TAR and size < new["offset"] + new["length"]:
         return new["uri"], f"has {size} bytes, and an image that ends at {new['offset'] + new['length']}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from owlsam_ray import storage
@@ -147,7 +148,8 @@ def expand_images(paths: Sequence[str], config: RunConfig, *, count: int, out: s
             raise InputError(f"cannot look at {path}: {error}") from None
         if is_folder:
             folder = DataConfig(source="folder", images=url, suffixes=config.data.suffixes)
-            below = [uri for table in list_images(folder).tables for uri in table["uri"].to_pylist()]
+            tables = (table.filter(pc.is_null(table["container"])) for table in list_images(folder).tables)
+            below = [uri for table in tables for uri in table["uri"].to_pylist()]  # each is opened as it stands
             found += [each for each in below if not _is_same_file(each, out)]
         elif is_there:
             if _is_same_file(url, out):

@@ -21,9 +21,11 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field("uri", pa.string(), nullable=False),
         pa.field(
             "container", pa.string()
-        ),  # null: the file is the image; tar or parquet: it lies in one; bad: no image
-        pa.field("member", pa.string()),  # tar: name; parquet: column, with dots into structures; bad: the reason
-        pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet, bad: row of the file
+        ),  # null: the file is the image; tar or parquet: it lies in one; escaped: its path is no UTF-8; bad: no image
+        pa.field(
+            "member", pa.string()
+        ),  # tar: name; parquet: column, with dots; escaped: end of `uri`; bad: the reason
+        pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet, bad: row of the file, if it has rows
         pa.field("length", pa.int64()),  # bytes of the image, where the storage told them (tar: always)
         pa.field("shard", pa.int64(), nullable=False),
         pa.field("height", pa.int32()),  # as the source states it

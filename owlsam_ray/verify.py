@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from owlsam_ray import storage
 from owlsam_ray.datasets import Container
+from owlsam_ray.datasets.source import address_of
 from owlsam_ray.errors import ImageError, InputError, StorageSetupError
 from owlsam_ray.fetch import check_data_uri, fetch_outcomes, setup_error
 from owlsam_ray.packed import MEGABYTE, NotSetUpError, image_error
@@ -87,11 +88,13 @@ def _look_up(
     """Why each image is not there; None when it is. What was asked about files that hold many images is kept."""
     bad = [ImageError(row["member"]) if row["container"] == Container.BAD else None for row in rows]
     rest = [row for row, error in zip(rows, bad, strict=True) if error is None]
-    uris = list(dict.fromkeys(row["uri"] for row in rest if row["uri"] not in known))
-    named_by_data = {row["uri"] for row in rest if row["container"] is None}
+    uris = list(dict.fromkeys(uri for row in rest if (uri := address_of(row)) not in known))
+    named_by_data = {address_of(row) for row in rest if row["container"] in (None, Container.ESCAPED)}
     found = dict(zip(uris, pool.map(lambda uri: _absence(uri, uri in named_by_data), uris), strict=True))
-    known |= {row["uri"]: found[row["uri"]] for row in rest if row["container"] is not None and row["uri"] in found}
-    return [error or known.get(row["uri"]) or found.get(row["uri"]) for row, error in zip(rows, bad, strict=True)]
+    known |= {uri: outcome for uri, outcome in found.items() if uri not in named_by_data}
+    return [
+        error or known.get(address_of(row)) or found.get(address_of(row)) for row, error in zip(rows, bad, strict=True)
+    ]
 
 
 def _absence(uri: str, is_named_by_data: bool) -> ImageError | None:

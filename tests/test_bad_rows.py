@@ -1,7 +1,10 @@
 """Rows that no image can be read by: planned, counted, bounded, fetched as failures, and planned once."""
 
+import io
 import json
 import logging
+import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 from owlsam_ray import storage
 from owlsam_ray.bad_rows import BAD_ROWS_FILE
 from owlsam_ray.config import RunConfig
+from owlsam_ray.datasets.row_names import told_apart
 from owlsam_ray.errors import FailedImagesError, GuardError, InputError
 from owlsam_ray.fetch import fetch_shard
 from owlsam_ray.guard import load_record
@@ -77,13 +81,13 @@ def test_they_are_fetched_as_permanent_failures_and_no_storage_is_asked(
     source = table_of(tmp_path, ["a.png", "../b.png", None]) | {"images": str(tmp_path)}
     plan = plan_run(run_of(tmp_path, source))
     asked: list[str] = []
-    read = storage.read_range
+    read = storage.read_whole
 
-    def note(uri: str, start: int, length: int) -> bytes:
+    def note(uri: str, *, limit: int, listed: int | None = None) -> storage.Body:
         asked.append(uri)
-        return read(uri, start, length)
+        return read(uri, limit=limit, listed=listed)
 
-    monkeypatch.setattr(storage, "read_range", note)
+    monkeypatch.setattr(storage, "read_whole", note)
     fetched = fetch_shard(plan.manifest, 0, threads=2, max_file_mb=1).to_pylist()
     assert [row["data"] for row in fetched] == [b"123", None, None]
     assert [(row["reason"], row["status_class"]) for row in fetched] == [
@@ -250,3 +254,69 @@ def test_rows_of_parquet_that_share_one_path(tmp_path: Path, caplog: pytest.LogC
     twice = table_of(tmp_path, [GOOD[0], GOOD[0]])
     with pytest.raises(InputError, match=r"With plan\.duplicates=first an image that is listed twice counts once"):
         plan_run(run_of(tmp_path, twice, run="twice"))
+
+
+def odd_folder(root: Path) -> dict[str, Any]:
+    """Files whose names clash once they are quoted; each holds its name."""
+    root.mkdir()
+    for name in (b"a.png", b"\xfc.png", b"%FC.png", b"x\\y.png"):
+        with open(os.path.join(os.fsencode(root), name), "wb") as file:
+            file.write(name)
+    return {"source": "folder", "images": str(root)}
+
+
+def odd_tar(path: Path) -> dict[str, Any]:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name in ("a.png", "ü.png", "%FC.png", "x\\y.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(name.encode("latin-1"))
+            tar.addfile(member, io.BytesIO(name.encode("latin-1")))
+    return {"source": "webdataset", "files": str(path)}
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_odd_names_of_files_and_members_are_planned_once_and_read(tmp_path: Path, kind: str) -> None:
+    source = odd_folder(tmp_path / "d") if kind == "folder" else odd_tar(tmp_path / "d.tar")
+    config = run_of(tmp_path, source)
+    plan = plan_run(config)
+    assert (plan.new, plan.bad) == (4, 0)
+    begin = "" if kind == "folder" else "d.tar/"
+    escaped = told_apart(f"{begin}%FC.png", f"{begin}\udcfc.png")
+    names = {f"{begin}a.png": b"a.png", f"{begin}%FC.png": b"%FC.png", f"{begin}x%5Cy.png": b"x\\y.png"}
+    names[escaped] = b"\xfc.png"
+    fetched = fetch_shard(plan.manifest, 0, threads=2, max_file_mb=1)
+    assert fetched["reason"].to_pylist() == [None] * 4
+    assert {
+        row["file_name"]: data for row, data in zip(planned(plan), fetched["data"].to_pylist(), strict=True)
+    } == names
+    listed = [json.loads(line) for line in (tmp_path / "run" / BAD_ROWS_FILE).read_text().splitlines()]
+    assert sorted(line["file_name"] for line in listed) == sorted([escaped, f"{begin}x%5Cy.png"])
+    for _ in range(2):
+        assert plan_run(config, extend=True).new == 0
+    with pytest.raises(InputError, match=r"plan\.bad_names is refuse(.|\n)*2 quoted: "):
+        plan_run(run_of(tmp_path, source, run="other", bad_names="refuse"))
+
+
+def test_files_whose_names_are_no_utf8_move_with_their_folder(tmp_path: Path) -> None:
+    plan_run(run_of(tmp_path, odd_folder(tmp_path / "d%41")))
+    (tmp_path / "d%41").rename(tmp_path / "e%42")
+    config = run_of(tmp_path, {"source": "folder", "images": str(tmp_path / "e%42")})
+    moved = plan_run(config)
+    assert moved.new == 0
+    fetched = fetch_shard(moved.manifest, 0, threads=2, max_file_mb=1)
+    assert set(fetched["data"].to_pylist()) == {b"a.png", b"\xfc.png", b"%FC.png", b"x\\y.png"}
+    assert plan_run(config, extend=True).new == 0
+
+
+def test_keys_that_cannot_be_asked_for_keep_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ["b.png", "c/../d.png"]
+    monkeypatch.setattr(storage, "is_directory", lambda url: True)
+    monkeypatch.setattr(storage, "walk_files", lambda url: ((key, 7) for key in keys))
+    config = run_of(tmp_path, {"source": "folder", "images": "memory://set"})
+    plan = plan_run(config)
+    assert (plan.new, plan.bad) == (2, 1)
+    keys.insert(0, "a.png")  # the bad one is another row of the listing by now
+    assert plan_run(config, extend=True).new == 1
+    assert plan_run(config, extend=True).new == 0
+    with pytest.raises(InputError, match=r"1 bad_name: memory://set/c/%2E%2E/d.png: 'c/../d.png' holds a part"):
+        plan_run(run_of(tmp_path, {"source": "folder", "images": "memory://set"}, run="o", bad_names="refuse"))

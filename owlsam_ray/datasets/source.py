@@ -5,11 +5,11 @@ the plan spools to a disk before it freezes ids and shards.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +27,10 @@ LISTING_SCHEMA = pa.schema(
         pa.field("file_name", pa.string(), nullable=False),  # full relative path, never a basename
         pa.field("uri", pa.string(), nullable=False),  # of the file that holds the image
         pa.field("container", pa.string()),  # null: the file is the image; or a `Container`
-        pa.field("member", pa.string()),  # tar: name; parquet: column, with dots into structures; bad: the reason
-        pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet, bad: row of the file
+        pa.field(
+            "member", pa.string()
+        ),  # tar: name; parquet: column, with dots; escaped: end of `uri`; bad: the reason
+        pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet, bad: row of the file, if it has rows
         pa.field("length", pa.int64()),  # bytes of the image, where the storage told them (tar: always)
         pa.field("num_bytes", pa.int64()),  # encoded size, where the storage or the source tells it
         pa.field("height", pa.int32()),  # as the source states it
@@ -67,8 +69,19 @@ class Container(StrEnum):
 
     TAR = "tar"
     PARQUET = "parquet"
+    ESCAPED = "escaped"
+    """None: a file of this machine whose path is no UTF-8. `uri` ends in `member`, the percent-encoded path below the
+    root of the images; `address_of` undoes that."""
     BAD = "bad"
     """None: a row of the source (`uri`, `offset`) that no image can be read by. It becomes a failed row."""
+
+
+def address_of(row: Mapping[str, Any]) -> str:
+    """Path or URL that the file of a row of a listing or manifest is opened by: `uri`, unless that is escaped."""
+    uri, member = str(row["uri"]), row["member"]
+    if row["container"] != Container.ESCAPED:
+        return uri
+    return uri.removesuffix(member) + unquote(member, errors="surrogateescape")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,9 @@ import pyarrow as pa
 
 from owlsam_ray import storage
 from owlsam_ray.datasets.files import ending_of
+from owlsam_ray.datasets.row_names import quoted_name, told_apart
 from owlsam_ray.datasets.source import BATCH_ROWS, Container, file_name_error, listing_table
+from owlsam_ray.errors import shown
 
 _MAX_HEADER = 2**20
 """Bytes of a long name, or of a pax header, at most."""
@@ -163,7 +165,6 @@ def _walk(headers: _Headers, index: TarIndex) -> None:
         index.damage = "is empty (0 bytes)"
         return
     rows: list[tuple[str, int, int]] = []
-    bad: list[str] = []
     end = 0  # of the last whole member, with its padding
     try:
         for member, next_header in _members(headers):
@@ -174,10 +175,6 @@ def _walk(headers: _Headers, index: TarIndex) -> None:
             index.members += 1
             name = _image_name(member, index)
             if name is None:
-                continue
-            reason = file_name_error(name)
-            if reason is not None:
-                bad.append(f"member {member.name!r}: {reason.replace('file_name', 'its name')}")
                 continue
             rows.append((name, member.offset_data, member.size))
             if len(rows) == BATCH_ROWS:
@@ -191,9 +188,6 @@ def _walk(headers: _Headers, index: TarIndex) -> None:
         else:
             index.damage = f"is cut or damaged at byte {end} ({error})"
     _add_table(index, rows)
-    if bad:
-        more = f", and {len(bad) - 3} more" if len(bad) > 3 else ""
-        index.refusal = f"{'; '.join(bad[:3])}{more}; pack it again with relative names in UTF-8"
 
 
 def _members(headers: _Headers) -> Iterator[tuple[tarfile.TarInfo, int]]:
@@ -260,21 +254,32 @@ def _check_end(headers: _Headers, end: int, index: TarIndex) -> None:
 
 
 def _add_table(index: TarIndex, rows: list[tuple[str, int, int]]) -> None:
-    """Move rows into a table."""
+    """Move rows into a table, under names that are safe: a member is read by its bytes, whatever it is called."""
     if not rows:
         return
     names, offsets, lengths = zip(*rows, strict=True)
+    whole = [f"{index.file.name}/{name}" for name in names]
+    safe = [quoted_name(name) for name in whole]
+    odd = [now != before for now, before in zip(safe, whole, strict=True)]
     index.tables.append(
         listing_table(
             {
-                "file_name": [f"{index.file.name}/{name}" for name in names],
+                "file_name": safe,
                 "uri": pa.repeat(index.file.url, len(rows)),
                 "container": pa.repeat(Container.TAR.value, len(rows)),
-                "member": list(names),
+                "member": [quoted_name(name) for name in names],
                 "offset": list(offsets),
                 "length": list(lengths),
                 "num_bytes": list(lengths),
-                "split": pa.repeat(index.file.name, len(rows)),
+                "split": pa.repeat(quoted_name(index.file.name), len(rows)),
+                "other_name": [
+                    told_apart(now, before) if is_odd else None
+                    for now, before, is_odd in zip(safe, whole, odd, strict=True)
+                ],
+                "quoted": [
+                    f"{shown(before)}: {file_name_error(before)}" if is_odd else None
+                    for before, is_odd in zip(whole, odd, strict=True)
+                ],
             }
         )
     )

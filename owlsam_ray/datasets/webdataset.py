@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from owlsam_ray.datasets.files import check_schemes, expand_files, in_order, relative_names, tell_left_out
-from owlsam_ray.datasets.source import DEFAULTS, Listing, ListingOptions, file_name_error, raise_offences
+from owlsam_ray.datasets.source import DEFAULTS, Listing, ListingOptions, raise_offences
 from owlsam_ray.datasets.tar_index import TarFile, TarIndex, compressed, index_tar
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.settings import DataConfig
 
 _log = logging.getLogger(__name__)
@@ -28,11 +28,11 @@ def list_webdataset(config: DataConfig, options: ListingOptions = DEFAULTS) -> L
     A file name is the tar's path below the folder that all tars have in common, then the member's name; the split is
     that path. All members with an ending of `data.suffixes` are images, so a sample of `0001.jpg` and `0001.seg.png`
     gives two. Members of other kinds, hidden ones (`._0001.jpg`), links, devices and sparse files are left out and
-    counted.
+    counted. Names that are not safe are quoted (`row_names`): a member is read by its bytes, whatever it is called.
 
     Raises:
-        InputError: a pattern matches nothing; a tar is compressed by its name. While the tables are read, at their end
-            and all together: tars that are missing, no tars, compressed, with member names that leave the folder, and
+        InputError: a pattern matches nothing; a tar is compressed by its name, or has one that is no valid Unicode.
+            While the tables are read, at their end and all together: tars that are missing, no tars, compressed, and
             those that are cut or damaged unless `options.keep_whole`; or no tar holds an image.
         OSError: a storage failed.
     """
@@ -42,15 +42,23 @@ def list_webdataset(config: DataConfig, options: ListingOptions = DEFAULTS) -> L
     offences = []
     for url, name in zip(urls, names, strict=True):
         kind = next((kind for endings, kind in _COMPRESSED.items() if url.lower().endswith(endings)), None)
-        reason = file_name_error(name)
         if kind is not None:
             offences.append(f"{url} {compressed(kind)}")
-        elif reason is not None:
-            offences.append(f"{url}: {reason.replace('file_name', 'its name')}; rename it, or write its path plainly")
+        elif (reason := _name_error(name)) is not None:
+            offences.append(f"{shown(url)}: {reason}; rename it, or write its path plainly")
     raise_offences("data.files", offences, "Images are taken from plain .tar files.")
     suffixes = tuple(suffix.lower() for suffix in config.suffixes)
     files = [TarFile(url, name, suffixes) for url, name in zip(urls, names, strict=True)]
     return Listing(tables=_tables(files, options), has_ids=False)
+
+
+def _name_error(name: str) -> str | None:
+    """Why a tar file cannot be taken under its name, which may be quoted; None when it can."""
+    if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
+        return "its name holds a NUL or is not valid Unicode"
+    if any(part in (".", "..") for part in name.split("/")):
+        return "its name leaves the root"
+    return None
 
 
 def _in_memory(file: TarFile) -> bool:

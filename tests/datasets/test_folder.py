@@ -1,18 +1,24 @@
 """Folder listings: order, ids, what is left out."""
 
+import io
+import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pytest
+from PIL import Image
 
-from owlsam_ray.datasets import list_images
-from owlsam_ray.datasets.source import below
+from owlsam_ray import storage
+from owlsam_ray.datasets import folder, list_images
+from owlsam_ray.datasets.source import below, file_name_error, tables_of
 from owlsam_ray.errors import FailureClass, ImageError, InputError
 from owlsam_ray.fetch import fetch_rows
-from owlsam_ray.settings import DataConfig
+from owlsam_ray.settings import DataConfig, DecodeConfig
+from owlsam_ray.verify import verify_images
 
 
 def listing(root: str | Path, **fields: object) -> list[dict[str, Any]]:
@@ -81,11 +87,81 @@ def test_what_cannot_be_listed(tmp_path: Path, name: str, words: str) -> None:
     assert name in str(caught.value)
 
 
-def test_names_that_are_not_unicode_are_refused(tmp_path: Path) -> None:
-    with open(os.path.join(os.fsencode(tmp_path), b"\xff.jpg"), "wb"):
-        pass
-    with pytest.raises(InputError, match="not valid Unicode"):
-        listing(tmp_path)
+def byte_file(root: Path, name: bytes, content: bytes) -> None:
+    path = os.path.join(os.fsencode(root), name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(content)
+
+
+def test_odd_names_on_a_disk_are_quoted_and_read(tmp_path: Path) -> None:
+    root = tmp_path / "50%FF"  # nothing of the root is undone
+    names = {
+        b"\xff.jpg": "%FF.jpg",
+        b"%FF.jpg": "%FF.jpg",
+        b"a\\b.jpg": "a%5Cb.jpg",
+        b"caf\xe9/%/1.jpg": "caf%E9/%25/1.jpg",
+        b"\xc3\x28\\.jpg": "%C3(%5C.jpg",
+        b"gr\xc3\xbcn\xfc.jpg": "grün%FC.jpg",
+        b"plain.jpg": "plain.jpg",
+        b"100%.jpg": "100%.jpg",
+    }
+    for name in names:
+        byte_file(root, name, name)
+    rows = listing(root)
+    fetched = fetch_rows(rows, threads=2, max_bytes=100)
+    assert {data: row["file_name"] for row, data in zip(rows, fetched, strict=True)} == names
+    assert {bytes(name) for name, row in zip(fetched, rows, strict=True) if row["quoted"]} == {  # type: ignore[arg-type]
+        name for name in names if name not in (b"%FF.jpg", b"plain.jpg", b"100%.jpg")
+    }
+    assert {row["uri"][: len(str(root)) + 1] for row in rows} == {f"{root}/"}
+    others = [row["other_name"] for row in rows]
+    assert [other is not None for other in others] == [row["quoted"] is not None for row in rows]
+    assert len(set(others) - {None}) == 5
+    assert [row["container"] for row in rows if row["file_name"] == "a%5Cb.jpg"] == [None]
+
+
+@pytest.mark.parametrize("mode", ["exists", "decode"])
+def test_names_that_are_no_utf8_are_looked_up(tmp_path: Path, mode: Any) -> None:
+    for number, name in enumerate([b"\xe4.png", b"\xf6.png", b"%E4.png"]):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "x.png")
+        os.rename(os.fsencode(tmp_path / "x.png"), os.path.join(os.fsencode(tmp_path), name))
+    found = list_images(DataConfig.model_validate({"source": "folder", "images": str(tmp_path)}))
+    tables = list(found.tables)
+    os.unlink(os.path.join(os.fsencode(tmp_path), b"\xf6.png"))
+    out = io.BytesIO()
+    result = verify_images(tables, mode, out, threads=2, decode=DecodeConfig())
+    assert (result.images, result.failed) == (3, 1)
+    assert json.loads(out.getvalue())["file_name"] == "%F6.png"
+
+
+def test_keys_that_cannot_be_asked_for_are_bad_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ["a.jpg", "../b.jpg", "c/./d.jpg", "n\0.jpg", "s\udcff.jpg", "sub//e.jpg", "w\\x.jpg", "x://y.jpg"]
+    monkeypatch.setattr(storage, "is_directory", lambda url: True)
+    monkeypatch.setattr(storage, "walk_files", lambda url: ((key, 7) for key in keys))
+    rows = {row["file_name"]: row for row in listing("memory://set")}
+    bad = {name: row["member"] for name, row in rows.items() if row["container"] == "bad"}
+    assert bad == {
+        "%2E%2E/b.jpg": "bad_name: '../b.jpg' holds a part . or ..",
+        "c/%2E/d.jpg": "bad_name: 'c/./d.jpg' holds a part . or ..",
+        "n%00.jpg": "bad_name: 'n\\x00.jpg' holds a NUL",
+        "s%FF.jpg": "bad_name: 's\\udcff.jpg' is not valid Unicode",
+    }
+    assert {name: row["uri"] for name, row in rows.items() if name not in bad} == {
+        "a.jpg": "memory://set/a.jpg",
+        "sub/%2Fe.jpg": "memory://set/sub//e.jpg",
+        "w%5Cx.jpg": "memory://set/w\\x.jpg",
+        "x:/%2Fy.jpg": "memory://set/x://y.jpg",
+    }
+    assert all(file_name_error(name) is None for name in rows)
+    assert {row["num_bytes"] for name, row in rows.items() if name not in bad} == {7}
+
+
+def test_odd_names_in_every_batch_keep_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "tables_of", partial(tables_of, rows=3))
+    names = [f"{number}{chr(92) * (number % 4 == 1)}.jpg" for number in range(10)]
+    touch(tmp_path, *names)
+    assert [row["uri"] for row in listing(tmp_path)] == [f"{tmp_path}/{name}" for name in sorted(names)]
 
 
 def test_linked_folders_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """Tar files as a source: where their images lie, and what is refused about them."""
 
 import io
+import os
 import random
 import shutil
 import tarfile
@@ -13,9 +14,11 @@ import pytest
 
 from owlsam_ray import storage
 from owlsam_ray.datasets import ListingOptions, list_images
-from owlsam_ray.datasets.source import DEFAULTS
+from owlsam_ray.datasets.row_names import told_apart
+from owlsam_ray.datasets.source import DEFAULTS, file_name_error
 from owlsam_ray.datasets.tar_index import TarFile, index_tar
 from owlsam_ray.errors import InputError
+from owlsam_ray.fetch import fetch_rows
 from owlsam_ray.settings import DataConfig
 from tests.drawn_images import draw_images
 from tests.faulty_s3 import Faults, FaultyS3, faulty_s3
@@ -144,43 +147,63 @@ def test_what_is_no_image_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
             member.type = kind
             tar.addfile(member)
     assert members_of(path) == ["a/1.jpg", "a/1.seg.png"]
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert "x.tar" in message
-    assert "1 device, 2 link, 1 sparse" in message
+    without_bytes, by_ending = [record.getMessage() for record in caplog.records]
+    assert "x.tar" in without_bytes
+    assert "1 device, 2 link, 1 sparse" in without_bytes
+    assert "2 files are left out by their endings (data.suffixes): 1 .cls, 1 .json" in by_ending
     assert members_of(path, suffixes=[".CLS"]) == ["a/1.cls"]
 
 
 @pytest.mark.parametrize(
-    ("name", "why"),
+    ("name", "quoted"),
     [
-        ("/etc/1.jpg", "not relative"),
-        ("../1.jpg", "leaves the root"),
-        ("a/../../1.jpg", "leaves the root"),
-        ("./../1.jpg", "leaves the root"),
-        ("a\\1.jpg", "backslash"),
-        ("http://x/1.jpg", "not relative"),
-        ("a\0/1.jpg", "NUL"),
+        ("/etc/1.jpg", "%2Fetc/1.jpg"),
+        ("../1.jpg", "%2E%2E/1.jpg"),
+        ("a/../../1.jpg", "a/%2E%2E/%2E%2E/1.jpg"),
+        ("./../1.jpg", "%2E%2E/1.jpg"),
+        ("a\\1.jpg", "a%5C1.jpg"),
+        ("http://x/1.jpg", "http:/%2Fx/1.jpg"),
+        ("a\0/1.jpg", "a%00/1.jpg"),
+        ("a//1%.jpg", "a/%2F1%25.jpg"),
     ],
 )
-def test_hostile_names(tmp_path: Path, name: str, why: str) -> None:
+def test_hostile_names_are_quoted_and_stay_below_the_root(tmp_path: Path, name: str, quoted: str) -> None:
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        tar.addfile(tarfile.TarInfo("good.jpg"))
-        member = tarfile.TarInfo("any.jpg")
-        member.pax_headers = {"path": name}
-        tar.addfile(member)
-    told = refusal(path, options=KEEP)
-    assert f"{path} member {name!r}: " in told
-    assert why in told
-    assert "pack it again" in told
+        for given, data in (("good.jpg", b"good"), (name, b"odd"), ("more.jpg", b"more")):
+            member = tarfile.TarInfo("any.jpg")
+            member.size, member.pax_headers = len(data), {"path": given}
+            tar.addfile(member, io.BytesIO(data))
+    rows = listing(path)
+    assert [row["file_name"] for row in rows] == ["x.tar/good.jpg", f"x.tar/{quoted}", "x.tar/more.jpg"]
+    assert [row["member"] for row in rows] == ["good.jpg", quoted, "more.jpg"]
+    assert all(file_name_error(row["file_name"]) is None for row in rows)
+    assert [row["quoted"] is None for row in rows] == [True, False, True]
+    assert fetch_rows(rows, threads=1, max_bytes=100) == [b"good", b"odd", b"more"]
 
 
-def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+def test_member_names_that_are_not_utf8_are_quoted_and_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
-    path.write_bytes(packed([("ü.jpg", b"x")], kind=tarfile.GNU_FORMAT, encoding="latin-1"))
-    told = refusal(path)
-    assert "'\\udcfc.jpg': its name is not valid Unicode" in told
-    assert told.encode("utf-8")  # it can be printed
+    content = [("ü.jpg", b"1"), ("\xff.jpg", b"2"), ("%FC.jpg", b"3"), ("a\\%.jpg", b"4")]
+    path.write_bytes(packed(content, kind=tarfile.GNU_FORMAT, encoding="latin-1"))
+    rows = listing(path)
+    names = [row["file_name"] for row in rows]
+    assert names == ["x.tar/%FC.jpg", "x.tar/%FF.jpg", "x.tar/%FC.jpg", "x.tar/a%5C%25.jpg"]
+    assert rows[0]["other_name"] == told_apart("x.tar/%FC.jpg", "x.tar/\udcfc.jpg")
+    assert rows[2]["other_name"] is None
+    assert fetch_rows(rows, threads=1, max_bytes=100) == [b"1", b"2", b"3", b"4"]
+
+
+def test_names_of_tars_are_quoted_or_refused(tmp_path: Path) -> None:
+    for name in ("a\\b.tar", "c.tar"):
+        pack(tmp_path / name, [("1.jpg", b"x"), ("%.jpg", b"x")])
+    rows = listing(f"{tmp_path}/*.tar")
+    assert [row["file_name"] for row in rows] == ["a%5Cb.tar/1.jpg", "a%5Cb.tar/%25.jpg", "c.tar/1.jpg", "c.tar/%.jpg"]
+    assert [row["split"] for row in rows] == ["a%5Cb.tar"] * 2 + ["c.tar"] * 2
+    os.rename(tmp_path / "c.tar", os.path.join(os.fsencode(tmp_path), b"\xfc.tar"))
+    told = refusal(f"{tmp_path}/*.tar")
+    assert "\\udcfc.tar': its name holds a NUL or is not valid Unicode; rename it" in told
+    assert told.encode()
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
