@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from owlsam_ray import storage
 from owlsam_ray.config import ResourcesConfig
-from owlsam_ray.errors import AttemptLiveError, ConfigError, ExitCode, OwlsamError
+from owlsam_ray.errors import AttemptLiveError, ConfigError, ExitCode, OwlsamError, shown
 from owlsam_ray.storage.secrets import masked
 
 ATTEMPTS = "attempts"
@@ -66,7 +66,7 @@ class Slice:
         """
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise ConfigError(f"--slice {text!r} is not of the form i/n with 1 ≤ i ≤ n, such as 2/8")
+            raise ConfigError(f"--slice {shown(text)} is not of the form i/n with 1 ≤ i ≤ n, such as 2/8")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:

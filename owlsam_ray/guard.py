@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from owlsam_ray import __version__, storage
 from owlsam_ray.added_settings import without_added
 from owlsam_ray.config import RunConfig, config_from_stored, differing_fields
-from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError
+from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError, shown
 from owlsam_ray.manifest import Manifest, load_manifest
 from owlsam_ray.models.load import weights_sha256
 from owlsam_ray.moved_data import Move, moves_between, without_places
@@ -219,7 +219,7 @@ def check_same_vocabulary(vocabulary: Vocabulary, record: RunRecord, run_url: st
             there, here = next((a, b) for a, b in pairs if a != b)
             raise GuardError(
                 f"{run_url} was planned with other {what} ({len(theirs)} -> {len(ours)}); the first that differs: "
-                f"{there!r} -> {here!r}. Use another --run directory, or go back to the old ones."
+                f"{shown(there)} -> {shown(here)}. Use another --run directory, or go back to the old ones."
             )
 
 

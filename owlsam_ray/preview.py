@@ -19,7 +19,7 @@ from owlsam_ray.datasets import list_images
 from owlsam_ray.datasets.document import open_document
 from owlsam_ray.demo.models import check_shipped, model_settings
 from owlsam_ray.engine import load_engine
-from owlsam_ray.errors import ConfigError, ImageError, InputError
+from owlsam_ray.errors import ConfigError, ImageError, InputError, shown
 from owlsam_ray.fetch import MEGABYTE, fetch_file
 from owlsam_ray.models.load import find_models
 from owlsam_ray.pictures import CELL, LabelledPicture, label_picture, was_drawn_here, write_contact_sheet
@@ -107,7 +107,7 @@ def preview_config(
     if prompts:
         repeated = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
         if repeated:
-            raise ConfigError(f"--prompts names {repeated[0]!r} twice")
+            raise ConfigError(f"--prompts names {shown(repeated[0])} twice")
         tree["vocabulary"] = {
             "categories": [
                 {"id": number, "name": prompt, "prompts": [prompt]} for number, prompt in enumerate(prompts, start=1)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from owlsam_ray import storage
-from owlsam_ray.errors import ImageError, InputError
+from owlsam_ray.errors import ImageError, InputError, shown
 from owlsam_ray.settings import DecodeConfig, DetectorConfig, Exemplar, Grey16
 from owlsam_ray.stages.decode import decode_image
 from owlsam_ray.vocabulary import Query
@@ -117,7 +117,7 @@ def _read(exemplar: Exemplar, grey16: Grey16) -> NDArray[np.uint8]:
     Raises:
         InputError: it cannot be read, or the box leaves it.
     """
-    name = f"vocabulary.exemplars: the picture {exemplar.image} of {exemplar.category!r}"
+    name = f"vocabulary.exemplars: the picture {exemplar.image} of {shown(exemplar.category)}"
     try:
         data = storage.read_bytes(exemplar.image)
     except FileNotFoundError:

@@ -15,7 +15,7 @@ from owlsam_ray.config import PlanConfig
 from owlsam_ray.datasets import Container, Listing
 from owlsam_ray.datasets.source import MAX_IMAGE_ID, raise_offences
 from owlsam_ray.datasets.spool import Selection, Spool, digests_of, repeats, sample_mask, spool_listing
-from owlsam_ray.errors import GuardError, InputError
+from owlsam_ray.errors import GuardError, InputError, shown
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.storage.secrets import masked_url
 
@@ -82,7 +82,8 @@ def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[
     for position, entry in enumerate(listing.categories):
         if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and type(entry.get("id")) is int):
             raise InputError(
-                f"plan.categories: categories[{position}] of the dataset needs an integer id and a name: {entry!r:.80}"
+                f"plan.categories: categories[{position}] of the dataset needs an integer id and a name: "
+                f"{shown(entry, 80)}"
             )
         ids[entry["name"]] = entry["id"]
     known = set(ids.values())
@@ -90,7 +91,7 @@ def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[
     if unknown:
         names = ", ".join(repr(name) for name in list(ids)[:5])
         raise InputError(
-            f"plan.categories names {unknown[0]!r}, which is not among the {len(ids)} categories of the dataset "
+            f"plan.categories names {shown(unknown[0])}, which is not among the {len(ids)} categories of the dataset "
             f"({names}, …)"
         )
     chosen = np.array(sorted(int(ids.get(each, each)) for each in wanted), np.int64)
@@ -123,7 +124,7 @@ def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
         again, earlier = repeats(np.where(distinct, spool.ids, -1 - np.arange(len(spool))))
         pairs = list(zip(spool.rows_at(again[:5]), spool.rows_at(earlier[:5]), strict=True))
         offences += [
-            f"id {row['image_id']} is given to both {other['file_name']!r} and {row['file_name']!r}"
+            f"id {row['image_id']} is given to both {shown(other['file_name'])} and {shown(row['file_name'])}"
             for row, other in pairs
         ]
         offences += ["another id that is given twice"] * max(0, len(again) - 5)
@@ -134,7 +135,7 @@ def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
         if spool.name_setting is not None and any(_place_of(row) != _place_of(other) for row, other in pairs):
             hint = f" They are different images under one name: leave {spool.name_setting} out, and each has its own."
         if not keep_first:
-            offences += [f"{row['file_name']!r} is listed twice{_ids(other, row)}" for row, other in pairs]
+            offences += [f"{shown(row['file_name'])} is listed twice{_ids(other, row)}" for row, other in pairs]
             offences += ["another image that is listed twice"] * max(0, len(later) - 5)
             way_out += hint or " With plan.duplicates=first an image that is listed twice counts once."
     raise_offences("the listing", offences, way_out)
@@ -189,8 +190,8 @@ def already_planned(spool: Spool, manifest: Manifest) -> tuple[NDArray[np.bool_]
         other = int(known.ids[at[offenders[0]] if what == "id" else named[offenders[0]]])
         raise GuardError(
             f"{len(offenders)} images of the listing contradict the plan of {manifest.run_url}: the {what} of "
-            f"{row['file_name']!r}{number}, {masked_url(row['uri'])}, belongs to another image of the run (id {other})."
-            " Mend the listing, or use another directory."
+            f"{shown(row['file_name'])}{number}, {masked_url(row['uri'])}, belongs to another image of the run (id "
+            f"{other}). Mend the listing, or use another directory."
         )
     next_id = int(known.ids.max()) + 1
     if spool.ids is None and next_id + len(spool) >= MAX_IMAGE_ID:

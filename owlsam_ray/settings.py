@@ -174,7 +174,7 @@ class Category(Section):
     def _prompts_replace_names(self) -> Self:
         if self.prompts and self.synonyms:
             raise ValueError(
-                f"category {self.name!r} has prompts and synonyms: prompts replace name and synonyms, so add the "
+                f"category {self.name!r:.120} has prompts and synonyms: prompts replace name and synonyms, so add the "
                 "synonyms to the prompts, or leave the prompts out"
             )
         return self
@@ -205,7 +205,7 @@ def check_template(template: str) -> None:
         ValueError: it has none, or more.
     """
     if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
-        raise ValueError(f"template {template!r} must contain {{}} exactly once and no other brace")
+        raise ValueError(f"template {template!r:.120} must contain {{}} exactly once and no other brace")
 
 
 _NameOrCategory = Annotated[
@@ -219,8 +219,8 @@ def _check_list_or_file(value: str) -> str:
         return value
     close = difflib.get_close_matches(value.lower(), VOCABULARIES, n=1)
     raise ValueError(
-        f"{value!r} is no list of categories: take {', '.join(VOCABULARIES)}, a text file (its path holds a / or ends "
-        f"in .txt), or a list of names{f'. Did you mean {close[0]}?' if close else ''}"
+        f"{value!r:.120} is no list of categories: take {', '.join(VOCABULARIES)}, a text file (its path holds a / or "
+        f"ends in .txt), or a list of names{f'. Did you mean {close[0]}?' if close else ''}"
     )
 
 
@@ -296,8 +296,8 @@ class VocabularyConfig(Section):
             for entry in entries:
                 if isinstance(entry, bool) or not isinstance(entry, (str, int)):
                     raise ValueError(
-                        f"{info.field_name} holds {entry!r}, which is no name or id (put names in quotes where YAML "
-                        "would read something else)"
+                        f"{info.field_name} holds {entry!r:.120}, which is no name or id (put names in quotes where "
+                        "YAML would read something else)"
                     )
         return entries
 

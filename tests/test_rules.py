@@ -132,3 +132,16 @@ def test_coco_run_file_shows_every_section() -> None:
     text = (ROOT / "jobs" / "coco.yaml").read_text(encoding="utf-8")
     sections = set(re.findall(r"^(\w+): #", text, re.MULTILINE))
     assert sections == set(type(load_config([ROOT / "jobs" / "coco.yaml"])).model_fields) - {"run", "fakes"}
+
+
+def test_messages_cut_every_value() -> None:
+    """What `!r` writes into a message has no limit, and comes from anywhere: `errors.shown` writes it instead."""
+    found = []
+    for path, tree in ((path, ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(PACKAGE.rglob("*.py"))):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FormattedValue) and node.conversion == ord("r"):
+                text = ast.unparse(node.value)
+                is_short = re.search(r"\[:\d+\]$", text) or text in ("marks[0]", "near") or node.format_spec is not None
+                if not is_short:
+                    found.append(f"{path.name}:{node.lineno}: {text}")
+    assert found == []

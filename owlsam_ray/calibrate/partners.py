@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.evaluate.ground_truth import GroundTruth
 from owlsam_ray.evaluate.pairing import contradiction, pair_categories, pair_images, path_parts
 from owlsam_ray.manifest import Manifest
@@ -80,7 +80,7 @@ def listed_categories(categories: Sequence[Category], truth: GroundTruth) -> lis
     if not partners:
         raise InputError(
             f"{truth.url} lists none of the run's {len(categories)} categories (its first: "
-            f"{next(iter(truth.categories.values())).name!r}): name a ground truth with the run's category names"
+            f"{shown(next(iter(truth.categories.values())).name)}): name a ground truth with the run's category names"
         )
     without = found.count(None)
     if without:

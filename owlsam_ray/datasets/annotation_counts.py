@@ -19,6 +19,7 @@ from owlsam_ray.datasets.fields import flag_field
 from owlsam_ray.datasets.histograms import RATIO_EDGES, SCORE_EDGES, SIDE_EDGES, Histogram, share
 from owlsam_ray.datasets.problems import Problem, Problems
 from owlsam_ray.datasets.spool import repeats
+from owlsam_ray.errors import shown
 
 SIZE_EDGES_PX = (32, 96)
 """COCO's: below 32² px an object is small, from 96² px on it is large."""
@@ -265,6 +266,6 @@ class _Rows:
         def quote(row: int) -> str:
             number = self._table["id"][row].as_py()
             value = value_of(row) if value_of is not None else self._table[field][row].as_py()
-            return f"annotations[{self._first + row}] (id {number}): {field} {value!r:.80}"
+            return f"annotations[{self._first + row}] (id {number}): {field} {shown(value, 80)}"
 
         self._problems.add_many(problem, where, quote)

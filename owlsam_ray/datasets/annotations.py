@@ -114,11 +114,11 @@ def structure_error(entry: Any) -> str | None:
         return f" is a {type(entry).__name__}, not an object"
     number, bbox, area = entry.get("id"), entry.get("bbox"), entry.get("area")
     if not isinstance(number, int) or isinstance(number, bool) or not -(2**63) <= number < 2**63:
-        return f": id {number!r} is not an integer"
+        return f": id {shown(number)} is not an integer"
     if bbox and not (isinstance(bbox, list) and len(bbox) == 4 and all(is_number(value) for value in bbox)):
-        return f" (id {number}): bbox {bbox!r:.80} is not [x, y, width, height]"
+        return f" (id {number}): bbox {shown(bbox, 80)} is not [x, y, width, height]"
     if area is not None and not is_number(area):
-        return f" (id {number}): area {area!r:.80} is not a number"
+        return f" (id {number}): area {shown(area, 80)} is not a number"
     if flag_of(entry.get("iscrowd")) is None:
         return f" (id {number}): iscrowd {shown(entry['iscrowd'], 80)} is neither 0 nor 1, nor true or false"
     return None
@@ -134,5 +134,5 @@ def _reference_error(entry: dict[str, Any], image_at: dict[int, int], label_of: 
         value = entry.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value not in known:
             where = "images" if key == "image_id" else "categories"
-            return f" (id {entry['id']}): {key} {value!r:.80} is not among the {len(known)} {where} of the file"
+            return f" (id {entry['id']}): {key} {shown(value, 80)} is not among the {len(known)} {where} of the file"
     return None

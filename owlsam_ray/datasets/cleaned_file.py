@@ -140,13 +140,13 @@ def _read_head(document: Document) -> tuple[References, Names]:
     for position, category in enumerate(document.value("categories", list, [])):
         number = category.get("id") if isinstance(category, dict) else None
         if type(number) is not int or not 0 <= number < MAX_IMAGE_ID:
-            offences.append(f"categories[{position}]: id {number!r:.80} is not an integer from 0 to 2^53")
+            offences.append(f"categories[{position}]: id {shown(number, 80)} is not an integer from 0 to 2^53")
         elif number in categories:
             offences.append(f"categories[{position}]: id {number} is given twice")
         else:
             name = category.get("name")
             if not isinstance(name, str) or not name.strip():
-                others.append(f"categories[{position}] (id {number}): name {name!r:.80} is no text")
+                others.append(f"categories[{position}] (id {number}): name {shown(name, 80)} is no text")
             categories[number] = str(name)
     way_out = "Mend the file: annotations name images and categories by their ids, so these must be unique integers."
     raise_offences(document.url, offences, way_out, use="cleaned")
@@ -191,7 +191,7 @@ def _check_something_stays(document: Document, known: References, judged: Judged
         first = f"the first: {judged.details[0]}"
     else:
         key = "image_id" if rule == UNKNOWN_IMAGE else "category_id"
-        first = f"the first has the {key} {entries[0].get(key)!r:.80}"
+        first = f"the first has the {key} {shown(entries[0].get(key), 80)}"
     switches = " ".join(f"--set {rule}=false" for rule in taken)
     raise InputError(
         f"{document.url}: nothing was written, since all {len(judged.rules)} annotations would go "

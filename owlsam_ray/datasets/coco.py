@@ -22,7 +22,7 @@ from owlsam_ray.datasets.image_list import (
 )
 from owlsam_ray.datasets.layouts import Layout, choose_layout
 from owlsam_ray.datasets.source import DEFAULTS, ImageRecord, Listing, ListingOptions, raise_offences
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.settings import DataConfig
 
 _SPLIT_OF_NAME = re.compile(r"^COCO_((?:train|val|test)\d{4})_\d+\.")
@@ -122,9 +122,9 @@ def list_tree(tree: dict[str, Any], *, url: str, root: str) -> ImageList:
             offences.append(placed.reason or "")
             continue
         if number in name_of:
-            offences.append(f"id {number} is given to both {name_of[number]!r} and {path!r}")
+            offences.append(f"id {number} is given to both {shown(name_of[number])} and {shown(path)}")
         elif path in id_of:
-            offences.append(f"{path!r} is listed twice, as id {id_of[path]} and as id {number}")
+            offences.append(f"{shown(path)} is listed twice, as id {id_of[path]} and as id {number}")
         name_of[number], id_of[path] = path, number
         records.append(ImageRecord(number, path, placed.height, placed.width))
     raise_offences(url, offences, WAY_OUT)

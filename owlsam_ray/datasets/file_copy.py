@@ -26,7 +26,7 @@ from owlsam_ray.datasets.file_rules import (
     check_runs,
 )
 from owlsam_ray.datasets.outlines import BadSegmentationError, proper_polygons, read_outline
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.terminal import table_cell
 
 TABLE_COLUMNS = ("action", "image_id", "file_name", "annotation_id", "category", "rule", "detail")
@@ -160,7 +160,7 @@ class FileCopy:
             self._tell("changed", entry, NEW_ID, f"id is now {mended['id']}")
         if index in judged.crowd_flags:
             mended["iscrowd"] = judged.crowd_flags[index]
-            self._tell("changed", entry, CROWD_FLAG, f"iscrowd {entry['iscrowd']!r} is now {mended['iscrowd']}")
+            self._tell("changed", entry, CROWD_FLAG, f"iscrowd {shown(entry['iscrowd'])} is now {mended['iscrowd']}")
         return mended
 
     def _tell(self, action: str, entry: Any, rule: str, detail: str) -> None:
@@ -176,10 +176,10 @@ class FileCopy:
         if rule in (MALFORMED, Rule.DUPLICATE):
             return self.judged.details[index]
         if rule == UNKNOWN_IMAGE:
-            return f"image_id {entry.get('image_id')!r:.80} is not among the {len(self.known.images)} images"
+            return f"image_id {shown(entry.get('image_id'), 80)} is not among the {len(self.known.images)} images"
         if rule == UNKNOWN_CATEGORY:
             number = entry.get("category_id")
-            return f"category_id {number!r:.80} is not among the {len(self.known.categories)} categories"
+            return f"category_id {shown(number, 80)} is not among the {len(self.known.categories)} categories"
         place = int(self.judged.objects.image_index[index])
         height, width = self.known.sizes_hw[place].tolist() if place >= 0 else (np.inf, np.inf)
         if rule == Rule.BAD_SEGMENTATION:
@@ -190,7 +190,7 @@ class FileCopy:
                 return str(error)
         if rule in _OF_BOXES:
             picture = "" if not np.isfinite([height, width]).all() else f", picture {width:g} × {height:g}"
-            return f"bbox {entry.get('bbox')!r:.80}, area {entry.get('area')!r:.80}{picture}"
+            return f"bbox {shown(entry.get('bbox'), 80)}, area {shown(entry.get('area'), 80)}{picture}"
         return ""
 
 

@@ -17,6 +17,7 @@ from owlsam_ray.datasets.annotations import Objects, is_number, make_objects, st
 from owlsam_ray.datasets.cleaning import Change, Rule, false_is_off, find_duplicates, judge_boxes
 from owlsam_ray.datasets.fields import flag_of
 from owlsam_ray.datasets.outlines import BadSegmentationError, read_outline
+from owlsam_ray.errors import shown
 from owlsam_ray.settings import Fraction, Section
 
 MALFORMED = "malformed"
@@ -244,7 +245,9 @@ def _sizes_of(image_index: NDArray[np.int64], known: References) -> NDArray[np.f
 
 def _score_error(entry: dict[str, Any]) -> str | None:
     score = entry.get("score")
-    return None if score is None or is_number(score) else f" (id {entry['id']}): score {score!r:.80} is not a number"
+    if score is None or is_number(score):
+        return None
+    return f" (id {entry['id']}): score {shown(score, 80)} is not a number"
 
 
 def _hollow(entry: Any) -> dict[str, Any]:

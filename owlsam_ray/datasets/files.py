@@ -18,7 +18,7 @@ import fsspec
 
 from owlsam_ray import storage
 from owlsam_ray.child_imports import without_working_directory
-from owlsam_ray.errors import IncompleteError, InputError
+from owlsam_ray.errors import IncompleteError, InputError, one_line, shown
 
 _log = logging.getLogger(__name__)
 _ENDINGS_TOLD = 10
@@ -136,8 +136,8 @@ def check_schemes(urls: Iterable[str]) -> None:
             _check_scheme(scheme)
         except (ValueError, ImportError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise InputError(
-                f"cannot open {url!r}: {error}. Images lie on a disk, or behind s3, gs, http(s) or other URLs that "
-                "fsspec opens without further settings."
+                f"cannot open {shown(url, 500)}: {one_line(error)}. Images lie on a disk, or behind s3, gs, http(s) "
+                "or other URLs that fsspec opens without further settings."
             ) from None
 
 

@@ -15,6 +15,7 @@ from owlsam_ray.datasets.histograms import SIDE_EDGES, Histogram, share, spread_
 from owlsam_ray.datasets.problems import Problem, Problems
 from owlsam_ray.datasets.spool import repeats
 from owlsam_ray.datasets.stated_size import stated_sides
+from owlsam_ray.errors import shown
 
 _IMAGE_SCHEMA = pa.schema([("id", pa.int64()), ("height", pa.float64()), ("width", pa.float64())])
 _FREQUENT_SIZES = 20
@@ -92,14 +93,14 @@ def _read_categories(document: Document, problems: Problems) -> list[dict[str, A
     for position, entry in enumerate(document.value("categories", list, [])):
         number = entry.get("id") if isinstance(entry, dict) else None
         if type(number) is not int or not -(2**63) <= number < 2**63:
-            problems.add(Problem.ODD_CATEGORY, f"categories[{position}] is {entry!r:.80}")
+            problems.add(Problem.ODD_CATEGORY, f"categories[{position}] is {shown(entry, 80)}")
         elif number in kept:
             problems.add(
                 Problem.DUPLICATE_CATEGORY_ID,
-                f"categories[{position}]: id {number} is that of {kept[number]['name']!r}",
+                f"categories[{position}]: id {number} is that of {shown(kept[number]['name'])}",
             )
         elif not isinstance(entry.get("name"), str):
-            problems.add(Problem.ODD_CATEGORY, f"categories[{position}]: name {entry.get('name')!r:.80}")
+            problems.add(Problem.ODD_CATEGORY, f"categories[{position}]: name {shown(entry.get('name'), 80)}")
             kept[number] = entry | {"name": f"(id {number})"}
         else:
             kept[number] = entry
@@ -108,7 +109,7 @@ def _read_categories(document: Document, problems: Problems) -> list[dict[str, A
         ids[entry["name"]].append(number)
     for name, numbers in ids.items():
         if len(numbers) > 1:
-            problems.add(Problem.DUPLICATE_CATEGORY_NAME, f"{name!r:.80}: ids {', '.join(map(str, numbers))}")
+            problems.add(Problem.DUPLICATE_CATEGORY_NAME, f"{shown(name, 80)}: ids {', '.join(map(str, numbers))}")
     return list(kept.values())
 
 

@@ -58,8 +58,8 @@ def list_table(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listin
     taken = [name for name in config.columns.extra if name in _OWN_FIELDS]
     if taken:
         raise InputError(
-            f"columns.extra holds {taken[0]!r}, and image records have a field of that name already: leave it out, or "
-            "rename the column"
+            f"columns.extra holds {shown(taken[0])}, and image records have a field of that name already: leave it "
+            "out, or rename the column"
         )
     files = expand_files(config.files)
     for url in files:

@@ -55,7 +55,7 @@ def check_name(url: str, column: Wanted, name: str, names: Sequence[str]) -> Non
     if len(names) == 1 and (marks := [mark for mark in ";|\t," if mark in names[0]]):
         hint = f"; is it separated by {marks[0]!r}? A .csv file has commas, a .tsv file tabs."
     listed = ", ".join(f"{each:.60}" for each in names[:20]) + (", …" if len(names) > 20 else "")
-    raise InputError(f"{url} has no column {column.path!r} ({column.setting}){hint} It has: {listed or 'none'}")
+    raise InputError(f"{url} has no column {shown(column.path)} ({column.setting}){hint} It has: {listed or 'none'}")
 
 
 def refuse_rows(url: str, rows: Sequence[int], told: Sequence[str], way_out: str) -> NoReturn:

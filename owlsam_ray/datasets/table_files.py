@@ -137,7 +137,7 @@ def check_binary(url: str, wanted: Wanted) -> None:
     field = _field_at(url, _schema(url), wanted)
     if not holds_bytes(field):
         way_out = _way_to_bytes(wanted, field.type)
-        raise InputError(f"{url}: {wanted.setting} {wanted.path!r} holds {shown_type(field)}, not bytes{way_out}")
+        raise InputError(f"{url}: {wanted.setting} {shown(wanted.path)} holds {shown_type(field)}, not bytes{way_out}")
 
 
 def _way_to_bytes(wanted: Wanted, kind: pa.DataType) -> str:
@@ -185,7 +185,7 @@ def _field_at(url: str, schema: pa.Schema, column: Wanted) -> pa.Field:
         if not pa.types.is_struct(field.type) or extension_of(field) is not None:
             way_out = _way_to_bytes(column, field.type) if column.setting == "columns.bytes" else ""
             raise InputError(
-                f"{url} has no column {column.path!r} ({column.setting}): {shown(field.name)} holds "
+                f"{url} has no column {shown(column.path)} ({column.setting}): {shown(field.name)} holds "
                 f"{shown_type(field)}{way_out}"
             )
         inner = list(field.type)
@@ -194,8 +194,8 @@ def _field_at(url: str, schema: pa.Schema, column: Wanted) -> pa.Field:
     extension = extension_of(field)
     if extension is not None:
         raise InputError(
-            f"{url}: column {column.path!r} ({column.setting}) has the Arrow extension type {shown(extension)}, whose "
-            "values only the code of another library can make: write the column as a plain type, or leave it out"
+            f"{url}: column {shown(column.path)} ({column.setting}) has the Arrow extension type {shown(extension)}, "
+            "whose values only the code of another library can make: write the column as a plain type, or leave it out"
         )
     return field
 
@@ -217,8 +217,8 @@ def _cast(url: str, column: Wanted, array: pa.Array) -> pa.Array:
         NUMBER: (pa.types.is_integer(found) or pa.types.is_floating(found), "numbers"),
     }[kind]
     if not fits:
-        raise InputError(f"{url}: column {column.path!r} ({column.setting}) holds {found!s:.200}, not {words}")
+        raise InputError(f"{url}: column {shown(column.path)} ({column.setting}) holds {found!s:.200}, not {words}")
     try:
         return array.cast(kind, safe=kind != NUMBER)  # an integer that a float rounds is no size anyway
     except pa.ArrowInvalid as error:
-        raise InputError(f"{url}: column {column.path!r} ({column.setting}): {one_line(error)}") from None
+        raise InputError(f"{url}: column {shown(column.path)} ({column.setting}): {one_line(error)}") from None

@@ -209,7 +209,7 @@ def _damage(member: tarfile.TarInfo, next_header: int, size: int, end: int) -> s
     own = member.isreg() and not member.issparse()
     # The padding of the last member may be missing.
     if (member.offset_data + member.size if own else next_header) > size:
-        return f"is cut at byte {size}, inside member {member.name!r}"
+        return f"is cut at byte {size}, inside member {shown(member.name)}"
     return None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.evaluate.ground_truth import GroundTruth
 from owlsam_ray.settings import BuiltinVocabulary, MappingName
 from owlsam_ray.vocabulary.builtin import BuiltinCategory, builtin
@@ -65,7 +65,7 @@ class Translation:
             _log.warning(
                 "%s: %d of %d predictions of %s are left out, of %d categories without a counterpart: %s",
                 self.name, self.left_out.total(), self.left_out.total() + num_kept, url, len(self.left_out),
-                _some([f"{name!r} ({count})" for name, count in self.left_out.most_common(_NAMED + 1)]),
+                _some([f"{shown(name)} ({count})" for name, count in self.left_out.most_common(_NAMED + 1)]),
             )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from owlsam_ray.errors import WeightsError
+from owlsam_ray.errors import WeightsError, shown
 
 
 def resolve_weights(weights: str, *, setting: str) -> Path:
@@ -33,13 +33,13 @@ def resolve_weights(weights: str, *, setting: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
-            f"{setting} {weights!r} is neither a directory here nor to be had from the hub ({reason}). Download it "
-            "once where there is a network, and name the directory."
+            f"{setting} {shown(weights)} is neither a directory here nor to be had from the hub ({reason}). Download "
+            "it once where there is a network, and name the directory."
         ) from None
     if not any(found.glob("*.safetensors")):
         raise WeightsError(
-            f"{setting} {weights!r}: the hub holds no safetensors there, and a pickle is not loaded, since it may hold "
-            "code. Convert it once with from_pretrained(…).save_pretrained(…) (see the README), or name a revision "
-            "that has safetensors: org/model@revision"
+            f"{setting} {shown(weights)}: the hub holds no safetensors there, and a pickle is not loaded, since it "
+            "may hold code. Convert it once with from_pretrained(…).save_pretrained(…) (see the README), or name a "
+            "revision that has safetensors: org/model@revision"
         )
     return found

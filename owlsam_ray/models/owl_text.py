@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from owlsam_ray.errors import InputError, WeightsError
+from owlsam_ray.errors import InputError, WeightsError, shown
 from owlsam_ray.models.owl_weights import OwlModel, backbone, load_config, load_model, load_tokenizer
 
 WAY_OUT = (
@@ -42,8 +42,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], limit: int, *, way_out: str
         tokens = tokenizer(prompt, verbose=False)["input_ids"]  # its own warning would announce an indexing error
         if len(tokens) > limit:
             raise InputError(
-                f"the prompt {prompt!r} has {len(tokens)} tokens with start and end, and the text tower takes {limit}: "
-                f"{way_out}"
+                f"the prompt {shown(prompt)} has {len(tokens)} tokens with start and end, and the text tower takes "
+                f"{limit}: {way_out}"
             )
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1

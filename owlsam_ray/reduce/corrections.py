@@ -37,7 +37,7 @@ from owlsam_ray import storage
 from owlsam_ray.datasets.annotations import structure_error
 from owlsam_ray.datasets.document import Document
 from owlsam_ray.datasets.fields import flag_of
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.corrections_origin import Origin, check_first_round, is_integer, read_origin
 from owlsam_ray.reduce.corrections_report import CorrectionsOutput, conflict_line
@@ -243,7 +243,7 @@ class _Reading:
             is_listed = self.images.place(entry["image_id"]) is not None
             return f"image: {'the run has no such image' if is_listed else 'the file does not list its image'}"
         if not _is_rejected(entry) and entry.get("category_id") not in self.targets:
-            return f"category: neither the run nor its output has the category {entry.get('category_id')!r:.40}"
+            return f"category: neither the run nor its output has the category {shown(entry.get('category_id'), 40)}"
         return None
 
     def _det_index(self, own_id: Any, ordinal: int) -> int:

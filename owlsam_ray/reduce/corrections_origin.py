@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owlsam_ray.datasets.document import Document, open_document
-from owlsam_ray.errors import GuardError, InputError
+from owlsam_ray.errors import GuardError, InputError, shown
 from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.overlay import image_of_id
 from owlsam_ray.reduce.proof import ShardRules
@@ -101,7 +101,7 @@ def _listed(document: Document, listed: Any, manifest: Manifest, rules: ShardRul
         raise _damaged(document, "review.listed is not a list")
     for each in listed:
         if not is_integer(each) or not 1 <= image_of_id(each, rules.ids_per_image)[0] <= manifest.num_images:
-            raise _damaged(document, f"review.listed holds {each!r:.40}, which is no id of this run")
+            raise _damaged(document, f"review.listed holds {shown(each, 40)}, which is no id of this run")
     return np.unique(np.array(listed, np.int64))
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlsam_ray.config import allowed_failures
-from owlsam_ray.errors import FailedImagesError, IncompleteError
+from owlsam_ray.errors import FailedImagesError, IncompleteError, shown
 from owlsam_ray.guard import RunRecord
 from owlsam_ray.ledger import ShardFooter, corrupt_shard, done_shards, load_shard, shard_url
 from owlsam_ray.manifest import Manifest
@@ -226,7 +226,7 @@ def _all_finite(values: pa.Array) -> bool:
 def _offence(row: dict[str, Any], rules: ShardRules) -> str | None:
     """What is wrong with a row; None when nothing is."""
     if row["status"] not in _STATUSES:
-        return f"unknown status {row['status']!r}"
+        return f"unknown status {shown(row['status'])}"
     if row["status"] == "failed":
         if not (row["reason"] and row["status_class"]):
             return "failed without a reason"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from owlsam_ray.errors import ConfigError, InputError
+from owlsam_ray.errors import ConfigError, InputError, shown
 from owlsam_ray.guard import RunRecord
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.operating_points import OperatingPoints
@@ -84,7 +84,7 @@ def _known(name: int | str, known: Mapping[int | str, int], setting: str) -> int
         return name
     near = difflib.get_close_matches(str(name), [str(each) for each in known])
     hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-    raise ConfigError(f"{setting} names {name!r}, which is no category of the run{hint}")
+    raise ConfigError(f"{setting} names {shown(name)}, which is no category of the run{hint}")
 
 
 def _targets(
@@ -156,24 +156,24 @@ def _thresholds(
     for point in points.categories if points is not None else ():
         if point.category_id not in by_id:
             raise InputError(
-                f"reduce.operating_points has a threshold for {point.name!r} (id {point.category_id}), which is no "
-                "category of the run"
+                f"reduce.operating_points has a threshold for {shown(point.name)} (id {point.category_id}), which is "
+                "no category of the run"
             )
         name = categories[by_id[point.category_id]].name
         if point.name != name:
             raise InputError(
-                f"reduce.operating_points has a threshold for {point.name!r} with the id {point.category_id}, which is "
-                f"that of {name!r} in the run: calibrate again, or correct {settings.operating_points}"
+                f"reduce.operating_points has a threshold for {shown(point.name)} with the id {point.category_id}, "
+                f"which is that of {shown(name)} in the run: calibrate again, or correct {settings.operating_points}"
             )
         if point.category_id in seen:
             raise InputError(
-                f"reduce.operating_points has two thresholds for {name!r}: leave one of them in "
+                f"reduce.operating_points has two thresholds for {shown(name)}: leave one of them in "
                 f"{settings.operating_points}"
             )
         seen.add(point.category_id)
         if point.threshold < score_floor:
             raise InputError(
-                f"the operating point of {point.name!r}, {point.threshold:g}, is below detector.score_floor "
+                f"the operating point of {shown(point.name)}, {point.threshold:g}, is below detector.score_floor "
                 f"{score_floor:g}: inference did not keep those boxes"
             )
         thresholds[by_id[point.category_id]] = point.threshold

@@ -29,7 +29,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from owlsam_ray.boxes import concatenated_ranges, overlapping_pairs, pair_overlaps
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.records import Detections
 from owlsam_ray.settings import SuppressConfig
 
@@ -64,9 +64,9 @@ def _hint(unknown: str, names: Sequence[str]) -> str:
     """An unknown name, and what may have been meant."""
     near = difflib.get_close_matches(unknown, names)
     if near:
-        return f"{unknown!r} (did you mean {' or '.join(map(repr, near))}?)"
+        return f"{shown(unknown)} (did you mean {' or '.join(map(repr, near))}?)"
     some = ", ".join(map(repr, names[:5]))
-    return f"{unknown!r} (there are {some}{', …' if len(names) > 5 else ''})"
+    return f"{shown(unknown)} (there are {some}{', …' if len(names) > 5 else ''})"
 
 
 def suppress(

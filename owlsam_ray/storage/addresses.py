@@ -11,7 +11,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -124,7 +124,7 @@ def check_entry(entry: str) -> str:
     """
     name = _plain(entry)
     if _network(entry) is None and not re.fullmatch(r"(\*\.)?[^\s/*?#@:\[\]]+", name):
-        raise ValueError(f"{entry!r} is no host: give a name (images.example, *.example), an address or a network")
+        raise ValueError(f"{shown(entry)} is no host: give a name (images.example, *.example), an address or a network")
     return entry
 
 

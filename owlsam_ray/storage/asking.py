@@ -14,7 +14,7 @@ import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
-from owlsam_ray.errors import InputError, OwlsamError, StorageSetupError
+from owlsam_ray.errors import InputError, OwlsamError, StorageSetupError, shown
 from owlsam_ray.storage.clients import KINDS, Client, open_client
 from owlsam_ray.storage.secrets import masked, masked_url
 from owlsam_ray.storage.trouble import Trouble, described, tell_once, understand
@@ -112,7 +112,7 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
         StorageSetupError: its package is not installed.
     """
     if "\0" in url:
-        raise InputError(f"cannot open {masked_url(url)!r}: it holds a NUL")
+        raise InputError(f"cannot open {shown(masked_url(url), 500)}: it holds a NUL")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
     # `url_to_fs` takes `::` in the name of a file for a chain of file systems: only when it comes first it is one.
     if "://" not in url or (scheme is not None and scheme[1] in ("file", "local")):
@@ -138,14 +138,14 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
             return client, "/" + url.removeprefix("memory://").strip("/")
         return client, str(client.filesystem._strip_protocol(url))
     except ImportError as error:
-        raise StorageSetupError(f"cannot open {masked_url(url)!r}: {masked(str(error))}") from None
+        raise StorageSetupError(f"cannot open {shown(masked_url(url), 500)}: {masked(str(error))}") from None
     except OwlsamError:
         raise
     except Exception as error:  # noqa: BLE001 (of any class: a plugin that does not load, or wants settings)
         if isinstance(error, TypeError) or (isinstance(error, ValueError) and not is_opening):
-            raise InputError(f"cannot open {masked_url(url)!r}: {masked(str(error))}") from None
+            raise InputError(f"cannot open {shown(masked_url(url), 500)}: {masked(str(error))}") from None
         tell_once(url.partition("://")[0] + "://", error)
-        raise StorageSetupError(f"cannot open {masked_url(url)!r}: {described(error)}") from None
+        raise StorageSetupError(f"cannot open {shown(masked_url(url), 500)}: {described(error)}") from None
 
 
 class _TroubleError(Exception):
@@ -204,9 +204,9 @@ def _raise(client: Client, url: str, failure: _TroubleError, num_tries: int) -> 
     if trouble.kind == "anonymous":
         raise StorageSetupError(f"no credentials for {url}{host}: {trouble.what}. {_CREDENTIALS.get(client.kind, '')}")
     if trouble.kind == "no_package":
-        raise StorageSetupError(f"cannot open {url!r}: {trouble.what}")
+        raise StorageSetupError(f"cannot open {shown(url, 500)}: {trouble.what}")
     if trouble.kind == "bad_request":
-        raise InputError(f"cannot open {url!r}: {trouble.what}")
+        raise InputError(f"cannot open {shown(url, 500)}: {trouble.what}")
     numbers = {"missing": errno.ENOENT, "forbidden": errno.EACCES, "expired": errno.EKEYEXPIRED, "beyond": errno.EINVAL}
     number = numbers.get(trouble.kind, errno.ETIMEDOUT if "Timeout" in type(error).__name__ else errno.EIO)
     raise OSError(number, message)

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.settings import BuiltinVocabulary, Category, Frequency, VocabularyConfig
 from owlsam_ray.vocabulary.builtin import BuiltinCategory, builtin
 from owlsam_ray.vocabulary.fold import fold
@@ -74,8 +74,8 @@ def _from_list(entries: Iterable[Category | str]) -> list[Category]:
     names = [entry for entry in entries if isinstance(entry, str)]
     if names and len(names) < len(entries):
         raise InputError(
-            f"vocabulary.categories mixes plain names ({names[0]!r}, …) with {{id, name}} entries: give every category "
-            "an id, or none"
+            f"vocabulary.categories mixes plain names ({shown(names[0])}, …) with {{id, name}} entries: give every "
+            "category an id, or none"
         )
     return [
         Category(id=number, name=entry) if isinstance(entry, str) else entry
@@ -103,7 +103,7 @@ def _from_source(source_categories: Sequence[dict[str, Any]], *, with_synonyms: 
             also = ", and synonyms as a list of texts" if with_synonyms else ""
             raise InputError(
                 f"categories[{position}] of the dataset needs an integer id (0 ≤ id < 2^53) and a name, with a text as "
-                f"supercategory, if any{also}: {entry!r}"
+                f"supercategory, if any{also}: {shown(entry)}"
             ) from None
     if with_synonyms and not any(category.synonyms for category in categories):
         raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.settings import Category, Exemplar, VocabularyConfig
 from owlsam_ray.vocabulary.canonical import canonical
 from owlsam_ray.vocabulary.categories import resolve_categories
@@ -97,10 +97,10 @@ def _texts(category: Category, config: VocabularyConfig) -> list[tuple[str, ...]
         prompts = fill(config.templates, name)
         if config.canonical:
             if not canonical(name):
-                whose = "" if name == category.name else f" (a synonym of {category.name!r})"
+                whose = "" if name == category.name else f" (a synonym of {shown(category.name)})"
                 raise InputError(
-                    f"nothing is left of the name {name!r}{whose} in canonical form, which keeps a-z, 0-9 and dashes: "
-                    "set vocabulary.canonical: false, or give the category another name or prompts of its own"
+                    f"nothing is left of the name {shown(name)}{whose} in canonical form, which keeps a-z, 0-9 and "
+                    "dashes: set vocabulary.canonical: false, or give the category another name or prompts of its own"
                 )
             prompts = tuple(canonical(prompt) for prompt in prompts)
         filled.append(prompts)
@@ -116,7 +116,7 @@ def _by_label(exemplars: Iterable[Exemplar], categories: Sequence[Category]) -> 
             known = ", ".join(repr(category.name) for category in categories[:_NAMED])
             more = f", … ({len(categories)} in all)" if len(categories) > _NAMED else ""
             raise InputError(
-                f"vocabulary.exemplars[{position}] shows {exemplar.category!r}, and no category has that name. "
+                f"vocabulary.exemplars[{position}] shows {shown(exemplar.category)}, and no category has that name. "
                 f"There are: {known}{more}"
             )
         grouped.setdefault(label, []).append(exemplar)
@@ -137,7 +137,7 @@ def _warn_of_equal_queries(categories: Sequence[Category], queries: Iterable[Que
         earlier = first.setdefault(_key(query), query)
         if earlier.label != query.label:
             names = (categories[earlier.label].name, categories[query.label].name)
-            clashes.append(f"{query.text!r} of {names[1]!r} is {earlier.text!r} of {names[0]!r}")
+            clashes.append(f"{shown(query.text)} of {shown(names[1])} is {shown(earlier.text)} of {shown(names[0])}")
     if clashes:
         more = f"; and {len(clashes) - _NAMED} more" if len(clashes) > _NAMED else ""
         _log.warning(

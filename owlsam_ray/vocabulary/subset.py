@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.settings import Category, Frequency
 from owlsam_ray.vocabulary.fold import fold, fold_loosely
 
@@ -76,9 +76,10 @@ def _wanted(
         if len(found) != 1:
             several = ", ".join(repr(names[each][0]) for each in found)
             raise InputError(
-                f"vocabulary.only names {entry!r}, which could be any of {several}: write one of them"
+                f"vocabulary.only names {shown(entry)}, which could be any of {several}: write one of them"
                 if found
-                else f"vocabulary.only names {entry!r}, and no category has that name{_hint(entry, names, synonyms)}"
+                else f"vocabulary.only names {shown(entry)}, and no category has that "
+                f"name{_hint(entry, names, synonyms)}"
             )
         wanted.add(found[0])
     return wanted
@@ -97,7 +98,7 @@ def _hint(entry: str, names: Mapping[int, Sequence[str]], synonyms: Mapping[int,
     """The category that goes by that synonym, or names that look like it."""
     for each, given in synonyms.items():
         if fold_loosely(entry) in {fold_loosely(synonym) for synonym in given}:
-            return f". It is a synonym of {names[each][0]!r}"
+            return f". It is a synonym of {shown(names[each][0])}"
     by_key: dict[str, list[str]] = defaultdict(list)
     for name in (name for given in names.values() for name in given):
         for key in {fold_loosely(name), _without_bracket(name)}:
@@ -117,7 +118,7 @@ def _without_bracket(name: str) -> str:
 def _check_groups(categories: Sequence[Category]) -> None:
     without = [category for category in categories if category.frequency is None]
     if without:
-        whose = f"{without[0].name!r} (id {without[0].id})"
+        whose = f"{shown(without[0].name)} (id {without[0].id})"
         raise InputError(
             f"vocabulary.frequency needs categories with a `frequency` of r, c or f, as LVIS's have, and "
             f"{len(without)} of {len(categories)} have none; the first is {whose}"

@@ -4,7 +4,7 @@ import logging
 import unicodedata
 
 from owlsam_ray import storage
-from owlsam_ray.errors import InputError
+from owlsam_ray.errors import InputError, shown
 from owlsam_ray.settings import Category
 from owlsam_ray.vocabulary.fold import fold
 
@@ -43,7 +43,9 @@ def read_text_file(url: str) -> list[Category]:
         category = _category(text, where, category_id=len(categories) + 1)
         earlier = lines.setdefault(fold(category.name), number)
         if earlier != number:
-            raise InputError(f"{where} repeats the name {category.name!r} of line {earlier}: leave one of them out")
+            raise InputError(
+                f"{where} repeats the name {shown(category.name)} of line {earlier}: leave one of them out"
+            )
         categories.append(category)
         if "," in text and "\t" not in text:
             with_comma.append(f"{where} ({text[:60]!r})")
@@ -75,5 +77,5 @@ def _category(text: str, where: str, *, category_id: int) -> Category:
         )
     synonyms = tuple(synonym.strip() for synonym in rest[0].split(",")) if rest and rest[0] else ()
     if not all(synonyms):
-        raise InputError(f"{where} ({name!r}) has an empty synonym: {rest[0]!r}")
+        raise InputError(f"{where} ({shown(name)}) has an empty synonym: {shown(rest[0])}")
     return Category(id=category_id, name=name, synonyms=synonyms)
