@@ -217,7 +217,10 @@ def _cast(url: str, column: Wanted, array: pa.Array) -> pa.Array:
         NUMBER: (pa.types.is_integer(found) or pa.types.is_floating(found), "numbers"),
     }[kind]
     if not fits:
-        raise InputError(f"{url}: column {shown(column.path)} ({column.setting}) holds {found!s:.200}, not {words}")
+        way_out = "; without it the images are numbered" if column.setting == "columns.id" else ""
+        raise InputError(
+            f"{url}: column {shown(column.path)} ({column.setting}) holds {found!s:.200}, not {words}{way_out}"
+        )
     try:
         return array.cast(kind, safe=kind != NUMBER)  # an integer that a float rounds is no size anyway
     except pa.ArrowInvalid as error:

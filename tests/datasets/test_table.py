@@ -515,3 +515,11 @@ def test_bytes_that_are_none(tmp_path: Path) -> None:
         listed(file, bytes="image.jpeg")
     with pytest.raises(InputError, match=r"columns\.bytes is for Parquet tables, and .* is csv"):
         listed(write(tmp_path, [{"image": "x"}], "csv"), bytes="image")
+
+
+@pytest.mark.parametrize("ids", [[1.0, 2.0], [b"1", b"2"], [True, False]])
+def test_ids_of_another_type_are_refused_with_a_way_out(tmp_path: Path, ids: list[object]) -> None:
+    file = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"uri": ["1.jpg", "2.jpg"], "id": ids}), file)
+    with pytest.raises(InputError, match=r"not integers; without it the images are numbered"):
+        listed(str(file), "/data", id="id")
