@@ -4,7 +4,9 @@ import contextlib
 import csv
 import gzip
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
@@ -37,7 +39,37 @@ _NULLS = pa.array(pa_csv.ConvertOptions().null_values)
 _MISSING = msgspec.Raw(b"null")
 _KEYS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _AFTER_KEY = re.compile(rb'"\s*:')
+_log = logging.getLogger(__name__)
 _NUMBER = r"^-?\d{1,300}(\.\d*)?([eE][+-]?\d{1,2})?$"
+
+
+class _Sizes:
+    """Sizes of a file that are no numbers: not stated, and told at the end. A column without any number is refused."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._numbers: Counter[str] = Counter()
+        self._odd: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def note(self, column: Wanted, numbers: int, rows: Sequence[int], told: Sequence[str]) -> None:
+        """Count numbers, and rows that hold something else; `told`: what is wrong with the first of these.
+
+        Raises:
+            InputError: no number stands in the column, as far as it was read: another one is meant.
+        """
+        self._numbers[column.path] += numbers
+        if not rows:
+            return
+        if not self._numbers[column.path]:
+            refuse_rows(self._url, rows, told, f"Correct {column.setting}, or leave it out.")
+        self._odd[column.path] += len(rows)
+        self._first.setdefault(column.path, f"row {rows[0]}: {told[0]}")
+
+    def tell(self) -> None:
+        """Warn about the values that count as not stated."""
+        for path, count in self._odd.items():
+            _log.warning("%s: %d sizes are not stated, the first: %s", self._url, count, self._first[path])
 
 
 def read_csv(url: str, wanted: Sequence[Wanted], *, delimiter: str) -> Iterator[list[pa.Array]]:
@@ -49,7 +81,7 @@ def read_csv(url: str, wanted: Sequence[Wanted], *, delimiter: str) -> Iterator[
     parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     # With threads an error does not tell the row.
     read = pa_csv.ReadOptions(block_size=_BLOCK, use_threads=False)
-    first = 0
+    first, sizes = 0, _Sizes(url)
     with _text(url) as file:
         try:
             names = pa_csv.open_csv(file, parse_options=parse, read_options=read).schema.names
@@ -64,13 +96,16 @@ def read_csv(url: str, wanted: Sequence[Wanted], *, delimiter: str) -> Iterator[
         counted = _CountedQuotes(file)
         try:
             for batch in pa_csv.open_csv(counted, parse_options=parse, convert_options=options, read_options=read):
-                typed = {each.path: _from_text(url, each, batch.column(each.path), first) for each in by_path.values()}
+                typed = {
+                    path: _from_text(url, each, batch.column(path), first, sizes) for path, each in by_path.items()
+                }
                 yield [json_texts(typed[each.path]) if each.kind is None else typed[each.path] for each in wanted]
                 first += batch.num_rows
         except pa.ArrowInvalid as error:
             raise _csv_error(url, error) from None
     if counted.quotes % 2:
         _check_quotes(url, delimiter)
+    sizes.tell()
 
 
 class _CountedQuotes:
@@ -110,7 +145,7 @@ def _csv_error(url: str, error: pa.ArrowInvalid) -> InputError:
     return InputError(f"{url} cannot be read as a table: {text}")
 
 
-def _from_text(url: str, column: Wanted, texts: pa.Array, first: int) -> pa.Array:
+def _from_text(url: str, column: Wanted, texts: pa.Array, first: int, sizes: _Sizes) -> pa.Array:
     """What a column of texts stands for."""
     if column.kind not in (INTEGER, NUMBER):
         return texts
@@ -119,12 +154,16 @@ def _from_text(url: str, column: Wanted, texts: pa.Array, first: int) -> pa.Arra
     is_null = pc.is_in(trimmed, value_set=_NULLS)
     bad = pc.invert(are_integers(texts) if column.kind == INTEGER else _are_numbers(trimmed))
     rows = pc.indices_nonzero(bad)
-    if len(rows):
-        told = [
-            f"{shown(text)} in {column.path} ({column.setting}) is no {word}"
-            for text in texts.take(rows[:TOLD]).to_pylist()
-        ]
-        refuse_rows(url, [first + row for row in rows.to_pylist()], told, WAY_OUT)
+    at = [first + row for row in rows.to_pylist()]
+    told = [
+        f"{shown(text)} in {column.path} ({column.setting}) is no {word}"
+        for text in texts.take(rows[:TOLD]).to_pylist()
+    ]
+    if column.kind == NUMBER:
+        sizes.note(column, len(texts) - len(at) - pc.sum(is_null, min_count=0).as_py(), at, told)
+        is_null = pc.or_(is_null, bad)
+    elif at:
+        refuse_rows(url, at, told, WAY_OUT)
     return pc.if_else(is_null, pa.scalar(None, TEXT), trimmed).cast(column.kind)
 
 
@@ -148,7 +187,7 @@ def read_jsonl(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
     fields = {f"field{place}": name for place, name in enumerate(tops)}
     row_type = msgspec.defstruct("Row", [(field, msgspec.Raw, _MISSING) for field in fields], rename=fields)
     decode = msgspec.json.Decoder(row_type).decode
-    first = 0
+    first, sizes = 0, _Sizes(url)
     unseen = dict(enumerate(wanted))
     for lines in _lines(url):
         rows = _decode_lines(url, lines, first, decode)
@@ -159,13 +198,14 @@ def read_jsonl(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
         for column in unseen.values():
             if column.is_needed:
                 check_name(url, column, column.path, _names(lines[0]))
-        yield [_from_json(url, column, values, first) for column, values in zip(wanted, columns, strict=True)]
+        yield [_from_json(url, column, values, first, sizes) for column, values in zip(wanted, columns, strict=True)]
         first += len(rows)
         names = _names(lines[0])
     if first == 0:
         raise InputError(f"{url} holds no row")
     for column in unseen.values():
         check_name(url, column, column.path, names)
+    sizes.tell()
 
 
 def _names(line: bytes) -> list[str]:
@@ -272,7 +312,7 @@ def _inside(cells: list[msgspec.Raw], path: Sequence[str]) -> list[msgspec.Raw]:
     return cells
 
 
-def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: int) -> pa.Array:
+def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: int, sizes: _Sizes) -> pa.Array:
     """What JSON texts stand for."""
     if column.kind is None:
         _refuse_endless(url, column, cells, first)
@@ -280,7 +320,9 @@ def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: in
     kind, word = {INTEGER: (int, "integer"), NUMBER: (float, "number"), TEXT: (str, "text")}[column.kind]
     try:
         values = msgspec.json.decode(b"[" + b",".join(cells) + b"]", type=list[kind | None])  # type: ignore[valid-type]
-        return pa.array(values, column.kind)
+        found = pa.array(values, column.kind)
+        sizes.note(column, len(found) - found.null_count, [], [])
+        return found
     except (msgspec.DecodeError, UnicodeDecodeError, OverflowError):
         values, bad, told = [], [], []
         for row, cell in enumerate(cells, first):
@@ -292,7 +334,9 @@ def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: in
             if value is not None and not _is_of(value, kind):
                 bad.append(row)
                 told.append(f"{shown(value)} in {column.path} ({column.setting}) is no {word}")
-        if bad and not column.may_be_odd:
+        if column.kind == NUMBER:
+            sizes.note(column, sum(value is not None for value in values), bad, told)
+        elif bad and not column.may_be_odd:
             refuse_rows(url, bad, told, WAY_OUT)
         return pa.array(values, column.kind)
 

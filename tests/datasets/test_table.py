@@ -200,9 +200,6 @@ def test_csv_values_over_lines_and_borders_of_blocks(tmp_path: Path, monkeypatch
         {"note": row["note"], "h": row["h"] if row["h"] != "" else None} for row in rows
     ]
     assert [row["file_name"] for row in listed(file, "/i")] == [row["uri"] for row in rows]
-    rows[800]["h"] = "80 px"
-    with pytest.raises(InputError, match=r"row 800: '80 px' in h \(columns\.height\) is no number"):
-        listed(write(tmp_path, rows, "csv"), "/i", height="h", width="w")
     (tmp_path / "inches.csv").write_text('uri,note\na.jpg,a 5" pipe\nb.jpg,x\n')
     assert len(listed(f"{tmp_path}/inches.csv", "/i")) == 2
 
@@ -220,12 +217,32 @@ def test_json_lines_of_different_kinds(tmp_path: Path, monkeypatch: pytest.Monke
     assert [json.loads(row["extra"])["x.b.c"] for row in found if "ü" in row["extra"]] == ["ü"]
     with pytest.raises(InputError, match=r"has no column 'y' \(columns\.extra\)"):
         listed(write(tmp_path, rows, "jsonl"), "/i", extra=["y"])
-    rows.append({"uri": "z.jpg", "x": 1, "h": "3", "w": 4})
-    with pytest.raises(InputError, match=rf"row {len(rows) - 1}: '3' in h \(columns\.height\) is no number"):
-        listed(write(tmp_path, rows, "jsonl"), "/i", height="h", width="w")
-    rows[-1]["h"] = 2**70
+    rows.append({"uri": "z.jpg", "x": 1, "h": 2**70, "w": 4})
     with pytest.raises(InputError, match=rf"row {len(rows) - 1}: 1\.18\d*e\+21 is no height"):
         listed(write(tmp_path, rows, "jsonl"), "/i", height="h", width="w")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_sizes_that_are_no_numbers_are_not_stated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    monkeypatch.setattr(table_text, "_BLOCK", 2048)
+    rows = [{"uri": f"{n}.jpg", "h": 9, "w": 5.0} for n in range(400)]
+    odd = {3: "80 px", 200: "n/a?", 201: "[]", 399: "0x10"}
+    for row, value in odd.items():
+        rows[row]["h"] = value
+    found = listed(write(tmp_path, rows, kind), "/i", height="h", width="w")
+    assert [row["height"] for row in found] == [None if n in odd else 9 for n in range(400)]
+    assert {row["width"] for row in found} == {5}
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "4 sizes are not stated, the first: row 3: '80 px' in h (columns.height) is no number" in told
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_column_without_any_number_holds_no_sizes(tmp_path: Path, kind: str) -> None:
+    file = write(tmp_path, [{"uri": f"{n}.jpg", "h": h, "w": n} for n, h in enumerate(["", "tall", "x"])], kind)
+    with pytest.raises(InputError, match=r"'tall' in h \(columns\.height\) is no number(.|\n)*Correct columns\.height"):
+        listed(file, "/i", height="h", width="w")
 
 
 def test_columns_with_a_dot_in_their_name(tmp_path: Path) -> None:
