@@ -76,7 +76,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"image_id": 99}, "unknown_image", "image_id 99 is not among the 2 images"),
     ({"image_id": "7"}, "unknown_image", "image_id '7'"),
     ({"image_id": None}, "unknown_image", "image_id None"),
-    ({"image_id": HUGE}, "unknown_image", "image_id 1000"),
+    ({"image_id": HUGE}, "unknown_image", "image_id <integer of about 401 digits>"),
     ({"category_id": 5}, "unknown_category", "category_id 5 is not among the 2 categories"),
     ({"category_id": True}, "unknown_category", "category_id True"),
     ({"iscrowd": 1}, "crowd", ""),
