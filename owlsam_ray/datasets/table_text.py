@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import msgspec
@@ -180,6 +180,8 @@ def _are_numbers(trimmed: pa.Array) -> pa.Array:
 def read_jsonl(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
     """Columns as `table_files.read_columns` yields them, of a file with one JSON object a line.
 
+    A line that is no object is a row without any value, where the file has no ids.
+
     Raises:
         InputError, OSError, EOFError, zlib.error, pyarrow.ArrowException: it cannot be read.
     """
@@ -188,29 +190,41 @@ def read_jsonl(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
     row_type = msgspec.defstruct("Row", [(field, msgspec.Raw, _MISSING) for field in fields], rename=fields)
     decode = msgspec.json.Decoder(row_type).decode
     first, sizes = 0, _Sizes(url)
+    num_odd, first_odd = 0, ""
     unseen = dict(enumerate(wanted))
     for lines in _lines(url):
-        rows = _decode_lines(url, lines, first, decode)
+        rows, faults = _decode_lines(lines, first, decode, row_type)
+        if faults:
+            _check_faults(url, faults, wanted, len(rows))
+            number, fault = next(iter(faults.items()))
+            num_odd, first_odd = num_odd + len(faults), first_odd or f"row {number}: {fault}"
         cells = {name: [getattr(row, field) for row in rows] for field, name in fields.items()}
         columns = [_inside(cells[name], rest) for name, *rest in (column.path.split(".") for column in wanted)]
         unseen = {place: each for place, each in unseen.items() if all(cell is _MISSING for cell in columns[place])}
         # A name that is wrong gives no values at all, but some rows, even many, may leave a column out.
         for column in unseen.values():
             if column.is_needed:
-                check_name(url, column, column.path, _names(lines[0]))
+                check_name(url, column, column.path, _names(lines))
         yield [_from_json(url, column, values, first, sizes) for column, values in zip(wanted, columns, strict=True)]
         first += len(rows)
-        names = _names(lines[0])
+        names = _names(lines)
     if first == 0:
         raise InputError(f"{url} holds no row")
     for column in unseen.values():
         check_name(url, column, column.path, names)
     sizes.tell()
+    if num_odd:
+        _log.warning("%s: %d lines are no rows, the first: %s", url, num_odd, first_odd)
 
 
-def _names(line: bytes) -> list[str]:
-    """Names of the columns of a row that could be read."""
-    return list(json.loads(line, parse_int=str))
+def _names(lines: Sequence[bytes]) -> list[str]:
+    """Names of the columns of the first row that can be read."""
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line, parse_int=str)
+            if isinstance(value, dict):
+                return list(value)
+    return []
 
 
 def _lines(url: str) -> Iterator[list[bytes]]:
@@ -236,21 +250,35 @@ def _lines(url: str) -> Iterator[list[bytes]]:
                 return
 
 
-def _decode_lines(url: str, lines: Sequence[bytes], first: int, decode: Callable[[bytes], Any]) -> list[Any]:
+def _decode_lines(
+    lines: Sequence[bytes], first: int, decode: Callable[[bytes], Any], row_type: Callable[[], Any]
+) -> tuple[list[Any], dict[int, ValueError]]:
+    """Rows, those without any value that are no objects; and what is wrong with these, by their number."""
     with contextlib.suppress(msgspec.DecodeError, RecursionError):
         rows = [decode(line) for line in lines]
         if not any(_may_repeat(line) for line in lines):
-            return rows
-    rows, bad, told = [], [], []
+            return rows, {}
+    rows, faults = [], {}
     for number, line in enumerate(lines, first):
         try:
             rows.append(_decode_line(line, decode))
         except ValueError as error:
-            bad.append(number)
-            told.append(str(error))
-    if bad:
-        refuse_rows(url, bad, told, "Every line has to be one JSON object.")
-    return rows
+            rows.append(row_type())
+            faults[number] = error
+    return rows, faults
+
+
+def _check_faults(url: str, faults: Mapping[int, ValueError], wanted: Sequence[Wanted], num_rows: int) -> None:
+    """Lines that are no rows may be rows without a value.
+
+    Raises:
+        InputError: they may not: the file has ids, or none of so many lines is a row (it is of another kind, or cut in
+            its last line), or one gives a key twice.
+    """
+    has_ids = any(column.setting == "columns.id" for column in wanted)
+    if has_ids or len(faults) == num_rows or any(isinstance(fault, _RepeatedKeyError) for fault in faults.values()):
+        told = [str(fault) for fault in faults.values()]
+        refuse_rows(url, list(faults), told, "Every line has to be one JSON object.")
 
 
 def _decode_line(line: bytes, decode: Callable[[bytes], Any]) -> Any:

@@ -319,6 +319,12 @@ def test_a_text_that_is_the_id_of_something_else_changes_nothing(root: Path) -> 
     assert listing(root, {"images": [image(1, license={"id": "cc"}), image(2, "b.jpg")]}).has_ids
 
 
+@pytest.mark.parametrize("later", ["A-7", "8", None, 2.5])
+def test_ids_of_another_kind_after_an_integer_are_refused(root: Path, later: Any) -> None:
+    with pytest.raises(InputError, match=r"images\[1\]: id .* is not an integer from 0 to 2\^53"):
+        rows(listing(root, {"images": [image(1), image(later, "2.jpg")]}))
+
+
 def test_many_offences_are_counted(root: Path) -> None:
     with pytest.raises(InputError, match=r"8 offences(.|\n)*… and 3 more"):
         rows(listing(root, {"images": [image(1), *[image(-1)] * 8]}))

@@ -503,7 +503,7 @@ def test_a_table_without_a_root_takes_urls_only(tmp_path: Path) -> None:
         ("list.csv", b"uri;n\na.jpg;1\n", "is it separated by ';'"),
         ("list.jsonl", b"", "holds no row"),
         ("list.jsonl", b'{"uri": "a.jpg"}\n{"uri": ', "row 1: is not valid JSON: Expecting value"),
-        ("list.jsonl", b'{"uri": "a.jpg"}\n\n[1]\n', "row 1: is a list, not an object"),
+        ("list.jsonl", b'{"uri": "a.jpg"}\n\n[1]', "row 1: is a list, not an object"),
         ("list.jsonl", b"nope\n", "row 0: is not valid JSON"),
         ("list.csv.gz", b"uri\na.jpg\n", "cannot read .*Not a gzipped file"),
         ("list.csv.gz", gzip.compress(b"uri\na.jpg\n" * 99, mtime=0)[:-9], "ended before the end-of-stream"),
@@ -515,6 +515,23 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, wo
     with pytest.raises(InputError, match=words) as caught:
         listed(str(tmp_path / name), "/data")
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(("line", "why"), [("[7]", "is a list"), ("tail }", "is not valid JSON"), ('"t"', "is a str")])
+def test_lines_that_are_no_objects_are_bad_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, line: str, why: str
+) -> None:
+    file = tmp_path / "list.jsonl"
+    file.write_text(
+        "".join(f"{text}\n" for text in (line, '{"uri": "a.jpg", "n": 1}', line, '{"uri": "b.jpg", "n": 2}'))
+    )
+    rows = listed(str(file), "/i", extra=["n"])
+    assert [row["file_name"] for row in rows] == ["row-list.jsonl-0", "a.jpg", "row-list.jsonl-2", "b.jpg"]
+    assert [row["member"] for row in rows] == ["bad_uri: None is no URI", None] * 2
+    assert [row["offset"] for row in rows] == [0, None, 2, None]
+    assert f"2 lines are no rows, the first: row 0: {why}" in caplog.text
+    with pytest.raises(InputError, match=f"row 0: {why}"):
+        listed(str(file), "/i", id="n")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
