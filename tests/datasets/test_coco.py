@@ -319,10 +319,19 @@ def test_a_text_that_is_the_id_of_something_else_changes_nothing(root: Path) -> 
     assert listing(root, {"images": [image(1, license={"id": "cc"}), image(2, "b.jpg")]}).has_ids
 
 
-@pytest.mark.parametrize("later", ["A-7", "8", None, 2.5])
-def test_ids_of_another_kind_after_an_integer_are_refused(root: Path, later: Any) -> None:
+@pytest.mark.parametrize("later", [None, 2.5, True, -1])
+def test_one_id_that_is_none_is_refused_by_its_place(root: Path, later: Any) -> None:
     with pytest.raises(InputError, match=r"images\[1\]: id .* is not an integer from 0 to 2\^53"):
         rows(listing(root, {"images": [image(1), image(later, "2.jpg")]}))
+
+
+@pytest.mark.parametrize("later", ["A-7", "8"])
+def test_one_text_after_integers_makes_all_ids_texts(root: Path, later: str) -> None:
+    found = rows(listing(root, {"images": [image(1), image(later, "2.jpg")]}))
+    assert [(row["image_id"], json.loads(row["extra"])) for row in found] == [
+        (None, {"source_id": 1}),
+        (None, {"source_id": later}),
+    ]
 
 
 def test_many_offences_are_counted(root: Path) -> None:
