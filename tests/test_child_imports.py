@@ -35,7 +35,7 @@ def imported(**variables: str) -> list[Path]:
 def test_a_child_imports_pythons_own(work: Path, tmp_path: Path) -> None:
     found, ours = imported(**child_variables(tmp_path))
     assert found.parent == Path(os.__file__).parent
-    assert ours == Path(owlsam_ray.__file__)
+    assert ours.resolve() == Path(owlsam_ray.__file__).resolve()
 
 
 def test_a_copy_that_is_not_installed_is_found_by_its_children(

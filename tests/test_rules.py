@@ -20,6 +20,7 @@ MAY_IMPORT_RAY = {
     "waves.py",
     "annotate.py",
     "finetune/job.py",
+    "finetune/process_group.py",
     "reduce/executors.py",
 }
 STORED_RUNS = ROOT / "tests" / "fixtures" / "earlier"

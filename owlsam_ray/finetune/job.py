@@ -27,6 +27,7 @@ from owlsam_ray.finetune.config import DatasetFiles, FinetuneConfig
 from owlsam_ray.finetune.data import TrainingImages, read_training_images
 from owlsam_ray.finetune.detector import DetectorTask
 from owlsam_ray.finetune.loop import Worker, train
+from owlsam_ray.finetune.process_group import LocalTorchConfig
 from owlsam_ray.finetune.provenance import annotations_sha256, library_versions
 from owlsam_ray.finetune.segmenter import SegmenterTask
 from owlsam_ray.finetune.store import MODEL, TrainingStore
@@ -176,11 +177,15 @@ def _fit(config: FinetuneConfig) -> None:
     resources = config.resources
     on_gpu, cpus = _share(config, ray.cluster_resources())
     _log.info("%d worker(s) on %s, %g CPUs each", resources.workers, "cuda" if on_gpu else "cpu", cpus)
+    torch_settings: dict[str, Any] = {"backend": "nccl" if on_gpu else "gloo", "timeout_s": _PATIENCE_S}
+    elsewhere = resources.ray_address is not None
     with tempfile.TemporaryDirectory(prefix="owlsam-train-") as scratch:
         trainer = TorchTrainer(
             _work,
             train_loop_config={"config": config, "device": "cuda" if on_gpu else "cpu", "cpus": cpus},
-            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=_PATIENCE_S),
+            torch_config=TorchConfig(**torch_settings)
+            if elsewhere
+            else LocalTorchConfig(folder=scratch, **torch_settings),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers,
                 use_gpu=on_gpu,
@@ -189,7 +194,7 @@ def _fit(config: FinetuneConfig) -> None:
             run_config=ray.train.RunConfig(
                 name="train",
                 # Ray's own bookkeeping; checkpoints are ours. Workers on other nodes need a place that they share.
-                storage_path=scratch if resources.ray_address is None else storage.join(config.out or "", "ray"),
+                storage_path=storage.join(config.out or "", "ray") if elsewhere else scratch,
             ),
         )
         trainer.fit()
