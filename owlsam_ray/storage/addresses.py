@@ -165,14 +165,12 @@ def address_of(host: str) -> Address | None:
     return None
 
 
-def data_uri_error(uri: str, rules: HostRules, *, listed_in: str | None = None) -> str | None:
+def data_uri_error(uri: str, rules: HostRules) -> str | None:
     """Why a URI that data names is not opened; None when it may be. Nothing is looked up.
 
     Args:
         uri: path or URL of an image.
         rules: hosts that are allowed.
-        listed_in: the file that names it, where that is known: one that is not of this machine's disks must not name
-            files of these by `file://`.
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.\-]*)://", uri)
     if scheme is None:
@@ -180,8 +178,6 @@ def data_uri_error(uri: str, rules: HostRules, *, listed_in: str | None = None) 
     name = scheme[1]
     if name.lower() in _CHAINING:
         return f"{name}:// opens other file systems"
-    if name.lower() in ("file", "local") and listed_in is not None and _is_remote(listed_in):
-        return f"{name}:// in a file that is not of this machine"
     if name.lower() in ("http", "https") or name in _WITH_HOST:
         host = host_of(uri)
         try:
@@ -221,10 +217,6 @@ def host_of(url: str) -> str:
     if authority.startswith("["):
         return authority[1:].partition("]")[0]
     return authority.rpartition(":")[0] if re.search(r":\d*$", authority) else authority
-
-
-def _is_remote(url: str) -> bool:
-    return "://" in url and not url.lower().startswith(("file://", "local://", "memory://"))
 
 
 def _plain(host: str) -> str:
