@@ -367,8 +367,6 @@ def test_a_server_that_says_nothing_more_is_given_up(answer: bytes) -> None:
 
 
 def _accept_and_wait(server: socket.socket, answer: bytes) -> None:
-    connections = []
-    with contextlib.suppress(OSError):
+    with contextlib.ExitStack() as connections, contextlib.suppress(OSError):
         while True:
-            connections.append(server.accept()[0])
-            connections[-1].sendall(answer)
+            connections.enter_context(server.accept()[0]).sendall(answer)

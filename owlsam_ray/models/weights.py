@@ -95,7 +95,8 @@ def check_sizes(fields: object, source: Path, *, num_tensors: int) -> None:
         elif isinstance(value, list):
             waiting += [(name, each) for each in value[:_MOST_PARTS]]
         elif isinstance(value, int) and not isinstance(value, bool):
-            most = min(num_tensors, _MOST_PARTS) if name.endswith(_COUNTS) else _LARGEST_SIZE
+            # Of a file without any tensor, the check of names tells more.
+            most = min(num_tensors or _MOST_PARTS, _MOST_PARTS) if name.endswith(_COUNTS) else _LARGEST_SIZE
             if abs(value) > most:
                 raise WeightsError(
                     f"{source} gives {one_line(name, 60)} {shown(value, 40)}, more than the {most} that can be: is it "
