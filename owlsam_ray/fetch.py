@@ -35,7 +35,7 @@ from owlsam_ray.packed import (
     too_large,
 )
 from owlsam_ray.records import EncodedImage
-from owlsam_ray.storage.addresses import HostRules, check_by_look_up, data_uri_error, needs_look_up
+from owlsam_ray.storage.addresses import HostRules, check_by_look_up, container_error, data_uri_error, needs_look_up
 from owlsam_ray.storage.secrets import masked_url
 
 FETCHED_SCHEMA = pa.schema(
@@ -226,8 +226,14 @@ def _tasks(
             task = partial(_fetch_plain, position, address_of(row), max_bytes, listed, notes, not_set_up)
             yield guarded([position], task)
     for uri, inside in members.items():
-        yield from tar_tasks(uri, inside, max_bytes=max_bytes)
+        if (error := _container_error(uri)) is not None:
+            yield partial(list, [[(member.position, error) for member in inside]])
+        else:
+            yield from tar_tasks(uri, inside, max_bytes=max_bytes)
     for (uri, column), inside_table in cells.items():
+        if (error := _container_error(uri)) is not None:
+            yield partial(list, [[(cell.position, error) for cell in inside_table]])
+            continue
         footer = partial(read_cells, uri, column, inside_table, max_bytes=max_bytes, hand_over=hand_over)
         yield guarded((cell.position for cell in inside_table), footer)
 
@@ -271,6 +277,12 @@ def to_images(fetched: pa.Table) -> list[EncodedImage]:
             )
         )
     return images
+
+
+def _container_error(uri: str) -> ImageError | None:
+    """What the images inside a file fail with whose address may not be asked."""
+    error = container_error(uri, HostRules(storage.policy().allowed_hosts))
+    return None if error is None else ImageError(f"bad_uri: cannot open {masked_url(uri)}: {error}")
 
 
 def check_data_uri(uri: str) -> None:

@@ -203,7 +203,7 @@ def _parse_footer(url: str, shard: int, tail: bytes) -> ShardFooter:
             num_rows = metadata.num_rows
         if (text is None) != (footer.footer_sha256 is None) or (text is None) != (footer.data_sha256 is None):
             raise ValueError("one of its two checksums is missing")
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise corrupt_shard(url, f"{type(error).__name__}: {one_line(error)}") from None
     if footer.shard != shard or footer.num_rows != num_rows:
         raise corrupt_shard(url, f"it says shard {footer.shard} with {footer.num_rows} rows, and has {num_rows}")

@@ -38,7 +38,7 @@ class LossCount:
         try:
             seen = json.loads(storage.read_bytes(self.url))
             return int(seen["losses"]) if seen["progress"] == progress else 0
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return 0
 
     def count(self, cause: str, *, advice: str) -> OwlsamError:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from owlsam_ray import storage
-from owlsam_ray.errors import ImageError, InputError
+from owlsam_ray.errors import ImageError, InputError, one_line
 from owlsam_ray.masks import decode_rle
 from owlsam_ray.stages.decode import decode_image
 
@@ -76,9 +76,12 @@ def read_labelled(
         count: at most so many pictures; default: all.
 
     Raises:
-        InputError: an image cannot be read; names it.
+        InputError: the file is no JSON, or an image cannot be read; names it.
     """
-    tree = json.loads(storage.read_bytes(annotations))
+    try:
+        tree = json.loads(storage.read_bytes(annotations))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{annotations} is not valid JSON: {one_line(error)}") from None
     names = {category["id"]: category["name"] for category in tree["categories"]}
     labels: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for annotation in tree["annotations"]:

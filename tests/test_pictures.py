@@ -1,6 +1,7 @@
 """The contact sheet: what is drawn where, and that nothing else changes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,11 @@ def test_masks_that_overlap_are_neither_black_nor_bleached_twice() -> None:
     crossed = np.asarray(draw_labels(picture([(60, 100, 180, 220), (80, 60, 160, 230)], ["red thing", "blue thing"])))
     assert (crossed[300, 240] == alone[300, 240]).all()
     assert crossed[270:340, 210:270].min() > 100
+
+
+@pytest.mark.parametrize("text", ["", "[", "[" * 100_000])
+def test_a_file_that_is_no_json_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "annotations.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=re.escape(f"{file} is not valid JSON")):
+        read_labelled(str(file), str(tmp_path), min_score=0)

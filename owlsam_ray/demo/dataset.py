@@ -93,7 +93,7 @@ def _is_finished(file: Path, count: int, seed: int) -> bool:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
         there = (len(tree["images"]), tree["info"]["seed"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise GuardError(f"{file} is not a file of drawn pictures: {way_out}") from None
     if there != (count, seed):
         raise GuardError(

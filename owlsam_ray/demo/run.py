@@ -173,7 +173,7 @@ def _check_same_pictures(root: Path, num_images: int, seed: int) -> None:
     try:
         tree = json.loads(drawn.read_text(encoding="utf-8"))
         there = (len(tree["images"]), tree["info"]["seed"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise GuardError(f"{drawn} is damaged: choose another directory with --run") from None
     if there != (num_images, seed):
         raise GuardError(

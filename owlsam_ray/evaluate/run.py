@@ -6,7 +6,7 @@ from typing import Any
 
 from owlsam_ray import storage
 from owlsam_ray.config import EvaluateConfig, RunConfig
-from owlsam_ray.errors import IncompleteError, InputError
+from owlsam_ray.errors import IncompleteError, InputError, one_line
 from owlsam_ray.evaluate.average_precision import Kind
 from owlsam_ray.evaluate.ground_truth import GroundTruth, load_ground_truth
 from owlsam_ray.evaluate.predictions import Predictions, load_predictions
@@ -136,8 +136,11 @@ def _failed_images(url: str) -> dict[int, str]:
         text = storage.read_bytes(url)
     except FileNotFoundError:
         return {}
-    rows = [json.loads(line) for line in text.splitlines()]
-    return {row["image_id"]: row["file_name"] for row in rows}
+    try:
+        rows = [json.loads(line) for line in text.splitlines()]
+        return {row["image_id"]: row["file_name"] for row in rows}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(f"{url} is damaged ({one_line(error)}): reduce again") from None
 
 
 def _scored(truth: GroundTruth, predictions: Predictions) -> GroundTruth:

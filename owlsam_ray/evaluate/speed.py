@@ -50,7 +50,7 @@ def run_speed(run_url: str, manifest: Manifest, fingerprint: str) -> dict[str, A
 
 def _wall_rate(run_url: str) -> float | None:
     """Images per second that the last attempt told; None when it did none, or told nothing."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
         rate = json.loads(storage.read_bytes(storage.join(run_url, PROGRESS_FILE))).get("images_per_s")
         return float(rate) if rate > 0 else None
     return None

@@ -62,7 +62,7 @@ def _weights(name: str | None) -> dict[str, Any] | None:
         return {"hub": name}
     try:
         theirs = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         theirs = None
     return {"sha256": sha256_of(path), "provenance": theirs}
 

@@ -56,7 +56,7 @@ class TrainingStore:
         except FileNotFoundError:
             storage.write_atomic(url, (json.dumps(record, indent=1) + "\n").encode())
             return
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise GuardError(f"{url} is damaged ({error}): choose another directory") from None
         guarded = ("config", "data_sha256", "categories")
         ours, theirs = ({name: each.get(name) for name in guarded} for each in (record, stored))
@@ -70,11 +70,18 @@ class TrainingStore:
             _log.warning("other library versions than before: the last digits may differ from here on")
 
     def read_record(self) -> dict[str, Any]:
-        """What `guard` wrote; empty when there is nothing."""
+        """What `guard` wrote; empty when there is nothing.
+
+        Raises:
+            GuardError: it is damaged.
+        """
+        url = storage.join(self.url, RECORD_FILE)
         try:
-            record: dict[str, Any] = json.loads(storage.read_bytes(storage.join(self.url, RECORD_FILE)))
+            record: dict[str, Any] = json.loads(storage.read_bytes(url))
         except FileNotFoundError:
             return {}
+        except (ValueError, RecursionError) as error:
+            raise GuardError(f"{url} is damaged ({error}): choose another directory") from None
         return record
 
     def checkpoints(self) -> list[int]:
@@ -139,12 +146,20 @@ class TrainingStore:
         return None
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; none when there is no such file."""
+        """The lines of `metrics.jsonl`; none when there is no such file.
+
+        Raises:
+            GuardError: it is damaged.
+        """
+        url = storage.join(self.url, METRICS_FILE)
         try:
-            text = storage.read_bytes(storage.join(self.url, METRICS_FILE)).decode()
+            return [json.loads(line) for line in storage.read_bytes(url).decode().splitlines()]
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.splitlines()]
+        except (ValueError, RecursionError) as error:
+            raise GuardError(
+                f"{url} is damaged ({error}): delete the damaged lines, or choose another directory"
+            ) from None
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replace `metrics.jsonl`: an object store cannot append, and a resumed training cuts off what it redoes."""

@@ -187,6 +187,30 @@ def data_uri_error(uri: str, rules: HostRules) -> str | None:
     return None
 
 
+def container_error(uri: str, rules: HostRules) -> str | None:
+    """Why a tar or Parquet file that a manifest names is not opened; None when it may be.
+
+    Users may name such files through a chain of file systems (`simplecache::s3://…`). No link of the chain may lead to
+    a host that data may not name. The hosts of a chain are looked up: the clients inside it check nothing themselves.
+    """
+    chain = uri.split("::") if "://" in uri else [uri]
+    for link in chain:
+        scheme, separator, _ = link.partition("://")
+        host = host_of(link)
+        if not separator or not host or scheme.lower() in ("file", "local", *_CHAINING - {"generic"}):
+            continue
+        if scheme.lower() == "generic":
+            return data_uri_error(link, rules)
+        try:
+            if scheme.lower() in ("http", "https") or scheme in _WITH_HOST:
+                rules.check_host(host, link)
+                if len(chain) > 1 or needs_look_up(link):
+                    check_by_look_up(link, rules)
+        except ForbiddenHostError as error:
+            return str(error).partition(": ")[2]
+    return None
+
+
 def needs_look_up(uri: str) -> bool:
     """Whether the client of a URL cannot be told which address to ask, so that the name is to be checked before."""
     return uri.partition("://")[0] in _WITH_HOST

@@ -30,6 +30,6 @@ def test_chaos(world: World, seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4, 200))
+@pytest.mark.parametrize("seed", range(4, 220))
 def test_more_chaos(world: World, seed: int, tmp_path: Path) -> None:
     play(world, seed, tmp_path)

@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from owlsam_ray import storage
 from owlsam_ray.errors import ImageError
-from owlsam_ray.fetch import fetch_file
+from owlsam_ray.fetch import fetch_file, fetch_rows
 from owlsam_ray.storage import StoragePolicy, addresses
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -118,6 +119,44 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """127.0.0.1 as the address of a metadata server."""
     networks = (*addresses._METADATA, ipaddress.ip_network("127.0.0.1/32"))
     monkeypatch.setattr(addresses, "_METADATA", networks)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://169.254.169.254/a.tar",
+        "simplecache::http://169.254.169.254/a.tar",
+        "zip://a.tar::http://2852039166/a.zip",
+        "filecache::http://evil.test/a.tar",
+        "generic://http://169.254.169.254/a.tar",
+        "ftp://evil.test/a.tar",
+    ],
+)
+@pytest.mark.parametrize("container", ["tar", "parquet"])
+def test_files_of_many_images_may_lie_nowhere_else_either(
+    url: str, container: str, names: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: Any) -> None:
+        raise AssertionError("a connection was made")
+
+    names["evil.test"] = ["169.254.169.254"]
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    row = {"uri": url, "container": container, "member": "image", "offset": 0, "length": 10}
+    (outcome,) = fetch_rows([row], threads=1, max_bytes=100)
+    assert isinstance(outcome, ImageError)
+    assert outcome.reason.startswith("bad_uri: cannot open ")
+
+
+def test_a_chain_that_the_user_wrote_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"0123456789")
+    row = {
+        "uri": f"simplecache::file://{tmp_path}/a.tar",
+        "container": "tar",
+        "member": "image",
+        "offset": 2,
+        "length": 3,
+    }
+    assert fetch_rows([row], threads=1, max_bytes=100) == [b"234"]
 
 
 @pytest.mark.parametrize(
