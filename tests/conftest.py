@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import TWO_ACTORS, TinyRun, coco_bytes, make_tiny_run
+from owlsam_ray.config import load_config
+from tests.runs import TWO_ACTORS, TinyRun, label_here, make_tiny_run
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tiny: TinyRun) -> bytes:
-    """The COCO file of a run with two actors and shards of 8 that nothing disturbed."""
-    run = tiny.root / "uninterrupted"
+    """The COCO file of a run with shards of 8, labelled in this process; the run is `tiny.root / "uninterrupted"`."""
+    run = str(tiny.root / "uninterrupted")
+    return label_here(load_config([tiny.run_file], run=run, overrides=["resources.shard_size=8"]))
+
+
+@pytest.fixture(scope="session")
+def undisturbed_on_ray(tiny: TinyRun) -> Path:
+    """The same by the command, with two actors on Ray, and reduced. For slow tests."""
+    run = tiny.root / "undisturbed-on-ray"
     assert tiny.call("annotate", run, **TWO_ACTORS)["done"] == tiny.num_images
-    return coco_bytes(tiny, run)
+    tiny.call("reduce", run)
+    return run

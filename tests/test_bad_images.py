@@ -19,7 +19,7 @@ from owlsam_ray.manifest import load_manifest
 from tests.bad_images import corpus, mutated
 from tests.runs import ROOT, label_here
 
-COUNT, SEED, SIDE = 1200, 5, 2500
+COUNT, SEED, SIDE = 600, 5, 2500
 REASONS = {"not_an_image", "empty_file", "truncated", "too_large", "decode_error", "unsupported_mode"}
 MOST_CPU_S = 5.0
 BYTES_PER_PIXEL = 17
@@ -122,7 +122,7 @@ def test_a_run_over_them_completes(tmp_path: Path) -> None:
     assert len(content["images"]) == seen["ok"] + seen["empty"]
     labelled = {annotation["image_id"] for annotation in content["annotations"]}
     assert labelled <= {each["id"] for each in content["images"]}
-    assert len(labelled) > 50
-    assert seen["ok"] > 100
-    assert seen["failed"] > 300
+    assert len(labelled) > 25
+    assert seen["ok"] > 50
+    assert seen["failed"] > 150
     assert not storage.temporary_files(storage.join(str(run), "predictions"))

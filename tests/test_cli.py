@@ -100,8 +100,9 @@ def test_other_settings_are_refused_by_name(
         assert "detector.score_floor: 0.3 -> 0.4" in summary["error"]
 
 
-def test_progress_file(tiny: TinyRun, uninterrupted: bytes) -> None:
-    state = json.loads((tiny.root / "uninterrupted" / "progress.json").read_text())
+@pytest.mark.slow
+def test_progress_file(undisturbed_on_ray: Path) -> None:
+    state = json.loads((undisturbed_on_ray / "progress.json").read_text())
     assert (state["images"], state["done"], state["left"], state["failed"], state["eta_s"]) == (320, 320, 0, 0, 0)
     assert state["images_per_s"] > 0
     assert set(state["stage_s"]) == {"decode", "detect", "suppress", "segment", "encode"}
@@ -178,6 +179,7 @@ def hostile_dataset(root: Path) -> int:
     return 4
 
 
+@pytest.mark.slow
 def test_bad_images_become_rows(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """End to end in a process of its own, on a machine with one CPU."""
     failing = hostile_dataset(tmp_path / "images")
@@ -212,6 +214,7 @@ def test_bad_images_become_rows(tiny: TinyRun, tmp_path: Path, capsys: pytest.Ca
     assert {failure["file_name"] for failure in failures} == {"truncated.jpg", "empty.jpg", "page.jpg", "gone.jpg"}
 
 
+@pytest.mark.slow
 def test_what_cannot_start_says_so(tiny: TinyRun, tmp_path: Path) -> None:
     settings = {"resources.num_cpus": 2, "resources.actors": 2, "resources.cpus_per_actor": 1}
     summary = tiny.call("annotate", tmp_path / "run", check=2, **settings)
@@ -244,6 +247,7 @@ def test_a_corrupt_shard_is_named(
         assert "Delete or move that one file and call `owlsam annotate` again" in log
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_done(
     tiny: TinyRun, uninterrupted: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,8 @@ from tests.seeded_owlvit import write_tiny as write_tiny_owl
 from tests.seeded_sam import write_tiny as write_tiny_sam
 
 
-def test_one_actor_and_large_shards_give_the_bytes_of_two_and_small_ones(tiny: TinyRun, uninterrupted: bytes) -> None:
+@pytest.mark.slow
+def test_one_actor_and_large_shards_give_the_bytes_of_small_ones(tiny: TinyRun, uninterrupted: bytes) -> None:
     """With one actor and shards of 8: see `test_pipeline`."""
     run = tiny.root / "large-shards"
     assert tiny.call("annotate", run, **{"resources.shard_size": 64})["shards"] == 5
@@ -167,7 +168,12 @@ def test_batches_of_1_4_and_7_agree(tiny: TinyRun, images: list[EncodedImage], q
         assert matched >= 2 * boxes - 4
 
 
-def test_ray_adds_nothing_to_the_engine(
+@pytest.mark.slow
+def test_two_actors_on_ray_give_the_bytes_of_one_process(undisturbed_on_ray: Path, uninterrupted: bytes) -> None:
+    assert (undisturbed_on_ray / "coco" / "annotations.json").read_bytes() == uninterrupted
+
+
+def test_files_add_nothing_to_the_engine(
     tiny: TinyRun, images: list[EncodedImage], queries: torch.Tensor, uninterrupted: bytes
 ) -> None:
     tree = json.loads(uninterrupted)

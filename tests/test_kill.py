@@ -114,6 +114,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_shards_in_hand(tiny: TinyRun, uninterrupted: bytes) -> None:
     run = tiny.root / "terminated"
     driver = start(tiny, run)

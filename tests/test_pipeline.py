@@ -101,10 +101,9 @@ def errors_of_ours_reach_the_driver_as_they_are(job: Job) -> None:
         assert (type(found), found.args) == (type(error), error.args)
 
 
-def test_on_ray(
-    job: Job, tiny: TinyRun, uninterrupted: bytes, local_ray: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One start of Ray for what needs one: errors, the shape of the graph, waves, and a sink that breaks."""
+@pytest.mark.slow
+def test_the_graph_on_ray(job: Job, tiny: TinyRun, local_ray: None) -> None:
+    """One start of Ray for errors and the shape of the graph."""
     errors_of_ours_reach_the_driver_as_they_are(job)
     dataset = build_graph(replace(job, run_url=str(tiny.root / "uninterrupted")), range(5)).materialize()
     blocks = [ray.get(reference) for reference in dataset.get_internal_block_refs()]
@@ -116,7 +115,10 @@ def test_on_ray(
     assert len(fetch) == len(annotator) == 1
     assert fetch != annotator, f"Ray fused the stages: {operators}"
 
-    # Waves smaller than the run, and then a resume that finds everything done without a model.
+
+@pytest.mark.slow
+def test_waves_on_ray(tiny: TinyRun, uninterrupted: bytes, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waves smaller than the run, and then a resume that finds everything done without a model."""
     run = str(tiny.root / "waves")
     config = load_config([tiny.run_file], run=run, overrides=["resources.wave_shards=15"])
     counts = annotate_run(config)
@@ -130,7 +132,7 @@ def test_on_ray(
     for shard in (2, 9):
         Path(run, "predictions", f"shard-{shard:08d}.parquet").unlink()
     assert annotate_run(config)["new"] == 16
-    # One actor, with waves and a second attempt: the bytes of two actors.
+    # One actor, with waves and a second attempt: the same bytes.
     assert coco_bytes(tiny, Path(run)) == uninterrupted
 
 
@@ -168,6 +170,7 @@ def test_memory_urls_are_refused(tiny: TinyRun, tmp_path: Path) -> None:
             annotate_run(load_config([tiny.run_file], overrides=overrides))
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_stops_a_resume(tiny: TinyRun, tmp_path: Path) -> None:
     from owlsam_ray.plan import plan_run
 

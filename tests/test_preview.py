@@ -192,6 +192,7 @@ def test_masks_lie_on_the_objects(
     assert 0.01 < changed < 0.8
 
 
+@pytest.mark.slow
 def test_tiles_find_what_the_whole_picture_is_too_small_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nine pictures as one large one: its objects have a third of the size that the detector was trained on."""
     tiles = [draw(3, Split.TEST, index) for index in range(9)]

@@ -171,6 +171,7 @@ def write_run(root: Path, *, delay_s: float = 0.2) -> tuple[str, ...]:
     return str(root / "run.yaml"), "--run", str(root / "run")
 
 
+@pytest.mark.slow
 def test_annotate_ends_with_75_when_the_raylet_dies(tmp_path: Path) -> None:
     arguments, run = write_run(tmp_path), tmp_path / "run"
     driver = start(["annotate", *arguments], tmp_path / "log")

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ STORED_RUNS = ROOT / "tests" / "fixtures" / "earlier"
 LISTED = ("owlsam_ray", "jobs", "cluster", "tests", ".ci")
 
 
+@cache
 def readme_tree() -> dict[str, str]:
     """Path → rest of the line, for every file in the README's tree."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,6 +75,7 @@ def level_of(module: Path) -> int:
     return int(tree[relative].split()[0])
 
 
+@cache
 def imported_modules(path: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

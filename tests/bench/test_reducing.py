@@ -72,7 +72,9 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("images", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "images", [2_000, *(pytest.param(count, marks=pytest.mark.slow) for count in (20_000, 1_000_000))]
+)
 def test_stitched_equals_plain_for_any_workers(tmp_path: Path, images: int) -> None:
     config, manifest, rules = labelled_run(tmp_path, images)
     record = load_record(str(config.run))
@@ -115,6 +117,7 @@ def plain_lines(run_url: str, manifest: Manifest, rules: ShardRules, decisions: 
     yield "}\n"
 
 
+@pytest.mark.slow
 def test_both_ways_give_the_same_labels(capsys: pytest.CaptureFixture[str]) -> None:
     """The comparison holds the files against each other, and prints its numbers."""
     main(["--annotations", "3000", "--rounds", "1", "--sizes", "3000"])

@@ -129,6 +129,7 @@ def compared() -> dict[str, Any]:
     return compare(4, seed=3, count=30, variants=FEW)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(compared: dict[str, Any]) -> None:
     again = compare(4, seed=3, count=30, variants=FEW)
     assert again | {"seconds": {}} == compared | {"seconds": {}}

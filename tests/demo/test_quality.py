@@ -28,6 +28,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "floors"),
     [
@@ -42,6 +43,7 @@ def test_seen_pairs(groups: dict[str, dict[str, dict[str, float]]], size: str, f
     assert {name: row[name] for name in floors if row[name] < floors[name]} == {}
 
 
+@pytest.mark.slow
 def test_withheld_pairs(groups: dict[str, dict[str, dict[str, float]]]) -> None:
     """Pairs of a shape and a colour that training never showed together."""
     row = groups["withheld pair"]["all"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from owlsam_ray import cli
 from owlsam_ray.demo.dataset import annotation_file
 from owlsam_ray.demo.drawing import Split
 from tests.finetune.drawn import DETECTOR, SEGMENTER, draw_sets, write_job
@@ -99,7 +100,8 @@ def _ray_of(pid: int) -> list[str]:
     return found.stdout.split()
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_training_with_75(tmp_path: Path, drawn: Path, number: signal.Signals) -> None:
     job = write_job(tmp_path, drawn, optimizer={"steps": 100_000}, resources=ALONE)
     process = subprocess.Popen(
@@ -132,8 +134,27 @@ def test_two_workers_see_disjoint_data_and_agree(tmp_path: Path, drawn: Path) ->
     assert (tmp_path / "out" / "model" / "config.json").is_file()
 
 
-def test_bad_input_is_told_before_ray_starts(tmp_path: Path, drawn: Path) -> None:
-    start = time.monotonic()
+def call_here(
+    capsys: pytest.CaptureFixture[str], job: Path, out: Path, settings: dict[str, Any] | None = None
+) -> tuple[int, str]:
+    """The same in this process, for what ends before Ray starts; returns the exit code and the log."""
+    capsys.readouterr()
+    code = cli.main(command(job, out, settings or {})[3:])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out.splitlines()[-1])["exit_code"] == code
+    return code, captured.err
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("ray.init", start)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_bad_input_is_told_before_ray_starts(tmp_path: Path, drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = json.loads(annotation_file(drawn, Split.TRAIN).read_text())
     for name, change, expected in (
         ("none", {"annotations": []}, "no annotation to train on"),
@@ -143,22 +164,24 @@ def test_bad_input_is_told_before_ray_starts(tmp_path: Path, drawn: Path) -> Non
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps(tree | change))
         job = write_job(tmp_path, drawn)
-        lines, log = call(job, tmp_path / name, {"data.train.annotations": str(file), "data.val": None}, check=2)
-        assert expected in log, log
-        assert lines[-1]["exit_code"] == 2
+        settings = {"data.train.annotations": str(file), "data.val": None}
+        code, log = call_here(capsys, job, tmp_path / name, settings)
+        assert (code, expected in log) == (2, True), log
         assert not (tmp_path / name).exists()
     job = write_job(tmp_path, drawn)
-    _, log = call(job, tmp_path / "typo", {"optimizer.step": 3}, check=2)
-    assert "optimizer.step" in log
-    _, log = call(job, tmp_path / "batch", {"resources.workers": 3}, check=2)
-    assert "not a multiple" in log
-    assert time.monotonic() - start < 300
+    code, log = call_here(capsys, job, tmp_path / "typo", {"optimizer.step": 3})
+    assert (code, "optimizer.step" in log) == (2, True), log
+    code, log = call_here(capsys, job, tmp_path / "batch", {"resources.workers": 3})
+    assert (code, "not a multiple" in log) == (2, True), log
 
 
-def test_another_training_on_the_same_directory_is_refused(tmp_path: Path, drawn: Path) -> None:
+@pytest.mark.usefixtures("no_ray")
+def test_another_training_on_the_same_directory_is_refused(
+    tmp_path: Path, drawn: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = write_job(tmp_path, drawn, resources=ALONE)
     (tmp_path / "out").mkdir()
     record = {"config": {"optimizer": {"lr": 3.0}}}
     (tmp_path / "out" / "finetune.json").write_text(json.dumps(record))
-    _, log = call(job, tmp_path / "out", check=3)
-    assert "optimizer" in log
+    code, log = call_here(capsys, job, tmp_path / "out")
+    assert (code, "optimizer" in log) == (3, True), log

@@ -234,7 +234,13 @@ def test_learning_rate_rises_then_falls() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-@pytest.mark.parametrize(("model", "share"), [(DETECTOR, 0.8), (SEGMENTER, 0.9)], ids=["detector", "segmenter"])
+@pytest.mark.parametrize(
+    ("model", "share"),
+    [
+        pytest.param(DETECTOR, 0.8, id="detector"),
+        pytest.param(SEGMENTER, 0.9, id="segmenter", marks=pytest.mark.slow),
+    ],
+)
 def test_the_loss_falls(tmp_path: Path, drawn: Path, model: dict[str, Any], share: float) -> None:
     """The segmenter's waits on a plateau for its first hundreds of steps."""
     config: FinetuneConfig = load_job(

@@ -197,6 +197,7 @@ def test_state_of_another_model_is_not_exported(tmp_path: Path) -> None:
 # What learns
 
 
+@pytest.mark.slow
 def test_loss_falls_and_masks_fit(samples: list[Sample]) -> None:
     task = learner(box_jitter=0.02)
     before = task.validate(task.module, samples, device=CPU)

@@ -186,6 +186,7 @@ def test_encoding_does_not_depend_on_batch_mates(tiny: MobileSam) -> None:
         assert torch.equal(tiny.encode(alone)[0], together[row])
 
 
+@pytest.mark.slow
 def test_full_size_encoding_does_not_depend_on_batch_mates(full: MobileSam, shared: Path) -> None:
     """The same bits alone, and as the second of a padded batch of two."""
     case = GoldenCase(GOLDEN_IMAGES[1], shared, full)
@@ -222,6 +223,7 @@ def test_boxes_of_several_images_decode_as_one_image_at_a_time(
         torch.testing.assert_close(fewer, logits[rows], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_full_size_decoding_of_two_images_equals_one_at_a_time(full: MobileSam, shared: Path) -> None:
     cases = [GoldenCase(name, shared, full) for name in GOLDEN_IMAGES]
     embeddings = torch.cat([case.embedding for case in cases])

@@ -88,6 +88,7 @@ def test_b32_equals_transformers(write: Callable[[str], Path], shared: Path) -> 
     compare(write("owlvit-base-patch32"), "owlvit", real_pictures(shared))
 
 
+@pytest.mark.slow
 def test_b32_same_bits_at_batch_1_4_and_permuted(write: Callable[[str], Path], shared: Path) -> None:
     directory = write("owlvit-base-patch32")
     model = Owl.load(directory, DetectorConfig(weights="-"), device=CPU, dtype=torch.float32)
@@ -104,6 +105,7 @@ def test_b32_same_bits_at_batch_1_4_and_permuted(write: Callable[[str], Path], s
         assert torch.equal(alone[1][0], scores[row])
 
 
+@pytest.mark.slow
 def test_b32_in_bf16_deviates_as_rounding_explains(write: Callable[[str], Path], shared: Path) -> None:
     """See `bf16_deviation`. Its official twin is compared on the tiny models."""
     bf16_deviation(write("owlvit-base-patch32"), "owlvit", real_pictures(shared)["landscape"])

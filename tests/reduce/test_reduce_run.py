@@ -35,6 +35,10 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def slow_seeds(seeds: range) -> list[Any]:
+    return [pytest.param(seed, marks=pytest.mark.slow) for seed in seeds]
+
+
 def reduced(root: Path, out: Path | str, *overrides: str, partial: bool = False) -> dict[str, Any]:
     settings = [f"reduce.out={out}", *(f"reduce.{each}" for each in overrides)]
     config = load_config([root / "run.yaml"], run=str(root / "run"), overrides=settings)
@@ -305,7 +309,7 @@ def usual_s(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
     return time.monotonic() - start
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(2), *slow_seeds(range(2, 8))])
 def test_a_killed_reduce_leaves_nothing_that_is_wrong(
     labelled: Path, versions: list[dict[str, bytes]], usual_s: float, tmp_path: Path, seed: int
 ) -> None:
@@ -329,7 +333,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield root
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [*range(1), *slow_seeds(range(1, 6))])
 def test_a_full_disk_leaves_nothing_that_is_wrong(
     labelled: Path, versions: list[dict[str, bytes]], disk: Path, seed: int
 ) -> None:
@@ -354,7 +358,7 @@ def test_a_full_disk_leaves_nothing_that_is_wrong(
     assert contents(out) == versions[0]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [*range(2), *slow_seeds(range(2, 6))])
 def test_a_failed_upload_leaves_nothing_that_is_wrong(
     labelled: Path, versions: list[dict[str, bytes]], seed: int
 ) -> None:

@@ -67,10 +67,10 @@ def drawn(rng: np.random.Generator, count: int, side: int) -> Detections:
 
 @cache
 def small_sets() -> tuple[int, list[Detections]]:
-    """A seed, and 10,000 sets of 0 to 12 boxes."""
+    """A seed, and 2,000 sets of 0 to 12 boxes."""
     seed = random.randrange(2**32)
     rng = np.random.default_rng(seed)
-    return seed, [drawn(rng, int(rng.integers(0, 13)), 5) for _ in range(10_000)]
+    return seed, [drawn(rng, int(rng.integers(0, 13)), 5) for _ in range(2_000)]
 
 
 def check(found: Detections, config: SuppressConfig, thresholds: NDArray[np.float64], floor: float) -> int:
