@@ -11,6 +11,20 @@ from owlsam_ray.config import load_config
 from tests.runs import TWO_ACTORS, TinyRun, label_here, make_tiny_run
 
 
+_LONG = ("demo/test_run", "chaos/test_chaos", "test_isolate", "reduce/test_reduce_run", "models/test_mobile_sam")
+"""Files with minutes of work: they begin first, so that no process is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first; the others stay in their order."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.with_suffix("").as_posix()
+        return next((number for number, name in enumerate(_LONG) if path.endswith(name)), len(_LONG))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(autouse=True)
 def _log_of_its_own() -> Iterator[None]:
     """A command that ran in this process leaves its level, and a handler on a stream that is closed by now."""

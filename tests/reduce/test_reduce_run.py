@@ -49,15 +49,13 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-def test_workers_and_executors_give_the_same_bytes(labelled: Path, tmp_path: Path) -> None:
+def test_workers_and_storages_give_the_same_bytes(labelled: Path, tmp_path: Path) -> None:
     counts = reduced(labelled, tmp_path / "one", "workers=1")
     expected = contents(tmp_path / "one")
     assert set(expected) == set(_FILES)
     assert (counts["images"], counts["ok"], counts["num_annotations"]) == (400, 400, 12_000)
     reduced(labelled, tmp_path / "two", "workers=2")
     assert contents(tmp_path / "two") == expected
-    reduced(labelled, tmp_path / "ray", "workers=2", "executor=ray")
-    assert contents(tmp_path / "ray") == expected
     with faulty_s3() as server:
         server.faults = Faults(seed=3, rate=0.2, kinds=("500", "503"))
         storage.configure(storage.StoragePolicy(backoff_s=0.01))
@@ -66,6 +64,13 @@ def test_workers_and_executors_give_the_same_bytes(labelled: Path, tmp_path: Pat
         names = dict(storage.walk_files("s3://labels/out"))
         assert {name: storage.read_bytes(f"s3://labels/out/{name}") for name in names} == expected
     storage.configure(storage.StoragePolicy())
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes(labelled: Path, tmp_path: Path) -> None:
+    reduced(labelled, tmp_path / "one", "workers=1")
+    reduced(labelled, tmp_path / "ray", "workers=2", "executor=ray")
+    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
 
 
 def test_many_ways_side_by_side(labelled: Path, tmp_path: Path) -> None:
