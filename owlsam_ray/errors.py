@@ -16,7 +16,7 @@ OwlsamError
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from enum import IntEnum, StrEnum
 from itertools import islice
 
@@ -202,3 +202,16 @@ def _listed(values: Iterable[object], limit: int, depth: int, *, is_mapping: boo
             yield ": "
             each = each[1]
         yield from _pieces(each, limit, depth)
+
+
+def raise_offences(where: str, offences: Sequence[str], way_out: str, *, use: str = "labelled") -> None:
+    """Refuse a file, naming the first offences.
+
+    Raises:
+        InputError: when there is any.
+    """
+    if offences:
+        more = f"\n  … and {len(offences) - 5} more" if len(offences) > 5 else ""
+        listed = "\n  ".join(offences[:5])
+        count = "1 offence" if len(offences) == 1 else f"{len(offences)} offences"
+        raise InputError(f"{where} cannot be {use} as it is ({count}):\n  {listed}{more}\n{way_out}")

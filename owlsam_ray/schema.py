@@ -5,9 +5,13 @@ null for failed images. A detection without a mask has null entries in the mask 
 """
 
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from owlsam_ray.records import Prediction
 from owlsam_ray.storage.secrets import masked
@@ -114,3 +118,54 @@ def _row(prediction: Prediction) -> dict[str, Any]:
         row[axis] = boxes[:, position].tolist()
         row[f"mask_{axis}"] = [None if s is None else s.box_xyxy[position] for s in segments]
     return row
+
+
+MAX_IMAGE_ID = 2**53
+"""Ids stay below, so that every JSON reader takes them as they are."""
+
+LISTING_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.int64()),  # null in all rows: the plan numbers the images
+        pa.field("file_name", pa.string(), nullable=False),  # full relative path, never a basename
+        pa.field("uri", pa.string(), nullable=False),  # of the file that holds the image
+        pa.field("container", pa.string()),  # null: the file is the image; or a `Container`
+        pa.field(
+            "member", pa.string()
+        ),  # tar: name; parquet: column, with dots; escaped: end of `uri`; bad: the reason
+        pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet, bad: row of the file, if it has rows
+        pa.field("length", pa.int64()),  # bytes of the image, where the storage told them (tar: always)
+        pa.field("num_bytes", pa.int64()),  # encoded size, where the storage or the source tells it
+        pa.field("height", pa.int32()),  # as the source states it
+        pa.field("width", pa.int32()),
+        pa.field("split", pa.string()),  # null: the first folder of the file name, if it has one
+        pa.field("extra", pa.string()),  # JSON object: the source's other fields of the image record
+        pa.field("other_name", pa.string()),  # taken where another image of the listing has `file_name`; null: none
+        pa.field("quoted", pa.string()),  # why `file_name` is quoted; null: it is as the source gives it
+    ]
+)
+"""The last two are for the plan, and are not stored."""
+
+_BYTES_PER_PIXEL = 0.5
+"""Encoded size of a photograph where only its pixels are known: on the safe side of JPEG's usual 0.2 to 0.4."""
+
+_UNKNOWN_BYTES = 200_000
+
+
+class Container(StrEnum):
+    """What kind of file an image lies in, when it is no file of its own."""
+
+    TAR = "tar"
+    PARQUET = "parquet"
+    ESCAPED = "escaped"
+    """None: a file of this machine whose path is no UTF-8. `uri` ends in `member`, the percent-encoded path below the
+    root of the images; `address_of` undoes that."""
+    BAD = "bad"
+    """None: a row of the source (`uri`, `offset`) that no image can be read by. It becomes a failed row."""
+
+
+def encoded_bytes(listed: pa.Table) -> NDArray[np.int64]:
+    """(N,) encoded size of N images of a listing: known, or estimated from the pixels, or a usual one."""
+    pixels = pc.multiply(listed["height"].cast(pa.float64()), listed["width"].cast(pa.float64()))
+    estimated = pc.floor(pc.multiply(pixels, _BYTES_PER_PIXEL)).cast(pa.int64())
+    sizes = pc.coalesce(listed["num_bytes"], listed["length"], estimated, pa.scalar(_UNKNOWN_BYTES, pa.int64()))
+    return sizes.to_numpy()

@@ -1,7 +1,7 @@
 """Text from outside as a terminal, or a spreadsheet, may show it: no escape sequence, no hidden order, no formula."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -77,3 +77,11 @@ class SafeConsole(Console):
                 yield segment
             else:
                 yield Segment("\n".join(map(printable, text.split("\n"))), segment.style)
+
+
+Show = Callable[[str, int, int | None], None]
+"""Called with what is done (`listed`, `verified`, `planned`), how many images, and of how many where that is known."""
+
+
+def silent(what: str, done: int, total: int | None) -> None:
+    """Show nothing."""

@@ -226,7 +226,7 @@ def header_pixels(data: bytes, max_pixels: int) -> int:
 def main(seed: int, count: int, side: int, folder: str | None, *, max_pixels: int) -> None:
     """Decode each file; a line of JSON before (its name) and one after."""
     from owlsam_ray.errors import ImageError
-    from owlsam_ray.stages.decode import decode_image
+    from owlsam_ray.inference.decode import decode_image
 
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", module=r"PIL\..*")  # as the package does
@@ -247,7 +247,7 @@ def main(seed: int, count: int, side: int, folder: str | None, *, max_pixels: in
 
 
 if __name__ == "__main__":
-    from owlsam_ray.settings import DecodeConfig
+    from owlsam_ray.config.settings import DecodeConfig
 
     _seed, _count, _side = map(int, sys.argv[1:4])
     main(_seed, _count, _side, sys.argv[4] if sys.argv[4:] else None, max_pixels=DecodeConfig().max_pixels)

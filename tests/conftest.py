@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from owlsam_ray.config import load_config
+from owlsam_ray.config.load import load_config
 from tests.runs import TWO_ACTORS, TinyRun, label_here, make_tiny_run
 
 _LONG = ("demo/test_run", "chaos/test_chaos", "test_isolate", "reduce/test_reduce_run", "models/test_mobile_sam")

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from owlsam_ray.config.settings import SuppressConfig
 from owlsam_ray.records import Detections
-from owlsam_ray.settings import SuppressConfig
 
 
 def rle_runs(mask: NDArray[np.bool_]) -> list[int]:

@@ -9,16 +9,16 @@ import numpy as np
 import pyarrow as pa
 
 from owlsam_ray import storage
-from owlsam_ray.datasets import ImageRecord
-from owlsam_ray.datasets.source import tables_of
+from owlsam_ray.config.settings import Category
 from owlsam_ray.errors import FailureClass
-from owlsam_ray.guard import QUERY_FILE, RunRecord, canonical_hash, save_record
-from owlsam_ray.ledger import write_shard
-from owlsam_ray.manifest import Layout, Manifest, write_parts
-from owlsam_ray.masks import encode_rle
+from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
+from owlsam_ray.run.guard import QUERY_FILE, RunRecord, canonical_hash, save_record
+from owlsam_ray.run.manifest import Layout, Manifest, write_parts
+from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
-from owlsam_ray.settings import Category
+from owlsam_ray.sources import ImageRecord
+from owlsam_ray.sources.listing import tables_of
 
 K = 5
 SIZE = (6, 8)

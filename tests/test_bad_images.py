@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from owlsam_ray import storage
-from owlsam_ray.config import RunConfig
-from owlsam_ray.ledger import load_shard
-from owlsam_ray.manifest import load_manifest
+from owlsam_ray.config.load import RunConfig
+from owlsam_ray.run.manifest import load_manifest
+from owlsam_ray.run.shards import load_shard
 from tests.bad_images import corpus, mutated
 from tests.runs import ROOT, label_here
 

@@ -150,15 +150,15 @@ def test_the_walk_finds(line: str) -> None:
 def test_every_parquet_reader_compares_types_first() -> None:
     """Modules that open Parquet or Arrow files, and what each looks at before it takes a value."""
     looks = {
-        "datasets/spool.py": "LISTING_SCHEMA",  # a file of its own in a private folder
-        "datasets/table_files.py": "extension_of",
-        "failures.py": "PREDICTION_SCHEMA",
-        "isolate.py": "misfit_of",
-        "ledger.py": "PREDICTION_SCHEMA",
-        "manifest.py": "misfit_of",
-        "packed.py": "holds_bytes",
-        "reduce/overlay_store.py": "self.schema",  # its reader, overlay.py, compares with CORRECTION_SCHEMA
-        "reduce/table.py": "schema.empty_table()",  # concat_tables refuses another schema; no value becomes an object
+        "sources/spool.py": "LISTING_SCHEMA",  # a file of its own in a private folder
+        "sources/table_files.py": "extension_of",
+        "run/failures.py": "PREDICTION_SCHEMA",
+        "annotate/isolate.py": "misfit_of",
+        "run/shards.py": "PREDICTION_SCHEMA",
+        "run/manifest.py": "misfit_of",
+        "fetch/packed.py": "holds_bytes",
+        "reduce/corrections/store.py": "self.schema",  # its reader, overlay.py, compares with CORRECTION_SCHEMA
+        "reduce/formats/table.py": "schema.empty_table()",  # concat_tables refuses another schema
     }
     readers = ("ParquetFile", "read_metadata", "read_schema", "open_file", "open_stream", "ParquetDataset", "dataset")
     found = set()

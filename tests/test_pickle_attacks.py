@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from owlsam_ray.cli import main
+from owlsam_ray.cli.main import main
 from owlsam_ray.errors import GuardError, ImageError, IncompleteError, InputError
-from owlsam_ray.failures import find_failures
-from owlsam_ray.fetch import fetch_rows, fetch_shard
-from owlsam_ray.ledger import encode_shard, load_shard, shard_url
-from owlsam_ray.manifest import Manifest, load_manifest
+from owlsam_ray.fetch.images import fetch_rows, fetch_shard
+from owlsam_ray.run.failures import find_failures
+from owlsam_ray.run.manifest import Manifest, load_manifest
+from owlsam_ray.run.shards import encode_shard, load_shard, shard_url
 from owlsam_ray.schema import MANIFEST_SCHEMA, PREDICTION_SCHEMA
 
 PICKLED = "ray.data.arrow_pickled_object"
@@ -43,7 +43,7 @@ def marker(tmp_path: Path) -> Iterator[Path]:
     """The folder that exists once code of a stranger has run; the type that runs it is known to this process."""
     from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
-    from owlsam_ray.arrow_types import forget_ray_types
+    from owlsam_ray.storage.arrow_types import forget_ray_types
 
     forget_ray_types()
     pa.register_extension_type(ArrowPythonObjectType())
@@ -182,8 +182,8 @@ def test_a_shard_with_pickles_is_refused(tmp_path: Path, marker: Path, monkeypat
     columns[0] = pa.array([1], pa.int64())
     columns[1] = pa.array(["failed"])
     evil = pa.table(columns, schema=pa.schema(fields))
-    monkeypatch.setattr("owlsam_ray.ledger.PREDICTION_SCHEMA", evil.schema)
-    monkeypatch.setattr("owlsam_ray.ledger._footer_of", lambda _: FOOTER)
+    monkeypatch.setattr("owlsam_ray.run.shards.PREDICTION_SCHEMA", evil.schema)
+    monkeypatch.setattr("owlsam_ray.run.shards._footer_of", lambda _: FOOTER)
     data = bytes(encode_shard(0, evil, fingerprint="f", numerics="n", stage_s={}))
     monkeypatch.undo()
     url = Path(shard_url(str(tmp_path), 0))
@@ -211,8 +211,8 @@ def test_an_extension_type_that_this_process_does_not_know_is_refused_as_well(tm
     kind = {b"ARROW:extension:name": b"someones.own", b"ARROW:extension:metadata": b""}
     schema = pa.schema([pa.field("uri", pa.string()), pa.field("x", pa.int64(), metadata=kind)])
     pq.write_table(pa.table([pa.array(["a.png"]), pa.array([1])], schema=schema), tmp_path / "t.parquet")
-    from owlsam_ray.config import load_config
-    from owlsam_ray.datasets import list_images
+    from owlsam_ray.config.load import load_config
+    from owlsam_ray.sources import list_images
 
     config = load_config([run_file(tmp_path, "{uri: uri, extra: [x]}")])
     with pytest.raises(InputError, match=r"has the Arrow extension type 'someones\.own'"):
@@ -224,7 +224,7 @@ def test_tasks_and_actors_of_ray_do_not_know_the_type() -> None:
     import ray
 
     def registered() -> list[str]:
-        import owlsam_ray.pipeline  # noqa: F401 (as every task and actor of the graph does)
+        import owlsam_ray.annotate.pipeline  # noqa: F401 (as every task and actor of the graph does)
 
         known = []
         for name in (PICKLED, "ray.data.arrow_tensor", "ray.data.arrow_tensor_v2"):

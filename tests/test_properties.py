@@ -14,22 +14,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from safetensors.torch import load
 
 from owlsam_ray import storage
-from owlsam_ray.annotate import embed_run_queries
-from owlsam_ray.config import RunConfig
-from owlsam_ray.engine import Engine, load_engine
+from owlsam_ray.annotate.attempt import embed_run_queries
+from owlsam_ray.config.load import RunConfig
 from owlsam_ray.errors import FailureClass
-from owlsam_ray.fence import Slice
-from owlsam_ray.fetch import fetch_shard, to_images
-from owlsam_ray.guard import QUERY_FILE, RunRecord, fingerprint_parts, guard_labels, guard_numerics, numerics_of
-from owlsam_ray.ledger import PREDICTIONS, done_shards, load_shard, shard_url, write_shard
-from owlsam_ray.manifest import Manifest
+from owlsam_ray.fetch.images import fetch_shard, to_images
+from owlsam_ray.inference.engine import Engine, load_engine
 from owlsam_ray.models.load import find_models
-from owlsam_ray.plan import plan_run
-from owlsam_ray.redo import Retry, find_failed, replace_rows
+from owlsam_ray.parallel.allocation import allocate
+from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.resources import allocate
+from owlsam_ray.run.attempts import Slice
+from owlsam_ray.run.counts import Tally
+from owlsam_ray.run.guard import QUERY_FILE, RunRecord, fingerprint_parts, guard_labels, guard_numerics, numerics_of
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.retry import Retry, find_failed, replace_rows
+from owlsam_ray.run.shards import PREDICTIONS, done_shards, load_shard, shard_url, write_shard
 from owlsam_ray.schema import predictions_to_table
-from owlsam_ray.tally import Tally
 from tests.drawn_images import draw_image
 from tests.image_files import save
 from tests.shard_runs import ShardRun, make_shard_run

@@ -10,18 +10,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlsam_ray import cli, storage
-from owlsam_ray.datasets.source import listing_table
+from owlsam_ray import storage
+from owlsam_ray.cli import main as cli
+from owlsam_ray.config.settings import DecodeConfig
 from owlsam_ray.errors import FailureClass, ImageError, InputError
-from owlsam_ray.fence import Slice, claim
-from owlsam_ray.fetch import fetch_rows
-from owlsam_ray.packed import image_error
+from owlsam_ray.fetch.images import fetch_rows
+from owlsam_ray.fetch.packed import image_error
+from owlsam_ray.plan.image_check import verify_images
 from owlsam_ray.records import Prediction
 from owlsam_ray.reduce.labels import images_of
+from owlsam_ray.run.attempts import Slice, claim
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
-from owlsam_ray.settings import DecodeConfig
+from owlsam_ray.sources.listing import listing_table
 from owlsam_ray.storage import StoragePolicy
-from owlsam_ray.verify import verify_images
 
 URL = "http://ann:hunter2@127.0.0.1:1/a.png?X-Amz-Signature=f00d"
 SHOWN = "http://***@127.0.0.1:1/a.png?***"

@@ -1,4 +1,4 @@
-"""House rules: import levels, who may import Ray, the README's file tree, the run files in jobs/."""
+"""House rules: rooms and layers, who may import Ray, the run files in jobs/."""
 
 import ast
 import re
@@ -9,70 +9,48 @@ from pathlib import Path
 
 import pytest
 
-from owlsam_ray.config import load_config
+from owlsam_ray.config.load import load_config
 from owlsam_ray.finetune.config import load_finetune_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "owlsam_ray"
+LAYERS = (
+    ("errors", "terminal"),
+    ("records", "storage"),
+    ("schema", "config", "ops"),
+    ("vocabulary", "models", "coco_files", "parallel"),
+    ("sources", "run", "inference"),
+    ("fetch", "reduce", "evaluate"),
+    ("plan", "calibrate", "finetune"),
+    ("annotate",),
+    ("trial",),
+    ("demo",),
+    ("cli",),
+)
+"""Rooms, from the lowest layer up. A file imports from its own room and from lower layers, lazy imports counted."""
+FLAT = {"__init__", "__main__", "errors", "terminal", "records", "schema"}
+"""The only modules that are no folders."""
 MAY_IMPORT_RAY = {
-    "pipeline.py",
-    "ray_cluster.py",
-    "ray_watch.py",
-    "waves.py",
-    "annotate.py",
+    "annotate/attempt.py",
+    "annotate/pipeline.py",
+    "annotate/waves.py",
     "finetune/job.py",
     "finetune/process_group.py",
-    "reduce/executors.py",
+    "parallel/executors.py",
+    "parallel/ray_cluster.py",
+    "parallel/ray_watch.py",
 }
-STORED_RUNS = ROOT / "tests" / "fixtures" / "earlier"
-LISTED = ("owlsam_ray", "jobs", "cluster", "tests", ".ci")
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-@cache
-def readme_tree() -> dict[str, str]:
-    """Path → rest of the line, for every file in the README's tree."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"<!-- tree -->\n```\n(.*?)```", readme, re.DOTALL)
-    assert block is not None, "README.md has no file tree"
-    files: dict[str, str] = {}
-    folders: list[str] = []
-    for line in block.group(1).splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        name, _, caption = line.strip().partition(" ")
-        folders = folders[:depth]
-        if name.endswith("/"):
-            folders.append(name)
-        else:
-            files["".join(folders) + name] = caption.strip()
-    return files
+def layer_of(room: str) -> int:
+    """Number of the layer of a room, from 1."""
+    return next(number for number, rooms in enumerate(LAYERS, 1) if room in rooms)
 
 
-def package_files() -> set[str]:
-    files = (path for folder in LISTED for path in (ROOT / folder).rglob("*") if path.is_file())
-    return {
-        path.relative_to(ROOT).as_posix()
-        for path in files
-        if not path.is_relative_to(STORED_RUNS)
-        and "__pycache__" not in path.parts
-        and path.name != "__init__.py"
-        and path.suffix != ".pyc"
-    }
-
-
-def level_of(module: Path) -> int:
-    """The level that the README's tree gives a module; that of its folder's files for an `__init__.py`."""
-    tree = readme_tree()
-    relative = module.relative_to(ROOT).as_posix()
-    if module.name == "__init__.py":
-        if module.parent == PACKAGE:
-            return 0
-        prefix = module.parent.relative_to(ROOT).as_posix() + "/"
-        return min(
-            int(caption.split()[0])
-            for path, caption in tree.items()
-            if path.startswith(prefix) and path.endswith(".py")
-        )
-    return int(tree[relative].split()[0])
+def room_of(module: Path) -> str:
+    """Folder directly in the package, or flat module."""
+    return module.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 @cache
@@ -94,33 +72,42 @@ def module_path(name: str) -> Path | None:
     return base / "__init__.py" if (base / "__init__.py").is_file() else None
 
 
-def test_readme_tree_equals_files() -> None:
-    assert set(readme_tree()) == package_files()
+def test_every_file_has_a_room() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == FLAT
+    assert {room_of(module) for module in MODULES} - {"__init__", "__main__"} == {
+        room for layer in LAYERS for room in layer
+    }
 
 
-@pytest.mark.parametrize("module", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_imports_only_from_lower_levels_or_own_folder(module: Path) -> None:
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_come_from_the_own_room_or_lower_layers(module: Path) -> None:
     for name in imported_modules(module):
         target = module_path(name) if name.startswith("owlsam_ray") else None
-        if target is None or target == PACKAGE / "__init__.py":
+        if target is None or target == PACKAGE / "__init__.py" or room_of(module) in ("__main__", room_of(target)):
             continue
-        own_folder = target.parent == module.parent != PACKAGE
-        assert own_folder or level_of(target) < level_of(module), f"{module.name} must not import {name}"
+        assert layer_of(room_of(target)) < layer_of(room_of(module)), f"{room_of(module)} must not import {name}"
 
 
-@pytest.mark.parametrize("module", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_every_module_says_what_it_is(module: Path) -> None:
+    """Its first line is its caption on the map."""
+    caption = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
+    assert caption, f"{module} has no docstring"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_core_does_not_import_ray(module: Path) -> None:
     imports_ray = any(name.split(".")[0] == "ray" for name in imported_modules(module))
     assert not imports_ray or module.relative_to(PACKAGE).as_posix() in MAY_IMPORT_RAY
 
 
 def test_engine_loads_without_ray() -> None:
-    code = "import sys, owlsam_ray.engine; sys.exit('ray' in sys.modules)"
+    code = "import sys, owlsam_ray.inference.engine; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_package_loads_neither_torch_nor_ray() -> None:
-    code = "import sys, owlsam_ray, owlsam_ray.cli; sys.exit(bool({'ray', 'torch'} & set(sys.modules)))"
+    code = "import sys, owlsam_ray, owlsam_ray.cli.main; sys.exit(bool({'ray', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -141,7 +128,7 @@ def test_coco_run_file_shows_every_section() -> None:
 def test_messages_cut_every_value() -> None:
     """What `!r` writes into a message has no limit, and comes from anywhere: `errors.shown` writes it instead."""
     found = []
-    for path, tree in ((path, ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(PACKAGE.rglob("*.py"))):
+    for path, tree in ((path, ast.parse(path.read_text(encoding="utf-8"))) for path in MODULES):
         for node in ast.walk(tree):
             if isinstance(node, ast.FormattedValue) and node.conversion == ord("r"):
                 text = ast.unparse(node.value)
@@ -149,3 +136,11 @@ def test_messages_cut_every_value() -> None:
                 if not is_short:
                     found.append(f"{path.name}:{node.lineno}: {text}")
     assert found == []
+
+
+def test_the_readme_names_every_room() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = {}
+    for layer, names in re.findall(r"^\| (\d+) \| (`[^|]*`) \|", readme, re.MULTILINE):
+        named |= {name.removesuffix("/").removesuffix(".py"): int(layer) for name in re.findall(r"`([^`]+)`", names)}
+    assert named == {room: number for number, rooms in enumerate(LAYERS, 1) for room in rooms}

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from owlsam_ray.config import RunConfig
-from owlsam_ray.demo.models import model_settings
+from owlsam_ray.config.load import RunConfig
+from owlsam_ray.models.shipped import model_settings
 from tests.drawn_images import draw_picture
 from tests.runs import label_here
 
@@ -288,7 +288,7 @@ def test_an_extended_run_labels_what_is_new(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("build", LAYOUTS, ids=lambda build: build.__name__)
 def test_a_source_through_ray(build: Callable[[Path, Path], Layout], tmp_path: Path, shared: Path) -> None:
-    from owlsam_ray.annotate import annotate_run
+    from owlsam_ray.annotate.attempt import annotate_run
     from owlsam_ray.reduce.run import reduce_run
 
     (tmp_path / "data").mkdir()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from owlsam_ray.datasets.file_copy import RemovalTable
+from owlsam_ray.coco_files.file_copy import RemovalTable
 from owlsam_ray.terminal import SafeConsole, printable, printable_lines, safe_text, table_cell
 
 

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from owlsam_ray.calibrate.partners import listed_categories, listed_images
 from owlsam_ray.calibrate.samples import Sample
+from owlsam_ray.coco_files.regions import Region
 from owlsam_ray.errors import IncompleteError, InputError
 from owlsam_ray.evaluate.average_precision import federated
 from owlsam_ray.evaluate.ground_truth import GroundTruth
 from owlsam_ray.evaluate.matching import FALSE, IGNORED, Shape, pair_cell
-from owlsam_ray.evaluate.regions import Region
-from owlsam_ray.ledger import done_shards
-from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.labels import ShardLabels, read_labels
-from owlsam_ray.reduce.proof import ShardRules
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.proof import ShardRules
+from owlsam_ray.run.shards import done_shards
 
 _log = logging.getLogger(__name__)
 _BOX = ("x0", "y0", "x1", "y1")

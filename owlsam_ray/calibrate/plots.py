@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from owlsam_ray.calibrate.table import target_words
-from owlsam_ray.datasets.statistics_plots import PAGE_STYLE
+from owlsam_ray.coco_files.statistics_plots import PAGE_STYLE
 
 SHOWN_CATEGORIES = 60
 _BLUE, _ORANGE, _GREY = "#4878a8", "#d9822b", "#8a8f98"

@@ -12,8 +12,8 @@ from owlsam_ray.calibrate.curves import NOTHING, Counts, Target, agrees, choose,
 from owlsam_ray.calibrate.pooling import Basis, bases
 from owlsam_ray.calibrate.reliability import reliability
 from owlsam_ray.calibrate.samples import Sample
+from owlsam_ray.config.settings import Category
 from owlsam_ray.errors import ConfigError
-from owlsam_ray.settings import Category
 
 _log = logging.getLogger(__name__)
 _NAMED = 8

@@ -17,14 +17,14 @@ import yaml
 from rich.console import Console
 
 from owlsam_ray import storage
-from owlsam_ray.config import RunConfig, load_tree, validate_tree, with_absolute_paths
-from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
-from owlsam_ray.demo.drawing import Split
-from owlsam_ray.demo.models import check_shipped, model_settings
+from owlsam_ray.config.load import RunConfig, load_tree, validate_tree, with_absolute_paths
 from owlsam_ray.errors import ConfigError, GuardError
-from owlsam_ray.guard import RUN_FILE, check_writable
-from owlsam_ray.plan import plan_run
-from owlsam_ray.resources import export_ray_environment
+from owlsam_ray.models.shipped import check_shipped, model_settings
+from owlsam_ray.parallel.allocation import export_ray_environment
+from owlsam_ray.plan.plan import plan_run
+from owlsam_ray.run.guard import RUN_FILE, check_writable
+from owlsam_ray.sources.drawing import Split
+from owlsam_ray.sources.drawn import annotation_file, image_root, write_split
 from owlsam_ray.terminal import SafeConsole
 
 CONFIG_FILE, SHEET_FILE, PICTURES = "run.yaml", "contact_sheet.png", "drawn"
@@ -99,7 +99,7 @@ def run_demo(
         "contact_sheet": str(root / SHEET_FILE),
         **{key: overall[key] for key in ("box_ap", "box_ap50", "mask_ap", "miou", "dice", "precision", "recall")},
     }
-    from owlsam_ray.reduce.proof import check_failures
+    from owlsam_ray.run.proof import check_failures
 
     check_failures(config.reduce.max_failed, summary)
     return summary
@@ -187,9 +187,9 @@ def _label(config: RunConfig, console: Console) -> dict[str, Any]:
     # Ray reads it while it is imported.
     export_ray_environment(config.resources.auth_mode)
 
-    from owlsam_ray.annotate import annotate_run
-    from owlsam_ray.progress import LazyDisplay
+    from owlsam_ray.annotate.attempt import annotate_run
     from owlsam_ray.reduce.run import reduce_run
+    from owlsam_ray.run.progress import LazyDisplay
 
     with LazyDisplay(console) as display:
         labelled = annotate_run(config, show=display.show)
@@ -213,7 +213,7 @@ def _measure(config: RunConfig, console: Console) -> dict[str, Any]:
 
 
 def _draw_sheet(config: RunConfig, root: Path) -> None:
-    from owlsam_ray.pictures import read_labelled, write_contact_sheet
+    from owlsam_ray.trial.contact_sheet import read_labelled, write_contact_sheet
 
     pictures = read_labelled(
         str(root / "coco" / "annotations.json"),

@@ -13,8 +13,8 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import NDArray
 
+from owlsam_ray.coco_files.regions import Region
 from owlsam_ray.evaluate.ground_truth import FREQUENCIES, GroundTruth
-from owlsam_ray.evaluate.regions import Region
 from owlsam_ray.evaluate.sizes import ALL, EVERYTHING
 
 Kind = Literal["bbox", "segm"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Self, TypeGuard
 
 from owlsam_ray import storage
-from owlsam_ray.datasets.fields import flag_of
-from owlsam_ray.datasets.image_list import text_of, url_parts
-from owlsam_ray.datasets.stated_size import stated_side
+from owlsam_ray.coco_files.fields import flag_of
+from owlsam_ray.coco_files.images import text_of, url_parts
+from owlsam_ray.coco_files.regions import NoOutlineError, Region, Rle, box_of, is_number, rle_area, rle_of
+from owlsam_ray.coco_files.stated_size import stated_side
 from owlsam_ray.errors import InputError, shown
-from owlsam_ray.evaluate.regions import NoOutlineError, Region, Rle, box_of, is_number, rle_area, rle_of
 
 FREQUENCIES = ("r", "c", "f")
 """LVIS: rare, common, frequent."""

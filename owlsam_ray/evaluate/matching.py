@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from owlsam_ray.coco_files.regions import Region
 from owlsam_ray.evaluate.ground_truth import GroundTruth
-from owlsam_ray.evaluate.regions import Region
 
 Shape = Literal["box", "mask"]
 Outcome = tuple[int, float, bool, float | None]

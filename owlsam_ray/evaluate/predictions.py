@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from owlsam_ray.coco_files.regions import Region, box_of, is_number, rle_area, rle_box, rle_of
+from owlsam_ray.config.settings import MappingName
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.evaluate.ground_truth import (
     GroundTruth,
@@ -18,9 +20,7 @@ from owlsam_ray.evaluate.ground_truth import (
     read_json,
 )
 from owlsam_ray.evaluate.pairing import contradiction, pair_categories, pair_images
-from owlsam_ray.evaluate.regions import Region, box_of, is_number, rle_area, rle_box, rle_of
 from owlsam_ray.evaluate.translation import Translation, fitting_mapping, translation
-from owlsam_ray.settings import MappingName
 
 _log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ import json
 from typing import Any
 
 from owlsam_ray import storage
-from owlsam_ray.manifest import Manifest
-from owlsam_ray.progress import PROGRESS_FILE
-from owlsam_ray.tally import Tally
+from owlsam_ray.run.counts import Tally
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.progress import PROGRESS_FILE
 
 DETECTOR_STAGE, SEGMENTER_STAGE = "detect", "segment"
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from owlsam_ray.config import EvaluateConfig
+from owlsam_ray.coco_files.regions import Region
+from owlsam_ray.config.load import EvaluateConfig
 from owlsam_ray.evaluate.average_precision import (
     Kind,
     PrecisionRecall,
@@ -19,7 +20,6 @@ from owlsam_ray.evaluate.average_precision import (
 from owlsam_ray.evaluate.ground_truth import NO_GROUP, GroundTruth
 from owlsam_ray.evaluate.matching import Matches, Shape, match
 from owlsam_ray.evaluate.predictions import Predictions
-from owlsam_ray.evaluate.regions import Region
 from owlsam_ray.evaluate.sizes import ALL, EVERYTHING, size_ranges
 
 MAPPED = "(mapped)"

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from owlsam_ray.config.settings import BuiltinVocabulary, MappingName
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.evaluate.ground_truth import GroundTruth
-from owlsam_ray.settings import BuiltinVocabulary, MappingName
 from owlsam_ray.vocabulary.builtin import BuiltinCategory, builtin
 from owlsam_ray.vocabulary.mapping import ENDS, category_mapping
 from owlsam_ray.vocabulary.names import by_name, fold_category

@@ -15,9 +15,9 @@ from pydantic import Field
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
+from owlsam_ray.config.settings import Fraction, PositiveInt, Section
 from owlsam_ray.finetune.data import Sample
-from owlsam_ray.masks import tight_box
-from owlsam_ray.settings import Fraction, PositiveInt, Section
+from owlsam_ray.ops.masks import tight_box
 
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from owlsam_ray.added_settings import without_added
-from owlsam_ray.config import LoggingConfig, absolute, load_tree, path_or_hub_name, validate_tree
-from owlsam_ray.datasets.cleaning import CleaningSettings
+from owlsam_ray.coco_files.cleaning import CleaningSettings
+from owlsam_ray.config.added_settings import without_added
+from owlsam_ray.config.load import LoggingConfig, absolute, load_tree, path_or_hub_name, validate_tree
+from owlsam_ray.config.settings import Auto, Name, PositiveInt, Section
 from owlsam_ray.finetune.augment import AugmentSettings
 from owlsam_ray.finetune.detector import DetectorTraining
 from owlsam_ray.finetune.segmenter import SegmenterSettings
-from owlsam_ray.settings import Auto, Name, PositiveInt, Section
 
 NON_RESULT_FIELDS = frozenset({"out", "resources", "logging"})
 """Sections that do not change what is learned (up to the last bits)."""

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from owlsam_ray import storage
-from owlsam_ray.datasets.annotations import read_objects
-from owlsam_ray.datasets.cleaning import CleaningReport, CleaningSettings, clean
-from owlsam_ray.datasets.coco import list_tree, read_tree
-from owlsam_ray.datasets.outlines import Outline
-from owlsam_ray.datasets.source import ImageRecord
+from owlsam_ray.coco_files.annotations import read_objects
+from owlsam_ray.coco_files.cleaning import CleaningReport, CleaningSettings, clean
+from owlsam_ray.coco_files.outlines import Outline
+from owlsam_ray.config.settings import Category, DecodeConfig, VocabularyConfig
 from owlsam_ray.errors import ImageError, InputError
-from owlsam_ray.fetch import MEGABYTE, fetch_file
-from owlsam_ray.masks import decode_rle
-from owlsam_ray.settings import Category, DecodeConfig, VocabularyConfig
-from owlsam_ray.stages.decode import decode_image
+from owlsam_ray.fetch.images import MEGABYTE, fetch_file
+from owlsam_ray.inference.decode import decode_image
+from owlsam_ray.ops.masks import decode_rle
+from owlsam_ray.sources.coco import list_tree, read_tree
+from owlsam_ray.sources.listing import ImageRecord
 from owlsam_ray.vocabulary import resolve_vocabulary
 
 GRID = 256

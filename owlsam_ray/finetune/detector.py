@@ -20,17 +20,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from owlsam_ray.evaluate.average_precision import precision_recall
-from owlsam_ray.evaluate.ground_truth import EvaluatedCategory, EvaluatedImage, GroundTruth
-from owlsam_ray.evaluate.regions import Region
-from owlsam_ray.evaluate.sizes import ALL, size_ranges
-from owlsam_ray.finetune.data import Sample
-from owlsam_ray.finetune.detector_module import DetectorModule, load_parts, scratch_parts
-from owlsam_ray.finetune.matching import LossWeights, detection_losses, focal_loss
-from owlsam_ray.finetune.scratch import OwlVitArchitecture
-from owlsam_ray.models.hub import resolve_weights
-from owlsam_ray.records import Detections
-from owlsam_ray.settings import (
+from owlsam_ray.coco_files.regions import Region
+from owlsam_ray.config.settings import (
     Category,
     DetectorConfig,
     Fraction,
@@ -40,8 +31,17 @@ from owlsam_ray.settings import (
     SuppressConfig,
     check_template,
 )
-from owlsam_ray.stages.detect import cap_detections, select_detections
-from owlsam_ray.stages.suppress import suppress
+from owlsam_ray.evaluate.average_precision import precision_recall
+from owlsam_ray.evaluate.ground_truth import EvaluatedCategory, EvaluatedImage, GroundTruth
+from owlsam_ray.evaluate.sizes import ALL, size_ranges
+from owlsam_ray.finetune.data import Sample
+from owlsam_ray.finetune.detector_module import DetectorModule, load_parts, scratch_parts
+from owlsam_ray.finetune.matching import LossWeights, detection_losses, focal_loss
+from owlsam_ray.finetune.scratch import OwlVitArchitecture
+from owlsam_ray.inference.detect import cap_detections, select_detections
+from owlsam_ray.inference.suppress import suppress
+from owlsam_ray.models.hub import resolve_weights
+from owlsam_ray.records import Detections
 from owlsam_ray.storage import write_atomic
 
 Part = Literal["text", "vision", "box_head", "class_head"]

@@ -17,10 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import PreemptionError
 
 from owlsam_ray import storage
-from owlsam_ray.arrow_types import forget_ray_types
-from owlsam_ray.config import absolute
-from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
-from owlsam_ray.demo.drawing import Split
+from owlsam_ray.config.load import absolute
 from owlsam_ray.errors import ConfigError, IncompleteError, InterruptedRunError, OwlsamError, PreflightError
 from owlsam_ray.finetune.batches import SampleReader
 from owlsam_ray.finetune.config import DatasetFiles, FinetuneConfig
@@ -32,11 +29,14 @@ from owlsam_ray.finetune.provenance import annotations_sha256, library_versions
 from owlsam_ray.finetune.segmenter import SegmenterTask
 from owlsam_ray.finetune.store import MODEL, TrainingStore
 from owlsam_ray.finetune.task import Task
-from owlsam_ray.logs import stderr_handler
-from owlsam_ray.lost_ray import SUFFIX, LossCount
-from owlsam_ray.ray_cluster import start_ray, stop_ray
-from owlsam_ray.ray_watch import watch_ray
-from owlsam_ray.stopping import interrupt
+from owlsam_ray.parallel.logs import stderr_handler
+from owlsam_ray.parallel.lost_ray import SUFFIX, LossCount
+from owlsam_ray.parallel.ray_cluster import start_ray, stop_ray
+from owlsam_ray.parallel.ray_watch import watch_ray
+from owlsam_ray.parallel.signals import interrupt
+from owlsam_ray.sources.drawing import Split
+from owlsam_ray.sources.drawn import annotation_file, image_root, write_split
+from owlsam_ray.storage.arrow_types import forget_ray_types
 
 forget_ray_types()  # ray.train imports ray.data
 

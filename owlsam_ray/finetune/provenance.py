@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from owlsam_ray import __version__, storage
+from owlsam_ray.config.settings import Category
 from owlsam_ray.finetune.config import FinetuneConfig
 from owlsam_ray.finetune.store import PROVENANCE
 from owlsam_ray.models.weights import sha256_of
-from owlsam_ray.settings import Category
 
 _LIBRARIES = ("torch", "torchvision", "transformers", "timm", "numpy", "pillow")
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from owlsam_ray.config.settings import Name, PositiveInt, Section
 from owlsam_ray.errors import TrainingError
 from owlsam_ray.finetune.data import Sample
 from owlsam_ray.finetune.mask_losses import (
@@ -24,11 +25,10 @@ from owlsam_ray.finetune.mask_losses import (
     logits_at,
 )
 from owlsam_ray.finetune.segmenter_module import SegmenterModule, random_parts
-from owlsam_ray.masks import logits_to_masks
 from owlsam_ray.models.mobile_sam import image_to_sam_frame, read_mobile_sam, save_mobile_sam
 from owlsam_ray.models.mobile_sam_layout import MobileSamConfig, MobileSamModules, module_name, official_name
 from owlsam_ray.models.sam_frame import boxes_to_sam_frame, input_size_hw
-from owlsam_ray.settings import Name, PositiveInt, Section
+from owlsam_ray.ops.masks import logits_to_masks
 
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 _SMALL_SIDE = 32.0

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from owlsam_ray import storage
-from owlsam_ray.config import differing_fields
+from owlsam_ray.config.load import differing_fields
 from owlsam_ray.errors import GuardError, IncompleteError, InputError
 
 _log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ Each is imported when it is asked for: transformers and timm take seconds, and a
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from owlsam_ray.config.settings import DetectorConfig, FakesConfig, SegmentConfig
 from owlsam_ray.models.weights import ModelPaths, sha256_of
-from owlsam_ray.settings import DetectorConfig, FakesConfig, SegmentConfig
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from owlsam_ray.config.settings import Category, SuppressConfig
+from owlsam_ray.inference.suppress import suppress
 from owlsam_ray.records import Detections
-from owlsam_ray.settings import Category, SuppressConfig
-from owlsam_ray.stages.suppress import suppress
 
 STEPS = (
     "category",

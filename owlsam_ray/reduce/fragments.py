@@ -14,12 +14,12 @@ from typing import IO
 import pyarrow as pa
 
 from owlsam_ray import storage
-from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.folder import FOLDER_ENTRIES, put_folder
 from owlsam_ray.reduce.labels import Counts, Overlay, read_labels
 from owlsam_ray.reduce.outputs import FileSpan, Head, Output
-from owlsam_ray.reduce.proof import ShardRules
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.proof import ShardRules
 
 _FOLDER = "tree"
 _BLOCK = 2**22

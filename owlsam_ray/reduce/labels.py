@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from owlsam_ray.manifest import Manifest
 from owlsam_ray.reduce.decisions import Columns, Decisions, Pins, decide
-from owlsam_ray.reduce.proof import ShardRules, prove_shard
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.proof import ShardRules, prove_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA
 from owlsam_ray.storage.secrets import SUSPECT, masked, masked_tree, published
 

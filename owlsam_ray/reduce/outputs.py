@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
+from owlsam_ray.config.settings import Category
 from owlsam_ray.reduce.labels import Counts, ShardLabels
-from owlsam_ray.settings import Category
 
 Bytes = bytes | bytearray | memoryview
 

@@ -9,16 +9,12 @@ from typing import Any
 import msgspec
 
 from owlsam_ray import __version__, storage
-from owlsam_ray.config import ResourcesConfig, RunConfig
+from owlsam_ray.config.load import ResourcesConfig, RunConfig
+from owlsam_ray.config.reduce import ReduceConfig
 from owlsam_ray.errors import IncompleteError, InputError
-from owlsam_ray.fence import ATTEMPTS
-from owlsam_ray.guard import RunRecord, check_config, load_record, load_run_manifest, run_directory
-from owlsam_ray.ledger import done_shards
-from owlsam_ray.lost_ray import SUFFIX, LossCount
-from owlsam_ray.manifest import Manifest
-from owlsam_ray.reduce.coco import ANNOTATIONS, FAILURES, FailuresOutput
-from owlsam_ray.reduce.corrections_report import CORRECTIONS, summary_of, tell_outcome
-from owlsam_ray.reduce.executors import map_in_order, num_workers
+from owlsam_ray.parallel.executors import map_in_order, num_workers
+from owlsam_ray.parallel.lost_ray import SUFFIX, LossCount
+from owlsam_ray.reduce.corrections.report import CORRECTIONS, summary_of, tell_outcome
 from owlsam_ray.reduce.folder import (
     begin_files,
     check_foreign,
@@ -28,15 +24,20 @@ from owlsam_ray.reduce.folder import (
     plain_url,
     remove_output,
 )
-from owlsam_ray.reduce.formats import file_names, outputs_of
+from owlsam_ray.reduce.formats.coco import ANNOTATIONS, FailuresOutput
+from owlsam_ray.reduce.formats.json_rows import without_nan
+from owlsam_ray.reduce.formats.registry import file_names, outputs_of
 from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, Job, write_chunk
-from owlsam_ray.reduce.json_rows import without_nan
 from owlsam_ray.reduce.labels import Counts
 from owlsam_ray.reduce.operating_points import load_operating_points
 from owlsam_ray.reduce.outputs import FileSpan, Head
-from owlsam_ray.reduce.proof import ShardRules, check_all_present
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
-from owlsam_ray.reduce_settings import ReduceConfig
+from owlsam_ray.run.attempts import ATTEMPTS
+from owlsam_ray.run.guard import RunRecord, check_config, load_record, load_run_manifest, run_directory
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.paths import FAILURES
+from owlsam_ray.run.proof import ShardRules, check_all_present
+from owlsam_ray.run.shards import done_shards
 from owlsam_ray.storage.secrets import masked_tree, published
 
 COCO_FOLDER = "coco"
@@ -231,7 +232,7 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
     corrections = None
     if settings.corrections is not None:
         # Imported here: others need neither OpenCV nor pycocotools.
-        from owlsam_ray.reduce.corrections import load_corrections
+        from owlsam_ray.reduce.corrections.corrections import load_corrections
 
         corrections = load_corrections(
             settings, manifest, rules, decisions, categories=record.categories, scratch=scratch

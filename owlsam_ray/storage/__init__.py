@@ -7,7 +7,10 @@ library takes as an `InputError`. Listings are never taken from a cache.
 """
 
 from owlsam_ray.storage.answers import Body
-from owlsam_ray.storage.asking import (
+from owlsam_ray.storage.faults import TooLargeError, described, tell_once
+from owlsam_ray.storage.listing import TEMPORARY_PREFIX, glob_files, list_names, walk_files
+from owlsam_ray.storage.reading import exists, is_directory, num_bytes, open_input, read_bytes, read_range, read_whole
+from owlsam_ray.storage.retrying import (
     StoragePolicy,
     configure,
     forget_clients,
@@ -16,9 +19,6 @@ from owlsam_ray.storage.asking import (
     open_filesystem,
     policy,
 )
-from owlsam_ray.storage.listing import TEMPORARY_PREFIX, glob_files, list_names, walk_files
-from owlsam_ray.storage.reading import exists, is_directory, num_bytes, open_input, read_bytes, read_range, read_whole
-from owlsam_ray.storage.trouble import TooLargeError, described, tell_once
 from owlsam_ray.storage.uploads import open_stream
 from owlsam_ray.storage.writing import (
     free_bytes,

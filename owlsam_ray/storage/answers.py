@@ -16,7 +16,7 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
 from owlsam_ray.storage.clients import Client
-from owlsam_ray.storage.trouble import CutError, TooLargeError, TrickleTimeoutError, understand
+from owlsam_ray.storage.faults import CutError, TooLargeError, TrickleTimeoutError, understand
 
 CHUNK = 2**18
 """Bytes that are taken from a connection at once."""

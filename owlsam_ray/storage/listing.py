@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from owlsam_ray.storage.asking import ask, is_local, open_url
 from owlsam_ray.storage.clients import Client
-from owlsam_ray.storage.operations import folder_page, list_page, walk_disk
+from owlsam_ray.storage.requests import folder_page, list_page, walk_disk
+from owlsam_ray.storage.retrying import ask, is_local, open_url
 
 TEMPORARY_PREFIX = ".tmp-"
 

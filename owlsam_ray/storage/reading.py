@@ -6,10 +6,10 @@ import os
 from typing import IO, Any
 
 from owlsam_ray.storage.answers import Body, Wanted, check_end, time_option
-from owlsam_ray.storage.asking import ask, is_local, open_url
 from owlsam_ray.storage.clients import Client
-from owlsam_ray.storage.operations import file_size, list_page
-from owlsam_ray.storage.operations import read as read_once
+from owlsam_ray.storage.requests import file_size, list_page
+from owlsam_ray.storage.requests import read as read_once
+from owlsam_ray.storage.retrying import ask, is_local, open_url
 from owlsam_ray.storage.secrets import masked_url
 
 _CHUNK = 64 * 2**20

@@ -10,9 +10,9 @@ import io
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from owlsam_ray.storage.asking import ask, open_url
 from owlsam_ray.storage.clients import Client
 from owlsam_ray.storage.reading import num_bytes
+from owlsam_ray.storage.retrying import ask, open_url
 from owlsam_ray.storage.writing import open_atomic, write_atomic
 
 _PART = 32 * 2**20

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from typing import IO
 
 from owlsam_ray.errors import InputError
-from owlsam_ray.storage.asking import ask, is_local, join, open_filesystem, open_url
 from owlsam_ray.storage.clients import Client
 from owlsam_ray.storage.listing import TEMPORARY_PREFIX
 from owlsam_ray.storage.reading import exists, read_bytes
+from owlsam_ray.storage.retrying import ask, is_local, join, open_filesystem, open_url
 from owlsam_ray.storage.secrets import masked_url
 
 _LARGE = 50 * 2**20

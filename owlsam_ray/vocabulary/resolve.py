@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from owlsam_ray.config.settings import Category, Exemplar, VocabularyConfig
 from owlsam_ray.errors import InputError, shown
-from owlsam_ray.settings import Category, Exemplar, VocabularyConfig
 from owlsam_ray.vocabulary.canonical import canonical
 from owlsam_ray.vocabulary.categories import resolve_categories
 from owlsam_ray.vocabulary.fold import fold

@@ -4,8 +4,8 @@ import logging
 import unicodedata
 
 from owlsam_ray import storage
+from owlsam_ray.config.settings import Category
 from owlsam_ray.errors import InputError, shown
-from owlsam_ray.settings import Category
 from owlsam_ray.vocabulary.fold import fold
 
 _COMMENT = "#"

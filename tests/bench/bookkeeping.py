@@ -28,16 +28,16 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from owlsam_ray import crumbs
-from owlsam_ray.config import load_config
-from owlsam_ray.datasets.source import listing_table
+from owlsam_ray.config.load import load_config
 from owlsam_ray.errors import FailureClass
-from owlsam_ray.guard import RunRecord, load_record, save_record
-from owlsam_ray.ledger import PREDICTIONS, done_shards, write_shard
-from owlsam_ray.manifest import Layout, Manifest, load_manifest, write_parts
-from owlsam_ray.plan import plan_run
+from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.records import Prediction
+from owlsam_ray.run import in_hand as crumbs
+from owlsam_ray.run.guard import RunRecord, load_record, save_record
+from owlsam_ray.run.manifest import Layout, Manifest, load_manifest, write_parts
+from owlsam_ray.run.shards import PREDICTIONS, done_shards, write_shard
 from owlsam_ray.schema import predictions_to_table
+from owlsam_ray.sources.listing import listing_table
 from tests.bench.measured_process import ROOT, MeasuredProcess, highest_bytes
 
 NUM_IMAGES = 10_000_000
@@ -138,8 +138,8 @@ def measure_bookkeeping(run: str) -> dict[str, float]:
 
 def keep_books(run: str) -> None:
     """Called in a process of its own; prints figures."""
-    from owlsam_ray.guard import load_run_manifest
-    from owlsam_ray.tally import Tally
+    from owlsam_ray.run.counts import Tally
+    from owlsam_ray.run.guard import load_run_manifest
 
     start = time.perf_counter()
     record = load_record(run)

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from owlsam_ray.coco_files.regions import Region
 from owlsam_ray.evaluate.average_precision import Kind
 from owlsam_ray.evaluate.ground_truth import GroundTruth
 from owlsam_ray.evaluate.matching import match
-from owlsam_ray.evaluate.regions import Region
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

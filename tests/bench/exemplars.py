@@ -20,19 +20,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from owlsam_ray.demo.drawing import CATEGORIES, SEEN, UNKNOWN_SHAPE, WITHHELD_PAIR, Split, draw
-from owlsam_ray.demo.models import model_settings
+from owlsam_ray.coco_files.regions import Region
+from owlsam_ray.config.settings import DetectorConfig, Exemplar, SegmentConfig, SuppressConfig, VocabularyConfig
 from owlsam_ray.evaluate.average_precision import precision_recall
 from owlsam_ray.evaluate.ground_truth import EvaluatedCategory
-from owlsam_ray.evaluate.regions import Region
-from owlsam_ray.masks import tight_box
+from owlsam_ray.inference.detect import cap_detections, select_detections
+from owlsam_ray.inference.queries import embed_queries
+from owlsam_ray.inference.suppress import suppress
 from owlsam_ray.models.load import find_models, load_detector
+from owlsam_ray.models.shipped import model_settings
 from owlsam_ray.models.weights import sha256_of
-from owlsam_ray.queries import embed_queries
+from owlsam_ray.ops.masks import tight_box
 from owlsam_ray.records import Detections
-from owlsam_ray.settings import DetectorConfig, Exemplar, SegmentConfig, SuppressConfig, VocabularyConfig
-from owlsam_ray.stages.detect import cap_detections, select_detections
-from owlsam_ray.stages.suppress import suppress
+from owlsam_ray.sources.drawing import CATEGORIES, SEEN, UNKNOWN_SHAPE, WITHHELD_PAIR, Split, draw
 from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
 from tests.bench.labelling import ground_truth
 

@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from owlsam_ray.demo.drawing import CATEGORIES, SEEN, Drawing
-from owlsam_ray.demo.models import model_settings
+from owlsam_ray.coco_files.regions import Region
+from owlsam_ray.config.settings import DetectorConfig, SegmentConfig, SuppressConfig, VocabularyConfig
 from owlsam_ray.evaluate.ground_truth import EvaluatedCategory, EvaluatedImage, GroundTruth
-from owlsam_ray.evaluate.regions import Region
-from owlsam_ray.masks import encode_rle, mask_area, segments_from_logits, tight_box
+from owlsam_ray.inference.detect import cap_detections, select_detections
+from owlsam_ray.inference.queries import embed_queries
+from owlsam_ray.inference.segment import decode_boxes
+from owlsam_ray.inference.suppress import suppress
 from owlsam_ray.models.load import find_models, load_detector, load_segmenter
 from owlsam_ray.models.sam_frame import boxes_to_sam_frame, input_size_hw
+from owlsam_ray.models.shipped import model_settings
 from owlsam_ray.models.weights import sha256_of
-from owlsam_ray.queries import embed_queries
+from owlsam_ray.ops.masks import encode_rle, mask_area, segments_from_logits, tight_box
 from owlsam_ray.records import Detections, Segment
-from owlsam_ray.settings import DetectorConfig, SegmentConfig, SuppressConfig, VocabularyConfig
-from owlsam_ray.stages.detect import cap_detections, select_detections
-from owlsam_ray.stages.segment import decode_boxes
-from owlsam_ray.stages.suppress import suppress
+from owlsam_ray.sources.drawing import CATEGORIES, SEEN, Drawing
 from owlsam_ray.vocabulary import resolve_vocabulary
 
 _SEEN = [label for label, category in enumerate(CATEGORIES) if category.supercategory == SEEN]

@@ -26,8 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from owlsam_ray.config import load_config
-from owlsam_ray.datasets.document import open_document
+from owlsam_ray.coco_files.document import open_document
+from owlsam_ray.config.load import load_config
 from tests.bench.measured_process import MeasuredProcess, tree_bytes
 from tests.runs import label_here
 

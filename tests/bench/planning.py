@@ -31,8 +31,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from owlsam_ray import storage
-from owlsam_ray.datasets.source import Container
-from owlsam_ray.fetch import fetch_rows
+from owlsam_ray.fetch.images import fetch_rows
+from owlsam_ray.schema import Container
 from tests.faulty_s3 import faulty_s3
 
 COUNTS = (10_000, 100_000, 1_000_000)
@@ -180,7 +180,7 @@ def plan_once(data: dict[str, Any], count: int) -> tuple[float, float]:
 def measured(arguments: Sequence[str]) -> int:
     """The command, and what it took; called in a process of its own."""
     start = time.perf_counter()
-    from owlsam_ray.cli import main
+    from owlsam_ray.cli.main import main
 
     stop, peak = threading.Event(), [0]
 

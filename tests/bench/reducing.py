@@ -28,16 +28,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from owlsam_ray.config import RunConfig, load_config
-from owlsam_ray.datasets import ImageRecord
-from owlsam_ray.datasets.source import tables_of
-from owlsam_ray.guard import RunRecord, canonical_hash, save_record
-from owlsam_ray.ledger import shard_url, write_shard
-from owlsam_ray.manifest import Layout, Manifest, load_manifest, write_parts
-from owlsam_ray.masks import encode_rle
+from owlsam_ray.config.load import RunConfig, load_config
+from owlsam_ray.config.settings import Category
+from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.reduce.run import reduce_run
+from owlsam_ray.run.guard import RunRecord, canonical_hash, save_record
+from owlsam_ray.run.manifest import Layout, Manifest, load_manifest, write_parts
+from owlsam_ray.run.shards import shard_url, write_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA
-from owlsam_ray.settings import Category
+from owlsam_ray.sources import ImageRecord
+from owlsam_ray.sources.listing import tables_of
 from owlsam_ray.vocabulary import Query
 from tests.bench.measured_process import MeasuredProcess
 

@@ -19,12 +19,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from owlsam_ray.boxes import pair_overlaps
-from owlsam_ray.demo.drawing import CROWDED, Drawing, Split, draw
+from owlsam_ray.coco_files.regions import Region
 from owlsam_ray.evaluate.average_precision import Kind, precision_recall
 from owlsam_ray.evaluate.ground_truth import GroundTruth
-from owlsam_ray.evaluate.regions import Region
-from owlsam_ray.masks import tight_box
+from owlsam_ray.ops.boxes import pair_overlaps
+from owlsam_ray.ops.masks import tight_box
+from owlsam_ray.sources.drawing import CROWDED, Drawing, Split, draw
 from tests.bench.bootstrap import Floats, Ints, average_precision, match_categories, mean_matched_iou, resamples
 from tests.bench.labelling import Labeller, Variant, ground_truth
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from owlsam_ray.demo import drawing
-from owlsam_ray.demo.drawing import CATEGORIES, Split, draw
-from owlsam_ray.masks import tight_box
+from owlsam_ray.ops.masks import tight_box
+from owlsam_ray.sources import drawing
+from owlsam_ray.sources.drawing import CATEGORIES, Split, draw
 from tests.bench.exemplars import GROUPS, MIN_SIDE, choose, compare, main, table, vocabularies, write_exemplars
 
 IMAGES, SEED = 6, 5

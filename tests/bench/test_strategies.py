@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from owlsam_ray.coco_files.regions import Region
 from owlsam_ray.evaluate.average_precision import Kind, precision_recall
 from owlsam_ray.evaluate.ground_truth import GroundTruth, load_ground_truth
 from owlsam_ray.evaluate.matching import match
 from owlsam_ray.evaluate.predictions import load_predictions
-from owlsam_ray.evaluate.regions import Region
 from tests.bench.bootstrap import (
     IOU_THRESHOLDS,
     Ints,

@@ -21,10 +21,10 @@ from owlsam_ray.calibrate.curves import (
     wilson,
 )
 from owlsam_ray.calibrate.samples import Sample, pooled
+from owlsam_ray.coco_files.regions import Region
 from owlsam_ray.errors import ConfigError
 from owlsam_ray.evaluate.ground_truth import EvaluatedCategory, EvaluatedImage, GroundTruth
 from owlsam_ray.evaluate.matching import FALSE, match, pair_cell
-from owlsam_ray.evaluate.regions import Region
 
 FLOOR = 0.05
 TARGETS = [Target("precision", 0.6), Target("precision", 0.9), Target("recall", 0.3), Target("recall", 0.8), Target()]

@@ -18,8 +18,8 @@ from owlsam_ray.calibrate.pooling import ALL, GRID, Basis, bases
 from owlsam_ray.calibrate.reliability import BINS, reliability
 from owlsam_ray.calibrate.samples import Sample, pooled
 from owlsam_ray.calibrate.table import operating_points_table
+from owlsam_ray.config.settings import Category
 from owlsam_ray.errors import ConfigError
-from owlsam_ray.settings import Category
 from tests.calibrate.test_curves import FLOOR, random_sample, sample_of
 
 EMPTY = Sample.of(np.empty(0, np.float32), np.empty(0, np.bool_), np.empty(0, np.int32), np.empty(0, np.int32))

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from owlsam_ray.config import load_config
-from owlsam_ray.ledger import PREDICTIONS
+from owlsam_ray.config.load import load_config
 from owlsam_ray.models.fakes import ALLOCATE, HANG, SEGFAULT
 from owlsam_ray.reduce.run import reduce_run
+from owlsam_ray.run.shards import PREDICTIONS
+from tests.annotate.test_kill import alive, workers
 from tests.runs import TinyRun, label_here
-from tests.test_kill import alive, workers
 
 NUM_IMAGES, SHARD_SIZE = 60, 10
 FEW = {7: SEGFAULT, 12: HANG}

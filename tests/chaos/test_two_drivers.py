@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from owlsam_ray.audit import verify_run
-from owlsam_ray.fence import ended_attempts, live_attempts
+from owlsam_ray.run.attempts import ended_attempts, live_attempts
+from owlsam_ray.run.verify import verify_run
 from tests.chaos.world import FileWatcher, World, small_world
 
 

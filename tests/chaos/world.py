@@ -24,13 +24,13 @@ import yaml
 from PIL import Image
 
 from owlsam_ray import storage
-from owlsam_ray.config import RunConfig, load_config
-from owlsam_ray.guard import load_record, load_run_manifest
-from owlsam_ray.ledger import PREDICTIONS, shard_url
+from owlsam_ray.config.load import RunConfig, load_config
 from owlsam_ray.reduce.run import reduce_run
+from owlsam_ray.run.guard import load_record, load_run_manifest
+from owlsam_ray.run.shards import PREDICTIONS, shard_url
+from tests.annotate.test_kill import workers
 from tests.faulty_s3 import Faults, FaultyS3, faulty_s3
 from tests.runs import ROOT, environment
-from tests.test_kill import workers
 
 NUM_IMAGES, SHARD_SIZE = 96, 8
 _QUICK = {

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from owlsam_ray.demo.models import WEIGHTS
 from owlsam_ray.finetune.config import load_finetune_config
+from owlsam_ray.models.shipped import WEIGHTS
 from tests.runs import ROOT, environment
 
 IMAGES, SEED = 100, 1

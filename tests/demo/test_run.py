@@ -15,10 +15,10 @@ import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 
-from owlsam_ray import cli
-from owlsam_ray.config import load_config
-from owlsam_ray.demo.drawing import COLOURS, SHAPES
+from owlsam_ray.cli import main as cli
+from owlsam_ray.config.load import load_config
 from owlsam_ray.finetune.scratch import OwlVitArchitecture, build_owlvit
+from owlsam_ray.sources.drawing import COLOURS, SHAPES
 from tests import seeded_mobile_sam
 from tests.runs import ROOT, environment
 
@@ -171,7 +171,7 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path, capsys: pytest
 def test_missing_checkpoints_are_told_before_anything_is_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("owlsam_ray.demo.models.WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr("owlsam_ray.models.shipped.WEIGHTS", tmp_path / "weights")
     code, summary, _ = call(capsys, "demo", "--run", str(tmp_path / "run"))
     assert code == 2
     assert str(tmp_path / "weights" / "detector") in summary["error"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from owlsam_ray.config import EvaluateConfig
+from owlsam_ray.config.load import EvaluateConfig
+from owlsam_ray.config.settings import MappingName
 from owlsam_ray.errors import InputError
 from owlsam_ray.evaluate.average_precision import Kind
 from owlsam_ray.evaluate.run import evaluate_files
-from owlsam_ray.settings import MappingName
 from owlsam_ray.vocabulary.builtin import builtin
 from owlsam_ray.vocabulary.mapping import category_mapping
 

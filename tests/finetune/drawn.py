@@ -6,14 +6,14 @@ from typing import Any
 import torch
 import yaml
 
-from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
-from owlsam_ray.demo.drawing import Split
 from owlsam_ray.finetune.batches import SampleReader
 from owlsam_ray.finetune.config import FinetuneConfig, load_finetune_config
 from owlsam_ray.finetune.data import TrainingImages
 from owlsam_ray.finetune.job import make_task, open_data
 from owlsam_ray.finetune.loop import Worker, train
 from owlsam_ray.finetune.store import TrainingStore
+from owlsam_ray.sources.drawing import Split
+from owlsam_ray.sources.drawn import annotation_file, image_root, write_split
 
 ALONE = Worker(rank=0, world_size=1, device=torch.device("cpu"))
 DETECTOR = {

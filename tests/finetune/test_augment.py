@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from owlsam_ray.finetune.augment import AugmentSettings, augment, cut_out, flip, turn
 from owlsam_ray.finetune.data import GRID, Sample
-from owlsam_ray.masks import tight_box
+from owlsam_ray.ops.masks import tight_box
 
 SEEDS = st.integers(0, 2**32)
 EVERYTHING = AugmentSettings(

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from owlsam_ray.datasets.cleaning import CleaningSettings
+from owlsam_ray.coco_files.cleaning import CleaningSettings
 from owlsam_ray.errors import FailureClass, ImageError, IncompleteError, InputError
 from owlsam_ray.finetune import batches as batches_module
 from owlsam_ray.finetune.augment import AugmentSettings

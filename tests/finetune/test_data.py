@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from owlsam_ray.datasets.cleaning import CleaningSettings
-from owlsam_ray.datasets.outlines import read_outline
+from owlsam_ray.coco_files.cleaning import CleaningSettings
+from owlsam_ray.coco_files.outlines import read_outline
 from owlsam_ray.errors import FailureClass, ImageError, InputError
 from owlsam_ray.finetune.data import Sample, TrainingImages, read_training_images
-from owlsam_ray.masks import decode_rle, encode_rle
+from owlsam_ray.ops.masks import decode_rle, encode_rle
 
 ALL = CleaningSettings(min_area=0, duplicate_iou=None)
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}]

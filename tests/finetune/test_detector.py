@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor
 
+from owlsam_ray.config.settings import Category, DetectorConfig
 from owlsam_ray.errors import InputError, WeightsError
 from owlsam_ray.finetune.data import Sample
 from owlsam_ray.finetune.detector import DetectorTask, DetectorTraining
@@ -17,7 +18,6 @@ from owlsam_ray.finetune.scratch import word_tokenizer
 from owlsam_ray.models.owl import Owl
 from owlsam_ray.models.owl_text import embed_texts
 from owlsam_ray.models.owl_weights import ready
-from owlsam_ray.settings import Category, DetectorConfig
 from tests.seeded_owlvit import write_tiny
 
 CPU = torch.device("cpu")

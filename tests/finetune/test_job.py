@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from owlsam_ray import cli
-from owlsam_ray.demo.dataset import annotation_file
-from owlsam_ray.demo.drawing import Split
+from owlsam_ray.cli import main as cli
+from owlsam_ray.sources.drawing import Split
+from owlsam_ray.sources.drawn import annotation_file
 from tests.finetune.drawn import DETECTOR, SEGMENTER, draw_sets, write_job
 from tests.runs import ROOT, environment
 

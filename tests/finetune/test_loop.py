@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from owlsam_ray import storage
+from owlsam_ray.config.settings import DetectorConfig
 from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError, TrainingError
 from owlsam_ray.finetune import loop
 from owlsam_ray.finetune.config import FinetuneConfig, OptimizerConfig
@@ -21,7 +22,6 @@ from owlsam_ray.finetune.loop import learning_rate
 from owlsam_ray.finetune.store import TrainingStore
 from owlsam_ray.models.mobile_sam import MobileSam
 from owlsam_ray.models.owl import Owl
-from owlsam_ray.settings import DetectorConfig
 from tests.finetune.drawn import DETECTOR, SEGMENTER, draw_sets, load_job, run_alone
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from owlsam_ray.demo.drawing import CATEGORIES
 from owlsam_ray.finetune.scratch import OwlVitArchitecture, _cosines, build_owlvit, word_tokenizer
+from owlsam_ray.sources.drawing import CATEGORIES
 
 SMALL = OwlVitArchitecture(image_size=96, patch_size=16, width=48, layers=2, heads=3, text_width=32)
 

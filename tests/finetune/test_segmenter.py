@@ -24,10 +24,10 @@ from owlsam_ray.finetune.mask_losses import (
 )
 from owlsam_ray.finetune.segmenter import SegmenterSettings, SegmenterTask
 from owlsam_ray.finetune.segmenter_module import random_parts
-from owlsam_ray.masks import tight_box, upsample_logits
 from owlsam_ray.models.mobile_sam import MobileSam
 from owlsam_ray.models.mobile_sam_layout import MobileSamConfig
 from owlsam_ray.models.sam_frame import input_size_hw
+from owlsam_ray.ops.masks import tight_box, upsample_logits
 from tests.seeded_mobile_sam import TINY, write_tiny
 
 CPU = torch.device("cpu")

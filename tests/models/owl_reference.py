@@ -18,9 +18,9 @@ from transformers import (
     OwlViTProcessor,
 )
 
+from owlsam_ray.config.settings import DetectorConfig
 from owlsam_ray.models.owl import Owl
 from owlsam_ray.models.owl_weights import Family, load_config, ready
-from owlsam_ray.settings import DetectorConfig
 
 CPU = torch.device("cpu")
 Picture = NDArray[np.uint8]

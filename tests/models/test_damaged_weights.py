@@ -12,16 +12,17 @@ import pytest
 import torch
 
 import owlsam_ray
-from owlsam_ray import annotate, storage
-from owlsam_ray.cli import main
-from owlsam_ray.config import load_config
+from owlsam_ray import storage
+from owlsam_ray.annotate import attempt as annotate
+from owlsam_ray.cli.main import main
+from owlsam_ray.config.load import load_config
 from owlsam_ray.errors import WeightsError
-from owlsam_ray.guard import RUN_FILE
 from owlsam_ray.models import mobile_sam, owl_weights
 from owlsam_ray.models.mobile_sam_layout import MobileSamConfig
 from owlsam_ray.models.owl_preprocess import load_processor
 from owlsam_ray.models.owl_text import embed_texts
 from owlsam_ray.models.weights import check_sizes, read_safetensors_shapes
+from owlsam_ray.run.guard import RUN_FILE
 
 SHIPPED = Path(owlsam_ray.__file__).parent / "demo" / "weights"
 
@@ -223,7 +224,7 @@ def test_any_error_undoes_the_plan_of_this_call_and_no_other(tmp_path: Path, mon
     def stumble(*_: object) -> None:
         raise ZeroDivisionError("of a library")
 
-    for target in ("owlsam_ray.models.load.find_models", "owlsam_ray.annotate.embed_run_queries"):
+    for target in ("owlsam_ray.models.load.find_models", "owlsam_ray.annotate.attempt.embed_run_queries"):
         with monkeypatch.context() as patch:
             patch.setattr(target, stumble)
             with pytest.raises(ZeroDivisionError):

@@ -66,7 +66,8 @@ def test_prompts_are_told_apart() -> None:
 def test_nothing_heavy_is_loaded() -> None:
     heavy = {"transformers", "timm", "torchvision", "huggingface_hub"}
     code = (
-        "import sys, owlsam_ray.engine, owlsam_ray.queries, owlsam_ray.models.fakes, owlsam_ray.models.load\n"
+        "import sys, owlsam_ray.inference.engine, owlsam_ray.inference.queries\n"
+        "import owlsam_ray.models.fakes, owlsam_ray.models.load\n"
         f"print(*({heavy} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import SamConfig, SamModel, SamVisionConfig
 
+from owlsam_ray.config.settings import SegmentConfig
 from owlsam_ray.errors import WeightsError
-from owlsam_ray.masks import decode_rle, segments_from_logits
+from owlsam_ray.inference.segment import decode_boxes
 from owlsam_ray.models.mobile_sam import MobileSam, check_weights, save_mobile_sam
 from owlsam_ray.models.mobile_sam_layout import (
     UNUSED,
@@ -30,9 +31,8 @@ from owlsam_ray.models.mobile_sam_layout import (
 )
 from owlsam_ray.models.sam_frame import boxes_to_sam_frame, input_size_hw
 from owlsam_ray.models.weights import check_layout, read_safetensors_shapes, sha256_of
+from owlsam_ray.ops.masks import decode_rle, segments_from_logits
 from owlsam_ray.records import Segment
-from owlsam_ray.settings import SegmentConfig
-from owlsam_ray.stages.segment import decode_boxes
 from tests.seeded_mobile_sam import TINY, write_full, write_tiny
 
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from owlsam_ray.config.settings import DetectorConfig
 from owlsam_ray.errors import ConfigError
 from owlsam_ray.models.owl import Owl
 from owlsam_ray.models.owl_weights import Family, ready
-from owlsam_ray.settings import DetectorConfig
 from tests.drawn_images import draw_image
 from tests.models.owl_reference import CPU, Official, Picture, bf16_deviation
 from tests.seeded_owlvit import TINY_PATCH, TINY_SIDE, write_tiny

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import Owlv2ImageProcessor, OwlViTImageProcessor
 
+from owlsam_ray.config.settings import DetectorConfig
 from owlsam_ray.errors import WeightsError
 from owlsam_ray.models.owl_preprocess import Scenic, hf_preprocessing, load_processor, make_preprocessing
-from owlsam_ray.settings import DetectorConfig
 from tests.seeded_owlvit import TINY_SIDE, write_tiny
 
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])

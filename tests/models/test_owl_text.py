@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import OwlViTForObjectDetection
 
+from owlsam_ray.config.settings import VocabularyConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.models import owl_text
 from owlsam_ray.models.owl_text import embed_texts, tokenize
 from owlsam_ray.models.owl_weights import OwlModel, load_tokenizer
-from owlsam_ray.settings import VocabularyConfig
 from owlsam_ray.vocabulary import resolve_vocabulary
 from owlsam_ray.vocabulary.canonical import canonical
 from owlsam_ray.vocabulary.templates import TEMPLATES, fill

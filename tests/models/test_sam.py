@@ -17,19 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import SamModel
 
-from owlsam_ray.config import load_config
-from owlsam_ray.engine import load_engine
+from owlsam_ray.config.load import load_config
+from owlsam_ray.config.settings import SegmentConfig
 from owlsam_ray.errors import WeightsError
-from owlsam_ray.masks import decode_rle, segments_from_logits
+from owlsam_ray.inference.engine import load_engine
+from owlsam_ray.inference.segment import decode_boxes
 from owlsam_ray.models.load import find_models
 from owlsam_ray.models.owl_text import embed_texts
 from owlsam_ray.models.owl_weights import ready
 from owlsam_ray.models.sam import Sam, check_weights
 from owlsam_ray.models.sam_frame import boxes_to_sam_frame, input_size_hw
+from owlsam_ray.ops.masks import decode_rle, segments_from_logits
+from owlsam_ray.parallel.allocation import allocate
 from owlsam_ray.records import EncodedImage
-from owlsam_ray.resources import allocate
-from owlsam_ray.settings import SegmentConfig
-from owlsam_ray.stages.segment import decode_boxes
 from tests.oracles import stability_loop
 from tests.runs import CATEGORIES, TinyRun, make_tiny_run
 from tests.seeded_sam import TINY_SIDE, processor, write_full, write_tiny

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from owlsam_ray.config import RunConfig
-from owlsam_ray.demo.dataset import annotation_file, image_root, write_split
-from owlsam_ray.demo.drawing import Split
-from owlsam_ray.demo.models import model_settings
-from owlsam_ray.masks import decode_rle
+from owlsam_ray.config.load import RunConfig
+from owlsam_ray.models.shipped import model_settings
+from owlsam_ray.ops.masks import decode_rle
+from owlsam_ray.reduce.formats.yolo import YoloOutput
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.reduce.yolo import YoloOutput
-from tests.reduce.test_yolo import numbered_of, reduced, run_of
+from owlsam_ray.sources.drawing import Split
+from owlsam_ray.sources.drawn import annotation_file, image_root, write_split
+from tests.reduce.formats.test_yolo import numbered_of, reduced, run_of
 from tests.runs import ROOT, label_here
 
 PYTHON = ROOT / ".venv-readers" / "bin" / "python"

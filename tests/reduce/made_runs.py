@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 
 from owlsam_ray import storage
-from owlsam_ray.config import ResourcesConfig
-from owlsam_ray.datasets import ImageRecord
-from owlsam_ray.datasets.source import tables_of
+from owlsam_ray.config.load import ResourcesConfig
+from owlsam_ray.config.reduce import ReduceConfig
+from owlsam_ray.config.settings import Category
 from owlsam_ray.errors import FailureClass
-from owlsam_ray.ledger import write_shard
-from owlsam_ray.manifest import Layout, Manifest, write_parts
-from owlsam_ray.masks import encode_rle
+from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
-from owlsam_ray.reduce.coco import CocoOutput, FailuresOutput
-from owlsam_ray.reduce.corrections import load_corrections
+from owlsam_ray.reduce.corrections.corrections import load_corrections
 from owlsam_ray.reduce.decisions import Decisions
+from owlsam_ray.reduce.formats.coco import CocoOutput, FailuresOutput
 from owlsam_ray.reduce.fragments import Job
 from owlsam_ray.reduce.outputs import Output
-from owlsam_ray.reduce.proof import ShardRules, check_all_present
 from owlsam_ray.reduce.run import Reduction, spans_of
-from owlsam_ray.reduce_settings import ReduceConfig
+from owlsam_ray.run.manifest import Layout, Manifest, write_parts
+from owlsam_ray.run.proof import ShardRules, check_all_present
+from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
-from owlsam_ray.settings import Category
+from owlsam_ray.sources import ImageRecord
+from owlsam_ray.sources.listing import tables_of
 
 CATEGORIES = (
     Category(id=7, name="Katze", supercategory="Tier"),

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from owlsam_ray.manifest import Manifest
+from owlsam_ray.inference.suppress import suppress
 from owlsam_ray.records import Detections
 from owlsam_ray.reduce.decisions import Decisions
-from owlsam_ray.reduce.proof import ShardRules, read_shard
-from owlsam_ray.stages.suppress import suppress
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.proof import ShardRules, read_shard
 
 
 class Number(float):

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from owlsam_ray import storage
-from owlsam_ray.manifest import Manifest
+from owlsam_ray.config.reduce import ReduceConfig
 from owlsam_ray.reduce import run
-from owlsam_ray.reduce.json_rows import dump_json
+from owlsam_ray.reduce.formats.json_rows import dump_json
 from owlsam_ray.reduce.outputs import FileSpan
-from owlsam_ray.reduce_settings import ReduceConfig
+from owlsam_ray.run.manifest import Manifest
 from tests.faulty_s3 import FaultyS3, faulty_s3
 from tests.reduce.made_runs import random_run, reduce_shards
 from tests.reduce.plain import Plain, plain_reduce

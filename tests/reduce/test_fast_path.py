@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlsam_ray.kernels import Piece, join_rows, text_bytes
-from owlsam_ray.reduce.coco import CocoOutput
+from owlsam_ray.config.reduce import ReduceConfig
+from owlsam_ray.config.settings import SuppressConfig
+from owlsam_ray.ops.compiled import Piece, join_rows, text_bytes
 from owlsam_ray.reduce.decisions import Decisions
-from owlsam_ray.reduce.proof import ShardRules
-from owlsam_ray.reduce_settings import ReduceConfig
-from owlsam_ray.settings import SuppressConfig
+from owlsam_ray.reduce.formats.coco import CocoOutput
+from owlsam_ray.run.proof import ShardRules
 from tests.reduce.made_runs import CATEGORIES, FINGERPRINT, K, random_run, reduce_shards
 from tests.reduce.plain import Number, plain_reduce
 

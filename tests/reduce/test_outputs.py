@@ -9,21 +9,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from owlsam_ray.datasets import ImageRecord
-from owlsam_ray.datasets.source import tables_of
-from owlsam_ray.ledger import write_shard
-from owlsam_ray.manifest import Layout, Manifest, write_parts
+from owlsam_ray.config.reduce import ReduceConfig
+from owlsam_ray.config.settings import Category
 from owlsam_ray.records import Detections, Prediction
-from owlsam_ray.reduce import table
-from owlsam_ray.reduce.coco import CocoOutput
-from owlsam_ray.reduce.coco_results import CocoResultsOutput
 from owlsam_ray.reduce.decisions import Decisions
-from owlsam_ray.reduce.lvis import LvisOutput
+from owlsam_ray.reduce.formats import table
+from owlsam_ray.reduce.formats.coco import CocoOutput
+from owlsam_ray.reduce.formats.coco_results import CocoResultsOutput
+from owlsam_ray.reduce.formats.lvis import LvisOutput
+from owlsam_ray.reduce.formats.yolo import YoloOutput
 from owlsam_ray.reduce.outputs import Output
-from owlsam_ray.reduce.yolo import YoloOutput
-from owlsam_ray.reduce_settings import ReduceConfig
+from owlsam_ray.run.manifest import Layout, Manifest, write_parts
+from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
-from owlsam_ray.settings import Category
+from owlsam_ray.sources import ImageRecord
+from owlsam_ray.sources.listing import tables_of
 from owlsam_ray.vocabulary.builtin import builtin
 from tests.reduce.made_runs import CATEGORIES, FINGERPRINT, K, random_run, reduce_shards
 

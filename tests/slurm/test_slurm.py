@@ -20,7 +20,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from owlsam_ray.config import load_config
+from owlsam_ray.config.load import load_config
 from tests.runs import ROOT, environment, label_here
 
 pytestmark = pytest.mark.slurm

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from owlsam_ray.errors import ImageError
-from owlsam_ray.fetch import fetch_file
+from owlsam_ray.fetch.images import fetch_file
 from owlsam_ray.storage.addresses import (
     ForbiddenHostError,
     HostRules,

@@ -16,7 +16,7 @@ import pytest
 
 from owlsam_ray import storage
 from owlsam_ray.errors import ImageError
-from owlsam_ray.fetch import fetch_file, fetch_rows
+from owlsam_ray.fetch.images import fetch_file, fetch_rows
 from owlsam_ray.storage import StoragePolicy, addresses
 
 Answer = tuple[int, dict[str, str], bytes]

@@ -1,0 +1,339 @@
+"""One attempt at a run: claim, guard, preflight, waves of shards, and an orderly end.
+
+The same call again resumes: what is done is read from the listing, never from a database.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from owlsam_ray import storage
+from owlsam_ray.annotate import pipeline
+from owlsam_ray.annotate.memory_need import KillWatch, check_memory, check_node_memory, memory_need
+from owlsam_ray.annotate.waves import Labeller, StoppedError
+from owlsam_ray.config.load import RunConfig
+from owlsam_ray.errors import InterruptedRunError, OwlsamError, PreflightError
+from owlsam_ray.models.weights import ModelPaths
+from owlsam_ray.parallel.allocation import allocate, check_nodes, check_object_store
+from owlsam_ray.parallel.ending import before_end
+from owlsam_ray.parallel.lost_ray import SUFFIX, LossCount
+from owlsam_ray.parallel.node_memory import memory_limit
+from owlsam_ray.parallel.ray_cluster import cluster_totals, start_ray, stop_ray
+from owlsam_ray.parallel.ray_watch import watch_ray
+from owlsam_ray.parallel.signals import GraceOverError, as_interrupts, stop_on_signals
+from owlsam_ray.plan.plan import plan_run
+from owlsam_ray.run import in_hand as crumbs
+from owlsam_ray.run.attempts import ATTEMPTS, LABEL, Attempt, Slice, claim, claim_setup
+from owlsam_ray.run.counts import Tally
+from owlsam_ray.run.guard import (
+    QUERY_FILE,
+    RunRecord,
+    check_writable,
+    fingerprint_parts,
+    forget_plan,
+    guard_labels,
+    guard_numerics,
+    numerics_of,
+    run_directory,
+)
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.progress import PROGRESS_FILE, ProgressWatcher
+from owlsam_ray.run.proof import check_failures
+from owlsam_ray.run.retry import Retry
+from owlsam_ray.run.shards import PREDICTIONS
+
+_log = logging.getLogger(__name__)
+_WHOLE = Slice()
+_ADVICE = (
+    "Most often memory is short: give the job more, or lower resources.actors, resources.shards_in_flight or "
+    "resources.object_store_mb. Finished shards are kept."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptOptions:
+    """What one call wants, which the run file does not say."""
+
+    part: Slice = _WHOLE
+    """Only these shards: several attempts at once share a run."""
+    takeover: bool = False
+    """Stop an attempt that lives, and go on in its place."""
+    retry: Retry | None = None
+    """Failed rows to try again once everything is labelled; None: the transient ones."""
+    judge: bool = False
+    """Raise FailedImagesError when more images failed than `reduce.max_failed`; of a slice nobody can tell."""
+    allow_numerics_change: bool = False
+    """Go on with another device, dtype, batch or library version than earlier attempts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A planned and guarded run."""
+
+    record: RunRecord
+    manifest: Manifest
+    models: ModelPaths
+
+
+def annotate_run(
+    config: RunConfig,
+    options: AttemptOptions = AttemptOptions(),
+    *,
+    show: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Label everything that is not labelled yet; plans first when nobody did.
+
+    Args:
+        config: of the run.
+        options: of this call.
+        show: called with the progress now and then.
+
+    Returns:
+        Counts over the slice (by default the whole run), and what this attempt added.
+
+    Raises:
+        OwlsamError: see `errors` for the kinds and their exit codes.
+    """
+    run_url = run_directory(config)
+    storage.configure(config.storage.policy())
+    for url in (run_url, config.data.images, *config.data.files):
+        if url is not None and url.startswith("memory:"):
+            raise PreflightError(f"{url} lives in one process, and Ray's actors are others: use a disk or object store")
+    check_writable(run_url)
+    with (
+        claim(
+            run_url,
+            scope=LABEL,
+            part=options.part,
+            heartbeat_s=config.resources.heartbeat_s,
+            takeover_s=config.resources.takeover_s,
+            takeover=options.takeover,
+        ) as attempt,
+        before_end(attempt.sign_off),
+    ):
+        run = _set_up(config, run_url)
+        counts = _annotate(config, options, attempt, run, show)
+        counts["fingerprint"] = run.record.fingerprint[:16] if run.record.fingerprint else None
+        if options.judge and options.part.is_whole:
+            check_failures(config.reduce.max_failed, counts)  # here, so that the attempt signs off with its exit code
+        return counts
+
+
+def _set_up(config: RunConfig, run_url: str) -> _Prepared:
+    """Plan, embed and guard, as the only one: the attempts of a job array begin at the same time."""
+    with claim_setup(run_url, config.resources) as setup:
+        plan = plan_run(config, still_mine=setup.check)
+        record = plan.record
+        if plan.new:
+            _log.info("planned %d images in %d shards", plan.manifest.num_images, plan.manifest.num_shards)
+        # Imported here: it may load torch, and a wrong path in the run file is told without it.
+        from owlsam_ray.models.load import find_models
+
+        try:
+            models = find_models(config.detector, config.segment)
+            if record.fingerprint is None:
+                embed_run_queries(config, record, models.detector, run_url)
+            weights = {"detector": models.detector, "segmenter": models.segmenter}
+            parts = fingerprint_parts(config, record, weights=weights, run_url=run_url)
+        except Exception:
+            if plan.new:  # by this call, for settings that do not work: corrected ones must not be refused
+                forget_plan(run_url)
+            raise
+        setup.check()
+        record = guard_labels(record, parts, run_url)
+    return _Prepared(record, plan.manifest, models)
+
+
+def _annotate(
+    config: RunConfig,
+    options: AttemptOptions,
+    attempt: Attempt,
+    run: _Prepared,
+    show: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """The attempt, once its slice is claimed and the run is set up."""
+    run_url = run_directory(config)
+    mine = options.part.shards(run.manifest.num_shards)
+    tally = Tally(run_url, run.manifest, run.record.fingerprint, shards=mine)
+    listed = tally.refresh_listing()
+    retries = _retries(options.retry)
+    if len(listed) == len(mine):
+        tally.refresh()
+        if not any(tally.transient_shards if retry.only_transient else tally.failed_shards for retry in retries):
+            _log.info("nothing to do: all %d shards of %s are done", len(mine), _named(run_url, options.part))
+            crumbs.sweep(run_url, mine)  # of an attempt that was killed at its very end
+            return tally.summary() | {"new": 0, "seconds": 0.0}
+    elif listed:
+        _log.info("resuming: %d of %d shards are done", len(listed), len(mine))
+    start = time.monotonic()
+    losses = LossCount(
+        storage.join(run_url, ATTEMPTS, f"slice-{options.part.index}-of-{options.part.count}{SUFFIX}"),
+        progress=lambda: len(tally.refresh_listing()),
+        state=lambda: f"{len(tally.done)} of {tally.num_shards} shards are done",
+    )
+    kills = KillWatch(done=lambda: len(tally.done))
+    try:
+        with (
+            _ray(config, losses, kills),
+            stop_on_signals(attempt.stop_url, config.resources.grace_s) as asked,
+        ):
+            job = _prepare(config, run, attempt)
+            with claim_setup(run_url, config.resources) as setup:
+                setup.check()
+                numerics = numerics_of(job.allocation, config.resources.dtype)
+                allowed = options.allow_numerics_change
+                record = guard_numerics(run.record, numerics, run_url, allow_change=allowed)
+            job = replace(job, record=record)
+            kills.need = memory_need(job.allocation, (run.models.detector, run.models.segmenter))
+            storage.remove_stale_temporaries(storage.join(run_url, PREDICTIONS))
+            with _watch(config, options.part, tally, attempt, show) as watcher:
+                labeller = Labeller(job, tally, watcher, attempt, asked, isolating=kills.pause)
+                labeller.label()
+                for retry in retries:
+                    labeller.retry(retry)
+        crumbs.sweep(run_url, mine)
+    except StoppedError:
+        raise _interrupted(tally, "asked to stop") from None
+    except SystemExit:
+        # Of Ray's own handler, for a moment in place when it starts and when it ends.
+        raise _interrupted(tally, "asked to stop once more") from None
+    except GraceOverError:
+        crumbs.give_back(run_url, attempt.id)  # nobody died of these
+        raise _interrupted(tally, "the grace time is over; shards in hand were dropped") from None
+    return tally.summary() | {
+        "new": tally.images_fresh,
+        "seconds": round(time.monotonic() - start, 1),
+        "stage_s": {stage: round(seconds, 1) for stage, seconds in tally.stage_s.items()},
+        "actors": job.allocation.actors,
+        "gpus": job.allocation.actors * job.allocation.gpus_per_actor,
+    }
+
+
+def _retries(asked: Retry | None) -> list[Retry]:
+    """What is tried again at the end: always what storage gave up on, each row once."""
+    if asked is None:
+        return [Retry("transient")]
+    if asked.selects("", "transient"):
+        return [asked]
+    return [Retry("transient", but=asked.what), asked]
+
+
+def _named(run_url: str, part: Slice) -> str:
+    return run_url if part.is_whole else f"slice {part} of {run_url}"
+
+
+def _watch(
+    config: RunConfig, part: Slice, tally: Tally, attempt: Attempt, show: Callable[[dict[str, Any]], None]
+) -> ProgressWatcher:
+    """Tell people, `progress.json`, and with the signs of life other machines."""
+
+    def tell(state: dict[str, Any]) -> None:
+        attempt.tell(progress=state)
+        show(state)
+
+    return ProgressWatcher(
+        tally,
+        interval_s=config.logging.progress_s,
+        show=tell,
+        file_name=PROGRESS_FILE if part.is_whole else f"progress-{part.index}-of-{part.count}.json",
+    )
+
+
+def embed_run_queries(config: RunConfig, record: RunRecord, detector_weights: Path, run_url: str) -> None:
+    """Run the text tower once, and the image tower on exemplars; keep the result in the run directory.
+
+    Raises:
+        InputError: a prompt is longer than the text tower takes, or an exemplar cannot be read.
+    """
+    from safetensors.torch import save as save_safetensors
+
+    from owlsam_ray.inference.queries import embed_queries
+
+    embeddings = embed_queries(
+        record.queries,
+        detector_weights=detector_weights,
+        settings=config.detector,
+        ensemble=config.vocabulary.ensemble,
+        grey16=config.decode.grey16,
+    )
+    storage.write_atomic(storage.join(run_url, QUERY_FILE), save_safetensors({"queries": embeddings.contiguous()}))
+    prompts = sum(len(query.prompts) for query in record.queries)
+    exemplars = sum(query.exemplar is not None for query in record.queries)
+    _log.info("embedded %d prompts and %d exemplars as %d queries", prompts, exemplars, len(record.queries))
+
+
+def _prepare(config: RunConfig, run: _Prepared, attempt: Attempt) -> pipeline.Job:
+    """Preflight against the cluster."""
+    totals = cluster_totals()
+    allocation = allocate(
+        config.resources,
+        num_cpus=totals["num_cpus"],
+        num_gpus=totals["num_gpus"],
+        segmenter=config.segment.model,
+    )
+    check_nodes(allocation, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    check_object_store(
+        allocation,
+        config.resources,
+        shard_bytes=run.manifest.max_shard_bytes(max_file_mb=config.decode.max_file_mb),
+        store_bytes=totals["store_bytes"],
+    )
+    need = memory_need(allocation, (run.models.detector, run.models.segmenter))
+    if config.resources.ray_address is None:
+        check_memory(need, memory_limit())
+    else:
+        check_node_memory(need, [node["Resources"].get("memory") for node in ray.nodes() if node["Alive"]])
+    _log.info("memory: at least %s are needed", need)
+    _log.info(
+        "%d actor(s) on %s, %g CPU and %g GPU each",
+        allocation.actors,
+        allocation.device,
+        allocation.cpus_per_actor,
+        allocation.gpus_per_actor,
+    )
+    return pipeline.Job(
+        run_url=run_directory(config),
+        config=config,
+        record=run.record,
+        manifest=run.manifest,
+        allocation=allocation,
+        models=run.models,
+        attempt=attempt.id,
+        stop_url=attempt.stop_url,
+        fence_url=attempt.fence_url,
+    )
+
+
+def _interrupted(tally: Tally, why: str) -> InterruptedRunError:
+    return InterruptedRunError(f"interrupted ({why}): {_shards_done(tally)}; call the same command again")
+
+
+def _shards_done(tally: Tally) -> str:
+    """By a fresh listing: the last one may be older than the last shard."""
+    with contextlib.suppress(OSError, OwlsamError):
+        tally.refresh_listing()
+    return f"{len(tally.done)} of {tally.num_shards} shards are done"
+
+
+@contextlib.contextmanager
+def _ray(config: RunConfig, losses: LossCount, kills: KillWatch) -> Iterator[None]:
+    """Ray for the time of an attempt; one that this process already had is left running."""
+    try:
+        ours = start_ray(config.resources, level=config.logging.level)
+    except SystemExit:
+        # While it starts, Ray's own SIGTERM handler is in place.
+        raise InterruptedRunError("interrupted while Ray was starting; call the same command again") from None
+    as_interrupts()
+    try:
+        with watch_ray(lambda cause: losses.count(cause, advice=_ADVICE), also=kills.cause):
+            yield
+    finally:
+        losses.clear()  # no loss: that does not come back here
+        if ours:
+            stop_ray()

@@ -1,0 +1,358 @@
+"""A shard that processes died with, redone in a process of its own, until it is known which image kills it.
+
+The images that were in hand when a process died go first, each alone; then all others together. Of a group that kills
+the process those go first again that it left word of; without word the group is cut in halves. An image that kills it
+alone becomes a failed row, all others are labelled. What is killed by a signal, or hangs, has to do so twice, since
+anybody may kill a process or stop it for a while.
+"""
+
+import builtins
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+
+from owlsam_ray import errors
+from owlsam_ray.config.load import RunConfig
+from owlsam_ray.errors import FailureClass, IncompleteError, OwlsamError, PreflightError
+from owlsam_ray.inference.watchdog import hang_text, memory_text, resident_bytes
+from owlsam_ray.models.weights import ModelPaths
+from owlsam_ray.parallel.allocation import Allocation, actor_memory_bytes
+from owlsam_ray.parallel.child_imports import child_variables
+from owlsam_ray.parallel.work_slots import BREADCRUMBS, read_breadcrumbs
+from owlsam_ray.records import Prediction
+from owlsam_ray.run.guard import RunRecord
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
+from owlsam_ray.storage.arrow_types import misfit_of
+
+_MOST_SUSPECTS = 16
+"""Of more than these, halves find the culprit sooner."""
+_LOOK_S = 0.2
+_SILENCE_S = 20.0
+"""The process says every second that it runs. When it has not for so much longer than an image may take, it hangs."""
+_REAP_S = 10.0
+"""A process that hangs in the kernel cannot be killed; after so long it is left behind."""
+_LAST_RESORT_CODE = 1
+"""Exit code of a process whose watchdog could not run."""
+_START_S = 1800.0
+"""Seconds in which models must load."""
+_STARTS_WITHOUT_READY = 2
+_MOST_GIVEN_UP = 5
+"""Images of a shard that are given up before the first one is labelled: then it is the process that is ill."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class IsolationTask:
+    """A shard, and everything that it takes to label it."""
+
+    run_url: str
+    shard: int
+    positions: tuple[int, ...] | None
+    """In the shard, rising, of the only images that are wanted; None: all."""
+    config: RunConfig
+    record: RunRecord
+    manifest: Manifest
+    allocation: Allocation
+    models: ModelPaths
+    suspects: frozenset[int] = frozenset()
+    """Ids of images that were in hand when a process died; a hint, no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How a process ended that worked on a group."""
+
+    reason: str
+    """Of the failed row."""
+    is_certain: bool
+    """Nobody else can have done it."""
+    in_hand: frozenset[int] = frozenset()
+    """Ids of the images that it was working on, as far as it left word."""
+
+
+class _Died(Exception):  # noqa: N818 (not an error: what this module is for)
+    def __init__(self, death: Death) -> None:
+        super().__init__(death.reason)
+        self.death = death
+
+
+@dataclass(slots=True)
+class _Outcome:
+    rows: list[pa.Table] = field(default_factory=list)
+    """Any order, each image once."""
+    stage_s: Counter[str] = field(default_factory=Counter)
+    deaths: Counter[int] = field(default_factory=Counter)
+    """Position → how often it killed a process alone."""
+    labelled: int = 0
+    given_up: int = 0
+
+
+def isolate_shard(task: IsolationTask) -> tuple[pa.Table, dict[str, float]]:
+    """Label a shard, whatever its images do to a process.
+
+    Args:
+        task: the shard.
+
+    Returns:
+        `PREDICTION_SCHEMA`, a row for each image that is wanted, in manifest order; busy seconds of each stage.
+
+    Raises:
+        IncompleteError: the process does not get as far as the first image.
+        OwlsamError, OSError: what ended it was no image: storage gave up, a batch does not fit the GPU.
+    """
+    image_ids: list[int] = task.manifest.read_shard(task.shard)["image_id"].to_pylist()
+    wanted = list(range(len(image_ids))) if task.positions is None else list(task.positions)
+    groups = _first_groups(wanted, image_ids, task.suspects)
+    outcome = _Outcome()
+    with _Room(task) as room:
+        while groups:
+            group = groups.pop(0)
+            try:
+                rows, stage_s = room.label(group)
+            except _Died as died:
+                groups = _after_death(group, died.death, image_ids, outcome) + groups
+            else:
+                outcome.rows.append(rows)
+                outcome.stage_s.update(stage_s)
+                outcome.labelled += len(group)
+    joined = pa.concat_tables([PREDICTION_SCHEMA.empty_table(), *outcome.rows])
+    places = {image_id: place for place, image_id in enumerate(joined["image_id"].to_pylist())}
+    order = pa.array([places[image_ids[position]] for position in wanted], pa.int64())
+    return joined.take(order), dict(outcome.stage_s)
+
+
+def _first_groups(wanted: Sequence[int], image_ids: Sequence[int], suspects: frozenset[int]) -> list[list[int]]:
+    """Suspects one by one (together when they are many, as the batches of a GPU are), then the others together."""
+    suspected = [position for position in wanted if image_ids[position] in suspects]
+    others = [position for position in wanted if image_ids[position] not in suspects]
+    first = [suspected] if len(suspected) > _MOST_SUSPECTS else [[position] for position in suspected]
+    return [*first, *([others] if others else [])]
+
+
+def _after_death(group: list[int], death: Death, image_ids: Sequence[int], outcome: _Outcome) -> list[list[int]]:
+    """What to try next; a culprit becomes a row."""
+    if len(group) > 1 and 0 < sum(image_ids[position] in death.in_hand for position in group) < len(group):
+        return _first_groups(group, image_ids, death.in_hand)
+    if len(group) > 1:
+        half = len(group) // 2
+        return [group[:half], group[half:]]
+    (position,) = group
+    outcome.deaths[position] += 1
+    if not death.is_certain and outcome.deaths[position] == 1:
+        return [group]
+    outcome.given_up += 1
+    if outcome.labelled == 0 and outcome.given_up >= _MOST_GIVEN_UP:
+        raise PreflightError(
+            f"each of {outcome.given_up} images alone ended its process, and no image does not, the last with "
+            f"'{death.reason}': that is no matter of the images. Raise resources.actor_memory_gb or "
+            "resources.image_deadline_s, or look at the machine."
+        )
+    _log.warning("image %d is quarantined: %s", image_ids[position], death.reason)
+    failed = Prediction(image_id=image_ids[position], failure=(death.reason, FailureClass.QUARANTINED))
+    outcome.rows.append(predictions_to_table([failed]).cast(PREDICTION_SCHEMA))
+    return []
+
+
+class _Room:
+    """The process, started when it is needed, and again after each death."""
+
+    def __init__(self, task: IsolationTask) -> None:
+        self._task = task
+        self._folder = tempfile.TemporaryDirectory(prefix="owlsam-isolated-")
+        self._memory_bytes = actor_memory_bytes(task.config.resources)
+        self._deadline_s = task.config.resources.image_deadline_s
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._groups = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+        self._folder.cleanup()
+
+    def label(self, positions: list[int]) -> tuple[pa.Table, dict[str, float]]:
+        """Rows of these images, any order; busy seconds.
+
+        Raises:
+            _Died: the process did.
+            OwlsamError, OSError: as of `isolate_shard`.
+        """
+        if self._process is None:
+            self._start()
+        self._groups += 1
+        path = Path(self._folder.name) / f"group-{self._groups}.arrow"
+        self._send({"positions": positions, "path": str(path)})
+        answer = self._await("done", self._deadline_s + _SILENCE_S)
+        with pa.memory_map(str(path)) as file:
+            reader = pa.ipc.open_file(file)
+            if (wrong := misfit_of(reader.schema, PREDICTION_SCHEMA)) is not None:
+                raise IncompleteError(f"the process that did shard {self._task.shard} by itself wrote no rows: {wrong}")
+            rows = reader.read_all()
+        return rows, answer["stage_s"]
+
+    def _start(self) -> None:
+        """Start the process and wait until its models are loaded.
+
+        Raises:
+            IncompleteError: it does not get that far.
+        """
+        for _ in range(_STARTS_WITHOUT_READY):
+            self._launch()
+            try:
+                self._await("ready", _START_S)
+            except _Died as died:
+                last = died.death.reason
+            else:
+                return
+        raise IncompleteError(
+            f"the process that was to redo shard {self._task.shard} by itself ended before its first image ({last}): "
+            f"{self._last_words()}"
+        )
+
+    def _launch(self) -> None:
+        with (Path(self._folder.name) / "log").open("a", encoding="utf-8") as log:
+            self._process = subprocess.Popen(  # noqa: S603 (a module of ours)
+                [sys.executable, "-m", "owlsam_ray.annotate.isolation_worker", str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                encoding="utf-8",
+                env=os.environ | child_variables(Path(self._folder.name)),
+            )
+        self._lines = queue.SimpleQueue()
+        threading.Thread(target=_read_lines, args=(self._process, self._lines), daemon=True).start()
+        task = self._task
+        self._send(
+            {
+                "run_url": task.run_url,
+                "shard": task.shard,
+                "folder": self._folder.name,
+                "config": task.config.model_dump(mode="json"),
+                "record": task.record.model_dump(mode="json"),
+                "allocation": asdict(task.allocation),
+                "models": {role: str(path) for role, path in asdict(task.models).items()},
+            }
+        )
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._process is None or self._process.stdin is None:
+            raise RuntimeError("there is no process to tell anything")
+        with contextlib.suppress(BrokenPipeError):  # it died: what it said last tells why
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+
+    def _await(self, wanted: str, silence_s: float) -> dict[str, Any]:
+        """The next answer of a kind.
+
+        Raises:
+            _Died: the process ended, or was ended.
+            OwlsamError, OSError: it met an error that is no image's.
+        """
+        process = self._process
+        if process is None:
+            raise RuntimeError("there is no process to hear anything from")
+        heard, said = time.monotonic(), None
+        accused: list[int] = []
+        while said is None:
+            with contextlib.suppress(queue.Empty):
+                line = self._lines.get(timeout=_LOOK_S)
+                if line is None:
+                    break
+                heard = time.monotonic()
+                message: dict[str, Any] = json.loads(line)
+                if message["kind"] == wanted:
+                    return message
+                if message["kind"] == "error":
+                    self._end()
+                    raise _as_raised(message)
+                if message["kind"] == "trouble":
+                    said, accused = message["reason"], message["image_ids"]
+            if self._memory_bytes is not None and resident_bytes(process.pid) > 1.1 * self._memory_bytes:
+                said = said or memory_text(self._memory_bytes)
+            elif time.monotonic() - heard > silence_s:
+                said = said or hang_text(self._deadline_s)
+        code = self._end(grace_s=_REAP_S if said is None else 0.0)
+        if said is None and code == _LAST_RESORT_CODE and time.monotonic() - heard > self._deadline_s:
+            said = hang_text(self._deadline_s)
+        in_hand = frozenset(accused) or self._left_in_hand()
+        # A process that somebody stops for a while looks as if it hung.
+        certain = said is not None and said != hang_text(self._deadline_s)
+        raise _Died(Death(said or _how_it_ended(code), is_certain=certain, in_hand=in_hand))
+
+    def _left_in_hand(self) -> frozenset[int]:
+        """What the breadcrumbs of processes that died tell, which are cleared away."""
+        found: set[int] = set()
+        for path in Path(self._folder.name).glob(f"{BREADCRUMBS}*"):
+            found.update(image_id for _, image_ids in read_breadcrumbs(path) for image_id in image_ids)
+            path.unlink()
+        return frozenset(found)
+
+    def _end(self, *, grace_s: float = 0.0) -> int:
+        """End the process, if there is one; returns its exit code.
+
+        Args:
+            grace_s: seconds that it gets to end by itself.
+        """
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
+        process.kill()
+        try:
+            code = process.wait(_REAP_S)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        return code
+
+    def _last_words(self) -> str:
+        text = (Path(self._folder.name) / "log").read_text(encoding="utf-8", errors="replace").strip()
+        return text.splitlines()[-1] if text else "it said nothing"
+
+
+def _read_lines(process: "subprocess.Popen[str]", lines: "queue.SimpleQueue[str | None]") -> None:
+    with contextlib.suppress(ValueError):  # closed meanwhile
+        for line in process.stdout or ():
+            lines.put(line)
+    lines.put(None)
+
+
+def _how_it_ended(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed_process: {signal.Signals(-code).name}"
+    return f"killed_process: exit code {code}"
+
+
+def _as_raised(message: dict[str, Any]) -> OwlsamError | OSError:
+    """The error that the process met, as if it had been raised here."""
+    kind: Any = getattr(errors, message["name"], getattr(builtins, message["name"], None))
+    if not (isinstance(kind, type) and issubclass(kind, (OwlsamError, OSError))):
+        kind = OSError
+    return kind(*message["arguments"])

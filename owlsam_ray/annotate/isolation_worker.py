@@ -1,0 +1,197 @@
+"""The process that labels the groups of a suspect shard: started by `isolate.py`, told by lines of JSON what to do.
+
+It answers on its standard output: `ready` once the models are loaded, `alive` every second, `done` for each group, and
+`trouble` or `error` before it ends by itself.
+
+Modules that take seconds are imported only after this process was bound to its parent, whose id is its argument.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from owlsam_ray.errors import OwlsamError
+from owlsam_ray.inference.watchdog import Trouble, Watchdog, hang_text
+from owlsam_ray.parallel.logs import print_traceback
+from owlsam_ray.parallel.work_slots import Watch
+
+if TYPE_CHECKING:
+    from owlsam_ray.config.load import RunConfig
+    from owlsam_ray.inference.engine import Engine
+    from owlsam_ray.run.guard import RunRecord
+
+_ALIVE_S = 1.0
+_MARGIN_S = 10.0
+"""Between two pieces of work that are watched."""
+_PR_SET_PDEATHSIG = 1
+
+
+class _Voice:
+    """Lines to the parent; nothing that a library prints gets in between."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        self._lock = threading.Lock()
+
+    def say(self, kind: str, **fields: Any) -> None:
+        with self._lock:
+            self._out.write(json.dumps({"kind": kind, **fields}) + "\n")
+            self._out.flush()
+
+
+class _ProgressWatch(Watch):
+    """Knows as well when a piece of work last came to its end: what is not watched could hang, too."""
+
+    moved: float | None = None
+    """None while there is nothing to label."""
+
+    @contextlib.contextmanager
+    def busy(self, kind: str, image_ids: Sequence[int]) -> Iterator[None]:
+        """See `Watch`."""
+        try:
+            with super().busy(kind, image_ids):
+                yield
+        finally:
+            if self.moved is not None:
+                self.moved = time.monotonic()
+
+
+def main() -> int:
+    """Do what the lines say; returns the exit code."""
+    _die_with_parent(int(sys.argv[1]))
+    voice = _Voice()
+    lines = _lines()
+    setup = next(lines)
+    try:
+        _work(setup, lines, voice)
+    except (OwlsamError, OSError) as error:
+        voice.say("error", name=type(error).__name__, arguments=error_arguments(error))
+        return 1
+    except Exception as error:  # noqa: BLE001 (whatever an image makes a model raise: it becomes its reason)
+        print_traceback()
+        cause = error.__cause__ or error  # of what broke the engine
+        line = (str(cause).strip().splitlines() or [""])[0][:200]
+        voice.say("trouble", reason=f"model_error: {type(cause).__name__}: {line}", image_ids=[])
+        return 1
+    return 0
+
+
+def error_arguments(error: OwlsamError | OSError) -> list[Any]:
+    """What an equal error is made from, as JSON values."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return [error.errno, error.strerror, *([error.filename] if isinstance(error.filename, str) else [])]
+    return [str(error)]
+
+
+def _lines() -> Iterator[dict[str, Any]]:
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], voice: _Voice) -> None:
+    import pyarrow as pa
+
+    from owlsam_ray import storage
+    from owlsam_ray.config.load import RunConfig
+    from owlsam_ray.fetch.images import fetch_shard, to_images
+    from owlsam_ray.parallel.allocation import actor_memory_bytes
+    from owlsam_ray.run.guard import RunRecord, load_run_manifest, moves_since_plan
+    from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
+
+    config = RunConfig.model_validate(setup["config"])
+    record = RunRecord.model_validate(setup["record"])
+    storage.configure(config.storage.policy())
+    watch = _ProgressWatch(Path(setup["folder"]))
+
+    def end(trouble: Trouble) -> None:
+        voice.say("trouble", reason=trouble.text, image_ids=trouble.image_ids)
+        os._exit(1)
+
+    Watchdog(
+        watch,
+        deadline_s=config.resources.image_deadline_s,
+        memory_bytes=actor_memory_bytes(config.resources),
+        on_trouble=end,
+    ).start()
+    deadline_s = config.resources.image_deadline_s
+    threading.Thread(target=_stay_alive, args=(voice, watch, deadline_s), daemon=True).start()
+    # Whether the dataset is at the place that it moved to, the driver has looked.
+    manifest = load_run_manifest(setup["run_url"], record).with_moves(moves_since_plan(config, record))
+    with _load(setup, config, record, watch) as engine:
+        voice.say("ready")
+        for group in lines:
+            fetched = fetch_shard(
+                manifest,
+                setup["shard"],
+                threads=config.resources.fetch_threads,
+                max_file_mb=config.decode.max_file_mb,
+                deadline_s=config.resources.fetch_deadline_s,
+                positions=group["positions"],
+            )
+            watch.moved = time.monotonic()
+            predictions, stage_s = engine.annotate(to_images(fetched))
+            watch.moved = None
+            rows = predictions_to_table(predictions).cast(PREDICTION_SCHEMA)
+            with pa.OSFile(group["path"], "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
+                writer.write_table(rows)
+            voice.say("done", stage_s=stage_s)
+    watch.close()
+
+
+def _load(setup: dict[str, Any], config: "RunConfig", record: "RunRecord", watch: Watch) -> "Engine":
+    """The engine, as an actor has it."""
+    from safetensors.torch import load as load_safetensors
+
+    from owlsam_ray import storage
+    from owlsam_ray.inference.engine import load_engine
+    from owlsam_ray.models.arithmetic import fix_arithmetic
+    from owlsam_ray.models.weights import ModelPaths
+    from owlsam_ray.parallel.allocation import Allocation
+    from owlsam_ray.run.guard import QUERY_FILE
+
+    allocation = Allocation(**setup["allocation"])
+    fix_arithmetic(allocation.torch_threads)
+    return load_engine(
+        config,
+        allocation,
+        models=ModelPaths(**{role: Path(path) for role, path in setup["models"].items()}),
+        query_embeddings=load_safetensors(storage.read_bytes(storage.join(setup["run_url"], QUERY_FILE)))["queries"],
+        query_labels=record.query_labels,
+        category_names=record.category_names,
+        watch=watch,
+    )
+
+
+def _stay_alive(voice: _Voice, watch: _ProgressWatch, deadline_s: float) -> None:
+    """Say so as long as something comes to an end now and then, and somebody listens."""
+    waiting = threading.Event()
+    while not waiting.wait(_ALIVE_S):
+        moved = watch.moved
+        try:
+            if moved is not None and time.monotonic() - moved > deadline_s + _MARGIN_S:
+                voice.say("trouble", reason=hang_text(deadline_s), image_ids=watch.in_hand())
+                os._exit(1)
+            voice.say("alive")
+        except OSError:
+            os._exit(1)
+
+
+def _die_with_parent(parent: int) -> None:
+    """End when the parent does, whatever this process is in the middle of."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was quicker
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

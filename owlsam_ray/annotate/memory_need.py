@@ -1,0 +1,147 @@
+"""How much memory a run needs at least, and what to say when there is less (law 10)."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from owlsam_ray.errors import PreflightError
+from owlsam_ray.parallel.allocation import Allocation
+from owlsam_ray.parallel.node_memory import memory_kills, memory_limit
+
+_GB = 10**9
+_DRIVER = 750_000_000
+"""Driver, raylet, GCS and the node's agent; measured without the blocks of the object store."""
+_ACTOR = 700_000_000
+"""An actor without weights: Python, torch, transformers and Ray."""
+_CUDA = 1_000_000_000
+"""What CUDA's libraries hold of a process's memory."""
+_FETCH = 150_000_000
+"""Fetch and write processes."""
+_MOST_KILLS = 20
+_LEAST_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """Bytes that a run takes at least, apart from what images and model calls take for a while."""
+
+    driver: int
+    """With the parts of Ray on the driver's node."""
+    actor: int
+    """Each."""
+    fetch: int
+    actors: int
+
+    @property
+    def total(self) -> int:
+        """When everything runs on one node."""
+        return self.driver + self.fetch + self.actors * self.actor
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total / _GB:.2f} GB (driver and Ray {self.driver / _GB:.2f}, {self.actors} actor(s) of "
+            f"{self.actor / _GB:.2f} each, fetch {self.fetch / _GB:.2f})"
+        )
+
+
+def memory_need(allocation: Allocation, weights: Sequence[Path]) -> MemoryNeed:
+    """What a run needs at least.
+
+    Args:
+        allocation: of `resources.allocate`.
+        weights: files or directories of the models.
+    """
+    models = 0 if allocation.device == "cuda" else sum(_file_bytes(path) for path in weights)
+    on_gpu = _CUDA if allocation.device == "cuda" else 0
+    return MemoryNeed(driver=_DRIVER, actor=_ACTOR + on_gpu + models, fetch=_FETCH, actors=allocation.actors)
+
+
+def _file_bytes(path: Path) -> int:
+    """Bytes of the weights in a file, or in a directory: the larger kind, where it holds the same ones twice."""
+    if path.is_file():
+        return path.stat().st_size
+    kinds: dict[str, int] = {}
+    for entry in os.scandir(path) if path.is_dir() else ():
+        suffix = os.path.splitext(entry.name)[1]
+        if suffix in (".safetensors", ".bin", ".pt", ".pth") and entry.is_file():
+            kinds[suffix] = kinds.get(suffix, 0) + entry.stat().st_size
+    return max(kinds.values(), default=0)
+
+
+def check_memory(need: MemoryNeed, here: int | None) -> None:
+    """Refuse a run on this machine alone that the kernel would end.
+
+    Args:
+        need: of `memory_need`.
+        here: bytes that this machine, container or job has; None: nobody can tell.
+
+    Raises:
+        PreflightError: with what is needed, and what there is.
+    """
+    if here is not None and need.total > here:
+        raise PreflightError(
+            f"too little memory: this run needs at least {need}, and this machine, container or job may use "
+            f"{here / _GB:.2f} GB. Give it more, lower resources.actors, or choose smaller models."
+        )
+
+
+def check_node_memory(need: MemoryNeed, nodes: Sequence[float | None]) -> None:
+    """Refuse actors that the nodes of a cluster cannot hold, wherever Ray puts them.
+
+    Args:
+        need: of `memory_need`.
+        nodes: memory of each node that lives, in bytes, as Ray tells it; None: it does not.
+
+    Raises:
+        PreflightError: with what an actor needs, and what there is.
+    """
+    known = [node for node in nodes if node is not None]
+    fitting = sum(int(node // need.actor) for node in known)
+    if known and len(known) == len(nodes) and fitting < need.actors:
+        largest = ", ".join(f"{node / _GB:.2f} GB" for node in sorted(known, reverse=True)[:5])
+        raise PreflightError(
+            f"too little memory: {need.actors} actor(s) need at least {need.actor / _GB:.2f} GB each, and the nodes "
+            f"have {largest}: there is room for {fitting}. Lower resources.actors, or give the nodes more memory."
+        )
+
+
+@dataclass(slots=True)
+class KillWatch:
+    """Notices that the kernel ends process after process for want of memory, and no shard is finished meanwhile.
+
+    Ray starts them again for ever, also those for which no limit can be set.
+    """
+
+    done: Callable[[], int]
+    """Finished shards; asks no storage."""
+    need: MemoryNeed | None = None
+    """Told once it is known."""
+    kills: Callable[[], int | None] = memory_kills
+    clock: Callable[[], float] = time.monotonic
+    paused: bool = field(default=False, init=False)
+    _since: tuple[int, int, float] | None = field(default=None, init=False)
+    """Finished shards, kills and time when the former last rose."""
+
+    def pause(self, paused: bool) -> None:
+        """Look away, while images are done one by one to find those that take all memory; or look again."""
+        self.paused = paused
+
+    def cause(self) -> str | None:
+        """Why the run cannot go on; None while it can."""
+        kills, done, now = self.kills(), self.done(), self.clock()
+        if kills is None:
+            return None
+        if self._since is None or self.paused or done != self._since[0]:
+            self._since = (done, kills, now)
+            return None
+        _, before, start = self._since
+        if kills - before < _MOST_KILLS or now - start < _LEAST_S:
+            return None
+        here = memory_limit()
+        has = "" if here is None else f" of {here / _GB:.2f} GB"
+        return (
+            f"too little memory{has}: the kernel ended {kills - before} processes in {now - start:.0f} s, and no shard "
+            f"was finished{'' if self.need is None else f'; at least {self.need} are needed'}"
+        )

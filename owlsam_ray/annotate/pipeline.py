@@ -1,0 +1,311 @@
+"""The Ray Data graph: shard number → encoded bytes → actor → one Parquet file per shard.
+
+One block is one shard is one file, from fetch to sink: a block carries the shard's number first, then its encoded
+bytes, then its rows. Ray may neither split nor merge blocks, and the sink refuses a partial shard. Shards are handed to
+Ray in waves, so that starting up stays flat however many there are. With `Job.retry` a block holds only those images of
+a finished shard that failed, and the sink puts their rows into its file.
+"""
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data.block import BlockAccessor
+from ray.data.datasource import Datasink
+
+from owlsam_ray import storage
+from owlsam_ray.config.load import RunConfig
+from owlsam_ray.fetch.images import FETCHED_SCHEMA, fetch_shard, to_images
+from owlsam_ray.models.weights import ModelPaths
+from owlsam_ray.parallel.allocation import Allocation
+from owlsam_ray.parallel.logs import log_safely_by_default
+from owlsam_ray.run import in_hand as crumbs
+from owlsam_ray.run.guard import QUERY_FILE, RunRecord
+from owlsam_ray.run.in_hand import MAX_STRIKES
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.retry import Retry, find_failed, replace_rows
+from owlsam_ray.run.shards import write_shard
+from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
+from owlsam_ray.storage.arrow_types import forget_ray_types
+
+forget_ray_types()  # this module is imported by the driver, and by every task and actor of the graph
+# The named parameters that the warning asks for are not there yet in the release that gives it.
+warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+
+_MOST_RETRIES = 3
+"""Of a fetch or write task whose process dies; the default is for ever."""
+_MOST_RESTARTS = 8
+"""Of an actor in a wave; then the wave breaks, and is built again as long as there is progress."""
+
+ROWS_SCHEMA = pa.schema(
+    [
+        *PREDICTION_SCHEMA,
+        pa.field("shard", pa.int64()),
+        pa.field("shard_rows", pa.int64()),
+        pa.field("stage_s", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every process of an attempt knows."""
+
+    run_url: str
+    config: RunConfig
+    record: RunRecord
+    manifest: Manifest
+    allocation: Allocation
+    models: ModelPaths
+    """Local paths that the weights resolved to; the same on every node."""
+    attempt: str
+    """Name of the attempt."""
+    stop_url: str
+    """Once this file exists no shard is begun any more."""
+    fence_url: str
+    """Once this file exists nothing is written any more: another attempt has taken over."""
+    retry: Retry | None = None
+    """Which failed rows of finished shards to do; None: shards that are not finished."""
+
+    def enter(self) -> None:
+        """What a process does first: ask storage as the run file says."""
+        storage.configure(self.config.storage.policy())
+        log_safely_by_default()
+
+    def stopping(self) -> bool:
+        """Whether the attempt was asked to stop, or was taken over."""
+        return storage.exists(self.stop_url) or self.fenced()
+
+    def fenced(self) -> bool:
+        """Whether another attempt has taken over."""
+        return storage.exists(self.fence_url)
+
+    def write(self, shard: int, rows: pa.Table, stage_s: dict[str, float]) -> None:
+        """Write a shard, or the rows of it that were done again.
+
+        Raises:
+            OSError: storage refused.
+        """
+        if self.retry is not None:
+            replace_rows(self.run_url, shard, rows, stage_s=stage_s)
+            return
+        write_shard(
+            self.run_url,
+            shard,
+            rows,
+            fingerprint=self.record.fingerprint or "",
+            numerics=self.record.numerics_id,
+            stage_s=stage_s,
+        )
+
+
+class FetchShard:
+    """Ray task: a block with a shard's number to a block with its encoded images."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """One row of `shard` to `FETCHED_SCHEMA`; no rows once the attempt was asked to stop."""
+        self._job.enter()
+        if self._job.stopping():
+            return FETCHED_SCHEMA.empty_table()
+        job, shard = self._job, block["shard"][0].as_py()
+        positions = None
+        if job.retry is not None:
+            positions = find_failed(job.run_url, shard, job.retry).plain
+            if not positions:
+                return FETCHED_SCHEMA.empty_table()
+        return fetch_shard(
+            job.manifest,
+            shard,
+            threads=job.config.resources.fetch_threads,
+            max_file_mb=job.config.decode.max_file_mb,
+            deadline_s=job.config.resources.fetch_deadline_s,
+            positions=positions,
+        )
+
+
+class Annotator:
+    """Ray actor: holds both models; called by as many threads at once as there are shards in flight."""
+
+    def __init__(self, job: Job) -> None:
+        """Load the models; the prompts come embedded from the run directory."""
+        # Imported here: fetch and write tasks import this module too, and torch would cost each of their processes
+        # eight seconds and half a gigabyte.
+        from safetensors.torch import load as load_safetensors
+
+        from owlsam_ray.annotate.actor_watch import WatchedWork
+        from owlsam_ray.inference.engine import load_engine
+        from owlsam_ray.models.arithmetic import fix_arithmetic
+
+        self._job = job
+        job.enter()
+        # What those before this one died of: a process that Ray starts again finds the crumbs of the last one.
+        self._strikes = crumbs.strikes(crumbs.list_crumbs(job.run_url))
+        self._watched = WatchedWork(job.run_url, job.attempt, job.config.resources)
+        fix_arithmetic(job.allocation.torch_threads)
+        self._engine = load_engine(
+            job.config,
+            job.allocation,
+            models=job.models,
+            query_embeddings=load_safetensors(storage.read_bytes(storage.join(job.run_url, QUERY_FILE)))["queries"],
+            query_labels=job.record.query_labels,
+            category_names=job.record.category_names,
+            watch=self._watched.watch,
+        )
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """`FETCHED_SCHEMA` of one shard to its `ROWS_SCHEMA`.
+
+        No rows once the attempt was asked to stop, and of a shard that processes died with.
+        """
+        if block.num_rows == 0 or self._job.stopping():
+            return ROWS_SCHEMA.empty_table()
+        shard = block["shard"][0].as_py()
+        if self._strikes.get(shard, 0) >= MAX_STRIKES:
+            return ROWS_SCHEMA.empty_table()
+        with self._watched.in_hand(shard):
+            predictions, stage_s = self._engine.annotate(to_images(block))
+        rows = predictions_to_table(predictions)
+        for name in ("shard", "shard_rows"):
+            rows = rows.append_column(name, block[name])
+        seconds = pa.array([json.dumps(stage_s)] * rows.num_rows, pa.string())
+        return rows.append_column("stage_s", seconds).cast(ROWS_SCHEMA)
+
+
+class ShardSink(Datasink[list[int]]):
+    """Writes every block as the file of its shard, and refuses a block that is not exactly one shard."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> list[int]:
+        """Write the shards of these blocks; returns their numbers.
+
+        Raises:
+            ValueError: a block holds a part of a shard, or more than one.
+            OSError: storage refused.
+        """
+        self._job.enter()
+        written = []
+        for block in blocks:
+            rows = BlockAccessor.for_block(block).to_arrow()
+            if rows.num_rows == 0:
+                continue
+            shards, sizes = rows["shard"].unique().to_pylist(), rows["shard_rows"].unique().to_pylist()
+            if len(shards) != 1 or sizes != [rows.num_rows]:
+                raise ValueError(f"a block of {rows.num_rows} rows is not one whole shard: shards {shards} of {sizes}")
+            if self._job.fenced():
+                break
+            self._job.write(shards[0], rows.select(PREDICTION_SCHEMA.names), json.loads(rows["stage_s"][0].as_py()))
+            written.append(shards[0])
+        return written
+
+
+def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
+    """The graph from shard numbers to rows, one block per shard; nothing runs yet."""
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None  # a block is a shard, whatever its size
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_operator_progress_bars = False
+    context.raise_original_map_exception = True  # an error of ours is to reach the driver as what it is
+    allocation, resources = job.allocation, job.config.resources
+    return (
+        ray.data.from_arrow([pa.table({"shard": pa.array([shard], pa.int64())}) for shard in shards])
+        # Another CPU request than the actor's, or Ray would fuse the two stages into one process.
+        .map_batches(
+            FetchShard(job).__call__,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=resources.fetch_cpus,
+            max_retries=_MOST_RETRIES,
+        )
+        .map_batches(
+            Annotator,
+            fn_constructor_args=(job,),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                size=min(allocation.actors, len(shards)),  # no model is loaded for nothing
+                max_tasks_in_flight_per_actor=resources.shards_in_flight + 1,
+                max_concurrent_calls_per_actor=resources.shards_in_flight,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=allocation.cpus_per_actor,
+            num_gpus=allocation.gpus_per_actor,
+            # More often than a shard is begun at all: after MAX_STRIKES deaths the actor gives it back. For ever, which
+            # is the default, would hide an actor that dies of something else.
+            max_task_retries=MAX_STRIKES + 2,
+            max_restarts=_MOST_RESTARTS,
+        )
+    )
+
+
+def run_wave(job: Job, shards: Sequence[int]) -> None:
+    """Label these shards and write their files.
+
+    Raises:
+        ray.exceptions.RayError: an actor could not start, a process died too often, storage refused a file.
+    """
+    build_graph(job, shards).write_datasink(
+        ShardSink(job), ray_remote_args={"num_cpus": job.config.resources.write_cpus, "max_retries": _MOST_RETRIES}
+    )
+
+
+def run_isolated(job: Job, shards: Mapping[int, Sequence[str]]) -> None:
+    """Label shards that processes died with, each in a process of its own, and write their files.
+
+    Args:
+        job: of the attempt.
+        shards: number → names of its crumbs.
+
+    Raises:
+        OwlsamError: the attempt cannot go on.
+        ray.exceptions.RayError: a process died, but not of an image.
+    """
+    allocation = job.allocation
+    task = ray.remote(num_cpus=allocation.cpus_per_actor, num_gpus=allocation.gpus_per_actor, max_retries=0)(_isolate)
+    waiting = list(shards.items())
+    running: list[Any] = []
+    while waiting or running:
+        if job.stopping():
+            for each in running:
+                ray.cancel(each, force=True)
+            return
+        while waiting and len(running) < allocation.actors:
+            shard, names = waiting.pop(0)
+            running.append(task.remote(job, shard, tuple(names)))
+        done, running = ray.wait(running, timeout=1.0)
+        ray.get(done)
+
+
+def _isolate(job: Job, shard: int, crumb_names: Sequence[str]) -> None:
+    """One shard, in a process on the node that Ray chooses."""
+    from owlsam_ray.annotate.isolate import IsolationTask, isolate_shard
+
+    job.enter()
+    positions = None
+    if job.retry is not None:
+        failed = find_failed(job.run_url, shard, job.retry)
+        positions = tuple(sorted(failed.plain + failed.quarantined))
+    rows, stage_s = isolate_shard(
+        IsolationTask(
+            run_url=job.run_url,
+            shard=shard,
+            positions=positions,
+            config=job.config,
+            record=job.record,
+            manifest=job.manifest,
+            allocation=job.allocation,
+            models=job.models,
+            suspects=crumbs.suspects(job.run_url, crumb_names),
+        )
+    )
+    if not job.fenced():
+        job.write(shard, rows, stage_s)

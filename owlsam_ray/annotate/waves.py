@@ -1,0 +1,216 @@
+"""Waves of shards through the graph, until none is left that can be done, whatever dies meanwhile."""
+
+import errno
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from ray.data.exceptions import SystemException
+from ray.exceptions import RayError
+
+from owlsam_ray.annotate import pipeline
+from owlsam_ray.annotate.pipeline import Job
+from owlsam_ray.errors import IncompleteError, OwlsamError
+from owlsam_ray.run import in_hand as crumbs
+from owlsam_ray.run.attempts import Attempt
+from owlsam_ray.run.counts import Tally
+from owlsam_ray.run.in_hand import MAX_STRIKES
+from owlsam_ray.run.progress import ProgressWatcher
+from owlsam_ray.run.retry import Retry, find_failed
+
+_STORAGE_IS_FULL_OR_CLOSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
+_FRUITLESS_WAVES = 3
+"""Waves in a row that may break without a shard or a strike more before the run gives up."""
+_ADVICE = "Failed to apply UDF transform"
+_log = logging.getLogger(__name__)
+
+
+class StoppedError(Exception):
+    """The attempt was asked to stop."""
+
+
+class Work(Protocol):
+    """Shards to bring to an end."""
+
+    def left(self) -> Sequence[int]:
+        """Those that are to be done, rising."""
+
+    def handed_back(self, shards: Sequence[int]) -> None:
+        """These went through without a break; what processes died with is not among them."""
+
+
+class Unfinished:
+    """The shards of a slice that have no file."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def left(self) -> Sequence[int]:
+        """By a fresh listing."""
+        self._tally.refresh_listing()
+        return list(self._tally.pending())
+
+    def handed_back(self, shards: Sequence[int]) -> None:
+        """The listing tells."""
+
+
+class Failed:
+    """Finished shards that hold failed rows; each is tried once."""
+
+    def __init__(self, shards: Sequence[int]) -> None:
+        self._left = dict.fromkeys(shards)
+
+    def left(self) -> Sequence[int]:
+        """Those that were not tried yet."""
+        return list(self._left)
+
+    def handed_back(self, shards: Sequence[int]) -> None:
+        """Not again, whatever came of it."""
+        for shard in shards:
+            self._left.pop(shard, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Labeller:
+    """Brings the shards of an attempt to their end."""
+
+    job: Job
+    tally: Tally
+    watcher: ProgressWatcher
+    attempt: Attempt
+    asked_to_stop: Callable[[], bool]
+    isolating: Callable[[bool], None] = lambda _: None
+    """Called with whether shards are done one by one from now on."""
+
+    def label(self) -> None:
+        """Label every shard that has no file.
+
+        Raises:
+            StoppedError: somebody asked.
+            OwlsamError: no further try can help, or another attempt has taken over.
+        """
+        self._bring_to_end(self.job, Unfinished(self.tally))
+        self.watcher.look()
+
+    def retry(self, retry: Retry) -> None:
+        """Try failed rows of finished shards again, once.
+
+        Raises:
+            StoppedError: somebody asked.
+            OwlsamError: no further try can help, or another attempt has taken over.
+        """
+        shards = sorted(self.tally.transient_shards if retry.only_transient else self.tally.failed_shards)
+        if not shards:
+            return
+        _log.info("trying the %s images of %d shards again", retry.what, len(shards))
+        job = replace(self.job, retry=retry)
+        # What killed a process before is nothing for an actor.
+        killers = [
+            shard
+            for shard in (() if retry.only_transient else shards)
+            if find_failed(job.run_url, shard, retry).quarantined
+        ]
+        try:
+            self._bring_to_end(job, Failed(sorted(set(shards) - set(killers))))
+            self._bring_to_end(job, Failed(killers), alone=True)
+        finally:
+            self.tally.forget(shards)
+        self.watcher.look()
+
+    def _bring_to_end(self, job: Job, work: Work, *, alone: bool = False) -> None:
+        """Hand over waves; what processes died with comes last, each shard in a process of its own.
+
+        A wave that breaks is built again from what is still missing; waves that break without any progress are given
+        up.
+        """
+        fruitless = 0
+        left = work.left()
+        while left:
+            self._stop_if_asked()
+            found = crumbs.list_crumbs(job.run_url)
+            struck = {shard: len(found.get(shard, ())) for shard in left}
+            plain = [] if alone else [shard for shard in left if struck[shard] < MAX_STRIKES]
+            # A shard that a process died with goes last: it is not to take others down with it.
+            wave = sorted(plain, key=lambda shard: (struck[shard], shard))[: job.config.resources.wave_shards]
+            try:
+                if wave:
+                    pipeline.run_wave(job, wave)
+                else:
+                    _log.warning("%d shards that processes died with are done one by one", len(left))
+                    self.isolating(True)
+                    pipeline.run_isolated(job, {shard: found.get(shard, []) for shard in left})
+            except RayError as error:
+                cause: BaseException | None = root_cause(error)
+            else:
+                cause = None
+            self.isolating(False)
+            after = crumbs.strikes(crumbs.list_crumbs(job.run_url))
+            if cause is None and not job.stopping():
+                work.handed_back([shard for shard in wave or left if after.get(shard, 0) < MAX_STRIKES or not wave])
+            self._stop_if_asked()
+            before, left = left, work.left()
+            strikes = sum(after.get(shard, 0) for shard in left)
+            if len(left) < len(before) or strikes > sum(struck[shard] for shard in left):
+                fruitless = 0
+            else:
+                fruitless += 1
+            self._go_on_or_give_up(cause, fruitless, len(wave) or len(before))
+
+    def _stop_if_asked(self) -> None:
+        self.attempt.check()
+        if self.asked_to_stop():
+            raise StoppedError
+
+    def _go_on_or_give_up(self, cause: BaseException | None, fruitless: int, num_shards: int) -> None:
+        """Raise what no further try can mend, in words that say what to do."""
+        if cause is None:
+            if fruitless >= _FRUITLESS_WAVES:
+                raise IncompleteError(f"{num_shards} shards were handed to Ray and none came back: see Ray's logs")
+            return
+        self.attempt.tell(last_error=in_one_line(cause))
+        if isinstance(cause, OwlsamError):
+            raise cause
+        if isinstance(cause, OSError) and cause.errno in _STORAGE_IS_FULL_OR_CLOSED:
+            raise IncompleteError(
+                f"cannot write a shard: {cause.strerror} ({cause.filename or 'run directory'}). Finished shards are "
+                "kept. Free space or fix the permissions, then call the same command again."
+            ) from cause
+        if fruitless >= _FRUITLESS_WAVES:
+            raise IncompleteError(
+                f"gave up after {fruitless} tries without a new shard: {in_one_line(cause)}. Finished shards are kept; "
+                "logging.level=debug shows the actors' output."
+            ) from cause
+        _log.warning("a wave broke and is built again: %s", in_one_line(cause))
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The exception inside Ray's wrappers that our code or a library raised, without what Ray adds to it."""
+    inner = getattr(error, "cause", None) or error.__cause__
+    if not isinstance(inner, BaseException) or isinstance(inner, SystemException):  # Ray's mark of its own errors
+        return _as_it_was(error)
+    return root_cause(inner)
+
+
+def _as_it_was(error: BaseException) -> BaseException:
+    """Without the advice on settings of Ray that it appends to a message, or as a further argument.
+
+    Pickling makes a further argument of an OSError the name of its file.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        names = [] if _cut(error.filename) in ("", None) else [error.filename]
+        return type(error)(error.errno, error.strerror, *names)
+    if isinstance(error, OwlsamError):
+        return type(error)(*(argument for argument in map(_cut, error.args) if argument != ""))
+    return error
+
+
+def _cut(argument: Any) -> Any:
+    """A text up to Ray's advice; anything else as it is."""
+    return argument.partition(_ADVICE)[0].rstrip() if isinstance(argument, str) else argument
+
+
+def in_one_line(error: BaseException) -> str:
+    """Kind and message; of Ray's own errors the last line, where the traceback that they quote ends."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayError) else 0].strip()}"

@@ -1,0 +1,1 @@
+"""COCO files of any size: reading, statistics, cleaning."""

@@ -1,0 +1,83 @@
+"""Relative paths in a run file: from the working directory, or else from the file's own folder.
+
+Only files and folders that are read: what is written (`run`, `reduce.out`, …) goes by the working directory alone,
+since it need not be there yet.
+"""
+
+import copy
+import glob
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from owlsam_ray.config.settings import VOCABULARIES
+
+_INPUTS = (
+    ("data", "images"),
+    ("data", "annotations"),
+    ("data", "files"),
+    ("vocabulary", "categories"),
+    ("vocabulary", "exemplars", "image"),
+    ("detector", "weights"),
+    ("segment", "weights"),
+    ("segmenter", "weights"),
+    ("reduce", "operating_points"),
+    ("reduce", "corrections"),
+    ("reduce", "corrections_base"),
+    ("evaluate", "ground_truth"),
+    ("data", "train", "annotations"),
+    ("data", "train", "images"),
+    ("data", "val", "annotations"),
+    ("data", "val", "images"),
+)
+"""Of run files and of files that describe a training."""
+_BRACES = re.compile(r"\{[^{}]*\}")
+
+
+def anchored(tree: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A run file's tree in which paths that are found only from its folder are joined to it.
+
+    Args:
+        tree: as YAML gives it; not validated, so anything may stand anywhere.
+        folder: of the file, relative to the working directory or absolute.
+    """
+    if not folder:
+        return tree
+    found = copy.deepcopy(tree)
+    for keys in _INPUTS:
+        for holder, key in _places(found, keys):
+            holder[key] = _anchored(holder[key], folder)
+    return found
+
+
+def _places(tree: Any, keys: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
+    """(list or mapping, its index or key) of every text at a place."""
+    holder, rest = tree, keys
+    while isinstance(holder, dict) and len(rest) > 1:
+        holder, rest = holder.get(rest[0]), rest[1:]
+    if isinstance(holder, list):
+        for entry in holder:
+            yield from _places(entry, rest)
+    elif isinstance(holder, dict):
+        value = holder.get(rest[0])
+        if isinstance(value, str):
+            yield holder, rest[0]
+        elif isinstance(value, list) and rest[0] == "files":
+            yield from ((value, index) for index, each in enumerate(value) if isinstance(each, str))
+
+
+def _anchored(path: str, folder: str) -> str:
+    if "://" in path or path.startswith(("/", "~")) or path in VOCABULARIES or not path.strip() or "\0" in path:
+        return path
+    there = os.path.join(folder, path)
+    return there if not _is_there(path) and _is_there(there, root=folder) else path
+
+
+def _is_there(path: str, *, root: str = "") -> bool:
+    """Whether a file or folder is there, or one that a pattern matches."""
+    if os.path.exists(path):
+        return True
+    tail = path[len(root) :]  # a folder's own name is no pattern
+    pattern = glob.escape(root) + _BRACES.sub("*", tail)
+    return glob.has_magic(pattern) and next(glob.iglob(pattern, recursive=True), None) is not None

@@ -1,0 +1,1 @@
+"""The engine inside the actor, and its steps, one file each: decode · detect · suppress · segment · encode."""

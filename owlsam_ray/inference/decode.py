@@ -1,0 +1,283 @@
+"""Bytes → RGB pixels. Whatever the bytes are, the outcome is a picture or an `ImageError`.
+
+Colours: grey, palette, CMYK and the like become RGB as Pillow converts them; transparency is dropped, not composited,
+as COCO's own tools do; 16-bit grey is scaled to 8 bits (see `grey16`); colour profiles are not applied. Of an animation
+or a multi-picture file the first picture counts.
+
+Orientation: when the source states a size that equals the file's raw size, EXIF orientation is not applied (COCO's
+convention, its boxes are drawn on raw pixels); otherwise it is. That holds for every format alike.
+"""
+
+import ctypes
+import io
+import logging
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError, features
+
+from owlsam_ray.config.settings import Grey16
+from owlsam_ray.errors import ImageError
+from owlsam_ray.inference.file_kinds import other_kind
+from owlsam_ray.inference.png_chunks import without_long_texts
+from owlsam_ray.inference.tiff_tags import split_orientation
+from owlsam_ray.inference.unidentified import NO_IMAGE, why_unidentified
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""Raster formats only: nothing that runs an interpreter, as EPS does. Multi-picture JPEGs come under JPEG."""
+
+# Our own limit is checked from the header before any pixel is read; Pillow's would only warn.
+Image.MAX_IMAGE_PIXELS = None
+# Damaged metadata is no news: the pixels count. Once and for all, since a filter per call is not thread-safe.
+warnings.filterwarnings("ignore", module=r"PIL\..*")
+
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,  # what Pillow's PNG reader raises for a broken chunk
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    ZeroDivisionError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_WIDE_GREY = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
+_WIDE_WHITE = 65535
+_DARK_BITS = 12
+"""Pictures of 16-bit grey that use no more are nearly black where white is 65535."""
+_EXIF_ORIENTATION = 0x0112
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+
+# What would let a small file cost minutes or gigabytes, beyond the pixels that it says it has.
+_SLOW_DECODERS = {"bmp_rle", "ppm", "ppm_plain"}
+"""Those that Pillow has in Python: up to a microsecond a pixel, whatever the file's length."""
+_SLOW_MAX_PIXELS = 32_000_000
+_MAX_COMMENTS = 1000
+"""Of a plain PPM file: each costs a copy of a megabyte."""
+_MAX_SCANNED = 5 * 10**10
+"""Pixels of a JPEG times its scans, some seconds: a progressive file has ten or so, and a scan may be a few bytes."""
+_MAX_TILE = 2**26
+"""Pixels of a TIFF file's tile, or four times those of its picture: a whole tile is decoded."""
+_STRIP_PIXELS = 2**20
+"""Pixels that are converted at once, so that no second picture is in memory."""
+
+
+def _silence_libtiff() -> None:
+    """It tells stderr what it finds wrong with a file, without a name; what counts comes as an exception as well."""
+    if not features.check("libtiff") or not Path("/proc/self/maps").exists():
+        return
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libtiff" in line}
+    for path in loaded:
+        ctypes.CDLL(path).TIFFSetErrorHandler(None)
+
+
+_silence_libtiff()
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # for the same reason
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A picture."""
+
+    pixels: NDArray[np.uint8]
+    """(H, W, 3) RGB, contiguous."""
+    note: str | None = None
+    """Remarks: `stated_size_differs: …` where the file contradicts the stated size, `grey16: …` where 16-bit grey uses
+    another range than it is scaled from; both are joined by a semicolon."""
+
+    @property
+    def size_differs(self) -> bool:
+        """Whether the file contradicts the stated size."""
+        return self.note is not None and self.note.startswith(_SIZE_DIFFERS)
+
+
+_SIZE_DIFFERS = "stated_size_differs"
+
+
+def decode_image(
+    data: bytes | memoryview, *, stated_hw: tuple[int, int] | None, max_pixels: int, grey16: Grey16 = "full"
+) -> Decoded:
+    """Decode one file.
+
+    Args:
+        data: the file's bytes.
+        stated_hw: (H, W) that the source states, if it does.
+        max_pixels: larger pictures are refused before their pixels are read.
+        grey16: what stands for white in 16-bit grey: 65535 (`full`), the largest value of so many bits, or of as many
+            bits as the picture uses, at least 8 (`auto`).
+
+    Raises:
+        ImageError: `empty_file`, `not_an_image`, `truncated`, `too_large`, `unsupported_mode` or `decode_error`.
+    """
+    if len(data) == 0:
+        raise ImageError("empty_file")
+    data = bytes(data)
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":  # its decoder takes memory for the canvas at once
+        sides = [1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27)]
+        _check_size(sides[0], sides[1], max_pixels)
+    data = without_long_texts(data)
+    data, tiff_orientation = split_orientation(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_cost(image, data, max_pixels)
+            return _read(image, stated_hw, tiff_orientation, grey16)
+    except UnidentifiedImageError:
+        why, kind = why_unidentified(data), other_kind(data)
+        raise ImageError(f"{why}: {kind}" if why == NO_IMAGE and kind else why) from None
+    except _DECODER_ERRORS as error:
+        raise ImageError(_reason(error)) from None
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageError(f"too_large: {width}x{height}")
+
+
+def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """Refuse from the header, before memory or time are spent on pixels.
+
+    Raises:
+        ImageError: the picture is too large, or cannot be decoded within bounds.
+    """
+    width, height = image.size
+    _check_size(width, height, max_pixels)
+    decoders = {tile[0] for tile in getattr(image, "tile", [])}
+    if decoders & _SLOW_DECODERS and width * height > _SLOW_MAX_PIXELS:
+        raise ImageError(f"too_large: {width}x{height} in a kind of {image.format} that is decoded slowly")
+    if "ppm_plain" in decoders and data.count(b"#") > _MAX_COMMENTS:
+        raise ImageError(f"decode_error: more than {_MAX_COMMENTS} comments")
+    if "jpeg" in decoders and image.format != "TIFF":  # there libtiff decodes, and has a limit of its own
+        scans = data.count(b"\xff\xda")
+        if scans * width * height > _MAX_SCANNED:
+            raise ImageError(f"decode_error: {scans} scans of {width}x{height}")
+    tags = getattr(image, "tag_v2", {})
+    sides = [tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT)]
+    if sides[0] * sides[1] > max(_MAX_TILE, 4 * width * height):
+        raise ImageError(f"decode_error: tiles of {sides[0]}x{sides[1]} in a picture of {width}x{height}")
+
+
+def _read(image: Image.Image, stated_hw: tuple[int, int] | None, tiff_orientation: int, grey16: Grey16) -> Decoded:
+    """Pixels and remarks of an open picture; `tiff_orientation` is that of a TIFF file, 1 for any other."""
+    raw_hw = (image.height, image.width)
+    if image.format == "TIFF":
+        # Pillow would turn the pixels as it reads them, by the tag (which is 1 by now) or by what XMP says.
+        orientation = max(tiff_orientation, _orientation(image))
+        image.getexif()[_EXIF_ORIENTATION] = 1
+        image.load()
+    else:
+        image.load()
+        orientation = _orientation(image)
+    if 0 in image.size:
+        raise ImageError(f"decode_error: {image.width}x{image.height}")
+    notes = []
+    if stated_hw == raw_hw:
+        orientation = 1
+    turned_hw = raw_hw[::-1] if orientation > 4 else raw_hw
+    if stated_hw is not None and stated_hw != turned_hw:
+        notes.append(f"{_SIZE_DIFFERS}: stated {stated_hw[0]}x{stated_hw[1]}, file {turned_hw[0]}x{turned_hw[1]}")
+    white = _WIDE_WHITE
+    if image.mode in _WIDE_GREY:
+        white, note = _white_of(image, grey16)
+        notes += [note] if note is not None else []
+    return Decoded(_to_rgb(image, orientation, white), "; ".join(notes) or None)
+
+
+def _white_of(image: Image.Image, grey16: Grey16) -> tuple[int, str | None]:
+    """What stands for white in a loaded picture of 16-bit grey, and a remark where that is worth one."""
+    largest = max(int(np.asarray(strip).max(initial=0)) for _, _, strip in _strips(image))
+    bits = max(8, largest.bit_length())
+    if grey16 == "full":
+        dark = largest > 0 and bits <= _DARK_BITS
+        return _WIDE_WHITE, f"grey16: the largest value is {largest} of {_WIDE_WHITE}" if dark else None
+    if grey16 == "auto":
+        return 2**bits - 1, f"grey16: read as {bits} bits" if bits < 16 else None
+    white = 2**grey16 - 1
+    return white, f"grey16: values up to {largest} are cut at {white}" if largest > white else None
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, Image.Image]]:
+    """(first row, row behind the last, part) of a loaded picture, from the top."""
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // width)
+    for start in range(0, height, rows):
+        end = min(start + rows, height)
+        yield start, end, image if end - start == height else image.crop((0, start, width, end))
+
+
+def _to_rgb(image: Image.Image, orientation: int, white: int) -> NDArray[np.uint8]:
+    """Pixels of a loaded picture, turned upright; strip by strip."""
+    if image.mode == "F":
+        # Floating point pictures state no range: any scaling would be a guess.
+        raise ImageError("unsupported_mode: F")
+    width, height = image.size
+    pixels = np.empty((width, height, 3) if orientation > 4 else (height, width, 3), np.uint8)
+    raw = _raw_view(pixels, orientation)
+    for start, end, strip in _strips(image):
+        wide = image.mode in _WIDE_GREY
+        raw[start:end] = _wide_to_rgb(strip, white) if wide else np.asarray(_convert(strip))
+    return pixels
+
+
+def _convert(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _wide_to_rgb(image: Image.Image, white: int) -> NDArray[np.uint8]:
+    """16-bit grey scaled to 8 bits, rounded; what is brighter than white is white."""
+    wide = np.asarray(image).astype(np.int64)
+    if wide.min(initial=0) < 0 or wide.max(initial=0) > _WIDE_WHITE:
+        raise ImageError(f"unsupported_mode: {image.mode} beyond 16 bits")
+    grey = ((np.minimum(wide, white) * 255 + white // 2) // white).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1…8; 1 when there is none, or when the EXIF block is damaged."""
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except _DECODER_ERRORS:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _raw_view(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """An upright picture as the file has it, to be written to."""
+    match orientation:
+        case 2:
+            return pixels[:, ::-1]
+        case 3:
+            return pixels[::-1, ::-1]
+        case 4:
+            return pixels[::-1]
+        case 5:
+            return pixels.transpose(1, 0, 2)
+        case 6:
+            return np.rot90(pixels, 1)
+        case 7:
+            return pixels[::-1, ::-1].transpose(1, 0, 2)
+        case 8:
+            return np.rot90(pixels, -1)
+        case _:
+            return pixels
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    if "truncated" in text.lower() or "unexpected end" in text.lower() or isinstance(error, EOFError):
+        return "truncated"
+    line = text.strip().splitlines()[0][:200] if text.strip() else ""
+    return f"decode_error: {type(error).__name__}: {line}"

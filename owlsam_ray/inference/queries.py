@@ -1,0 +1,139 @@
+"""Queries → embeddings that a detector can be asked with: computed once per run, by the driver.
+
+Letters: Q queries, D channels of a query; u a text embedding of length 1, r = u / (|u| + 1e-6) what transformers' class
+head makes of it before it multiplies.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from owlsam_ray import storage
+from owlsam_ray.config.settings import DecodeConfig, DetectorConfig, Exemplar, Grey16
+from owlsam_ray.errors import ImageError, InputError, shown
+from owlsam_ray.inference.decode import decode_image
+from owlsam_ray.vocabulary import Query
+
+
+def embed_queries(
+    queries: Sequence[Query],
+    *,
+    detector_weights: Path,
+    settings: DetectorConfig,
+    ensemble: Literal["embeddings", "logits"],
+    grey16: Grey16 = "full",
+    device: torch.device | None = None,
+) -> Tensor:
+    """Run the text tower on all prompts, and image tower and class head on all exemplars.
+
+    A query of one prompt is r. Of several, `embeddings`: the mean of u, normalised as r is. `logits`: the mean of r as
+    it is, shorter than 1. The latter is exact: the class head's logit is (e · r + shift) · scale, where e, shift and
+    scale depend on the box alone, so the mean of the logits of several r is the logit of the mean of r. It must not be
+    normalised again, and `Owl.detect` does not.
+
+    Args:
+        queries: Q of them, as a vocabulary gives them.
+        detector_weights: a directory in Hugging Face layout.
+        settings: of the detector that will be asked; exemplars go through the same preprocessing.
+        ensemble: how several prompts become one query.
+        grey16: `decode.grey16` of the run, for exemplars.
+        device: where to run; default: the CPU.
+
+    Returns:
+        (Q, D) float32 on the CPU, for `Detector.detect`.
+
+    Raises:
+        InputError: a prompt is too long; the picture of an exemplar cannot be read; a box leaves its picture.
+        WeightsError: the weights are missing something, or do not fit.
+    """
+    # What a model needs is imported when there is one: transformers takes seconds, and a fake needs none.
+    if settings.model == "fake":
+        from owlsam_ray.models.fakes import fake_query
+
+        return torch.stack(
+            [
+                fake_query(query.prompts if query.exemplar is None else [str(index)])
+                for index, query in enumerate(queries)
+            ]
+        )
+    from owlsam_ray.models.owl_text import embed_texts
+
+    device = device or torch.device("cpu")
+    rows: dict[int, Tensor] = {}
+    # Exemplars first: a wrong path is told before a large vocabulary is embedded, which can take minutes.
+    exemplars = {index: query.exemplar for index, query in enumerate(queries) if query.exemplar is not None}
+    if exemplars:
+        rows |= _embed_exemplars(exemplars, detector_weights, settings, grey16, device)
+    texts = {index: query.prompts for index, query in enumerate(queries) if query.exemplar is None}
+    if texts:
+        units = embed_texts(
+            detector_weights, [prompt for prompts in texts.values() for prompt in prompts], device=device
+        )
+        parts = units.split([len(prompts) for prompts in texts.values()])
+        rows |= {index: _average(part, ensemble) for index, part in zip(texts, parts, strict=True)}
+    return torch.stack([rows[index] for index in range(len(queries))])
+
+
+def _embed_exemplars(
+    exemplars: Mapping[int, Exemplar],
+    weights: Path,
+    settings: DetectorConfig,
+    grey16: Grey16,
+    device: torch.device,
+) -> dict[int, Tensor]:
+    """(D,) ready to be asked with, for each exemplar; one picture in memory at a time, the model while it lasts."""
+    from owlsam_ray.models.owl import Owl
+    from owlsam_ray.models.owl_exemplars import exemplar_embedding
+    from owlsam_ray.models.owl_weights import ready
+
+    detector = Owl.load(weights, settings, device=device, dtype=torch.float32)
+    rows = {
+        index: ready(exemplar_embedding(detector, _read(exemplar, grey16), exemplar.box))
+        for index, exemplar in exemplars.items()
+    }
+    del detector
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the actors, which are other processes
+    return rows
+
+
+def _average(units: Tensor, ensemble: Literal["embeddings", "logits"]) -> Tensor:
+    """(T, D) text embeddings of the prompts of one query to (D,)."""
+    from owlsam_ray.models.owl_weights import ready
+
+    if len(units) == 1:
+        return ready(units[0])
+    return ready(units.mean(dim=0)) if ensemble == "embeddings" else ready(units).mean(dim=0)
+
+
+def _read(exemplar: Exemplar, grey16: Grey16) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB of an exemplar's picture, upright.
+
+    Raises:
+        InputError: it cannot be read, or the box leaves it.
+    """
+    name = f"vocabulary.exemplars: the picture {exemplar.image} of {shown(exemplar.category)}"
+    try:
+        data = storage.read_bytes(exemplar.image)
+    except FileNotFoundError:
+        raise InputError(f"{name} is not there: a path is relative to where the command runs") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be read: {error}") from None
+    try:
+        pixels = decode_image(data, stated_hw=None, max_pixels=DecodeConfig().max_pixels, grey16=grey16).pixels
+    except ImageError as error:
+        raise InputError(f"{name} cannot be decoded: {error.reason}") from None
+    if exemplar.box is not None:
+        height, width, _ = pixels.shape
+        x0, y0, x1, y1 = exemplar.box
+        if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+            raise InputError(
+                f"{name} has {width} x {height} pixels when upright, and its box {list(exemplar.box)} leaves it: boxes "
+                "are [x0, y0, x1, y1] in pixels"
+            )
+    return pixels

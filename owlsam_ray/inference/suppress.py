@@ -1,0 +1,244 @@
+"""Overlapping boxes of one object → fewer boxes, or lower scores.
+
+Every strategy is greedy, in rounds. A *group* is the boxes of one label, or all boxes with `across_labels`; groups
+never touch each other. A round picks, in each group, the remaining box with the highest current score (of equal ones
+the first in the input); the pick is final, and what happens to the others is the strategy's:
+
+- `nms`: those whose overlap with the pick is greater than the threshold go.
+- `soft_nms`: every remaining score is multiplied by exp(-overlap² / sigma), or (linear) by 1 - overlap where the
+  overlap is greater than the threshold. A score that falls in this way to `score_floor` or less goes.
+- `merge`: those whose overlap with the pick is greater than the threshold go into it. Its box becomes the mean of the
+  boxes of all members (itself included) weighted by their scores; score, raw score, label and prompt stay its own.
+
+Overlaps are IoU or IoS of the boxes of the input, in float64. The threshold is that of the group's label.
+
+No loop visits boxes or labels one by one. What cannot touch each other any more advances together, within a group too:
+memory grows with the pairs of boxes that overlap, time with the longest row of decisions that wait for each other.
+
+Source of Soft-NMS: Bodla et al., 2017.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from owlsam_ray.config.settings import SuppressConfig
+from owlsam_ray.errors import InputError, shown
+from owlsam_ray.ops.boxes import concatenated_ranges, overlapping_pairs, pair_overlaps
+from owlsam_ray.records import Detections
+
+_THRESHOLD = 0.7
+_SIGMA = 0.5
+_ROUND_COST = 5000
+"""What a round costs, in pairs of boxes to compare."""
+
+
+def label_thresholds(settings: SuppressConfig, names: Sequence[str]) -> NDArray[np.float64]:
+    """The threshold of every category.
+
+    Args:
+        settings: threshold (default 0.7), and those of single categories.
+        names: (L,) of the categories, in the order of their indices.
+
+    Returns:
+        (L,) float64.
+
+    Raises:
+        InputError: `thresholds` names something that is no category.
+    """
+    unknown = [name for name in settings.thresholds if name not in set(names)]
+    if unknown:
+        hints = "; ".join(_hint(name, names) for name in unknown)
+        raise InputError(f"suppress.thresholds names what is no category: {hints}")
+    default = _default_threshold(settings)
+    return np.array([settings.thresholds.get(name, default) for name in names], np.float64)
+
+
+def _hint(unknown: str, names: Sequence[str]) -> str:
+    """An unknown name, and what may have been meant."""
+    near = difflib.get_close_matches(unknown, names)
+    if near:
+        return f"{shown(unknown)} (did you mean {' or '.join(map(repr, near))}?)"
+    some = ", ".join(map(repr, names[:5]))
+    return f"{shown(unknown)} (there are {some}{', …' if len(names) > 5 else ''})"
+
+
+def suppress(
+    detections: Detections,
+    settings: SuppressConfig,
+    *,
+    thresholds: NDArray[np.float64] | None = None,
+    score_floor: float = 0.0,
+) -> Detections:
+    """Apply the strategy of the settings, as the head of this module defines it.
+
+    Args:
+        detections: of one image, by falling score; no NaN.
+        settings: strategy, overlap, threshold, groups, decay.
+        thresholds: (L,) of `label_thresholds`, for every label that occurs; default: the setting's for every label.
+        score_floor: decayed scores must stay greater than this.
+
+    Returns:
+        Detections by falling score; equal scores in the order of the input. `soft_nms` decays scores in float64 and
+        rounds them to float32 at the end; the order, that of the result too, is decided in float64 before. Raw scores
+        stay as they were. `merge` adds up `num_merged`; its boxes are averaged in float64, in the order of the input,
+        and rounded to float32. No detection, none back.
+    """
+    if settings.thresholds and thresholds is None:
+        raise ValueError("settings with thresholds of single categories need those of label_thresholds")
+    if settings.strategy == "none" or len(detections) == 0:
+        return detections
+    if thresholds is None:
+        limits = np.full(len(detections), _default_threshold(settings))
+    else:
+        limits = thresholds[detections.labels]
+    groups = np.zeros_like(detections.labels)
+    if not settings.across_labels:
+        _, groups = np.unique(detections.labels, return_inverse=True)
+    if settings.strategy == "soft_nms":
+        return _soft_nms(detections, _decays(detections, groups, limits, settings), score_floor)
+    owners = _owners(detections.boxes_xyxy, groups, limits, settings.overlap)
+    if settings.strategy == "nms":
+        return detections.take(np.flatnonzero(owners == np.arange(len(owners))))
+    return _merge(detections, owners)
+
+
+def _default_threshold(settings: SuppressConfig) -> float:
+    return _THRESHOLD if settings.threshold is None else settings.threshold
+
+
+def _owners(
+    boxes_xyxy: NDArray[np.float32],
+    groups: NDArray[np.int64],
+    limits: NDArray[np.float64],
+    kind: Literal["iou", "ios"],
+) -> NDArray[np.int64]:
+    """(N,) the pick that each box goes to; a pick goes to itself."""
+    owners = np.arange(len(boxes_xyxy))
+    # Rounds as they are defined, while many boxes go in each: a crowd has too many pairs.
+    undecided = np.argsort(groups, kind="stable")
+    while len(undecided):
+        starts = np.flatnonzero(np.diff(groups[undecided], prepend=-1))
+        picks = np.repeat(undecided[starts], np.diff(starts, append=len(undecided)))
+        goes = pair_overlaps(boxes_xyxy[undecided], boxes_xyxy[picks], kind) > limits[picks]
+        owners[undecided[goes]] = picks[goes]
+        goes[starts] = True
+        num_suppressed = goes.sum() - len(starts)
+        undecided, before = undecided[~goes], len(undecided)
+        if num_suppressed * before < _ROUND_COST:
+            break
+    if len(undecided) < 2:
+        return owners
+    undecided.sort()
+    first, second, _ = overlapping_pairs(boxes_xyxy[undecided], groups[undecided], kind, above=limits[undecided])
+    owners[undecided] = undecided[_owners_of_pairs(first, second, len(undecided))]
+    return owners
+
+
+def _owners_of_pairs(first: NDArray[np.int64], second: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """(N,) the same of pairs (E,) that overlap too much, first < second: the first is the better one.
+
+    A box that no undecided better one overlaps is picked whatever happens elsewhere: all of these are picked at once,
+    and what they overlap goes.
+    """
+    kept = np.ones(count, np.bool_)
+    better, worse = first, second
+    while len(better):
+        picked = np.ones(count, np.bool_)
+        picked[worse] = False
+        kept[worse[picked[better]]] = False
+        undecided = kept[better] & kept[worse]
+        better, worse = better[undecided], worse[undecided]
+    # What went belongs to the best kept box that overlaps it: that one was picked first.
+    owners = np.where(kept, np.arange(count), count)
+    joins = kept[first] & ~kept[second]
+    np.minimum.at(owners, second[joins], first[joins])
+    return owners
+
+
+def _merge(detections: Detections, owners: NDArray[np.int64]) -> Detections:
+    """One box for each pick and what went to it."""
+    picks = np.flatnonzero(owners == np.arange(len(owners)))
+    result = detections.take(picks)
+    weights = detections.scores.astype(np.float64)
+    totals = np.bincount(owners, weights)[picks]
+    columns = detections.boxes_xyxy.astype(np.float64).T
+    sums = np.stack([np.bincount(owners, weights * column)[picks] for column in columns], axis=1)
+    # Members that all score 0 leave the box as it is.
+    means = np.divide(sums, totals[:, None], out=result.boxes_xyxy.astype(np.float64), where=totals[:, None] > 0)
+    num_merged = np.bincount(owners, detections.num_merged)[picks].astype(np.int64)
+    return replace(result, boxes_xyxy=means.astype(np.float32), num_merged=num_merged)
+
+
+class _Decays(NamedTuple):
+    """By how much each box decays others, in the layout of a CSR matrix of (N, N) with E entries."""
+
+    starts: NDArray[np.int32]
+    """(N + 1,) where the entries of each pick begin."""
+    others: NDArray[np.int32]
+    """(E,) whose score is multiplied."""
+    factors: NDArray[np.float64]
+    """(E,) by what."""
+    clusters: NDArray[np.int32]
+    """(N,) number of the cluster of a box; boxes of different ones are not connected by overlaps, directly or not."""
+
+
+def _decays(
+    detections: Detections, groups: NDArray[np.int64], limits: NDArray[np.float64], settings: SuppressConfig
+) -> _Decays:
+    """The factors of all pairs, both ways."""
+    count = len(detections)
+    above = limits if settings.decay == "linear" else np.zeros(count)
+    first, second, overlap = overlapping_pairs(detections.boxes_xyxy, groups, settings.overlap, above=above)
+    ends = (np.concatenate([first, second]), np.concatenate([second, first]))
+    pairs = coo_array((np.concatenate([overlap, overlap]), ends), shape=(count, count))
+    pairs.has_canonical_format = True  # no pair is there twice: nothing to sort and add up
+    graph = pairs.tocsr()
+    _, clusters = connected_components(graph, connection="strong")  # all edges go both ways; "weak" is slower
+    if settings.decay == "linear":
+        factors = 1.0 - graph.data
+    else:
+        with np.errstate(over="ignore"):  # of the smallest sigmas: exp(-inf) is the 0 that is meant
+            factors = np.exp(-(graph.data * graph.data) / (_SIGMA if settings.sigma is None else settings.sigma))
+    return _Decays(graph.indptr, graph.indices, factors, clusters)
+
+
+def _soft_nms(detections: Detections, decays: _Decays, score_floor: float) -> Detections:
+    """One round picks the best of every cluster; a cluster is never more than a group."""
+    starts, others, factors, clusters = decays
+    scores = detections.scores.astype(np.float64)
+    gone = np.zeros(len(scores), np.bool_)
+    # Remaining boxes by cluster, then in the order of the input; those that overlap nothing are final already.
+    remaining = np.argsort(clusters, kind="stable")
+    remaining = remaining[np.diff(starts)[remaining] > 0]
+    is_open = np.zeros(len(scores), np.bool_)
+    is_open[remaining] = True
+    while len(remaining):
+        picks = remaining[_first_maxima(scores[remaining], clusters[remaining])]
+        is_open[picks] = False
+        entries = concatenated_ranges(starts[picks], starts[picks + 1] - starts[picks])
+        entries = entries[is_open[others[entries]] & (factors[entries] < 1)]
+        hit = others[entries]
+        scores[hit] *= factors[entries]  # no box is hit twice: the picks are of different clusters
+        fallen = hit[scores[hit] <= score_floor]
+        gone[fallen], is_open[fallen] = True, False
+        remaining = remaining[is_open[remaining]]
+    index = np.flatnonzero(~gone)
+    index = index[np.argsort(-scores[index], kind="stable")]
+    return replace(detections.take(index), scores=scores[index].astype(np.float32))
+
+
+def _first_maxima(values: NDArray[np.float64], segments: NDArray[np.int32]) -> NDArray[np.int64]:
+    """(S,) index of the highest value of each segment, of equal ones the first; segments stand together."""
+    starts = np.flatnonzero(np.diff(segments, prepend=-1))
+    if len(starts) == 1:
+        return np.array([values.argmax()])
+    highest = np.repeat(np.maximum.reduceat(values, starts), np.diff(starts, append=len(values)))
+    maxima = np.flatnonzero(values == highest)
+    return maxima[np.flatnonzero(np.diff(segments[maxima], prepend=-1))]

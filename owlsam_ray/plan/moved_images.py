@@ -1,0 +1,106 @@
+"""Whether a dataset that moved is the one that was planned: a hundred of its files are looked at."""
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from owlsam_ray import storage
+from owlsam_ray.errors import GuardError, OwlsamError, shown
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.moved_data import Move
+from owlsam_ray.schema import Container
+from owlsam_ray.sources.listing import address_of
+from owlsam_ray.storage.secrets import masked
+
+_LOOKED_AT = 100
+_THREADS = 16
+_MAY_MISS = 0.05
+"""Share of the files looked at that may be missing: datasets lack some, and moving is not what lost them."""
+_log = logging.getLogger(__name__)
+
+
+def moved_manifest(manifest: Manifest, moves: Sequence[Move]) -> Manifest:
+    """The manifest with its URIs under the new roots, once some of its files were found there.
+
+    Args:
+        manifest: as it was planned.
+        moves: from old roots to new ones; none: it stays as it is.
+
+    Raises:
+        GuardError: files are missing there, or have another size than at the old place or than planned.
+    """
+    if not moves:
+        return manifest
+    moved = manifest.with_moves(moves)
+    rows = [
+        (old, new)
+        for old, new in _sample(manifest, moved)
+        if old["uri"] != new["uri"] and old["container"] != Container.BAD
+    ]
+    if not rows:
+        return moved
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(lambda pair: _problem(*pair), rows))
+    missing = [uri for uri, problem in found if problem == "missing"]
+    other = [f"{uri} {problem}" for uri, problem in found if problem not in (None, "missing")]
+    roots = ", ".join(f"{shown(masked(move.old))} -> {shown(masked(move.new))}" for move in moves)
+    if other or len(missing) > _MAY_MISS * len(rows):
+        first = masked(other[0] if other else f"{missing[0]} is missing")
+        raise GuardError(
+            f"what data.images, data.files and data.annotations name by now ({roots}) is not the dataset that "
+            f"{manifest.run_url} was planned with: of {len(rows)} files that were looked at, {len(missing)} are missing"
+            f" and {len(other)} are others; the first: {first}. Bring them there, name the old place, or use another "
+            "--run directory."
+        )
+    if missing:
+        _log.warning("%d of %d files that were looked at are missing under %s", len(missing), len(rows), roots)
+    _log.info("the dataset has moved: %s", roots)
+    return moved
+
+
+def _sample(manifest: Manifest, moved: Manifest) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows before and after, evenly spread."""
+    count = min(_LOOKED_AT, manifest.num_images)
+    ordinals = 1 + np.linspace(0, manifest.num_images - 1, count).round().astype(np.int64)
+    pairs = []
+    shards = manifest.shard_of(ordinals)
+    for shard in np.unique(shards).tolist():
+        first, _ = manifest.shard_span(shard)
+        old, new = manifest.read_shard(shard), moved.read_shard(shard)
+        for ordinal in ordinals[shards == shard].tolist():
+            pairs.append((old.slice(ordinal - first, 1).to_pylist()[0], new.slice(ordinal - first, 1).to_pylist()[0]))
+    return pairs
+
+
+def _problem(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str | None]:
+    """(URI, what is wrong with the file at the new place)."""
+    size = _size(address_of(new))
+    if size is None:
+        return new["uri"], "missing"
+    if size < 0:
+        return new["uri"], None
+    before = _size(address_of(old))
+    if before is not None and before >= 0 and size != before:
+        return new["uri"], f"has {size} bytes, and {before} at the old place"
+    if new["container"] in (None, Container.ESCAPED) and new["length"] not in (None, size):
+        return new["uri"], f"has {size} bytes, and {new['length']} when it was planned"
+    if new["container"] == Container.TAR and size < new["offset"] + new["length"]:
+        return new["uri"], f"has {size} bytes, and an image that ends at {new['offset'] + new['length']}"
+    return new["uri"], None
+
+
+def _size(uri: str) -> int | None:
+    """Bytes of a file; -1 where the storage tells no sizes, None when there is none."""
+    try:
+        return storage.num_bytes(uri)
+    except FileNotFoundError:
+        return None
+    except (OSError, OwlsamError):
+        pass
+    try:
+        return -1 if storage.exists(uri) else None
+    except (OSError, OwlsamError):
+        return None

@@ -1,0 +1,296 @@
+"""Which images a run labels, in which shards: listed once, then only appended to.
+
+A listing streams through a temporary file on this machine's disk, where repeated images are found and a selection is
+made; only then are ids and shards frozen. `run.json` is written last and says how many parts of the manifest count, so
+that a plan or an extension that is killed leaves nothing that another call would take for whole.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from owlsam_ray import __version__, storage
+from owlsam_ray.config.load import PlanConfig, RunConfig, allowed_failures
+from owlsam_ray.config.settings import is_vocabulary_file
+from owlsam_ray.errors import FailedImagesError, GuardError, InputError
+from owlsam_ray.inference.suppress import label_thresholds
+from owlsam_ray.plan.image_check import verify_images
+from owlsam_ray.plan.moved_images import moved_manifest
+from owlsam_ray.plan.selection import already_planned, named, select_images, selection_of
+from owlsam_ray.run.guard import (
+    RUN_FILE,
+    RunRecord,
+    check_config,
+    check_same_vocabulary,
+    load_record,
+    load_run_manifest,
+    moves_since_plan,
+    run_directory,
+    save_record,
+    with_planned_suffixes,
+)
+from owlsam_ray.run.manifest import Layout, Manifest, moved_uris, shard_size, write_parts
+from owlsam_ray.run.moved_data import Move
+from owlsam_ray.sources import Listing, ListingOptions, list_images
+from owlsam_ray.sources.bad_rows import check_bad_rows
+from owlsam_ray.sources.spool import Spool
+from owlsam_ray.terminal import Show, silent
+from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
+
+VERIFY_FILE = "verify.jsonl"
+"""Images that `plan.verify` found wanting, a line each."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A planned run."""
+
+    record: RunRecord
+    manifest: Manifest
+    new: int
+    """Images that this call added; 0: it was planned already."""
+    listed: int | None = None
+    """Images in the listing, as far as it was read; None when this call did not list."""
+    eligible: int | None = None
+    """Images of the listing that pass the filters, each once, before limit and sample; None when this call did not
+    list, a lower bound where a limit ended the reading."""
+    repeated: int = 0
+    """Images of the listing that were left out because they stand in it twice (`plan.duplicates: first`)."""
+    bad: int = 0
+    """Of the new images, rows of the dataset that no image can be read by."""
+
+
+def plan_run(
+    config: RunConfig, *, extend: bool = False, show: Show = silent, still_mine: Callable[[], None] = lambda: None
+) -> Plan:
+    """List the images once and freeze the layout; an existing plan is checked and kept.
+
+    Args:
+        config: of the run.
+        extend: add the images of the listing that the run does not have yet, as further shards. Old shards stay as they
+            are; images that are no longer listed stay as well.
+        show: progress.
+        still_mine: raises when another process has begun to plan in this one's place; called before anything is
+            written.
+
+    Raises:
+        InputError: the dataset or the vocabulary is wrong, a threshold is for a category that is not in it, or there is
+            nothing to extend.
+        GuardError: the directory was planned with other settings, or holds something else; or the listing contradicts
+            the images that are planned already.
+    """
+    run_url = run_directory(config)
+    record = load_record(run_url)
+    if record is None:
+        if extend:
+            raise InputError(f"{run_url} holds no plan to extend (no {RUN_FILE}): call `owlsam plan` without --extend")
+        if storage.list_names(storage.join(run_url, "predictions")):
+            raise GuardError(
+                f"{run_url} holds predictions but no {RUN_FILE}: restore that file, or choose another directory"
+            )
+        return _freeze(config, show=show, still_mine=still_mine)
+    check_config(config, record, data_too=not extend)
+    config = with_planned_suffixes(config, record)
+    manifest = load_run_manifest(run_url, record)
+    if extend:
+        moves = _moves_of_extension(config, record, manifest)
+        return _freeze(config, show=show, still_mine=still_mine, before=Plan(record, manifest, 0), moves=moves)
+    _check_names(config, record)
+    _tell_other_selection(config.plan, record)
+    return Plan(record, moved_manifest(manifest, moves_since_plan(config, record)), 0)
+
+
+def _moves_of_extension(config: RunConfig, record: RunRecord, manifest: Manifest) -> tuple[Move, ...]:
+    """Where the dataset has moved to since the plan; none when what is at the new place is another one, to be added."""
+    moves = moves_since_plan(config, record)
+    try:
+        moved_manifest(manifest, moves)
+    except GuardError:
+        return ()
+    return moves
+
+
+def _freeze(
+    config: RunConfig,
+    *,
+    show: Show,
+    still_mine: Callable[[], None],
+    before: Plan | None = None,
+    moves: tuple[Move, ...] = (),
+) -> Plan:
+    """List, select, write the parts, and make them count.
+
+    All parts name the places of the first plan: with `moves`, what is listed elsewhere is written down as if there.
+    """
+    run_url = run_directory(config)
+    listing = list_dataset(config)
+    back = [move.back() for move in moves]
+    listing = replace(listing, tables=(moved_uris(table, back) for table in listing.tables))
+    vocabulary = resolve_vocabulary(config.vocabulary, listing.categories)
+    label_thresholds(config.suppress, [category.name for category in vocabulary.categories])
+    if before is not None:
+        check_same_vocabulary(vocabulary, before.record, run_url)
+    with tempfile.TemporaryDirectory(prefix="owlsam-plan-") as folder:
+        spool, wanted, repeated = select_images(listing, config.plan, Path(folder), show=show)
+        next_id = 1
+        if before is not None:
+            old, next_id = already_planned(spool, before.manifest)
+            wanted &= ~old
+        count = int(wanted.sum())
+        told = {"listed": spool.num_listed, "eligible": len(spool) - repeated, "repeated": repeated}
+        if count == 0 and before is not None:
+            return Plan(before.record, before.manifest, 0, **told)
+        if count == 0:
+            raise InputError(_nothing_left(config.plan, spool))
+        bad = check_bad_rows(config, run_url, spool, wanted)
+        _verify(config, run_url, (moved_uris(table, moves) for table in spool.tables(wanted)), count, show)
+        still_mine()
+        _as_it_was(before, run_url)  # or the parts of another call would be taken for leftovers
+        size = shard_size(
+            count,
+            config.resources.shard_size,
+            mean_bytes=spool.mean_bytes,
+            shard_max_mb=config.resources.shard_max_mb,
+        )
+        manifest = write_parts(
+            run_url,
+            _counted(spool.tables(wanted), "planned", count, show),
+            Layout(size, part_images=config.plan.part_images, max_file_mb=config.decode.max_file_mb),
+            source={"info": listing.info, "licenses": listing.licenses, "categories": listing.categories},
+            before=before.manifest if before else None,
+            next_id=next_id,
+        )
+    record = _new_record(config, vocabulary, manifest, before, keep_places=bool(moves))
+    still_mine()
+    save_record(run_url, record)
+    return Plan(record, manifest, count, bad=bad, **told)
+
+
+def _new_record(
+    config: RunConfig, vocabulary: Vocabulary, manifest: Manifest, before: Plan | None, *, keep_places: bool
+) -> RunRecord:
+    """`run.json` of a plan or of an extension, not saved yet; with `keep_places` of where the dataset was before."""
+    fields: dict[str, Any] = {
+        "config": config.model_dump(mode="json", exclude={"run"}),
+        "layout_hash": manifest.layout_hash,
+        "num_parts": len(manifest.parts),
+    }
+    now = _as_it_was(before, run_directory(config))
+    if now is not None:
+        if keep_places:
+            places = {name: now.config["data"][name] for name in ("images", "annotations", "files")}
+            fields["config"]["data"] |= places
+        return now.model_copy(update=fields)
+    return RunRecord(
+        owlsam_version=__version__,
+        categories=vocabulary.categories,
+        queries=vocabulary.queries,
+        ids_per_image=config.detector.max_detections,
+        **fields,
+    )
+
+
+def _as_it_was(before: Plan | None, run_url: str) -> RunRecord | None:
+    """The record by now, with what an attempt may have set while this listed; None for a first plan.
+
+    Raises:
+        GuardError: the plan is another one by now.
+    """
+    now = load_record(run_url)
+    if (now.layout_hash if now else None) != (before.record.layout_hash if before else None):
+        raise GuardError(f"{run_url} was planned or extended by another call meanwhile: call this again")
+    return now
+
+
+def _check_names(config: RunConfig, record: RunRecord) -> None:
+    """A file of names that is another one by now is other settings, though its path is the same.
+
+    Raises:
+        GuardError: it is.
+    """
+    if not is_vocabulary_file(config.vocabulary.categories):
+        return
+    try:
+        vocabulary = resolve_vocabulary(config.vocabulary, [])
+    except InputError as error:
+        _log.warning("the names of the run are kept as they were planned: %s", error)
+        return
+    check_same_vocabulary(vocabulary, record, run_directory(config))
+
+
+def list_dataset(config: RunConfig) -> Listing:
+    """The listing that a config names, before any selection.
+
+    Raises:
+        InputError: see the sources.
+    """
+    workers = config.plan.workers if config.plan.workers != "auto" else len(os.sched_getaffinity(0))
+    return list_images(
+        config.data, ListingOptions(workers=workers, keep_whole=config.plan.damaged_files == "keep_whole")
+    )
+
+
+def _verify(config: RunConfig, run_url: str, tables: Iterable[pa.Table], count: int, show: Show) -> None:
+    """Look at the images, when that is asked for.
+
+    Raises:
+        FailedImagesError: more of them fail than the run puts up with; nothing is planned then.
+    """
+    mode = config.plan.verify
+    if mode == "none":
+        return
+    with storage.open_atomic(storage.join(run_url, VERIFY_FILE)) as out:
+        found = verify_images(
+            tables,
+            mode,
+            out,
+            threads=config.resources.fetch_threads,
+            decode=config.decode,
+            show=lambda done: show("verified", done, count),
+        )
+    if not found.failed:
+        return
+    reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(found.failed_by_reason.items()))
+    where = f"{found.failed} of {found.images} images would fail ({reasons}): see {run_url}/{VERIFY_FILE}"
+    allowed = allowed_failures(config.reduce.max_failed, found.images)
+    if found.failed > allowed:
+        raise FailedImagesError(
+            f"{where}. reduce.max_failed ({config.reduce.max_failed}) puts up with {allowed}, so nothing is planned. "
+            "Mend the dataset, or raise reduce.max_failed.",
+            {"images": found.images, "failed": found.failed, "failed_by_reason": dict(found.failed_by_reason)},
+        )
+    _log.warning("%s. They are planned, and become failed rows.", where)
+
+
+def _counted(tables: Iterable[pa.Table], what: str, total: int, show: Show) -> Iterator[pa.Table]:
+    done = 0
+    for table in tables:
+        yield table
+        done += table.num_rows
+        show(what, done, total)
+
+
+def _nothing_left(plan: PlanConfig, spool: Spool) -> str:
+    chosen = plan.model_dump(mode="json", include={"splits", "categories"}, exclude_defaults=True)
+    if chosen and spool.num_listed:
+        passed = ", ".join(f"plan.{key}={value}" for key, value in chosen.items())
+        splits = f". There are the splits {named(spool.splits)}" if plan.splits else ""
+        return f"none of {spool.num_listed} images passes {passed}{splits}"
+    return "there is no image to plan"
+
+
+def _tell_other_selection(plan: PlanConfig, record: RunRecord) -> None:
+    """Say so when a plan that is kept was made with another selection than is asked for now."""
+    before = selection_of(record.stored_config().plan)
+    if selection_of(plan) != before:
+        _log.warning(
+            "the run was planned with %s, which is kept; `owlsam plan --extend` adds what it lacks",
+            before or "all images",
+        )

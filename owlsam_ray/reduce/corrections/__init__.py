@@ -1,0 +1,1 @@
+"""Corrections from a labelling tool → labels of a run."""

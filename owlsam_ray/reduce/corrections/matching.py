@@ -1,0 +1,143 @@
+"""Which detection an entry of a file of corrections is about."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from owlsam_ray.reduce.corrections.shapes import Shape, same_boxes, same_mask
+from owlsam_ray.reduce.decisions import Columns
+from owlsam_ray.reduce.labels import Found
+
+
+@dataclass(slots=True)
+class Entry:
+    """An annotation of the file."""
+
+    row: int
+    """Of the shard's images."""
+    position: int
+    file_id: int | None
+    det_index: int
+    category: int
+    shape: Shape
+    place: int = -1
+    """Of the detection that it is about; -1: it is new."""
+    is_rejected: bool = False
+    """There is no such thing. Such a one is always about a detection, and may have no shape."""
+
+
+class Matching:
+    """Detections of a shard, and which of them entries are about."""
+
+    def __init__(self, found: Found, category: NDArray[np.int64], shown: Columns) -> None:
+        """Take a shard.
+
+        Args:
+            found: what inference left.
+            category: (D,) of the machine, index into the output's categories; -1: left out.
+            shown: what the settings show without people's word.
+        """
+        self._found, self._category = found, category
+        self._masks = found.detections["rle_counts"].combine_chunks()
+        boxes = [found.detections[axis].to_numpy() for axis in ("x0", "y0", "x1", "y1")]
+        self.boxes: NDArray[np.float32] = np.stack(boxes, axis=1)
+        self.det_index = found.detections["det_index"].to_numpy()
+        # A suppression at reduce may move boxes: people may have seen them so.
+        moved = self.boxes.copy()
+        moved[shown.place] = shown.boxes_xyxy
+        self._seen_boxes: NDArray[np.float32] = np.stack([self.boxes, moved])
+        self._same_masks: dict[tuple[int, int], bool] = {}
+
+    def size_hw(self, row: int) -> tuple[int, int]:
+        """(H, W) of an image of the shard."""
+        images = self._found.images
+        return int(images["height"][row].as_py()), int(images["width"][row].as_py())
+
+    def has_mask(self, place: int, entry: Entry) -> bool:
+        """Whether a detection has an entry's mask, if the entry has one."""
+        if entry.shape.mask is None:
+            return True
+        key = (entry.position, place)
+        if key not in self._same_masks:
+            self._same_masks[key] = same_mask(entry.shape.mask, self.mask_of(place), self.size_hw(entry.row))
+        return self._same_masks[key]
+
+    def mask_of(self, place: int) -> bytes | None:
+        """Compressed RLE of a detection; None: it has none."""
+        counts: bytes | None = self._masks[place].as_py()
+        return counts
+
+    def meet(self, entries: list[Entry], places: dict[int, int]) -> None:
+        """Find the detection that each entry is about, and put it into the entry.
+
+        A tool may have numbered the entries anew, and an id that lies in its image's range by chance means nothing. So
+        what an entry shows goes before its id: first those whose id and geometry agree, then those that equal another
+        detection, then those that have only another category under their id, then those of the same box and category
+        as a detection, then ids alone.
+
+        Args:
+            entries: of one image.
+            places: of its detections, by det_index.
+        """
+        taken: set[int] = set()
+        ordered = sorted(entries, key=lambda entry: entry.is_rejected)
+
+        def claim(entry: Entry, place: int | None) -> None:
+            if place is not None and place not in taken:
+                entry.place = place
+                taken.add(place)
+
+        def left() -> list[Entry]:
+            return [entry for entry in ordered if entry.place < 0]
+
+        for entry in ordered:
+            if self.is_own(entry, places):
+                claim(entry, places[entry.det_index])
+        renamed, is_numbered_anew = [], False
+        for entry in left():
+            own = places.get(entry.det_index)
+            if own is not None and own not in taken and self.is_here(entry, own) and self.has_mask(own, entry):
+                renamed.append(entry)
+            else:
+                claim(entry, self._alike(entry, places, taken, with_mask=True))
+                is_numbered_anew |= entry.place >= 0
+        for entry in renamed:
+            if is_numbered_anew:  # then it may be a detection of that category in the same box
+                claim(entry, self._alike(entry, places, taken, with_mask=True))
+            if entry.place < 0:
+                claim(entry, places[entry.det_index])
+        for entry in left():
+            claim(entry, self._alike(entry, places, taken, with_mask=False))
+        for entry in left():
+            claim(entry, places.get(entry.det_index))
+
+    def is_own(self, entry: Entry, places: dict[int, int]) -> bool:
+        """Whether an entry equals the detection that its id names."""
+        own = places.get(entry.det_index)
+        return (
+            own is not None
+            and self.is_here(entry, own)
+            and bool(self._category[own] == entry.category)
+            and self.has_mask(own, entry)
+        )
+
+    def _alike(self, entry: Entry, places: dict[int, int], taken: set[int], *, with_mask: bool) -> int | None:
+        """A detection of an entry's box and category that nobody has claimed, and maybe of its mask."""
+        box = entry.shape.box_xyxy
+        if not places or (box is None and (entry.shape.mask is None or not with_mask)):
+            return None
+        every = np.fromiter(places.values(), np.int64)
+        near = every[self._category[every] == entry.category]
+        if box is not None:
+            near = near[same_boxes(box, self._seen_boxes[:, near]).any(axis=0)]
+        alike = (
+            place for place in near.tolist() if place not in taken and (not with_mask or self.has_mask(place, entry))
+        )
+        return next(alike, None)
+
+    def is_here(self, entry: Entry, place: int) -> bool:
+        """Whether an entry has a detection's box, as inference left it or as the settings do; without one its mask."""
+        if entry.shape.box_xyxy is None:
+            return entry.shape.mask is not None and self.has_mask(place, entry)
+        return bool(same_boxes(entry.shape.box_xyxy, self._seen_boxes[:, place]).any())

@@ -1,0 +1,327 @@
+"""People's corrections in the place of the machine's annotations, shard by shard; what they mean: see corrections.py.
+
+New annotations get an id in the range of their image: their own, if it lies there and no detection has it, else K - 1,
+K - 2, … of those that are free, in the order of the file. In an image whose detections have taken all, they get ids of
+a second range, 2^52 + ordinal × K + 0, 1, …, which no detection has. They stand behind the others of their image; so
+ids rise within an image, and over the whole file where no second range was needed. No two annotations of a file have
+the same. Ids depend on the file and on the inference, not on what is decided.
+
+What a suppression of this reduce merges depends on all other settings. Unchanged boxes of a file that was written under
+the same ones are recognised, and those that inference left; merged under others they count as edited.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from owlsam_ray.errors import IncompleteError
+from owlsam_ray.reduce.corrections.matching import Entry, Matching
+from owlsam_ray.reduce.corrections.report import conflict_line, remark_line
+from owlsam_ray.reduce.corrections.shapes import Shape, empty_part, read_shape, same_box
+from owlsam_ray.reduce.corrections.store import read_rows
+from owlsam_ray.reduce.decisions import Columns, Decisions, Pins, decide
+from owlsam_ray.reduce.labels import ANNOTATION_SCHEMA, Found, ShardLabels
+from owlsam_ray.storage.arrow_types import misfit_of
+
+IMAGE, ENTRY, REJECTED, LISTED, SPARED = range(5)
+"""Kinds of rows: this image has exactly the file's annotations; an annotation; a rejected one; one that people saw, in
+a list of such; one whose entry is a conflict already."""
+
+SECOND_IDS = 2**52
+"""Where ids begin of what people drew in images whose own ids are all taken. With K ids each, all stay below 2^53,
+which every reader of JSON takes."""
+
+CORRECTION_SCHEMA = pa.schema(
+    [
+        pa.field("ordinal", pa.int64(), nullable=False),  # of the image
+        pa.field("kind", pa.int8(), nullable=False),
+        pa.field("position", pa.int64(), nullable=False),  # among the file's annotations; -1: not one of them
+        pa.field("file_id", pa.int64()),
+        pa.field(
+            "det_index", pa.int64(), nullable=False
+        ),  # as the id tells, from K on of the second range; -1: it tells none of this image
+        pa.field("category", pa.int64(), nullable=False),  # index into the output's categories; -1: left out
+        pa.field("shape", pa.binary()),  # see shapes.py
+    ]
+)
+
+
+_MACHINE_COLUMNS = ("x0", "y0", "x1", "y1", "score", "num_merged")
+
+
+def annotation_id(ordinal: int, det_index: int, ids_per_image: int) -> int:
+    """Of a detection (below K), or of what people drew."""
+    start = SECOND_IDS - ids_per_image if det_index >= ids_per_image else 0
+    return start + ordinal * ids_per_image + det_index
+
+
+def image_of_id(own_id: int, ids_per_image: int) -> tuple[int, int]:
+    """(ordinal, det_index) of an id, the inverse of `annotation_id`."""
+    if own_id < SECOND_IDS:
+        return divmod(own_id, ids_per_image)
+    ordinal, index = divmod(own_id - SECOND_IDS, ids_per_image)
+    return ordinal, index + ids_per_image
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOverlay:
+    """Corrections of a run, in a file of `CORRECTION_SCHEMA` by shard."""
+
+    url: str
+    ids_per_image: int
+
+    def review(self, found: Found, decisions: Decisions) -> "ShardReview | None":
+        """What people said about a shard."""
+        rows = read_rows(self.url, found.shard)
+        if rows is None:
+            return None
+        if (wrong := misfit_of(rows.schema, CORRECTION_SCHEMA)) is not None:
+            raise IncompleteError(f"{self.url} is not what this reduce wrote ({wrong}): call it again")
+        return ShardReview(found, decisions, self.ids_per_image, rows)
+
+
+class ShardReview:
+    """Corrections of one shard: first what they mean for the decisions, then what they put in the place of the rest."""
+
+    def __init__(self, found: Found, decisions: Decisions, ids_per_image: int, rows: pa.RecordBatch) -> None:
+        self._found, self._decisions, self._ids_per_image = found, decisions, ids_per_image
+        self._counts: Counter[str] = Counter()
+        self._conflicts: list[bytes] = []
+        self._applied: list[bytes] = []
+        self._confirmed: list[int] = []
+        self._entries: list[Entry] = []
+        count = len(found.image)
+        label = found.detections["label"].to_numpy()
+        self.pins = Pins(
+            kept=np.zeros(count, np.bool_),
+            dropped=np.zeros(count, np.bool_),
+            category=decisions.target[label].astype(np.int64),
+        )
+        self._machine_category = self.pins.category.copy()
+        self._shown, _ = decide(found.detections, found.image, decisions)
+        self._shown_at: NDArray[np.int64] = np.full(count, -1)
+        self._shown_at[self._shown.place] = np.arange(len(self._shown))
+        self._match = Matching(found, self._machine_category, self._shown)
+        by_image: dict[int, list[dict[str, Any]]] = {}
+        for row in rows.to_pylist():
+            by_image.setdefault(row["ordinal"] - found.first_ordinal, []).append(row)
+        for image in sorted(by_image):
+            self._review_image(image, by_image[image])
+
+    def _review_image(self, image: int, rows: list[dict[str, Any]]) -> None:
+        """Find out what the rows of one image are about."""
+        if self._found.images["status"][image].as_py() == "failed":
+            for row in rows:
+                if row["kind"] in (ENTRY, REJECTED):
+                    self._conflict(image, row["position"], row["file_id"], "image: it failed in the run")
+            return
+        start, end = (int(np.searchsorted(self._found.image, image, side)) for side in ("left", "right"))
+        places = dict(zip(self._match.det_index[start:end].tolist(), range(start, end), strict=True))
+        spared = {places[row["det_index"]] for row in rows if row["kind"] == SPARED and row["det_index"] in places}
+        """Detections that a conflict is about: as the settings have them."""
+        entries: list[Entry] = []
+        for row in rows:
+            if row["kind"] not in (ENTRY, REJECTED):
+                continue
+            is_rejected = row["kind"] == REJECTED
+            try:
+                shape = read_shape(row["shape"], self._match.size_hw(image)) if row["shape"] else Shape(None, None)
+            except ValueError as error:
+                if not is_rejected:
+                    self._conflict(image, row["position"], row["file_id"], f"geometry: {error}")
+                    spared.add(places.get(row["det_index"], -1))
+                    continue
+                shape = Shape(None, None)
+            own = (row["position"], row["file_id"], row["det_index"], row["category"])
+            entries.append(Entry(image, *own, shape, is_rejected=is_rejected))
+        self._match.meet(entries, places)
+        entries = self._sound(image, entries, places)
+        entries = self._number(image, self._visible(image, entries, spared), places)
+        self._pin(image, rows, entries, places, spared)
+        self._entries += [entry for entry in entries if not entry.is_rejected]
+
+    def _visible(self, image: int, entries: list[Entry], spared: set[int]) -> list[Entry]:
+        """Without those of which nothing could be seen; what equals the machine's may be like that, as it is."""
+        size_hw, visible = self._match.size_hw(image), []
+        for entry in entries:
+            empty = None if entry.is_rejected else empty_part(entry.shape, size_hw)
+            is_here = entry.place >= 0 and self._match.is_here(entry, entry.place)
+            if empty is None or (is_here and self._match.has_mask(entry.place, entry)):
+                visible.append(entry)
+            else:
+                self._conflict(image, entry.position, entry.file_id, f"geometry: {empty}")
+                spared.add(entry.place)
+        return visible
+
+    def _sound(self, image: int, entries: list[Entry], places: dict[int, int]) -> list[Entry]:
+        """Without those that say something for the second time, and without rejections of nothing."""
+        sound = []
+        for entry in entries:
+            if entry.place < 0 and entry.is_rejected:
+                self._conflict(image, entry.position, entry.file_id, "no_detection: it rejects what the run lacks")
+            elif entry.place < 0 and self._match.is_own(entry, places):
+                self._conflict(image, entry.position, entry.file_id, "repeated: another entry has its id and its box")
+            else:
+                sound.append(entry)
+        return sound
+
+    def _number(self, image: int, entries: list[Entry], places: dict[int, int]) -> list[Entry]:
+        """Give new entries a det_index that is free; without those for which there is none."""
+        taken = set(places)
+        for entry in entries:
+            if entry.place >= 0:
+                entry.det_index = int(self._match.det_index[entry.place])
+            elif entry.det_index in taken:
+                entry.det_index = -1
+            elif entry.det_index >= 0:
+                taken.add(entry.det_index)
+        most = self._ids_per_image
+        free = (each for each in (*range(most - 1, -1, -1), *range(most, 2 * most)) if each not in taken)
+        numbered = []
+        for entry in entries:
+            if entry.det_index < 0:
+                entry.det_index = next(free, -1)
+            if entry.det_index >= 0:
+                numbered.append(entry)
+                continue
+            reason = f"no_free_id: all {2 * most} ids that its image can have are used"
+            self._conflict(image, entry.position, entry.file_id, reason)
+        return numbered
+
+    def _pin(
+        self, image: int, rows: list[dict[str, Any]], entries: list[Entry], places: dict[int, int], spared: set[int]
+    ) -> None:
+        """What the decisions need to know."""
+        pins = self.pins
+        about = {entry.place for entry in entries} | spared
+        shown = {place for place in places.values() if self._shown_at[place] >= 0}
+        self._counts["shown"] += len(shown)
+        listed = {places.get(row["det_index"], -1) for row in rows if row["kind"] == LISTED}
+        missing = {*places.values()} if any(row["kind"] == IMAGE for row in rows) else listed & {*places.values()}
+        missing -= about
+        pins.dropped[sorted(missing)] = True
+        # In a reviewed image nobody misses what the settings would not show.
+        for place in sorted(missing & (shown | listed)):
+            self._tell("deleted", -1, self._id(image, int(self._match.det_index[place])))
+            self._counts["shown.deleted"] += place in shown
+        for entry in entries:
+            if entry.is_rejected:
+                pins.dropped[entry.place] = True
+                self._tell("rejected", entry.position, self._id(image, entry.det_index))
+            elif entry.place >= 0:
+                pins.category[entry.place] = entry.category
+                pins.kept[entry.place] = entry.category >= 0
+
+    def apply(self, labels: ShardLabels, kept: Columns) -> ShardLabels:
+        """The shard with people's annotations in place of the machine's."""
+        replaced = np.zeros(len(kept), np.bool_)
+        people: list[dict[str, Any]] = []
+        for entry in self._entries:
+            if entry.category < 0:
+                self._counts["left_out"] += 1
+            elif entry.place < 0:
+                people.append(self._drawn(entry))
+                self._tell("added", entry.position, self._id(entry.row, entry.det_index), file_id=entry.file_id)
+            else:
+                place = int(np.searchsorted(kept.place, entry.place))
+                row = self._compared(entry, labels.annotations, place, kept)
+                if row is not None:
+                    replaced[place] = True
+                    people.append(row)
+        machine = labels.annotations.filter(pa.array(~replaced)) if replaced.any() else labels.annotations
+        table = machine
+        if people:
+            table = pa.concat_tables([machine, pa.Table.from_pylist(people, ANNOTATION_SCHEMA)])
+            order = np.lexsort((table["id"].to_numpy(), table["image"].to_numpy()))
+            table = table.take(pa.array(order)).combine_chunks()
+        counts = replace(
+            labels.counts,
+            annotations=table.num_rows,
+            masks=table.num_rows - table["rle_counts"].null_count,
+            corrections=self._counts,
+        )
+        remarks = {"applied": b"".join(self._applied), "conflicts": b"".join(self._conflicts)}
+        confirmed = np.array(self._confirmed, np.int64)
+        return replace(labels, annotations=table, counts=counts, remarks=remarks, confirmed=confirmed)
+
+    def _compared(self, entry: Entry, annotations: pa.Table, place: int, kept: Columns) -> dict[str, Any] | None:
+        """What stands in the place of an annotation of the machine; None: that one itself."""
+        shape, box = entry.shape, entry.shape.box_xyxy
+        seen = self._as_seen(entry)
+        changed = ["bbox"] if seen is None and box is not None else []
+        if self._machine_category[entry.place] != entry.category:
+            changed.append("category_id")
+        # Without a mask in the file: a tool that knows none. But a box elsewhere takes the machine's mask away.
+        moved_mask = shape.mask is None and "bbox" in changed and self._match.mask_of(entry.place) is not None
+        if moved_mask or not self._match.has_mask(entry.place, entry):
+            changed.append("segmentation")
+        is_kept = seen is None or seen == _machine_columns(kept, place)
+        if not changed:
+            self._counts["confirmed"] += 1
+            self._confirmed.append(self._id(entry.row, entry.det_index))
+            if is_kept:
+                return None
+        row: dict[str, Any] = annotations.slice(place, 1).to_pylist()[0] | (seen or {})
+        if not changed:
+            return row
+        row |= {"corrected": True, "score": 1.0}
+        if "bbox" in changed or ("segmentation" in changed and box is None):
+            row |= shape.box_columns()
+        if "segmentation" in changed:
+            row |= shape.mask_columns()
+        self._tell("edited", entry.position, self._id(entry.row, entry.det_index), changed=changed)
+        return row
+
+    def _as_seen(self, entry: Entry) -> dict[str, Any] | None:
+        """Box, score and number merged of the annotation that an entry shows; None: of none that the machine made.
+
+        As the settings have it without people's word (a suppression of this reduce moves boxes, and scores), else as
+        inference left it.
+        """
+        box, at = entry.shape.box_xyxy, int(self._shown_at[entry.place])
+        if at >= 0 and (box is None or same_box(box, self._shown.boxes_xyxy[at])):
+            return _machine_columns(self._shown, at)
+        if box is not None and same_box(box, self._match.boxes[entry.place]):
+            detections = self._found.detections
+            return {name: detections[name][entry.place].as_py() for name in _MACHINE_COLUMNS}
+        return None
+
+    def _drawn(self, entry: Entry) -> dict[str, Any]:
+        """A row of `ANNOTATION_SCHEMA` of a new annotation."""
+        height, width = self._match.size_hw(entry.row)
+        return {
+            "id": self._id(entry.row, entry.det_index),
+            "image": entry.row,
+            "image_id": self._image_id(entry.row),
+            "category": entry.category,
+            "category_id": self._decisions.categories[entry.category].id,
+            "score": 1.0,
+            "height": height,
+            "width": width,
+            "corrected": True,
+            **entry.shape.box_columns(),
+            **entry.shape.mask_columns(),
+        }
+
+    def _id(self, row: int, det_index: int) -> int:
+        return annotation_id(self._found.first_ordinal + row, det_index, self._ids_per_image)
+
+    def _image_id(self, row: int) -> int:
+        return int(self._found.images["image_id"][row].as_py())
+
+    def _conflict(self, image: int, position: int, file_id: int | None, reason: str) -> None:
+        self._counts[f"conflict.{reason.partition(':')[0]}"] += 1
+        self._conflicts.append(conflict_line(position, file_id, self._image_id(image), reason))
+
+    def _tell(self, what: str, position: int, annotation_id: int, **more: Any) -> None:
+        self._counts[what] += 1
+        self._applied.append(remark_line(what, position, annotation_id, **more))
+
+
+def _machine_columns(columns: Columns, place: int) -> dict[str, Any]:
+    values = (*columns.boxes_xyxy[place].tolist(), float(columns.score[place]), int(columns.num_merged[place]))
+    return dict(zip(_MACHINE_COLUMNS, values, strict=True))

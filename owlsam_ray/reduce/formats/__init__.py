@@ -1,0 +1,1 @@
+"""Labels → files, one file per format; `registry` lists them."""

@@ -1,0 +1,75 @@
+"""The formats of `reduce.formats` by name."""
+
+from collections.abc import Callable, Sequence
+
+from owlsam_ray.config.reduce import ReduceConfig
+from owlsam_ray.reduce.corrections.report import CORRECTIONS
+from owlsam_ray.reduce.decisions import Decisions
+from owlsam_ray.reduce.formats.coco import CocoOutput
+from owlsam_ray.reduce.formats.coco_results import RESULTS, CocoResultsOutput
+from owlsam_ray.reduce.formats.label_studio import CONFIG, TASKS, LabelStudioOutput
+from owlsam_ray.reduce.formats.lvis import LvisOutput
+from owlsam_ray.reduce.formats.safe_paths import numbered_paths
+from owlsam_ray.reduce.formats.table import ANNOTATION_TABLE, IMAGE_TABLE, TableOutput
+from owlsam_ray.reduce.formats.yolo import YoloOutput
+from owlsam_ray.reduce.outputs import FileSpan, Output
+from owlsam_ray.run.guard import RunRecord
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.paths import FAILURES
+
+
+def outputs_of(
+    settings: ReduceConfig, record: RunRecord, decisions: Decisions, manifest: Manifest
+) -> tuple[Output, ...]:
+    """The formats that are asked for, in that order.
+
+    Args:
+        settings: which, and how.
+        record: of the run.
+        decisions: resolved for it.
+        manifest: of it.
+    """
+    texts = tuple(query.text for query in record.queries)
+    prompts = texts if settings.provenance else None
+    numbered = {}
+    if {"yolo", "yolo_segment"} & set(settings.formats):
+        numbered = numbered_paths(table["file_name"] for table in manifest.iter_names())
+    made: dict[str, Callable[[], Output]] = {
+        "coco": lambda: CocoOutput(prompts, polygons=settings.segmentation == "polygon"),
+        "coco_results": CocoResultsOutput,
+        "label_studio": lambda: _label_studio(settings, record, decisions, manifest.image_list()),
+        "lvis": lambda: LvisOutput.of(decisions, prompts),
+        "parquet": lambda: TableOutput(tuple(category.name for category in decisions.categories), texts),
+        "yolo": lambda: YoloOutput(numbered=numbered, val=settings.yolo_val),
+        "yolo_segment": lambda: YoloOutput(outlines=True, numbered=numbered, val=settings.yolo_val),
+    }
+    return tuple(made[name]() for name in settings.formats)
+
+
+def _label_studio(
+    settings: ReduceConfig, record: RunRecord, decisions: Decisions, image_list: str
+) -> LabelStudioOutput:
+    config = (record.fingerprint_parts or {})["config"]
+    fingerprint = record.fingerprint or ""
+    return LabelStudioOutput(
+        decisions.categories,
+        f"{config['detector']['model']} {config['segment']['model']} {fingerprint[:16]}",
+        {"fingerprint": fingerprint, "ids_per_image": record.ids_per_image, "image_list": image_list},
+        settings.label_studio_url,
+    )
+
+
+def file_names(name: str, spans: Sequence[FileSpan]) -> list[str]:
+    """Files and folders that a format of this name gives."""
+    stems = {"coco": "annotations", "lvis": "lvis", "label_studio": TASKS}
+    cut = [span.name(stems[name], ".json") for span in spans] if name in stems else []
+    fixed = {
+        "failures": [FAILURES],
+        "corrections": [CORRECTIONS],
+        "coco_results": [RESULTS],
+        "label_studio": [CONFIG],
+        "parquet": [ANNOTATION_TABLE, IMAGE_TABLE],
+        "yolo": ["yolo"],
+        "yolo_segment": ["yolo_segment"],
+    }
+    return cut + fixed.get(name, [])

@@ -1,0 +1,97 @@
+"""Why rows of finished shards failed, without reading what did not."""
+
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from owlsam_ray import storage
+from owlsam_ray.errors import FailureClass, IncompleteError
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.shards import read_footer, shard_url
+from owlsam_ray.schema import PREDICTION_SCHEMA
+
+_AT_ONCE = 32
+"""Footers that are read at the same time."""
+_CHUNK = 512
+
+
+@dataclass(slots=True)
+class Failures:
+    """Failed rows of some shards."""
+
+    by_class: Counter[str] = field(default_factory=Counter)
+    by_reason: Counter[str] = field(default_factory=Counter)
+    """By the first word of the reason."""
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+    """The first of them: image_id, file_name, reason."""
+
+
+def find_failures(manifest: Manifest, shards: Iterable[int], *, named: int = 20) -> Failures:
+    """Count the failed rows of shards by class and reason.
+
+    Footers tell that, but for files of 0.1. Rows are read of these, and of shards with quarantined images that are to
+    be named.
+
+    Args:
+        manifest: of the run.
+        shards: finished ones with failed rows. What is gone or damaged by now is left out.
+        named: quarantined images that are named, at most.
+
+    Raises:
+        OSError: storage gave up.
+    """
+    found = Failures()
+    left = sorted(shards)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        while left:
+            chunk, left = left[:_CHUNK], left[_CHUNK:]
+            told = pool.map(lambda shard: _told_by_footer(manifest.run_url, shard), chunk)
+            for shard, failures in zip(chunk, told, strict=True):
+                if failures is None:
+                    _read_rows(manifest, shard, found, named=named, count=True)
+                    continue
+                for words, count in failures.items():
+                    status_class, reason = words.split(" ", 1)
+                    found.by_class[status_class] += count
+                    found.by_reason[reason] += count
+                has_quarantined = any(words.split(" ")[0] == FailureClass.QUARANTINED for words in failures)
+                if has_quarantined and len(found.quarantined) < named:
+                    _read_rows(manifest, shard, found, named=named, count=False)
+    return found
+
+
+def _told_by_footer(run_url: str, shard: int) -> dict[str, int] | None:
+    """Failed rows by class and reason; None when the footer does not tell."""
+    try:
+        return read_footer(run_url, shard).failures
+    except (FileNotFoundError, IncompleteError):
+        return {}
+
+
+def _read_rows(manifest: Manifest, shard: int, found: Failures, *, named: int, count: bool) -> None:
+    """Name the quarantined images of a shard; `count` its failed rows as well."""
+    columns = ["image_id", "status", "reason", "status_class"]
+    try:
+        with storage.open_input(shard_url(manifest.run_url, shard)) as file:
+            table = pq.ParquetFile(file)
+            if not table.schema_arrow.equals(PREDICTION_SCHEMA):  # no shard of ours: its values are not looked at
+                return
+            rows = table.read(columns).to_pylist()
+    except (FileNotFoundError, pa.ArrowException):
+        return
+    file_names: list[str] = []
+    for position, row in enumerate(rows):
+        if row["status"] != "failed":
+            continue
+        if count:
+            found.by_class[row["status_class"]] += 1
+            found.by_reason[row["reason"].split(":")[0]] += 1
+        if row["status_class"] == FailureClass.QUARANTINED and len(found.quarantined) < named:
+            file_names = file_names or manifest.read_shard(shard)["file_name"].to_pylist()
+            name = file_names[position] if position < len(file_names) else None
+            found.quarantined.append({"image_id": row["image_id"], "file_name": name, "reason": row["reason"]})

@@ -1,0 +1,342 @@
+"""`run.json`: what a run directory was made with, and what may work on it (law 3).
+
+Three hashes guard a run. The label fingerprint covers everything that can change labels; the layout hash covers which
+images stand in which shard; the numerics id covers what may change a result in its last bits.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from owlsam_ray import __version__, storage
+from owlsam_ray.config.added_settings import without_added
+from owlsam_ray.config.load import RunConfig, config_from_stored, differing_fields
+from owlsam_ray.config.settings import Category
+from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError, shown
+from owlsam_ray.models.load import weights_sha256
+from owlsam_ray.parallel.allocation import Allocation
+from owlsam_ray.run.manifest import Manifest, load_manifest
+from owlsam_ray.run.moved_data import Move, moves_between, without_places
+from owlsam_ray.schema import SCHEMA_VERSION
+from owlsam_ray.vocabulary import Query, Vocabulary
+
+RUN_FILE = "run.json"
+QUERY_FILE = "query_embeddings.safetensors"
+_COMPUTING = ("torch", "torchvision", "transformers", "timm", "pillow", "numpy", "scipy", "opencv-python-headless")
+"""Packages whose versions may change results in their last bits."""
+
+
+class RunRecord(BaseModel):
+    """The content of `run.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    owlsam_version: str
+    """Version that planned the run."""
+    config: dict[str, Any]
+    """The resolved config."""
+    categories: tuple[Category, ...]
+    """What is looked for, with the ids of the output."""
+    queries: tuple[Query, ...]
+    """What the detector is asked, in the order of the query embeddings."""
+    ids_per_image: int
+    """K: an annotation's id is image ordinal × K + det_index."""
+    layout_hash: str
+    """Of the manifest, at plan or at the last extension."""
+    num_parts: int | None = None
+    """Parts of the manifest that count; None, in runs of 0.1: all."""
+    fingerprint: str | None = None
+    """The label fingerprint, set by the first attempt."""
+    fingerprint_parts: dict[str, Any] | None = None
+    """What the fingerprint is the hash of."""
+    numerics: tuple[dict[str, Any], ...] = ()
+    """Every numerics that worked on this run, the last one last."""
+    libraries: dict[str, str] = {}
+    """Versions at the first attempt, for information."""
+
+    @property
+    def query_labels(self) -> tuple[int, ...]:
+        """Category index of each query."""
+        return tuple(query.label for query in self.queries)
+
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        """Names by category index."""
+        return tuple(category.name for category in self.categories)
+
+    @property
+    def numerics_id(self) -> str:
+        """Short hash of the numerics in use.
+
+        Raises:
+            IndexError: no attempt has started yet.
+        """
+        return canonical_hash(self.numerics[-1])[:16]
+
+    def stored_config(self) -> RunConfig:
+        """The config as an object.
+
+        Raises:
+            ConfigError: it was written by a version with other fields.
+        """
+        return config_from_stored(self.config)
+
+
+def canonical_hash(value: Any) -> str:
+    """SHA-256 of a tree of plain values, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_directory(config: RunConfig) -> str:
+    """The run directory of a config.
+
+    Raises:
+        ConfigError: neither the run file nor `--run` names one.
+    """
+    if config.run is None:
+        raise ConfigError("no run directory: set `run:` in the run file, or give --run DIR")
+    return config.run
+
+
+def load_record(run_url: str) -> RunRecord | None:
+    """`run.json` of a run directory; None when there is none.
+
+    Raises:
+        GuardError: the file is damaged, or of an incompatible version.
+    """
+    try:
+        data = storage.read_bytes(storage.join(run_url, RUN_FILE))
+    except FileNotFoundError:
+        return None
+    try:
+        return RunRecord.model_validate_json(data)
+    except ValidationError as error:
+        raise GuardError(
+            f"{run_url}/{RUN_FILE} is damaged or was written by another version: {error.errors(include_url=False)[:3]}"
+        ) from None
+
+
+def _as_stored(record: RunRecord, run_url: str) -> RunRecord:
+    """The record as it is by now: another call may have extended the plan since it was read."""
+    return load_record(run_url) or record
+
+
+def save_record(run_url: str, record: RunRecord) -> None:
+    """Replace `run.json`, whole or not at all."""
+    data = json.dumps(record.model_dump(mode="json"), indent=1).encode()
+    storage.write_atomic(storage.join(run_url, RUN_FILE), data)
+
+
+def forget_plan(run_url: str) -> None:
+    """Undo a plan with which nothing was labelled yet; the next call plans again."""
+    storage.remove(storage.join(run_url, RUN_FILE))
+
+
+def load_run_manifest(run_url: str, record: RunRecord) -> Manifest:
+    """The manifest of a planned run, with its hashes verified.
+
+    Raises:
+        GuardError: it is missing, or not the one that the run was planned with.
+    """
+    manifest = load_manifest(run_url, verify=True, num_parts=record.num_parts)
+    if manifest is None:
+        raise GuardError(f"{run_url}/manifest is missing: restore it, or plan again in another directory")
+    if manifest.layout_hash != record.layout_hash:
+        raise GuardError(
+            f"the manifest of {run_url} has the layout hash {manifest.layout_hash[:16]}, but the run was planned with "
+            f"{record.layout_hash[:16]}: restore {run_url}/manifest, or use another directory"
+        )
+    return manifest
+
+
+def check_config(config: RunConfig, record: RunRecord, *, data_too: bool = True, images_matter: bool = True) -> None:
+    """Refuse another config on a planned run, naming every frozen field that differs.
+
+    Args:
+        config: of this call.
+        record: of the run.
+        data_too: the section `data` must be the same as well; not so when a run is extended.
+        images_matter: the images are read. Else any place of them will do.
+
+    Weights and files of names are compared by what they hold, elsewhere; a dataset may have moved (`moved_data`).
+
+    Raises:
+        GuardError: with one line per field.
+    """
+    ours, theirs = with_planned_suffixes(config, record).frozen_fields(), record.stored_config().frozen_fields()
+    if not data_too:
+        theirs["data"] = ours["data"]
+    theirs, ours = without_places(theirs, ours, any_data=not images_matter)
+    lines = differing_fields(ours, theirs)
+    if lines:
+        unused = f" Nothing is labelled there yet: without its {RUN_FILE} it is planned anew."
+        raise GuardError(
+            "\n  ".join(
+                [
+                    f"the run directory {config.run} was planned with other settings (there -> here):",
+                    *lines,
+                    "Use another --run directory for these settings, or go back to the old ones. "
+                    "Sections that may change freely: plan, storage, resources, reduce, evaluate, logging."
+                    + (unused if record.fingerprint is None else ""),
+                ]
+            )
+        )
+
+
+def with_planned_suffixes(config: RunConfig, record: RunRecord) -> RunConfig:
+    """A config with the run's own `data.suffixes` where the caller gives none: the default may have grown since."""
+    if "suffixes" in config.data.model_fields_set:
+        return config
+    data = config.data.model_copy(update={"suffixes": record.stored_config().data.suffixes})
+    return config.model_copy(update={"data": data})
+
+
+def moves_since_plan(config: RunConfig, record: RunRecord) -> tuple[Move, ...]:
+    """Roots of the dataset that lie elsewhere by now, from where they were planned to where this call has them."""
+    return moves_between(record.config.get("data", {}), config.data.model_dump(mode="json"))
+
+
+def check_same_vocabulary(vocabulary: Vocabulary, record: RunRecord, run_url: str) -> None:
+    """Refuse a dataset, or a file of names, that asks for other things than the run did.
+
+    Raises:
+        GuardError: names the first category or prompt that differs.
+    """
+    for what, ours, theirs in (
+        ("categories", vocabulary.categories, record.categories),
+        ("queries", vocabulary.queries, record.queries),
+    ):
+        if tuple(ours) != tuple(theirs):
+            pairs = zip_longest(theirs, ours)
+            there, here = next((a, b) for a, b in pairs if a != b)
+            raise GuardError(
+                f"{run_url} was planned with other {what} ({len(theirs)} -> {len(ours)}); the first that differs: "
+                f"{shown(there)} -> {shown(here)}. Use another --run directory, or go back to the old ones."
+            )
+
+
+def fingerprint_parts(
+    config: RunConfig, record: RunRecord, *, weights: Mapping[str, Path], run_url: str
+) -> dict[str, Any]:
+    """Everything that the label fingerprint covers.
+
+    Args:
+        config: of this attempt.
+        record: of the run.
+        weights: local paths of the weights by role.
+        run_url: whose query embeddings are hashed.
+
+    Raises:
+        IncompleteError: the query embeddings are gone.
+    """
+    query_url = storage.join(run_url, QUERY_FILE)
+    try:
+        queries = storage.read_bytes(query_url)
+    except FileNotFoundError:
+        raise IncompleteError(f"{query_url} is missing: restore it, or start again in another directory") from None
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "config": config.label_fields(),
+        "categories": [without_added(category) for category in record.categories],
+        "queries": [without_added(query) for query in record.queries],
+        "weights": {role: weights_sha256(path) for role, path in sorted(weights.items())},
+        "query_embeddings": hashlib.sha256(queries).hexdigest(),
+    }
+
+
+def guard_labels(record: RunRecord, parts: dict[str, Any], run_url: str) -> RunRecord:
+    """Set the fingerprint in the first attempt; refuse another one later.
+
+    Raises:
+        GuardError: with one line per part that differs.
+    """
+    if record.fingerprint is None:
+        updated = _as_stored(record, run_url).model_copy(
+            update={
+                "fingerprint": canonical_hash(parts),
+                "fingerprint_parts": parts,
+                "libraries": {name: version(name) for name in ("torch", "torchvision", "transformers", "timm", "ray")}
+                | {"python": platform.python_version(), "owlsam-ray": __version__},
+            }
+        )
+        save_record(run_url, updated)
+        return updated
+    stored = record.fingerprint_parts or {}
+    then, now = without_places(stored.get("config", {}), parts["config"], any_data=True)
+    same = canonical_hash(stored) == record.fingerprint and {**stored, "config": then} == {**parts, "config": now}
+    if canonical_hash(parts) != record.fingerprint and not same:
+        lines = differing_fields({**parts, "config": now}, {**stored, "config": then})
+        raise GuardError(
+            "\n  ".join(
+                [
+                    f"the labels in {run_url} were made with something else (there -> here):",
+                    *lines,
+                    "Use another --run directory, or bring back the old weights and settings. A run that was labelled "
+                    "by an earlier version can be reduced and evaluated, but not continued.",
+                ]
+            )
+        )
+    return record
+
+
+def numerics_of(allocation: Allocation, dtype: str) -> dict[str, Any]:
+    """What may change results in their last bits."""
+    threads = {"torch_threads": allocation.torch_threads} if allocation.device == "cpu" else {}
+    return (
+        threads
+        | {
+            "device": allocation.device,
+            "dtype": dtype,
+            "detector_batch": allocation.detector_batch,
+            "segmenter_batch": allocation.segmenter_batch,
+            "decoder_batch": allocation.decoder_batch,
+        }
+        | {name: version(name) for name in _COMPUTING}
+    )
+
+
+def guard_numerics(record: RunRecord, numerics: dict[str, Any], run_url: str, *, allow_change: bool) -> RunRecord:
+    """Record the numerics of this attempt; refuse a change that nobody asked for.
+
+    Raises:
+        GuardError: with one line per part that differs.
+    """
+    if record.numerics and record.numerics[-1] == numerics:
+        return record
+    if record.numerics and not allow_change:
+        raise GuardError(
+            "\n  ".join(
+                [
+                    f"shards in {run_url} were computed with other numerics (there -> here):",
+                    *differing_fields(numerics, record.numerics[-1]),
+                    "Results would agree within the tolerance of the README, but not byte for byte. Set these back "
+                    "under `resources`, or allow it with --allow-numerics-change.",
+                ]
+            )
+        )
+    updated = _as_stored(record, run_url).model_copy(update={"numerics": (*record.numerics, numerics)})
+    save_record(run_url, updated)
+    return updated
+
+
+def check_writable(run_url: str) -> None:
+    """Write and delete a file in the run directory.
+
+    Raises:
+        InputError: that does not work; names the directory and the reason.
+    """
+    try:
+        storage.try_writing(run_url)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the run directory {run_url}: {error.strerror or error}. Free space or fix its "
+            "permissions, or choose another one with --run."
+        ) from None

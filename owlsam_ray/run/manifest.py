@@ -1,0 +1,478 @@
+"""The plan: which images, in which order, in which shards. Written once, then only appended to.
+
+A part is `manifest/part-0000.parquet` with one row group per shard, and a small `part-0000.json` beside it that is
+written afterwards: it makes the part, and holds its hash. Ordinals are 1-based positions in the manifest.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass as validated_dataclass
+
+from owlsam_ray import storage
+from owlsam_ray.config.settings import MEGABYTE
+from owlsam_ray.errors import GuardError, InputError, one_line, shown
+from owlsam_ray.run.moved_data import Move
+from owlsam_ray.schema import MANIFEST_SCHEMA, encoded_bytes
+from owlsam_ray.storage.arrow_types import misfit_of
+
+MANIFEST = "manifest"
+_PART_NAME = re.compile(r"part-[0-9]{4,}")
+"""Of both files of a part, without their endings."""
+_SMALLEST_SHARD, _LARGEST_SHARD, _SHARDS_WANTED = 8, 1024, 64
+
+
+@validated_dataclass(frozen=True, slots=True)
+class ManifestPart:
+    """One part of the manifest."""
+
+    file: str
+    sha256: str
+    """Of the Parquet file's bytes."""
+    num_rows: int
+    first_ordinal: int
+    first_shard: int
+    num_shards: int
+    shard_size: int
+    max_shard_bytes: int
+    """Encoded bytes of the largest shard, estimated where the listing does not tell."""
+    source: dict[str, Any]
+    """What the output carries over: info, licenses, categories. Of the first part of a plan; empty in further ones."""
+    counts_fetched_only: bool = False
+    """Whether `max_shard_bytes` leaves out images that are too large to be fetched; parts of before do not."""
+
+    def fetched_bytes(self, max_file_mb: int) -> int:
+        """Encoded bytes that the largest shard is fetched as; of parts of before, never more than one such image."""
+        return self.max_shard_bytes if self.counts_fetched_only else min(self.max_shard_bytes, max_file_mb * MEGABYTE)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All parts of a run's manifest. Small: rows are read shard by shard."""
+
+    run_url: str
+    parts: tuple[ManifestPart, ...]
+    moves: tuple[Move, ...] = ()
+    """Roots under which the files lie elsewhere by now: shards are read with their URIs there."""
+
+    def with_moves(self, moves: Iterable[Move]) -> "Manifest":
+        """The same images, some of them at another place."""
+        return replace(self, moves=tuple(moves))
+
+    @property
+    def num_images(self) -> int:
+        """Images in all parts."""
+        return sum(part.num_rows for part in self.parts)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards in all parts."""
+        return sum(part.num_shards for part in self.parts)
+
+    def max_shard_bytes(self, *, max_file_mb: int) -> int:
+        """Encoded bytes that the largest shard is fetched as, estimated.
+
+        Args:
+            max_file_mb: larger images are not fetched. Plans of earlier versions counted them all the same, and keep no
+                sizes to count anew: a larger shard is taken for one with such an image.
+        """
+        return max(part.fetched_bytes(max_file_mb) for part in self.parts)
+
+    @property
+    def layout_hash(self) -> str:
+        """Hash of which images stand in which shard: a chain over the parts, so that a part can be appended."""
+        chain = ""
+        for part in self.parts:
+            link = f"{chain}\n{part.sha256}\n{part.num_rows}\n{part.shard_size}"
+            chain = hashlib.sha256(link.encode()).hexdigest()
+        return chain
+
+    def image_list(self, number: int | None = None) -> str:
+        """A name for the first so many images (default: all), whatever shards they stand in.
+
+        Their number, and a hash of the first and the last one's id and name.
+        """
+        number = self.num_images if number is None else number
+        ends = []
+        for ordinal in (1, number):
+            shard = int(self.shard_of(np.array([ordinal]))[0])
+            rows = self.read_shard(shard).select(["image_id", "file_name"])
+            ends.append(rows.slice(ordinal - self.shard_span(shard)[0], 1).to_pylist())
+        return f"{number}-{hashlib.sha256(json.dumps(ends).encode()).hexdigest()[:32]}"
+
+    def begins_with(self, image_list: object) -> bool:
+        """Whether that is the name of this manifest's images, or of those that it had before it was extended."""
+        number = str(image_list).partition("-")[0]
+        if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= self.num_images:
+            return False
+        return self.image_list(int(number)) == image_list
+
+    def iter_shards(self) -> Iterator[int]:
+        """Shard numbers in manifest order."""
+        return iter(range(self.num_shards))
+
+    def shard_span(self, shard: int) -> tuple[int, int]:
+        """(ordinal of the first image, number of images) of a shard."""
+        part = self._part_of(shard)
+        start = (shard - part.first_shard) * part.shard_size
+        return part.first_ordinal + start, min(part.shard_size, part.num_rows - start)
+
+    def shard_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(N,) shards of images of the manifest, by their ordinals."""
+        shards = np.zeros(len(ordinals), np.int64)
+        for part in self.parts:
+            inside = (ordinals >= part.first_ordinal) & (ordinals < part.first_ordinal + part.num_rows)
+            shards[inside] = part.first_shard + (ordinals[inside] - part.first_ordinal) // part.shard_size
+        return shards
+
+    def read_shard(self, shard: int) -> pa.Table:
+        """Rows of `MANIFEST_SCHEMA` of one shard, in order: one row group.
+
+        Raises:
+            GuardError: the part's columns are others.
+        """
+        part = self._part_of(shard)
+        url = storage.join(self.run_url, MANIFEST, part.file)
+        with storage.open_input(url) as file:
+            reader = pq.ParquetFile(file, metadata=_footer(url, part.sha256))
+            table = reader.read_row_group(shard - part.first_shard)
+        return moved_uris(_with_container(table).select(MANIFEST_SCHEMA.names), self.moves)
+
+    def uri_bounds(self) -> Iterator[tuple[int, tuple[str, str]]]:
+        """Shard, and the first and the last of its URIs by their order as texts, from the footers alone."""
+        for part in self.parts:
+            footer = _footer(storage.join(self.run_url, MANIFEST, part.file), part.sha256)
+            names = [footer.schema.column(number).path for number in range(footer.num_columns)]
+            for group in range(footer.num_row_groups):
+                found = footer.row_group(group).column(names.index("uri")).statistics
+                if found is not None and found.has_min_max:
+                    first, last = (moved_uri(uri, self.moves) for uri in (found.min, found.max))
+                    yield part.first_shard + group, (first, last)
+
+    def iter_names(self) -> Iterator[pa.Table]:
+        """`image_id` and `file_name`, some at a time, of all images in order."""
+        for part in self.parts:
+            for batch in self._batches(part, ["image_id", "file_name"]):
+                yield pa.Table.from_batches([batch])
+
+    def iter_images(self) -> Iterator[pa.Table]:
+        """Rows of `MANIFEST_SCHEMA` without `extra`, some at a time, of all images in order."""
+        names = [name for name in MANIFEST_SCHEMA.names if name != "extra"]
+        for part in self.parts:
+            for batch in self._batches(part, names):
+                yield _with_container(pa.Table.from_batches([batch])).select(names)
+
+    def _batches(self, part: ManifestPart, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        url = storage.join(self.run_url, MANIFEST, part.file)
+        with storage.open_input(url) as file:
+            yield from pq.ParquetFile(file, metadata=_footer(url, part.sha256)).iter_batches(65536, columns=columns)
+
+    def _part_of(self, shard: int) -> ManifestPart:
+        for part in self.parts:
+            if part.first_shard <= shard < part.first_shard + part.num_shards:
+                return part
+        raise IndexError(f"shard {shard} of {self.num_shards}")
+
+
+def moved_uri(uri: str, moves: Sequence[Move]) -> str:
+    """A URI under the new root: with one move alone, the innermost, since a new root may be another one's old root."""
+    inner = sorted(moves, key=lambda move: -len(move.old))
+    return next((new for move in inner if (new := move.apply(uri)) != uri), uri)
+
+
+def moved_uris(table: pa.Table, moves: Sequence[Move]) -> pa.Table:
+    """The same rows of a manifest or a listing, with their URIs under the new roots."""
+    if not moves:
+        return table
+    uris = [moved_uri(uri, moves) for uri in table["uri"].to_pylist()]
+    at = table.schema.get_field_index("uri")
+    return table.set_column(at, table.schema.field(at), pa.array(uris, pa.string()))
+
+
+def _with_container(table: pa.Table) -> pa.Table:
+    """In older manifests every image is a file of its own, and there is no such column."""
+    if "container" in table.column_names:
+        return table
+    return table.append_column("container", pa.nulls(table.num_rows, pa.string()))
+
+
+@lru_cache(maxsize=64)
+def _footer(url: str, sha256: str) -> Any:
+    """Parquet metadata of a part, read once per process: at 10 million images it is some megabytes."""
+    return _read_footer(url)
+
+
+def _read_footer(url: str) -> Any:
+    """Parquet metadata of a part whose columns are those of a manifest.
+
+    Raises:
+        GuardError: it is no Parquet file, or its columns are others. Their values are never looked at: a run directory
+            may come from someone else, with hashes that fit.
+    """
+    with storage.open_input(url) as file:
+        try:
+            footer = pq.read_metadata(file)
+            wrong = misfit_of(footer.schema.to_arrow_schema(), MANIFEST_SCHEMA, may_lack=("container",))
+        except pa.ArrowException as error:
+            wrong = one_line(error)
+    if wrong is not None:
+        raise GuardError(f"{url} is no manifest ({wrong}): restore it, or plan again in another directory")
+    return footer
+
+
+def shard_size(num_images: int, setting: int | str, *, mean_bytes: float | None = None, shard_max_mb: int = 256) -> int:
+    """Images in a shard.
+
+    Args:
+        num_images: of the part.
+        setting: a number, or `auto`: images / 64, clamped to 8…1024, and no more than `shard_max_mb`.
+        mean_bytes: of an encoded image, where known.
+        shard_max_mb: megabytes of a shard.
+    """
+    if not isinstance(setting, str):
+        return setting
+    size = min(max(num_images // _SHARDS_WANTED, _SMALLEST_SHARD), _LARGEST_SHARD)
+    if mean_bytes:
+        size = min(size, int(shard_max_mb * 10**6 / mean_bytes))
+    return max(1, size)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How rows are cut into shards and parts."""
+
+    shard_size: int
+    """Images in a shard."""
+    part_images: int = 1_000_000
+    """Images in a part; rounded down to whole shards."""
+    max_file_mb: int = 512
+    """Larger images are not fetched, and take no memory."""
+
+
+def write_parts(
+    run_url: str,
+    tables: Iterable[pa.Table],
+    layout: Layout,
+    *,
+    source: dict[str, Any],
+    before: Manifest | None = None,
+    next_id: int = 1,
+) -> Manifest:
+    """Freeze images as further parts of a manifest.
+
+    Args:
+        run_url: the run directory. Parts beyond those of `before`, of a try that did not end, are replaced.
+        tables: the images in their order, `datasets.LISTING_SCHEMA`.
+        layout: shards and parts.
+        source: what the output carries over: info, licenses, categories.
+        before: the manifest that is extended; None for the first plan.
+        next_id: of the first image whose `image_id` is null; the others count on from there.
+
+    Returns:
+        The whole manifest.
+
+    Raises:
+        InputError: there is no image.
+        OSError: storage refused.
+    """
+    parts = list(before.parts) if before is not None else []
+    for name in storage.list_names(storage.join(run_url, MANIFEST)):
+        if name.split(".")[0] not in {part.file.split(".")[0] for part in parts}:
+            storage.remove(storage.join(run_url, MANIFEST, name))
+    shards_per_part = max(1, layout.part_images // layout.shard_size)
+    shards = _shards(_numbered(tables, next_id), layout.shard_size)
+    first = len(parts)
+    while (head := next(shards, None)) is not None:
+        rest = itertools.islice(shards, shards_per_part - 1)
+        parts.append(_write_part(run_url, itertools.chain([head], rest), parts, layout, source))
+        source = {}
+    if len(parts) == first:
+        raise InputError("there is no image to plan")
+    return Manifest(run_url, tuple(parts))
+
+
+def _numbered(tables: Iterable[pa.Table], next_id: int) -> Iterator[pa.Table]:
+    """The same rows, with ids where the source gives none."""
+    for table in tables:
+        if table["image_id"].null_count:
+            ids = pa.array(np.arange(next_id, next_id + table.num_rows), pa.int64())
+            table = table.set_column(table.schema.get_field_index("image_id"), table.schema.field("image_id"), ids)
+        yield table
+        next_id += table.num_rows
+
+
+def _shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `size` rows; the last one may be shorter."""
+    waiting: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        waiting.append(table)
+        count += table.num_rows
+        if count < size:
+            continue
+        joined = pa.concat_tables(waiting)
+        whole = count - count % size
+        for start in range(0, whole, size):
+            yield joined.slice(start, size)
+        waiting, count = [joined.slice(whole)], count - whole
+    if count:
+        yield pa.concat_tables(waiting)
+
+
+def _write_part(
+    run_url: str, shards: Iterable[pa.Table], before: list[ManifestPart], layout: Layout, source: dict[str, Any]
+) -> ManifestPart:
+    """Write one part: the Parquet file first, then its sidecar, which makes it valid."""
+    name = _part_name(len(before))
+    url = storage.join(run_url, MANIFEST, f"{name}.parquet")
+    first_ordinal = 1 + sum(part.num_rows for part in before)
+    first_shard = sum(part.num_shards for part in before)
+    num_rows = num_shards = max_bytes = 0
+    with storage.open_atomic(url) as file, pq.ParquetWriter(file, MANIFEST_SCHEMA, compression="zstd") as writer:
+        for listed in shards:
+            rows = _rows(listed, first_shard + num_shards)
+            writer.write_table(rows, row_group_size=layout.shard_size)
+            num_rows, num_shards = num_rows + rows.num_rows, num_shards + 1
+            sizes = encoded_bytes(listed)
+            max_bytes = max(max_bytes, int(sizes[sizes <= layout.max_file_mb * MEGABYTE].sum()))
+    part = ManifestPart(
+        file=f"{name}.parquet",
+        sha256=_sha256(url),
+        num_rows=num_rows,
+        first_ordinal=first_ordinal,
+        first_shard=first_shard,
+        num_shards=num_shards,
+        shard_size=layout.shard_size,
+        max_shard_bytes=max_bytes,
+        source=source,
+        counts_fetched_only=True,
+    )
+    storage.write_atomic(storage.join(run_url, MANIFEST, f"{name}.json"), json.dumps(asdict(part), indent=1).encode())
+    return part
+
+
+def _rows(listed: pa.Table, shard: int) -> pa.Table:
+    """Rows of a listing as rows of the manifest."""
+    shards = pa.array(np.full(listed.num_rows, shard), pa.int64())
+    return pa.table(
+        [shards if name == "shard" else listed[name] for name in MANIFEST_SCHEMA.names], schema=MANIFEST_SCHEMA
+    )
+
+
+def load_manifest(run_url: str, *, verify: bool, num_parts: int | None = None) -> Manifest | None:
+    """The manifest of a run directory; None when it has none, or only a half-written one.
+
+    Args:
+        run_url: the run directory.
+        verify: compare each part's bytes with its hash.
+        num_parts: read the first so many parts: further ones are of an extension that did not end. They are asked for
+            by their names: a listing may be older than they are. None: the parts that are listed.
+
+    Raises:
+        GuardError: a part is missing, damaged, changed or no manifest; names it.
+    """
+    if num_parts is None:
+        names = [name for name in storage.list_names(storage.join(run_url, MANIFEST)) if name.endswith(".json")]
+    else:
+        names = [f"{_part_name(number)}.json" for number in range(num_parts)]
+    parts: list[ManifestPart] = []
+    for name in names:
+        url = storage.join(run_url, MANIFEST, name)
+        try:
+            part = _read_sidecar(url, after=parts)
+        except FileNotFoundError:
+            if not parts and not storage.exists(storage.join(run_url, MANIFEST)):
+                return None
+            raise GuardError(f"{url} is missing: restore it, or plan again in another directory") from None
+        if verify:
+            _verify(run_url, part)
+        parts.append(part)
+    return Manifest(run_url, tuple(parts)) if parts else None
+
+
+def num_shards_behind(run_url: str, num_parts: int) -> int:
+    """Shards of the parts behind the first so many, asked for by their names.
+
+    Raises:
+        GuardError: a part is damaged.
+    """
+    count = 0
+    with contextlib.suppress(FileNotFoundError):
+        for number in itertools.count(num_parts):
+            count += _read_sidecar(storage.join(run_url, MANIFEST, f"{_part_name(number)}.json")).num_shards
+    return count
+
+
+def _read_sidecar(url: str, *, after: Sequence[ManifestPart] | None = None) -> ManifestPart:
+    """What the small file beside a part tells of it.
+
+    Args:
+        url: of the small file.
+        after: the parts before it, to be compared; None: they are not at hand.
+
+    Raises:
+        FileNotFoundError, OSError: it is not there, or cannot be read.
+        GuardError: it is damaged, names another file than its own part, or does not go on from the parts before.
+    """
+    data = storage.read_bytes(url)
+    try:
+        part = ManifestPart(**json.loads(data))
+        wrong = _wrong_with(part, url.rpartition("/")[2], after)
+    except (ValueError, TypeError, RecursionError) as error:
+        wrong = one_line(error)
+    if wrong is not None:
+        raise GuardError(f"{url} is damaged ({wrong}): restore it, or plan again in another directory")
+    return part
+
+
+def _wrong_with(part: ManifestPart, sidecar: str, after: Sequence[ManifestPart] | None) -> str | None:
+    """What keeps a part from being one that `write_parts` has written: a run directory may come from someone else."""
+    name = sidecar.removesuffix(".json")
+    if not _PART_NAME.fullmatch(name) or part.file != f"{name}.parquet":
+        return f"it names the file {shown(part.file)}, not the part-NNNN.parquet beside it"
+    num_shards = -(-part.num_rows // part.shard_size) if part.shard_size > 0 else 0
+    if part.num_rows < 1 or part.num_shards != num_shards or part.max_shard_bytes < 0:
+        return f"{part.num_rows} images are not {part.num_shards} shards of {part.shard_size}"
+    if after is not None:
+        begin = 1 + sum(each.num_rows for each in after), sum(each.num_shards for each in after)
+        if (part.first_ordinal, part.first_shard) != begin:
+            return f"it begins at image {part.first_ordinal}, shard {part.first_shard}, not at {begin[0]}, {begin[1]}"
+    return None
+
+
+def _part_name(number: int) -> str:
+    """Of both files of a part, without their endings."""
+    return f"part-{number:04d}"
+
+
+def _verify(run_url: str, part: ManifestPart) -> None:
+    url = storage.join(run_url, MANIFEST, part.file)
+    try:
+        found = _sha256(url)
+    except FileNotFoundError:
+        raise GuardError(f"{url} is missing: restore it, or plan again in another directory") from None
+    if found != part.sha256:
+        raise GuardError(
+            f"{url} is not the file that was planned (sha256 {found[:16]}… instead of {part.sha256[:16]}…): restore "
+            "it, or plan again in another directory"
+        )
+    _read_footer(url)
+
+
+def _sha256(url: str) -> str:
+    digest = hashlib.sha256()
+    with storage.open_input(url) as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,3 @@
+"""Names of files in a run directory."""
+
+FAILURES = "failures.jsonl"

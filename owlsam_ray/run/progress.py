@@ -1,0 +1,233 @@
+"""How far a run is: for a terminal, for a log file, and as `progress.json` for dashboards."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from owlsam_ray import storage
+from owlsam_ray.errors import OwlsamError
+from owlsam_ray.run.counts import Tally
+
+PROGRESS_FILE = "progress.json"
+_FOOTERS_AT_ONCE = 256
+"""Read between two looks at whether to stop: on a disk a fraction of a second."""
+_CATCH_UP_PAUSE_S = 0.25
+"""Between two of these, for the threads that hand out work."""
+_log = logging.getLogger(__name__)
+
+
+class ProgressWatcher:
+    """Looks at the ledger now and then, and tells what it sees.
+
+    Footers of earlier attempts are read meanwhile, some at a time, so that work begins before they are all counted.
+    """
+
+    def __init__(
+        self,
+        tally: Tally,
+        *,
+        interval_s: float,
+        show: Callable[[dict[str, Any]], None],
+        file_name: str = PROGRESS_FILE,
+    ) -> None:
+        """Prepare to watch.
+
+        Args:
+            tally: counts of the run or of a slice; looked at once already, so that the rate is of this attempt alone.
+            interval_s: seconds between two looks.
+            show: called with the state after each look.
+            file_name: of the file in the run directory that tells the state.
+        """
+        self._tally, self._interval_s, self._show = tally, interval_s, show
+        self._url = storage.join(tally.run_url, file_name)
+        self._start = time.monotonic()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="owlsam-progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def look(self) -> Tally:
+        """Refresh the tally to the last footer, write the state's file, show the state.
+
+        Raises:
+            IncompleteError: a shard file is damaged.
+            OSError: storage refused.
+        """
+        return self._look(None)
+
+    def _look(self, limit: int | None) -> Tally:
+        with self._lock:
+            state = progress_state(self._tally.refresh(limit), seconds=time.monotonic() - self._start)
+            storage.write_atomic(self._url, json.dumps(state, indent=1).encode())
+            self._show(state)
+        return self._tally
+
+    def _watch(self) -> None:
+        next_look = time.monotonic() + self._interval_s
+        while not self._stop.wait(_CATCH_UP_PAUSE_S if self._tally.unread else next_look - time.monotonic()):
+            try:
+                if time.monotonic() < next_look:
+                    self._tally.read_footers(_FOOTERS_AT_ONCE)
+                    continue
+                self._look(_FOOTERS_AT_ONCE)
+            except (OSError, OwlsamError) as error:
+                # Telling is not worth stopping for; the main thread meets the same error where it matters.
+                _log.warning("cannot tell the progress: %s", error)
+                self._stop.wait(self._interval_s)
+            next_look = time.monotonic() + self._interval_s
+
+
+def progress_state(tally: Tally, *, seconds: float) -> dict[str, Any]:
+    """Counts, rate and time left.
+
+    Args:
+        tally: counts of the run.
+        seconds: since this attempt began.
+    """
+    rate = tally.images_fresh / seconds if seconds > 0 else 0.0
+    left = tally.num_images - tally.images_done
+    return tally.summary() | {
+        "images_per_s": round(rate, 3),
+        "eta_s": round(left / rate) if rate > 0 else None,
+        "seconds": round(seconds, 1),
+        "stage_s": {stage: round(value, 1) for stage, value in tally.stage_s.items()},
+    }
+
+
+def describe(state: dict[str, Any]) -> str:
+    """One line for people."""
+    return (
+        f"{state['done']}/{state['images']} images · {state['failed']} failed · {state['left']} left · "
+        f"{state['images_per_s']:.2f} images/s · ETA {duration(state['eta_s'])}"
+    )
+
+
+def duration(seconds: float | None) -> str:
+    """`1:02:03`, or `?` when nobody knows."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+class LazyDisplay:
+    """A live bar on a terminal, plain log lines elsewhere; drawn from the first state on."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._last: tuple[int, int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def show(self, state: dict[str, Any]) -> None:
+        """Draw a state; as a plain line only when something was done since the last one."""
+        line = describe(state)
+        if self._console.is_terminal:
+            self._draw(state, line.split(" · ", 1)[1])
+        elif self._last != (state["done"], state["failed"]):
+            self._last = (state["done"], state["failed"])
+            _log.info("%s", line)
+
+    def _draw(self, state: dict[str, Any], line: str) -> None:
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("annotate"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[line]}"),
+                TimeElapsedColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("annotate", total=state["images"], line=line)
+            self._progress.start()
+        self._progress.update(self._task, completed=state["done"], line=line)
+
+
+class CountDisplay:
+    """Images counted in one step after another: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, *, interval_s: float, unit: str = "images") -> None:
+        """Prepare to show.
+
+        Args:
+            console: where to.
+            interval_s: seconds between two lines.
+            unit: what is counted.
+        """
+        self._interval_s, self._unit = interval_s, unit
+        self._bar = (
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(f"{{task.fields[rate]}} {unit}/s"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            if console.is_terminal
+            else None
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._starts: dict[str, float] = {}
+        self._told = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, what: str, done: int, total: int | None) -> None:
+        """Tell that so many images are `what`."""
+        now = time.monotonic()
+        start = self._starts.setdefault(what, now)
+        rate = done / (now - start) if now > start else 0.0
+        if self._bar is not None:
+            if what not in self._tasks:
+                self._tasks[what] = self._bar.add_task(what, total=total, rate="")
+            self._bar.update(self._tasks[what], completed=done, total=total, rate=f"{rate:,.0f}")
+        elif now - self._told >= self._interval_s:
+            self._told = now
+            left = f" of {total:,} · ETA {duration((total - done) / rate)}" if total is not None and rate > 0 else ""
+            _log.info("%s %s%s · %s %s/s", what, f"{done:,}", left, f"{rate:,.0f}", self._unit)

@@ -1,0 +1,252 @@
+"""The `images` of a COCO-like JSON file → a listing, streamed; `coco`, `lvis` and `objects365` say what differs."""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from owlsam_ray.coco_files.document import Document, open_document
+from owlsam_ray.coco_files.images import image_error
+from owlsam_ray.coco_files.stated_size import stated_side
+from owlsam_ray.errors import InputError, raise_offences, shown
+from owlsam_ray.schema import Container
+from owlsam_ray.sources.files import relative_names
+from owlsam_ray.sources.layouts import LOOKED_UP, Layout, choose_layout
+from owlsam_ray.sources.listing import Listing, below, file_name_error, listing_table
+from owlsam_ray.sources.row_names import (
+    absolute_root,
+    bad_reason,
+    path_below,
+    quoted_name,
+    row_name,
+    told_apart,
+)
+
+_log = logging.getLogger(__name__)
+
+WAY_OUT = "Mend the file; ids and file names must be unique."
+
+_TEXT_FOR_ID = re.compile(rb'"id"\s*:\s*"')
+_TEXT_ID = "source_id"
+"""Field of the output's image records that holds an id that is a text."""
+_OWN_FIELDS = {"id", "file_name", "height", "width"}
+_COUNTED = 10_000
+"""Offences after which reading on is of no use."""
+_BATCH_BYTES = 2 * 2**20
+"""Some thousand image records."""
+_REFERENCES = pa.schema([("image_id", pa.int64()), ("category_id", pa.int64())])
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An image record with the place of its file."""
+
+    image: dict[str, Any]
+    path: str | None
+    """Below the root; None: it has none that may be read, and `reason` tells why."""
+    name: str
+    """`file_name` of the listing: the path where that is safe."""
+    position: int
+    """Among `images`."""
+    other_name: str | None = None
+    quoted: str | None = None
+    """As in `LISTING_SCHEMA`."""
+    reason: str | None = None
+    height: int | None = None
+    """As the record states it."""
+    width: int | None = None
+
+
+Inspect = Callable[[Sequence[Placed], Layout], set[str]]
+"""Looks at some thousand images at a time that have a path, in order; returns the names that do not belong into the
+listing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What differs between the formats."""
+
+    layouts: tuple[Layout, ...]
+    split_of: Callable[[dict[str, Any]], str | None]
+    """Split of an image record; None: the first folder of its path, if it has one."""
+    inspect: Inspect = lambda placed, layout: set()
+    """Made anew for every listing, since it may count."""
+
+
+def list_images_of(url: str, root: str, dialect: Dialect) -> Listing:
+    """List the images of a file, in its order; they are read as the tables are asked for.
+
+    Args:
+        url: the JSON file.
+        root: of the images.
+        dialect: of the file.
+
+    Returns:
+        `annotated` does not check that images and categories are in the file (statistics and cleaning tell); None when
+        the file has no `annotations`.
+
+    Raises:
+        InputError: the file cannot be read or is no such file, lists no images, or none of a sample of them exists;
+            from the tables: an id is no integer from 0 to 2^53 (where none is a text), a size is none.
+    """
+    with open_document(url) as document:
+        head = next((images for _, images in document.batches("images")), [])
+        if not head:
+            raise InputError(f"{url} lists no images: is it a COCO file with a non-empty `images`?")
+        layout = choose_layout(root, _samples(head, document), dialect.layouts, where=url)
+        text_id = _text_id(document)
+        has_ids = text_id is None
+    if not has_ids:
+        _log.warning(
+            "%s: image ids are texts, as %s: they are kept as %r in the image records, and the images are numbered",
+            url, shown(text_id), _TEXT_ID,
+        )  # fmt: skip
+    # The document stays mapped as long as the listing is held: a remote file is copied once.
+    return Listing(
+        tables=_tables(document, root, dialect, layout, has_ids=has_ids),
+        has_ids=has_ids,
+        info=document.value("info", dict, {}),
+        licenses=document.value("licenses", list, []),
+        categories=document.value("categories", list, []),
+        annotated=(lambda: _references(document)) if document.has("annotations") else None,
+    )
+
+
+def _text_id(document: Document) -> str | None:
+    """An image id that is a text; None where there is none."""
+    if not _TEXT_FOR_ID.search(document.raw("images")):
+        return None  # most files: nothing is decoded
+    ids = (image.get("id") for _, images in document.batches("images") for image in images if isinstance(image, dict))
+    return next((each for each in ids if isinstance(each, str)), None)
+
+
+def _samples(head: Sequence[Any], document: Document) -> Iterator[list[dict[str, Any]]]:
+    """From the first images; then from the whole file, since a user may hold a part of the images only."""
+    yield spread(head)
+    batches = [[image] for _, images in document.batches("images") for image in spread(images)]
+    yield spread([image for images in batches for image in images])
+
+
+def spread(images: Sequence[Any]) -> list[dict[str, Any]]:
+    """Up to `LOOKED_UP` records, evenly from all."""
+    step = max(1, -(-len(images) // LOOKED_UP))
+    return [image for image in images[::step] if isinstance(image, dict)]
+
+
+def _tables(document: Document, root: str, dialect: Dialect, layout: Layout, *, has_ids: bool) -> Iterator[pa.Table]:
+    offences: list[str] = []
+    place = Placing(document.url, root, layout, has_ids=has_ids)
+    for block in document.blocks("images", max_bytes=_BATCH_BYTES):
+        images = block.decode()
+        offences += block.repeats(images)
+        placed = list(place.images(images, offences, first=block.first))
+        if not offences:
+            usable = [each for each in placed if each.path is not None]
+            left_out = dialect.inspect(usable, layout)
+            kept = [each for each in placed if each.name not in left_out] if left_out else placed
+            yield _table(kept, document.url, root, dialect, has_ids=has_ids)
+        if len(offences) > _COUNTED:
+            break
+    raise_offences(document.url, offences, WAY_OUT)
+
+
+class Placing:
+    """Image records → where their files lie, and how they are called.
+
+    Args:
+        url: the file that lists them.
+        root: of the images.
+        layout: of the files.
+        has_ids: ids are integers; otherwise texts are taken as well, and the plan numbers the images.
+    """
+
+    def __init__(self, url: str, root: str, layout: Layout, *, has_ids: bool = True) -> None:
+        self._file = relative_names([url])[0]
+        self._url = url
+        self._begin = absolute_root(root)
+        self._layout, self._has_ids = layout, has_ids
+
+    def images(self, images: Iterable[Any], offences: list[str], *, first: int = 0) -> Iterator[Placed]:
+        """Records that can be planned; what is wrong with the others is added to `offences`.
+
+        Repeated ids and names are not looked for.
+
+        Args:
+            images: entries of `images`.
+            offences: of this file so far.
+            first: position of the first entry.
+        """
+        for position, image in enumerate(images, first):
+            offence = image_error(image, has_ids=self._has_ids)
+            if offence is not None:
+                offences.append(f"images[{position}]{offence}")
+                continue
+            sides = [stated_side(image.get(side)) for side in ("height", "width")]
+            yield replace(self._place(image, position), height=sides[0], width=sides[1])
+
+    def _place(self, image: dict[str, Any], position: int) -> Placed:
+        given = self._layout.place(image)
+        if file_name_error(given) is None:
+            return Placed(image, given, given, position)
+        path = path_below(self._begin, given)
+        if path is None:
+            value = image.get("file_name") if given is None else given
+            why = f"in images[{position}] {_name_offence(value)}{_hint(image)}"
+            name = row_name(self._file, position)
+            reason = bad_reason("bad_name", value, why)
+            return Placed(image, None, name, position, other_name=told_apart(name, self._url), reason=reason)
+        name = quoted_name(path)
+        if name == path:  # the same file, written differently
+            return Placed(image, path, name, position, other_name=quoted_name(given))
+        other = told_apart(name, given)
+        return Placed(image, path, name, position, other_name=other, quoted=f"{shown(path)}: {file_name_error(path)}")
+
+
+def _name_offence(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        return "is no file name"
+    if "\0" in value:
+        return "holds a NUL"
+    return "does not lie below data.images"
+
+
+def _hint(image: dict[str, Any]) -> str:
+    return " (did you mean data.source: lvis?)" if "file_name" not in image and "coco_url" in image else ""
+
+
+def other_fields(image: dict[str, Any]) -> dict[str, Any]:
+    """What the output carries over of an image record."""
+    return {key: value for key, value in image.items() if key not in _OWN_FIELDS}
+
+
+def _table(placed: Sequence[Placed], url: str, root: str, dialect: Dialect, *, has_ids: bool) -> pa.Table:
+    extras = [other_fields(each.image) for each in placed]
+    if not has_ids:
+        extras = [{_TEXT_ID: each.image["id"]} | extra for each, extra in zip(placed, extras, strict=True)]
+    bad = [each.path is None for each in placed]
+    paths = below(root, pa.array([each.path for each in placed], pa.string()))
+    return listing_table(
+        {
+            "image_id": [each.image["id"] if has_ids else None for each in placed],
+            "file_name": [each.name for each in placed],
+            "uri": pc.if_else(pa.array(bad, pa.bool_()), url, paths) if any(bad) else paths,
+            "container": [str(Container.BAD) if each else None for each in bad],
+            "member": [each.reason for each in placed],
+            "offset": [each.position if is_bad else None for each, is_bad in zip(placed, bad, strict=True)],
+            "height": [each.height for each in placed],
+            "width": [each.width for each in placed],
+            "split": [dialect.split_of(each.image) for each in placed],
+            "extra": [json.dumps(extra) if extra else None for extra in extras],
+            "other_name": [each.other_name for each in placed],
+            "quoted": [each.quoted for each in placed],
+        }
+    )
+
+
+def _references(document: Document) -> Iterator[pa.Table]:
+    return (table for _, table in document.columns("annotations", _REFERENCES))

@@ -1,1 +1,0 @@
-"""The steps inside the actor, one file each: decode · detect · suppress · segment · encode."""

@@ -1,0 +1,229 @@
+"""How storage is asked: which client, how many at a time, how often again, and what leaves when it fails for good."""
+
+import contextlib
+import errno
+import os
+import random
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import fsspec
+import tenacity
+from fsspec.implementations.local import LocalFileSystem
+
+from owlsam_ray.errors import InputError, OwlsamError, StorageSetupError, shown
+from owlsam_ray.storage.clients import KINDS, Client, open_client
+from owlsam_ray.storage.faults import Trouble, described, tell_once, understand
+from owlsam_ray.storage.secrets import masked, masked_url
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StoragePolicy:
+    """How remote storage is asked."""
+
+    retries: int = 6
+    """Further tries after throttling, a server error, a cut connection or a timeout."""
+    backoff_s: float = 0.5
+    """Seconds before the first further try; doubled each time. A random part of up to a half is taken off."""
+    max_backoff_s: float = 30.0
+    """Most seconds between two tries."""
+    timeout_s: float = 60.0
+    """Seconds until a connection, or an answer, is given up."""
+    concurrency: int = 64
+    """Requests of one process at a time."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts that an address out of data may name although they are link-local; see `addresses.HostRules`."""
+
+
+class _State:
+    """What holds for all threads of a process."""
+
+    def __init__(self, policy: StoragePolicy) -> None:
+        self.policy = policy
+        self.slots = threading.BoundedSemaphore(policy.concurrency)
+        self.mine = threading.local()
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[None]:
+        """One of the requests at a time. A signal handler may interrupt a thread that waits for, or holds, one."""
+        if getattr(self.mine, "busy", False):
+            yield
+            return
+        self.mine.busy = True
+        try:
+            with self.slots:
+                yield
+        finally:
+            self.mine.busy = False
+
+
+_state = _State(StoragePolicy())
+
+
+def configure(policy: StoragePolicy) -> None:
+    """Set how all threads of this process ask storage, from their next request on."""
+    global _state
+    if policy != _state.policy:
+        _state = _State(policy)
+
+
+def policy() -> StoragePolicy:
+    """How this process asks storage, for others to do the same."""
+    return _state.policy
+
+
+def _start_anew() -> None:
+    """A forked process must not wait for slots that its parent's threads hold."""
+    global _state
+    _state = _State(_state.policy)
+
+
+os.register_at_fork(after_in_child=_start_anew)
+
+
+def forget_clients() -> None:
+    """Drop open clients, so that the next request reads endpoints and credentials from the environment again."""
+    for scheme in KINDS:
+        with contextlib.suppress(ImportError):
+            fsspec.get_filesystem_class(scheme).clear_instance_cache()
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a path or URL, and the path inside it. Its own methods try nothing again.
+
+    Raises:
+        InputError: the scheme is unknown.
+        StorageSetupError: its package is not installed.
+    """
+    client, path = open_url(url)
+    return client.filesystem, path
+
+
+def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
+    """The client of a path or URL, and the path inside its file system; `in_parts`: for a large upload.
+
+    Raises:
+        InputError: the scheme is unknown.
+        StorageSetupError: its package is not installed.
+    """
+    if "\0" in url:
+        raise InputError(f"cannot open {shown(masked_url(url), 500)}: it holds a NUL")
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
+    # `url_to_fs` takes `::` in the name of a file for a chain of file systems: only when it comes first it is one.
+    if "://" not in url or (scheme is not None and scheme[1] in ("file", "local")):
+        return Client("other", LocalFileSystem(), ()), LocalFileSystem._strip_protocol(url)
+    policy, is_opening = _state.policy, False
+    try:
+        if scheme is None:
+            filesystem, path = fsspec.core.url_to_fs(url)
+            return Client("other", filesystem, (Exception,), policy.timeout_s), str(path)
+        if scheme[1] not in KINDS:
+            fsspec.get_filesystem_class(scheme[1])
+        is_opening = True
+        client = open_client(
+            scheme[1],
+            timeout_s=policy.timeout_s,
+            concurrency=policy.concurrency,
+            tries=policy.retries + 1,
+            in_parts=in_parts,
+            allowed_hosts=policy.allowed_hosts,
+        )
+        is_opening = False
+        if scheme[1] == "memory":  # it takes a name with `::` for a chain as well
+            return client, "/" + url.removeprefix("memory://").strip("/")
+        return client, str(client.filesystem._strip_protocol(url))
+    except ImportError as error:
+        raise StorageSetupError(f"cannot open {shown(masked_url(url), 500)}: {masked(str(error))}") from None
+    except OwlsamError:
+        raise
+    except Exception as error:  # noqa: BLE001 (of any class: a plugin that does not load, or wants settings)
+        if isinstance(error, TypeError) or (isinstance(error, ValueError) and not is_opening):
+            raise InputError(f"cannot open {shown(masked_url(url), 500)}: {masked(str(error))}") from None
+        tell_once(url.partition("://")[0] + "://", error)
+        raise StorageSetupError(f"cannot open {shown(masked_url(url), 500)}: {described(error)}") from None
+
+
+class _TroubleError(Exception):
+    """Carries what went wrong from a try to the decision about the next."""
+
+    def __init__(self, trouble: Trouble, error: Exception) -> None:
+        super().__init__(trouble.what)
+        self.trouble = trouble
+        self.error = error
+
+
+def ask(client: Client, url: str, request: Callable[[], T]) -> T:
+    """Do one request, and again while that is worth it.
+
+    Raises:
+        OSError, InputError: as the module says.
+    """
+    if is_local(client.filesystem) or not client.errors:
+        return request()
+    state = _state
+
+    def once() -> T:
+        try:
+            with state.slot():
+                return request()
+        except OwlsamError:
+            raise
+        except client.errors as error:
+            raise _TroubleError(understand(error, is_foreign=client.kind == "other"), error) from None
+
+    policy = state.policy
+    grows = tenacity.wait_exponential(multiplier=policy.backoff_s, max=policy.max_backoff_s)
+    tries = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, _TroubleError) and e.trouble.is_worth_a_retry),
+        stop=tenacity.stop_after_attempt(policy.retries + 1),
+        wait=lambda attempt: grows(attempt) * random.uniform(0.5, 1.0),
+        reraise=True,
+    )
+    try:
+        return tries(once)
+    except _TroubleError as last:
+        failure = last
+    _raise(client, url, failure, tries.statistics["attempt_number"])
+    raise AssertionError("unreachable")
+
+
+def _raise(client: Client, url: str, failure: _TroubleError, num_tries: int) -> None:
+    trouble, error = failure.trouble, failure.error
+    if client.kind == "other" and not isinstance(error, OSError):
+        tell_once(url.partition("://")[0] + "://", error)
+    url = masked_url(url)
+    if trouble.kind == "as_is" and (type(error) is not OSError or error.errno is not None):
+        raise error
+    host = f" at {masked(client.host)}" if client.host else ""
+    message = f"{trouble.what} ({url}{host}, {num_tries} {'try' if num_tries == 1 else 'tries'})"
+    if trouble.kind == "anonymous":
+        raise StorageSetupError(f"no credentials for {url}{host}: {trouble.what}. {_CREDENTIALS.get(client.kind, '')}")
+    if trouble.kind == "no_package":
+        raise StorageSetupError(f"cannot open {shown(url, 500)}: {trouble.what}")
+    if trouble.kind == "bad_request":
+        raise InputError(f"cannot open {shown(url, 500)}: {trouble.what}")
+    numbers = {"missing": errno.ENOENT, "forbidden": errno.EACCES, "expired": errno.EKEYEXPIRED, "beyond": errno.EINVAL}
+    number = numbers.get(trouble.kind, errno.ETIMEDOUT if "Timeout" in type(error).__name__ else errno.EIO)
+    raise OSError(number, message)
+
+
+_CREDENTIALS = {
+    "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN), or AWS_PROFILE; AWS_ENDPOINT_URL "
+    "for another provider; FSSPEC_S3_ANON=true for a public bucket.",
+    "gs": "Set GOOGLE_APPLICATION_CREDENTIALS to a key file, or log in with gcloud auth application-default login.",
+}
+
+
+def is_local(filesystem: Any) -> bool:
+    """Whether files can be synced and renamed."""
+    return isinstance(filesystem, LocalFileSystem)
+
+
+def join(root: str, *names: str) -> str:
+    """A path or URL below another."""
+    return "/".join([root.rstrip("/") or "/", *names]) if root != "/" else "/" + "/".join(names)

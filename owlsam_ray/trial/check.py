@@ -1,0 +1,317 @@
+"""`owlsam check`: what can stop a run in its first minutes, tried here before a queue slot is spent.
+
+One process, no Ray, and nothing stays behind in the run directory. Steps that do not need each other are all tried,
+so that one call names everything that is wrong. What it costs is told roughly, from a few images on this machine;
+`owlsam estimate` measures it.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from owlsam_ray import storage
+from owlsam_ray.config.load import RunConfig, allowed_failures
+from owlsam_ray.errors import ConfigError, FailedImagesError, InputError, PreflightError
+from owlsam_ray.inference.suppress import label_thresholds
+from owlsam_ray.models.shipped import check_shipped
+from owlsam_ray.models.weights import ModelPaths
+from owlsam_ray.parallel.allocation import MEBIBYTE, Allocation, allocate, check_object_store
+from owlsam_ray.plan.moved_images import moved_manifest
+from owlsam_ray.plan.plan import list_dataset
+from owlsam_ray.plan.selection import select_images
+from owlsam_ray.run.guard import (
+    check_config,
+    check_writable,
+    load_record,
+    load_run_manifest,
+    moves_since_plan,
+    run_directory,
+)
+from owlsam_ray.run.manifest import Manifest, shard_size
+from owlsam_ray.run.shards import done_shards
+from owlsam_ray.terminal import Show, silent
+from owlsam_ray.trial.images import Labelled, Prompts, label_here
+from owlsam_ray.trial.steps import Done, Steps
+from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class _Directory:
+    """The run directory, which may hold a plan already."""
+
+    manifest: Manifest | None
+    vocabulary: Vocabulary | None
+    left: int
+    """Images without labels; 0 without a plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Dataset:
+    """What is to be labelled."""
+
+    left: int
+    """Images without labels."""
+    rows: list[dict[str, Any]]
+    """Some of the images, as the listing or the manifest has them."""
+    categories: list[dict[str, Any]]
+    shard_bytes: int
+    """Encoded bytes of a large shard, estimated."""
+
+
+def check_run(
+    config: RunConfig, *, images: int = 8, say: Callable[[str], None] = lambda line: None, show: Show = silent
+) -> dict[str, Any]:
+    """Try everything that a run needs.
+
+    Args:
+        config: of the run, which may be planned already; then the images of the plan are taken.
+        images: so many of those that are to be labelled, evenly spread, go all the way from storage to masks.
+        say: called with one line for each step.
+        show: progress of the listing.
+
+    Returns:
+        `steps`: step, ok (None: not tried), seconds, detail; `images` to label, `labelled` of the few, `ok`, `empty`,
+        `failed` and the `failed_images` among them; `images_per_s` of one actor, `actors` and `hours`, all rough;
+        `predictions_bytes` and `free_bytes`. What a failed step would have told is None.
+
+    Raises:
+        OwlsamError: of the first step that failed, with all of this as its second argument.
+    """
+    if images < 1:
+        raise ConfigError(f"--images {images}: at least one")
+    steps = Steps(say)
+    steps.run("run file", _try_run_file, config)
+    directory = steps.run("run directory", _try_directory, config)
+    dataset = steps.run("dataset", _try_dataset, config, directory, images, show)
+    vocabulary = None
+    if dataset is None and config.vocabulary.categories == "dataset":
+        steps.skip("vocabulary")
+    else:
+        own = dataset.categories if dataset is not None else []
+        vocabulary = steps.run("vocabulary", _try_vocabulary, config, directory, own)
+    allocation = steps.run("resources", _try_resources, config)
+    models = steps.run("weights", _try_weights, config)
+    prompts = None
+    if vocabulary is None or models is None:
+        steps.skip("prompts")
+    else:
+        prompts = steps.run("prompts", _try_prompts, config, vocabulary, models)
+    labelled = None
+    if dataset is None or allocation is None or prompts is None:
+        steps.skip("images")
+    else:
+        labelled = steps.run("images", _try_images, config, allocation, prompts, dataset.rows)
+    summary = _estimated(dataset, allocation, labelled)
+    if dataset is None or allocation is None or config.run is None:
+        steps.skip("space")
+    else:
+        steps.run("space", _try_space, config, allocation, dataset, summary)
+    summary |= {"planned": directory is not None and directory.manifest is not None, "steps": steps.told}
+    if summary["hours"] is not None:
+        say(_in_words(summary))
+    if steps.first is not None:
+        error = steps.first
+        others = sum(step["ok"] is False for step in steps.told) - 1
+        more = f" ({others} more step(s) failed, see above)" if others else ""
+        raise type(error)(f"{error.args[0]}{more}", summary)
+    return summary
+
+
+def _try_run_file(config: RunConfig) -> Done[bool]:
+    """It was read before this began."""
+    return Done(True, f"{config.data.source} dataset, {config.detector.model} and {config.segment.model}")
+
+
+def _try_directory(config: RunConfig) -> Done[_Directory]:
+    """It can be written to, and what it holds was made with the same settings."""
+    run_url = run_directory(config)
+    with _nothing_new(run_url):
+        check_writable(run_url)
+        record = load_record(run_url)
+    if record is None:
+        return Done(_Directory(None, None, 0), f"{run_url}, no plan yet")
+    check_config(config, record)
+    manifest = moved_manifest(load_run_manifest(run_url, record), moves_since_plan(config, record))
+    done = sum(manifest.shard_span(shard)[1] for shard in done_shards(run_url) if shard < manifest.num_shards)
+    left = manifest.num_images - done
+    told = f"{run_url}, planned: {manifest.num_images:,} images, {left:,} of them without labels"
+    return Done(_Directory(manifest, Vocabulary(record.categories, record.queries), left), told)
+
+
+@contextlib.contextmanager
+def _nothing_new(run_url: str) -> Iterator[None]:
+    """Remove the directories that come into being meanwhile, from this one up, while they are empty."""
+    filesystem, path = storage.open_filesystem(run_url)
+    new: list[str] = []
+    while storage.is_local(filesystem) and not os.path.exists(path):
+        new.append(path)
+        path = os.path.dirname(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for each in new:
+                os.rmdir(each)
+
+
+def _try_dataset(config: RunConfig, directory: _Directory | None, images: int, show: Show) -> Done[_Dataset]:
+    """The images that are planned already, or those that would be."""
+    if directory is not None and directory.manifest is not None:
+        return _of_plan(directory.manifest, directory.left, images, max_file_mb=config.decode.max_file_mb)
+    listing = list_dataset(config)
+    with tempfile.TemporaryDirectory(prefix="owlsam-check-") as folder:
+        spool, wanted, _ = select_images(listing, config.plan, Path(folder), show=show)
+        chosen = np.flatnonzero(wanted)
+        if len(chosen) == 0:
+            raise InputError("there is no image to label: see data, plan.splits and plan.categories of the run file")
+        rows = spool.rows_at(chosen[_spread(len(chosen), images)])
+    size = shard_size(
+        len(chosen),
+        config.resources.shard_size,
+        mean_bytes=spool.mean_bytes,
+        shard_max_mb=config.resources.shard_max_mb,
+    )
+    dataset = _Dataset(len(chosen), rows, listing.categories, round(size * spool.mean_bytes))
+    return Done(dataset, f"{len(chosen):,} of {spool.num_listed:,} listed images, in shards of {size}")
+
+
+def _of_plan(manifest: Manifest, left: int, images: int, *, max_file_mb: int) -> Done[_Dataset]:
+    """The same without listing: the plan is frozen."""
+    rows = []
+    for shard in _spread(manifest.num_shards, images):
+        of_shard = manifest.read_shard(int(shard)).to_pylist()
+        each = -(-images // min(images, manifest.num_shards))
+        rows += [of_shard[int(place)] for place in _spread(len(of_shard), each)]
+    categories = manifest.parts[0].source["categories"]
+    dataset = _Dataset(left, rows[:images], categories, manifest.max_shard_bytes(max_file_mb=max_file_mb))
+    return Done(dataset, f"{manifest.num_images:,} images as they are planned, in {manifest.num_shards:,} shards")
+
+
+def _spread(total: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """At most `count` positions below `total`, rising, evenly spread."""
+    count = min(total, count)
+    return np.arange(count) * total // max(count, 1)
+
+
+def _try_vocabulary(
+    config: RunConfig, directory: _Directory | None, categories: list[dict[str, Any]]
+) -> Done[Vocabulary]:
+    planned = directory.vocabulary if directory is not None else None
+    vocabulary = planned or resolve_vocabulary(config.vocabulary, categories)
+    label_thresholds(config.suppress, [category.name for category in vocabulary.categories])
+    return Done(vocabulary, f"{len(vocabulary.categories)} categories, {len(vocabulary.queries)} queries")
+
+
+def _try_resources(config: RunConfig) -> Done[Allocation]:
+    """What an actor gets here. On a cluster elsewhere it may be more, so only what this machine has is taken."""
+    import torch
+
+    resources = config.resources
+    num_cpus = resources.num_cpus or len(os.sched_getaffinity(0))
+    on_cluster = resources.ray_address is not None
+    if on_cluster:
+        changes = {"actors": 1, "cpus_per_actor": "auto", "gpus_per_actor": "auto", "fetch_cpus": 0.5}
+        resources = resources.model_copy(update=changes)
+        num_cpus = max(2, num_cpus)
+    allocation = allocate(
+        resources, num_cpus=num_cpus, num_gpus=torch.cuda.device_count(), segmenter=config.segment.model
+    )
+    where = "one actor here; what the cluster has is not looked at" if on_cluster else f"{allocation.actors} actor(s)"
+    return Done(allocation, f"{where}, {allocation.device}, {allocation.cpus_per_actor:g} CPU each")
+
+
+def _try_weights(config: RunConfig) -> Done[ModelPaths]:
+    from owlsam_ray.models.load import find_models
+
+    check_shipped(config.detector.weights, config.segment.weights)
+    models = find_models(config.detector, config.segment)
+    return Done(models, f"{config.detector.weights} and {config.segment.weights}")
+
+
+def _try_prompts(config: RunConfig, vocabulary: Vocabulary, models: ModelPaths) -> Done[Prompts]:
+    from owlsam_ray.inference.queries import embed_queries
+
+    embeddings = embed_queries(
+        vocabulary.queries,
+        detector_weights=models.detector,
+        settings=config.detector,
+        ensemble=config.vocabulary.ensemble,
+        grey16=config.decode.grey16,
+    )
+    return Done(Prompts(vocabulary, models, embeddings), f"{len(embeddings)} embedded")
+
+
+def _try_images(
+    config: RunConfig, allocation: Allocation, prompts: Prompts, rows: list[dict[str, Any]]
+) -> Done[Labelled]:
+    """They come, and go through both models; some may fail, but not more than a run puts up with."""
+    labelled = label_here(config, allocation, prompts, rows)
+    counts, failed = labelled.counts(), labelled.failed_images
+    named = "; ".join(f"{each['file_name']}: {each['reason']}" for each in failed)
+    if counts["failed"] > allowed_failures(config.reduce.max_failed, len(rows)):
+        error = FailedImagesError(
+            f"{counts['failed']} of {len(rows)} images failed ({named}), and reduce.max_failed "
+            f"({config.reduce.max_failed}) puts up with fewer"
+        )
+        return Done(labelled, "", error)
+    rate = "" if labelled.images_per_s is None else f", {labelled.images_per_s:.2f} images/s"
+    told = f"{counts['ok']} ok, {counts['empty']} empty, {counts['failed']} failed on {allocation.device}{rate}"
+    return Done(labelled, f"{told} ({named})" if named else told)
+
+
+def _estimated(dataset: _Dataset | None, allocation: Allocation | None, labelled: Labelled | None) -> dict[str, Any]:
+    """What the few images tell of all."""
+    summary: dict[str, Any] = {
+        "images": dataset.left if dataset is not None else None,
+        "actors": allocation.actors if allocation is not None else None,
+        "labelled": 0,
+        "ok": 0,
+        "empty": 0,
+        "failed": 0,
+        "failed_images": [],
+        "images_per_s": None,
+        "hours": None,
+        "predictions_bytes": None,
+        "free_bytes": None,
+    }
+    if labelled is None or dataset is None or allocation is None:
+        return summary
+    summary |= labelled.counts() | {"failed_images": labelled.failed_images}
+    if labelled.bytes_per_image is not None:
+        summary["predictions_bytes"] = round(labelled.bytes_per_image * dataset.left)
+    if labelled.images_per_s is not None:
+        hours = dataset.left / (labelled.images_per_s * allocation.actors) / 3600
+        summary |= {"images_per_s": round(labelled.images_per_s, 3), "hours": round(hours, 3)}
+    return summary
+
+
+def _try_space(config: RunConfig, allocation: Allocation, dataset: _Dataset, summary: dict[str, Any]) -> Done[bool]:
+    """The shard files fit the disk, and the shards in flight the object store, where these are known."""
+    resources = config.resources
+    free, needed = storage.free_bytes(run_directory(config)), summary["predictions_bytes"]
+    summary["free_bytes"] = free
+    if free is not None and needed is not None and needed > free:
+        raise PreflightError(
+            f"roughly {needed / 1e9:.1f} GB of shards do not fit {config.run}, where {free / 1e9:.1f} GB are free: "
+            "make room, or choose another run directory"
+        )
+    told = [] if needed is None else [f"roughly {needed / 1e9:.2f} GB of shards"]
+    told += [] if free is None else [f"{free / 1e9:.1f} GB free"]
+    if resources.object_store_mb is not None and resources.ray_address is None:
+        store_bytes = resources.object_store_mb * MEBIBYTE
+        check_object_store(allocation, resources, shard_bytes=dataset.shard_bytes, store_bytes=store_bytes)
+        told.append("shards in flight fit resources.object_store_mb")
+    return Done(True, ", ".join(told))
+
+
+def _in_words(summary: dict[str, Any]) -> str:
+    return (
+        f"roughly {summary['hours']:.1f} hours for {summary['images']:,} images with {summary['actors']} actor(s) like "
+        f"this machine's: a guess from {summary['labelled']} images; `owlsam estimate` measures"
+    )

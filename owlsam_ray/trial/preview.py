@@ -1,0 +1,293 @@
+"""A few pictures, labelled and drawn in this process: how prompts and thresholds are found before a run.
+
+The path is that of a run, from bytes to RLE, without Ray and without a run directory.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from owlsam_ray import storage
+from owlsam_ray.coco_files.document import open_document
+from owlsam_ray.config.load import ResourcesConfig, RunConfig, absolute, load_tree, validate_tree, with_absolute_paths
+from owlsam_ray.config.settings import DataConfig
+from owlsam_ray.errors import ConfigError, ImageError, InputError, shown
+from owlsam_ray.fetch.images import MEGABYTE, fetch_file
+from owlsam_ray.inference.decode import decode_image
+from owlsam_ray.inference.engine import load_engine
+from owlsam_ray.inference.queries import embed_queries
+from owlsam_ray.models.load import find_models
+from owlsam_ray.models.shipped import check_shipped, model_settings
+from owlsam_ray.parallel.allocation import allocate
+from owlsam_ray.records import EncodedImage, Prediction
+from owlsam_ray.sources import list_images
+from owlsam_ray.trial.contact_sheet import CELL, LabelledPicture, label_picture, was_drawn_here, write_contact_sheet
+from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
+
+_COLUMNS = 4
+_SIDES = (640, 1600)
+"""Least and most pixels of the long side of a picture that stands alone."""
+_OF_REDUCE = ("reduce", "evaluate", "run")
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What was found."""
+
+    rows: list[tuple[str, Prediction]]
+    """Path or URL of each picture, and its labels."""
+    vocabulary: Vocabulary
+    sheet: str
+    """The PNG."""
+
+    def counts(self, min_score: float) -> list[dict[str, Any]]:
+        """Of each category: boxes that are drawn, and the scores of the best and the median one; by category."""
+        result = []
+        for label, category in enumerate(self.vocabulary.categories):
+            scores = np.concatenate(
+                [np.zeros(0, np.float32)]
+                + [row.detections.scores[row.detections.labels == label] for _, row in self.rows]
+            )
+            scores = scores[scores >= min_score]
+            result.append(
+                {
+                    "category": category.name,
+                    "boxes": len(scores),
+                    "best_score": round(float(scores.max()), 4) if len(scores) else None,
+                    "median_score": round(float(np.median(scores)), 4) if len(scores) else None,
+                }
+            )
+        return result
+
+    def failed(self) -> dict[str, str]:
+        """Pictures that could not be labelled, with the reason."""
+        return {url: row.failure[0] for url, row in self.rows if row.failure is not None}
+
+
+def preview_config(
+    run_files: Sequence[str], *, overrides: Sequence[str], prompts: Sequence[str], demo: bool
+) -> RunConfig:
+    """The settings of a preview: those of a run file, of the demo's models, or of `--set` alone.
+
+    Args:
+        run_files: merged from left to right; may be none.
+        overrides: `section.field=value`.
+        prompts: texts to ask for as they stand, each a category of its own; none: the vocabulary of the run file.
+        demo: begin with the models that come with the package.
+
+    Raises:
+        ConfigError: no models or no prompts are named, or a setting is wrong.
+    """
+    if demo and run_files:
+        raise ConfigError("--demo and --run-file both choose the models: give one of them")
+    for section in load_tree([], overrides):
+        if section in _OF_REDUCE:
+            raise ConfigError(f"--set {section}…: a preview draws what a run would keep; its threshold is --min-score")
+        if section == "vocabulary" and prompts:
+            raise ConfigError("--prompts and --set vocabulary…: prompts are asked as they stand, so give one of them")
+    tree = model_settings() if demo else {}
+    for section, values in load_tree(run_files, overrides).items():
+        if section not in _OF_REDUCE:
+            tree[section] = tree.get(section, {}) | values if isinstance(values, dict) else values
+    for section in ("detector", "segment"):
+        if not isinstance(tree.get(section), dict) or "weights" not in tree[section]:
+            raise ConfigError(
+                f"no model: {section}.weights is not set. Name a run file (--run-file run.yaml), or give "
+                "--set detector.weights=… --set segment.weights=…, or --demo for the small models that come with the "
+                "package"
+            )
+    if any(not prompt.strip() for prompt in prompts):
+        raise ConfigError("--prompts holds an empty text")
+    if prompts:
+        repeated = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
+        if repeated:
+            raise ConfigError(f"--prompts names {shown(repeated[0])} twice")
+        tree["vocabulary"] = {
+            "categories": [
+                {"id": number, "name": prompt, "prompts": [prompt]} for number, prompt in enumerate(prompts, start=1)
+            ]
+        }
+    elif not tree.get("data") and isinstance(given := tree.get("vocabulary", {}), dict) and "categories" not in given:
+        raise ConfigError("nothing to look for: give --prompts, or a run file with vocabulary.categories")
+    tree.setdefault("data", {"source": "folder", "images": "."})
+    return with_absolute_paths(validate_tree(RunConfig, tree, run_files or ["--set"]))
+
+
+def expand_images(paths: Sequence[str], config: RunConfig, *, count: int, out: str) -> list[str]:
+    """Image files as they are; of folders, the image files below them. At most `count`, evenly spread.
+
+    Args:
+        paths: files, folders or fsspec URLs.
+        config: for `data.suffixes`.
+        count: pictures.
+        out: the PNG that will be written; one of an earlier call in such a folder is no picture to label.
+
+    Raises:
+        ConfigError: `count` is below 1, or `out` is no PNG, or one of the pictures.
+        InputError: there is nothing at a path, or a folder holds no image.
+    """
+    if count < 1:
+        raise ConfigError(f"--max-images {count}: at least one picture")
+    if "://" in out or not out.lower().endswith(".png"):
+        raise ConfigError(f"--out {out} must be a .png file on this machine")
+    if os.path.lexists(out) and not was_drawn_here(Path(out)):
+        raise ConfigError(f"--out {out} is there and no earlier preview: it would be overwritten. Take another name")
+    found: list[str] = []
+    for path in paths:
+        url = absolute(path)
+        try:
+            is_folder = storage.is_directory(url)
+            is_there = is_folder or storage.exists(url)
+        except OSError as error:
+            raise InputError(f"cannot look at {path}: {error}") from None
+        if is_folder:
+            folder = DataConfig(source="folder", images=url, suffixes=config.data.suffixes)
+            tables = (table.filter(pc.is_null(table["container"])) for table in list_images(folder).tables)
+            below = [uri for table in tables for uri in table["uri"].to_pylist()]  # each is opened as it stands
+            found += [each for each in below if not _is_same_file(each, out)]
+        elif is_there:
+            if _is_same_file(url, out):
+                raise ConfigError(f"--out {out} is the picture itself: it would be overwritten")
+            found.append(url)
+        else:
+            raise InputError(f"there is no image or folder at {path}")
+    if not found:
+        raise InputError(f"no image in {', '.join(paths)} but an earlier preview")
+    wanted = min(count, len(found))
+    return [found[index * len(found) // wanted] for index in range(wanted)]
+
+
+def _is_same_file(url: str, out: str) -> bool:
+    return "://" not in url and os.path.realpath(url) == os.path.realpath(out)
+
+
+def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: float) -> Preview:
+    """Label pictures and draw them into one PNG.
+
+    Args:
+        images: files or fsspec URLs, at least one.
+        config: models and choices; of `resources` only device, dtype and threads count.
+        out: the PNG; written also when pictures failed, as long as one did not.
+        min_score: labels with a lower score are not drawn.
+
+    Raises:
+        InputError: no picture can be read, the vocabulary is wrong, or `out` cannot be written.
+        ConfigError: `min_score` is no score, or below the floor of the settings.
+        WeightsError: the models do not load.
+    """
+    if not 0 <= min_score <= 1:
+        raise ConfigError(f"--min-score {min_score:g} is no score: they lie in 0…1")
+    if min_score < config.detector.score_floor:
+        raise ConfigError(
+            f"--min-score {min_score:g} is below detector.score_floor {config.detector.score_floor:g}: such boxes are "
+            f"not kept. Give --set detector.score_floor={min_score:g} as well"
+        )
+    _check_writable(Path(out).parent)
+    vocabulary = resolve_vocabulary(config.vocabulary, _source_categories(config))
+    encoded = [_encoded(number, url, config) for number, url in enumerate(images)]
+    rows = list(zip(images, _label(encoded, config, vocabulary), strict=True))
+    result = Preview(rows, vocabulary, out)
+    alone = len(images) == 1
+    drawn = [
+        _picture(url, image, row, config, vocabulary, min_score=min_score, alone=alone)
+        for (url, row), image in zip(rows, encoded, strict=True)
+        if row.failure is None
+    ]
+    if not drawn:
+        reasons = "; ".join(f"{url}: {reason}" for url, reason in result.failed().items())
+        raise InputError(f"no picture could be labelled: {reasons}")
+    side = min(max(max(drawn[0].pixels.shape), _SIDES[0]), _SIDES[1]) if alone else CELL
+    write_contact_sheet(drawn, Path(out), columns=_COLUMNS, long_side=side)
+    return result
+
+
+def _check_writable(directory: Path) -> None:
+    """Told before the models run, not after."""
+    try:
+        storage.try_writing(str(directory))
+    except OSError as error:
+        raise InputError(f"--out: cannot write to {directory}: {error.strerror or error}") from None
+
+
+def _source_categories(config: RunConfig) -> list[dict[str, Any]]:
+    """The dataset's own categories, where the vocabulary is theirs."""
+    if config.vocabulary.categories != "dataset" or config.data.annotations is None:
+        return []
+    with open_document(config.data.annotations) as document:
+        categories: list[dict[str, Any]] = document.value("categories", list, [])
+    return categories
+
+
+def _label(images: Sequence[EncodedImage], config: RunConfig, vocabulary: Vocabulary) -> list[Prediction]:
+    """The same steps as an actor's, with one picture a call: nothing is padded for nothing."""
+    given = config.resources
+    resources = ResourcesConfig(
+        device=given.device,
+        dtype=given.dtype,
+        actors=1,
+        detector_batch=1,
+        segmenter_batch=1,
+        decoder_batch=given.decoder_batch,
+        torch_threads=given.torch_threads,
+    )
+    num_cpus = max(2, len(os.sched_getaffinity(0)))
+    allocation = allocate(resources, num_cpus=num_cpus, num_gpus=torch.cuda.device_count())
+    torch.set_num_threads(allocation.torch_threads)
+    check_shipped(config.detector.weights, config.segment.weights)
+    models = find_models(config.detector, config.segment)
+    embeddings = embed_queries(
+        vocabulary.queries,
+        detector_weights=models.detector,
+        settings=config.detector,
+        ensemble=config.vocabulary.ensemble,
+        grey16=config.decode.grey16,
+    )
+    with load_engine(
+        config.model_copy(update={"resources": resources}),
+        allocation,
+        models=models,
+        query_embeddings=embeddings,
+        query_labels=vocabulary.query_labels,
+        category_names=[category.name for category in vocabulary.categories],
+    ) as engine:
+        predictions, _ = engine.annotate(images)
+    return predictions
+
+
+def _encoded(number: int, url: str, config: RunConfig) -> EncodedImage:
+    try:
+        return EncodedImage(number, fetch_file(url, max_bytes=config.decode.max_file_mb * MEGABYTE))
+    except ImageError as error:
+        return EncodedImage(number, None, failure=(error.reason, error.failure_class))
+
+
+def _picture(
+    url: str,
+    image: EncodedImage,
+    row: Prediction,
+    config: RunConfig,
+    vocabulary: Vocabulary,
+    *,
+    min_score: float,
+    alone: bool,
+) -> LabelledPicture:
+    decoded = decode_image(
+        image.data or b"", stated_hw=None, max_pixels=config.decode.max_pixels, grey16=config.decode.grey16
+    )
+    kept = np.flatnonzero(row.detections.scores >= min_score)
+    segments = [row.segments[index] for index in kept.tolist()]
+    return label_picture(
+        decoded.pixels,
+        row.detections.boxes_xyxy[kept],
+        names=[vocabulary.categories[label].name for label in row.detections.labels[kept].tolist()],
+        scores=row.detections.scores[kept].tolist(),
+        rles=[None if segment is None else segment.rle_counts for segment in segments],
+        caption=url.rsplit("/", 1)[-1],
+        long_side=_SIDES[1] if alone else CELL,
+    )
