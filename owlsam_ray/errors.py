@@ -204,14 +204,14 @@ def _listed(values: Iterable[object], limit: int, depth: int, *, is_mapping: boo
         yield from _pieces(each, limit, depth)
 
 
-def raise_offences(where: str, offences: Sequence[str], way_out: str, *, use: str = "labelled") -> None:
-    """Refuse a file, naming the first offences.
+def raise_problems(where: str, problems: Sequence[str], way_out: str, *, use: str = "labelled") -> None:
+    """Refuse a file, naming the first problems.
 
     Raises:
         InputError: when there is any.
     """
-    if offences:
-        more = f"\n  … and {len(offences) - 5} more" if len(offences) > 5 else ""
-        listed = "\n  ".join(offences[:5])
-        count = "1 offence" if len(offences) == 1 else f"{len(offences)} offences"
+    if problems:
+        more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
+        listed = "\n  ".join(problems[:5])
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise InputError(f"{where} cannot be {use} as it is ({count}):\n  {listed}{more}\n{way_out}")

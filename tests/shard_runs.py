@@ -14,7 +14,7 @@ from owlsam_ray.errors import FailureClass
 from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.run.guard import QUERY_FILE, RunRecord, canonical_hash, save_record
-from owlsam_ray.run.manifest import Layout, Manifest, write_parts
+from owlsam_ray.run.manifest import Manifest, ShardLayout, write_parts
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
 from owlsam_ray.sources import ImageRecord
@@ -82,7 +82,7 @@ def make_shard_run(url: str, *, num_images: int, shard_size: int, config: dict[s
     """Plan images 1…`num_images`, and write all but the shards."""
     images: Sequence[ImageRecord] = [ImageRecord(number, f"{number:06d}.jpg") for number in range(1, num_images + 1)]
     source: dict[str, Any] = {"info": {}, "licenses": [], "categories": []}
-    manifest = write_parts(url, tables_of(images, "/i"), Layout(shard_size=shard_size), source=source)
+    manifest = write_parts(url, tables_of(images, "/i"), ShardLayout(shard_size=shard_size), source=source)
     storage.write_atomic(storage.join(url, QUERY_FILE), EMBEDDINGS)
     record = RunRecord(
         owlsam_version="0",

@@ -8,18 +8,18 @@ import threading
 from collections.abc import Iterator
 
 from owlsam_ray.config.load import ResourcesConfig
-from owlsam_ray.inference.watchdog import Trouble, Watchdog
+from owlsam_ray.inference.watchdog import Overrun, Watchdog
 from owlsam_ray.parallel.allocation import actor_memory_bytes
 from owlsam_ray.parallel.logs import safe_lines
-from owlsam_ray.parallel.work_slots import Watch, remove_old_breadcrumbs
-from owlsam_ray.run import in_hand as crumbs
-from owlsam_ray.run.in_hand import Crumb
+from owlsam_ray.parallel.work_slots import WorkSlots, remove_old_slot_files
+from owlsam_ray.run import in_hand
+from owlsam_ray.run.in_hand import InHandMarker
 
 EXIT_CODE = 70
 
 
 class WatchedWork:
-    """Keeps the breadcrumbs of a process, and ends it when one of its images hangs or takes all memory."""
+    """Keeps the work slots of a process, and ends it when one of its images hangs or takes all memory."""
 
     def __init__(self, run_url: str, attempt: str, resources: ResourcesConfig) -> None:
         """Begin to watch.
@@ -30,28 +30,28 @@ class WatchedWork:
             resources: with the deadline and the memory of an actor.
         """
         self._run_url, self._attempt = run_url, attempt
-        self._worker = crumbs.new_worker_name()
-        self._in_hand: dict[int, Crumb] = {}
+        self._worker = in_hand.new_worker_name()
+        self._in_hand: dict[int, InHandMarker] = {}
         self._shards = 0
         self._lock = threading.Lock()
-        remove_old_breadcrumbs()
-        self.watch = Watch()
+        remove_old_slot_files()
+        self.watch = WorkSlots()
         self.watch.remove_file()  # it is there while there is work, since Ray ends idle actors without a word to them
         Watchdog(
             self.watch,
             deadline_s=resources.image_deadline_s,
             memory_bytes=actor_memory_bytes(resources),
-            on_trouble=self._end_process,
+            on_overrun=self._end_process,
         ).start()
 
     @contextlib.contextmanager
     def in_hand(self, shard: int) -> Iterator[None]:
-        """Keep a crumb while a shard is worked on, and the file of slots while any is."""
+        """Keep a marker while a shard is worked on, and the file of slots while any is."""
         with self._lock:
             if self._shards == 0:
                 self.watch.renew()
             self._shards += 1
-        crumb = Crumb(
+        marker = InHandMarker(
             shard=shard,
             worker=self._worker,
             attempt=self._attempt,
@@ -59,9 +59,9 @@ class WatchedWork:
             notes=str(self.watch.path),
         )
         try:
-            with crumbs.in_hand(self._run_url, crumb):
+            with in_hand.held(self._run_url, marker):
                 with self._lock:
-                    self._in_hand[shard] = crumb
+                    self._in_hand[shard] = marker
                 try:
                     yield
                 finally:
@@ -73,15 +73,15 @@ class WatchedWork:
                 if self._shards == 0:
                     self.watch.remove_file()
 
-    def _end_process(self, trouble: Trouble) -> None:
+    def _end_process(self, trouble: Overrun) -> None:
         """Tell what was found, if storage lets us, and end."""
 
         def tell() -> None:
             with self._lock:
                 held = list(self._in_hand.values())
-            for crumb in held:
+            for marker in held:
                 found = {"image_ids": tuple(trouble.image_ids), "reason": trouble.text}
-                crumbs.drop(self._run_url, crumb.model_copy(update=found))
+                in_hand.write(self._run_url, marker.model_copy(update=found))
 
         telling = threading.Thread(target=tell, daemon=True)
         telling.start()

@@ -28,9 +28,9 @@ from owlsam_ray.parallel.ray_cluster import cluster_totals, start_ray, stop_ray
 from owlsam_ray.parallel.ray_watch import watch_ray
 from owlsam_ray.parallel.signals import GraceOverError, as_interrupts, stop_on_signals
 from owlsam_ray.plan.plan import plan_run
-from owlsam_ray.run import in_hand as crumbs
+from owlsam_ray.run import in_hand
 from owlsam_ray.run.attempts import ATTEMPTS, LABEL, Attempt, Slice, claim, claim_setup
-from owlsam_ray.run.counts import Tally
+from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.guard import (
     QUERY_FILE,
     RunRecord,
@@ -128,7 +128,7 @@ def annotate_run(
 def _set_up(config: RunConfig, run_url: str) -> _Prepared:
     """Plan, embed and guard, as the only one: the attempts of a job array begin at the same time."""
     with claim_setup(run_url, config.resources) as setup:
-        plan = plan_run(config, still_mine=setup.check)
+        plan = plan_run(config, raise_if_taken_over=setup.raise_if_taken_over)
         record = plan.record
         if plan.new:
             _log.info("planned %d images in %d shards", plan.manifest.num_images, plan.manifest.num_shards)
@@ -145,7 +145,7 @@ def _set_up(config: RunConfig, run_url: str) -> _Prepared:
             if plan.new:  # by this call, for settings that do not work: corrected ones must not be refused
                 forget_plan(run_url)
             raise
-        setup.check()
+        setup.raise_if_taken_over()
         record = guard_labels(record, parts, run_url)
     return _Prepared(record, plan.manifest, models)
 
@@ -160,14 +160,14 @@ def _annotate(
     """The attempt, once its slice is claimed and the run is set up."""
     run_url = run_directory(config)
     mine = options.part.shards(run.manifest.num_shards)
-    tally = Tally(run_url, run.manifest, run.record.fingerprint, shards=mine)
+    tally = RunCounts(run_url, run.manifest, run.record.fingerprint, shards=mine)
     listed = tally.refresh_listing()
     retries = _retries(options.retry)
     if len(listed) == len(mine):
         tally.refresh()
         if not any(tally.transient_shards if retry.only_transient else tally.failed_shards for retry in retries):
             _log.info("nothing to do: all %d shards of %s are done", len(mine), _named(run_url, options.part))
-            crumbs.sweep(run_url, mine)  # of an attempt that was killed at its very end
+            in_hand.clear(run_url, mine)  # of an attempt that was killed at its very end
             return tally.summary() | {"new": 0, "seconds": 0.0}
     elif listed:
         _log.info("resuming: %d of %d shards are done", len(listed), len(mine))
@@ -185,7 +185,7 @@ def _annotate(
         ):
             job = _prepare(config, run, attempt)
             with claim_setup(run_url, config.resources) as setup:
-                setup.check()
+                setup.raise_if_taken_over()
                 numerics = numerics_of(job.allocation, config.resources.dtype)
                 allowed = options.allow_numerics_change
                 record = guard_numerics(run.record, numerics, run_url, allow_change=allowed)
@@ -197,14 +197,14 @@ def _annotate(
                 labeller.label()
                 for retry in retries:
                     labeller.retry(retry)
-        crumbs.sweep(run_url, mine)
+        in_hand.clear(run_url, mine)
     except StoppedError:
         raise _interrupted(tally, "asked to stop") from None
     except SystemExit:
         # Of Ray's own handler, for a moment in place when it starts and when it ends.
         raise _interrupted(tally, "asked to stop once more") from None
     except GraceOverError:
-        crumbs.give_back(run_url, attempt.id)  # nobody died of these
+        in_hand.release(run_url, attempt.id)  # nobody died of these
         raise _interrupted(tally, "the grace time is over; shards in hand were dropped") from None
     return tally.summary() | {
         "new": tally.images_fresh,
@@ -229,7 +229,7 @@ def _named(run_url: str, part: Slice) -> str:
 
 
 def _watch(
-    config: RunConfig, part: Slice, tally: Tally, attempt: Attempt, show: Callable[[dict[str, Any]], None]
+    config: RunConfig, part: Slice, tally: RunCounts, attempt: Attempt, show: Callable[[dict[str, Any]], None]
 ) -> ProgressWatcher:
     """Tell people, `progress.json`, and with the signs of life other machines."""
 
@@ -310,11 +310,11 @@ def _prepare(config: RunConfig, run: _Prepared, attempt: Attempt) -> pipeline.Jo
     )
 
 
-def _interrupted(tally: Tally, why: str) -> InterruptedRunError:
+def _interrupted(tally: RunCounts, why: str) -> InterruptedRunError:
     return InterruptedRunError(f"interrupted ({why}): {_shards_done(tally)}; call the same command again")
 
 
-def _shards_done(tally: Tally) -> str:
+def _shards_done(tally: RunCounts) -> str:
     """By a fresh listing: the last one may be older than the last shard."""
     with contextlib.suppress(OSError, OwlsamError):
         tally.refresh_listing()

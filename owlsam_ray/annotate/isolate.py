@@ -34,7 +34,7 @@ from owlsam_ray.inference.watchdog import hang_text, memory_text, resident_bytes
 from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.parallel.allocation import Allocation, actor_memory_bytes
 from owlsam_ray.parallel.child_imports import child_variables
-from owlsam_ray.parallel.work_slots import BREADCRUMBS, read_breadcrumbs
+from owlsam_ray.parallel.work_slots import SLOT_FILES, read_slots
 from owlsam_ray.records import Prediction
 from owlsam_ray.run.guard import RunRecord
 from owlsam_ray.run.manifest import Manifest
@@ -87,7 +87,7 @@ class Death:
     """Ids of the images that it was working on, as far as it left word."""
 
 
-class _Died(Exception):  # noqa: N818 (not an error: what this module is for)
+class _WorkerDied(Exception):  # noqa: N818 (not an error: what this module is for)
     def __init__(self, death: Death) -> None:
         super().__init__(death.reason)
         self.death = death
@@ -121,12 +121,12 @@ def isolate_shard(task: IsolationTask) -> tuple[pa.Table, dict[str, float]]:
     wanted = list(range(len(image_ids))) if task.positions is None else list(task.positions)
     groups = _first_groups(wanted, image_ids, task.suspects)
     outcome = _Outcome()
-    with _Room(task) as room:
+    with _Worker(task) as room:
         while groups:
             group = groups.pop(0)
             try:
                 rows, stage_s = room.label(group)
-            except _Died as died:
+            except _WorkerDied as died:
                 groups = _after_death(group, died.death, image_ids, outcome) + groups
             else:
                 outcome.rows.append(rows)
@@ -170,7 +170,7 @@ def _after_death(group: list[int], death: Death, image_ids: Sequence[int], outco
     return []
 
 
-class _Room:
+class _Worker:
     """The process, started when it is needed, and again after each death."""
 
     def __init__(self, task: IsolationTask) -> None:
@@ -195,7 +195,7 @@ class _Room:
         """Rows of these images, any order; busy seconds.
 
         Raises:
-            _Died: the process did.
+            _WorkerDied: the process did.
             OwlsamError, OSError: as of `isolate_shard`.
         """
         if self._process is None:
@@ -221,7 +221,7 @@ class _Room:
             self._launch()
             try:
                 self._await("ready", _START_S)
-            except _Died as died:
+            except _WorkerDied as died:
                 last = died.death.reason
             else:
                 return
@@ -267,20 +267,20 @@ class _Room:
         """The next answer of a kind.
 
         Raises:
-            _Died: the process ended, or was ended.
+            _WorkerDied: the process ended, or was ended.
             OwlsamError, OSError: it met an error that is no image's.
         """
         process = self._process
         if process is None:
             raise RuntimeError("there is no process to hear anything from")
-        heard, said = time.monotonic(), None
+        last_reply_s, reason = time.monotonic(), None
         accused: list[int] = []
-        while said is None:
+        while reason is None:
             with contextlib.suppress(queue.Empty):
                 line = self._lines.get(timeout=_LOOK_S)
                 if line is None:
                     break
-                heard = time.monotonic()
+                last_reply_s = time.monotonic()
                 message: dict[str, Any] = json.loads(line)
                 if message["kind"] == wanted:
                     return message
@@ -288,24 +288,24 @@ class _Room:
                     self._end()
                     raise _as_raised(message)
                 if message["kind"] == "trouble":
-                    said, accused = message["reason"], message["image_ids"]
+                    reason, accused = message["reason"], message["image_ids"]
             if self._memory_bytes is not None and resident_bytes(process.pid) > 1.1 * self._memory_bytes:
-                said = said or memory_text(self._memory_bytes)
-            elif time.monotonic() - heard > silence_s:
-                said = said or hang_text(self._deadline_s)
-        code = self._end(grace_s=_REAP_S if said is None else 0.0)
-        if said is None and code == _LAST_RESORT_CODE and time.monotonic() - heard > self._deadline_s:
-            said = hang_text(self._deadline_s)
+                reason = reason or memory_text(self._memory_bytes)
+            elif time.monotonic() - last_reply_s > silence_s:
+                reason = reason or hang_text(self._deadline_s)
+        code = self._end(grace_s=_REAP_S if reason is None else 0.0)
+        if reason is None and code == _LAST_RESORT_CODE and time.monotonic() - last_reply_s > self._deadline_s:
+            reason = hang_text(self._deadline_s)
         in_hand = frozenset(accused) or self._left_in_hand()
         # A process that somebody stops for a while looks as if it hung.
-        certain = said is not None and said != hang_text(self._deadline_s)
-        raise _Died(Death(said or _how_it_ended(code), is_certain=certain, in_hand=in_hand))
+        certain = reason is not None and reason != hang_text(self._deadline_s)
+        raise _WorkerDied(Death(reason or _how_it_ended(code), is_certain=certain, in_hand=in_hand))
 
     def _left_in_hand(self) -> frozenset[int]:
-        """What the breadcrumbs of processes that died tell, which are cleared away."""
+        """What the work slots of processes that died tell, which are cleared away."""
         found: set[int] = set()
-        for path in Path(self._folder.name).glob(f"{BREADCRUMBS}*"):
-            found.update(image_id for _, image_ids in read_breadcrumbs(path) for image_id in image_ids)
+        for path in Path(self._folder.name).glob(f"{SLOT_FILES}*"):
+            found.update(image_id for _, image_ids in read_slots(path) for image_id in image_ids)
             path.unlink()
         return frozenset(found)
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from owlsam_ray.errors import OwlsamError
-from owlsam_ray.inference.watchdog import Trouble, Watchdog, hang_text
+from owlsam_ray.inference.watchdog import Overrun, Watchdog, hang_text
 from owlsam_ray.parallel.logs import print_traceback
-from owlsam_ray.parallel.work_slots import Watch
+from owlsam_ray.parallel.work_slots import WorkSlots
 
 if TYPE_CHECKING:
     from owlsam_ray.config.load import RunConfig
@@ -34,7 +34,7 @@ _MARGIN_S = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
-class _Voice:
+class _Replies:
     """Lines to the parent; nothing that a library prints gets in between."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class _Voice:
             self._out.flush()
 
 
-class _ProgressWatch(Watch):
+class _ReportingSlots(WorkSlots):
     """Knows as well when a piece of work last came to its end: what is not watched could hang, too."""
 
     moved: float | None = None
@@ -56,7 +56,7 @@ class _ProgressWatch(Watch):
 
     @contextlib.contextmanager
     def busy(self, kind: str, image_ids: Sequence[int]) -> Iterator[None]:
-        """See `Watch`."""
+        """See `WorkSlots`."""
         try:
             with super().busy(kind, image_ids):
                 yield
@@ -68,19 +68,19 @@ class _ProgressWatch(Watch):
 def main() -> int:
     """Do what the lines say; returns the exit code."""
     _die_with_parent(int(sys.argv[1]))
-    voice = _Voice()
+    replies = _Replies()
     lines = _lines()
     setup = next(lines)
     try:
-        _work(setup, lines, voice)
+        _work(setup, lines, replies)
     except (OwlsamError, OSError) as error:
-        voice.say("error", name=type(error).__name__, arguments=error_arguments(error))
+        replies.say("error", name=type(error).__name__, arguments=error_arguments(error))
         return 1
     except Exception as error:  # noqa: BLE001 (whatever an image makes a model raise: it becomes its reason)
         print_traceback()
         cause = error.__cause__ or error  # of what broke the engine
         line = (str(cause).strip().splitlines() or [""])[0][:200]
-        voice.say("trouble", reason=f"model_error: {type(cause).__name__}: {line}", image_ids=[])
+        replies.say("trouble", reason=f"model_error: {type(cause).__name__}: {line}", image_ids=[])
         return 1
     return 0
 
@@ -97,7 +97,7 @@ def _lines() -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
-def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], voice: _Voice) -> None:
+def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], replies: _Replies) -> None:
     import pyarrow as pa
 
     from owlsam_ray import storage
@@ -110,24 +110,24 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], voice: _Voice)
     config = RunConfig.model_validate(setup["config"])
     record = RunRecord.model_validate(setup["record"])
     storage.configure(config.storage.policy())
-    watch = _ProgressWatch(Path(setup["folder"]))
+    watch = _ReportingSlots(Path(setup["folder"]))
 
-    def end(trouble: Trouble) -> None:
-        voice.say("trouble", reason=trouble.text, image_ids=trouble.image_ids)
+    def end(trouble: Overrun) -> None:
+        replies.say("trouble", reason=trouble.text, image_ids=trouble.image_ids)
         os._exit(1)
 
     Watchdog(
         watch,
         deadline_s=config.resources.image_deadline_s,
         memory_bytes=actor_memory_bytes(config.resources),
-        on_trouble=end,
+        on_overrun=end,
     ).start()
     deadline_s = config.resources.image_deadline_s
-    threading.Thread(target=_stay_alive, args=(voice, watch, deadline_s), daemon=True).start()
+    threading.Thread(target=_stay_alive, args=(replies, watch, deadline_s), daemon=True).start()
     # Whether the dataset is at the place that it moved to, the driver has looked.
     manifest = load_run_manifest(setup["run_url"], record).with_moves(moves_since_plan(config, record))
     with _load(setup, config, record, watch) as engine:
-        voice.say("ready")
+        replies.say("ready")
         for group in lines:
             fetched = fetch_shard(
                 manifest,
@@ -143,11 +143,11 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], voice: _Voice)
             rows = predictions_to_table(predictions).cast(PREDICTION_SCHEMA)
             with pa.OSFile(group["path"], "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
                 writer.write_table(rows)
-            voice.say("done", stage_s=stage_s)
+            replies.say("done", stage_s=stage_s)
     watch.close()
 
 
-def _load(setup: dict[str, Any], config: "RunConfig", record: "RunRecord", watch: Watch) -> "Engine":
+def _load(setup: dict[str, Any], config: "RunConfig", record: "RunRecord", watch: WorkSlots) -> "Engine":
     """The engine, as an actor has it."""
     from safetensors.torch import load as load_safetensors
 
@@ -171,16 +171,16 @@ def _load(setup: dict[str, Any], config: "RunConfig", record: "RunRecord", watch
     )
 
 
-def _stay_alive(voice: _Voice, watch: _ProgressWatch, deadline_s: float) -> None:
+def _stay_alive(replies: _Replies, watch: _ReportingSlots, deadline_s: float) -> None:
     """Say so as long as something comes to an end now and then, and somebody listens."""
     waiting = threading.Event()
     while not waiting.wait(_ALIVE_S):
         moved = watch.moved
         try:
             if moved is not None and time.monotonic() - moved > deadline_s + _MARGIN_S:
-                voice.say("trouble", reason=hang_text(deadline_s), image_ids=watch.in_hand())
+                replies.say("trouble", reason=hang_text(deadline_s), image_ids=watch.in_hand())
                 os._exit(1)
-            voice.say("alive")
+            replies.say("alive")
         except OSError:
             os._exit(1)
 

@@ -23,9 +23,9 @@ from owlsam_ray.fetch.images import FETCHED_SCHEMA, fetch_shard, to_images
 from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.parallel.allocation import Allocation
 from owlsam_ray.parallel.logs import log_safely_by_default
-from owlsam_ray.run import in_hand as crumbs
+from owlsam_ray.run import in_hand
 from owlsam_ray.run.guard import QUERY_FILE, RunRecord
-from owlsam_ray.run.in_hand import MAX_STRIKES
+from owlsam_ray.run.in_hand import MAX_DEATHS
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.retry import Retry, find_failed, replace_rows
 from owlsam_ray.run.shards import write_shard
@@ -145,8 +145,8 @@ class Annotator:
 
         self._job = job
         job.enter()
-        # What those before this one died of: a process that Ray starts again finds the crumbs of the last one.
-        self._strikes = crumbs.strikes(crumbs.list_crumbs(job.run_url))
+        # What those before this one died of: a process that Ray starts again finds the markers of the last one.
+        self._strikes = in_hand.deaths(in_hand.list_markers(job.run_url))
         self._watched = WatchedWork(job.run_url, job.attempt, job.config.resources)
         fix_arithmetic(job.allocation.torch_threads)
         self._engine = load_engine(
@@ -167,7 +167,7 @@ class Annotator:
         if block.num_rows == 0 or self._job.stopping():
             return ROWS_SCHEMA.empty_table()
         shard = block["shard"][0].as_py()
-        if self._strikes.get(shard, 0) >= MAX_STRIKES:
+        if self._strikes.get(shard, 0) >= MAX_DEATHS:
             return ROWS_SCHEMA.empty_table()
         with self._watched.in_hand(shard):
             predictions, stage_s = self._engine.annotate(to_images(block))
@@ -239,9 +239,9 @@ def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
             ),
             num_cpus=allocation.cpus_per_actor,
             num_gpus=allocation.gpus_per_actor,
-            # More often than a shard is begun at all: after MAX_STRIKES deaths the actor gives it back. For ever, which
+            # More often than a shard is begun at all: after MAX_DEATHS deaths the actor gives it back. For ever, which
             # is the default, would hide an actor that dies of something else.
-            max_task_retries=MAX_STRIKES + 2,
+            max_task_retries=MAX_DEATHS + 2,
             max_restarts=_MOST_RESTARTS,
         )
     )
@@ -263,7 +263,7 @@ def run_isolated(job: Job, shards: Mapping[int, Sequence[str]]) -> None:
 
     Args:
         job: of the attempt.
-        shards: number → names of its crumbs.
+        shards: number → names of its markers.
 
     Raises:
         OwlsamError: the attempt cannot go on.
@@ -304,7 +304,7 @@ def _isolate(job: Job, shard: int, crumb_names: Sequence[str]) -> None:
             manifest=job.manifest,
             allocation=job.allocation,
             models=job.models,
-            suspects=crumbs.suspects(job.run_url, crumb_names),
+            suspects=in_hand.suspects(job.run_url, crumb_names),
         )
     )
     if not job.fenced():

@@ -12,10 +12,10 @@ from ray.exceptions import RayError
 from owlsam_ray.annotate import pipeline
 from owlsam_ray.annotate.pipeline import Job
 from owlsam_ray.errors import IncompleteError, OwlsamError
-from owlsam_ray.run import in_hand as crumbs
+from owlsam_ray.run import in_hand
 from owlsam_ray.run.attempts import Attempt
-from owlsam_ray.run.counts import Tally
-from owlsam_ray.run.in_hand import MAX_STRIKES
+from owlsam_ray.run.counts import RunCounts
+from owlsam_ray.run.in_hand import MAX_DEATHS
 from owlsam_ray.run.progress import ProgressWatcher
 from owlsam_ray.run.retry import Retry, find_failed
 
@@ -43,7 +43,7 @@ class Work(Protocol):
 class Unfinished:
     """The shards of a slice that have no file."""
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: RunCounts) -> None:
         self._tally = tally
 
     def left(self) -> Sequence[int]:
@@ -76,7 +76,7 @@ class Labeller:
     """Brings the shards of an attempt to their end."""
 
     job: Job
-    tally: Tally
+    tally: RunCounts
     watcher: ProgressWatcher
     attempt: Attempt
     asked_to_stop: Callable[[], bool]
@@ -128,9 +128,9 @@ class Labeller:
         left = work.left()
         while left:
             self._stop_if_asked()
-            found = crumbs.list_crumbs(job.run_url)
+            found = in_hand.list_markers(job.run_url)
             struck = {shard: len(found.get(shard, ())) for shard in left}
-            plain = [] if alone else [shard for shard in left if struck[shard] < MAX_STRIKES]
+            plain = [] if alone else [shard for shard in left if struck[shard] < MAX_DEATHS]
             # A shard that a process died with goes last: it is not to take others down with it.
             wave = sorted(plain, key=lambda shard: (struck[shard], shard))[: job.config.resources.wave_shards]
             try:
@@ -145,20 +145,20 @@ class Labeller:
             else:
                 cause = None
             self.isolating(False)
-            after = crumbs.strikes(crumbs.list_crumbs(job.run_url))
+            after = in_hand.deaths(in_hand.list_markers(job.run_url))
             if cause is None and not job.stopping():
-                work.handed_back([shard for shard in wave or left if after.get(shard, 0) < MAX_STRIKES or not wave])
+                work.handed_back([shard for shard in wave or left if after.get(shard, 0) < MAX_DEATHS or not wave])
             self._stop_if_asked()
             before, left = left, work.left()
-            strikes = sum(after.get(shard, 0) for shard in left)
-            if len(left) < len(before) or strikes > sum(struck[shard] for shard in left):
+            deaths = sum(after.get(shard, 0) for shard in left)
+            if len(left) < len(before) or deaths > sum(struck[shard] for shard in left):
                 fruitless = 0
             else:
                 fruitless += 1
             self._go_on_or_give_up(cause, fruitless, len(wave) or len(before))
 
     def _stop_if_asked(self) -> None:
-        self.attempt.check()
+        self.attempt.raise_if_taken_over()
         if self.asked_to_stop():
             raise StoppedError
 
@@ -188,11 +188,11 @@ def root_cause(error: BaseException) -> BaseException:
     """The exception inside Ray's wrappers that our code or a library raised, without what Ray adds to it."""
     inner = getattr(error, "cause", None) or error.__cause__
     if not isinstance(inner, BaseException) or isinstance(inner, SystemException):  # Ray's mark of its own errors
-        return _as_it_was(error)
+        return _unwrapped(error)
     return root_cause(inner)
 
 
-def _as_it_was(error: BaseException) -> BaseException:
+def _unwrapped(error: BaseException) -> BaseException:
     """Without the advice on settings of Ray that it appends to a message, or as a further argument.
 
     Pickling makes a further argument of an OSError the name of its file.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from owlsam_ray.calibrate.curves import CONFIDENCE, NOTHING, Counts, Cuts, Target, blended, choose, cuts_of
+from owlsam_ray.calibrate.curves import CONFIDENCE, NOTHING, CurveCounts, Cuts, Target, blended, choose, cuts_of
 from owlsam_ray.calibrate.pooling import GRID, Basis
 from owlsam_ray.calibrate.samples import Sample
 
@@ -54,10 +54,10 @@ class _Bins:
             np.bincount(sample.object_image, minlength=num_images).astype(np.float64),
         )
 
-    def counts(self, times: Floats) -> Counts:
-        """Counts (B, G) when each image is there so many times: (I, B)."""
+    def counts(self, times: Floats) -> CurveCounts:
+        """CurveCounts (B, G) when each image is there so many times: (I, B)."""
         right, found = (np.cumsum((side @ times).T, axis=1) for side in (self.right, self.found))
-        return Counts.plain(right, found, (self.objects @ times)[:, None])
+        return CurveCounts.plain(right, found, (self.objects @ times)[:, None])
 
 
 def spreads(
@@ -115,7 +115,7 @@ def _draws(num_images: int, resamples: int, seed: int) -> Iterator[Floats]:
         yield np.bincount(flat, minlength=count * num_images).reshape(count, num_images).T.astype(np.float64)
 
 
-def _resampled(counts: Counts, place: int, target: Target) -> tuple[NDArray[np.int64], Floats, Floats]:
+def _resampled(counts: CurveCounts, place: int, target: Target) -> tuple[NDArray[np.int64], Floats, Floats]:
     """(B,) the cut that each resample would choose; precision and recall above `place`, NaN where there is none."""
     size = len(counts.right)
     if counts.right.shape[1] == 0:

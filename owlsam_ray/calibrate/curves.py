@@ -1,4 +1,4 @@
-"""Counts above every threshold, and the choice of one.
+"""CurveCounts above every threshold, and the choice of one.
 
 A *cut* is a threshold told by the lowest score that it keeps, so that equal scores are kept or cut together. Letters:
 G cuts by falling score. Leading axes, if any, are resamples.
@@ -110,7 +110,7 @@ def cuts_of(score: NDArray[np.float32], floor: float, most: int | None = None) -
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class CurveCounts:
     """Above each cut; weights may make them fractions."""
 
     right: Floats
@@ -125,13 +125,13 @@ class Counts:
     """(…, 1) likewise of `objects`."""
 
     @staticmethod
-    def plain(right: Floats, found: Floats, objects: Floats) -> "Counts":
+    def plain(right: Floats, found: Floats, objects: Floats) -> "CurveCounts":
         """All with the weight 1."""
-        return Counts(right, found, objects, found, objects)
+        return CurveCounts(right, found, objects, found, objects)
 
-    def at(self, cut: int) -> "Counts":
+    def at(self, cut: int) -> "CurveCounts":
         """Above one cut."""
-        return Counts(self.right[..., cut, None], self.found[..., cut, None], self.objects,
+        return CurveCounts(self.right[..., cut, None], self.found[..., cut, None], self.objects,
                       self.evidence[..., cut, None], self.object_evidence)  # fmt: skip
 
     @property
@@ -150,15 +150,17 @@ class Counts:
         return _ratio(2 * self.right, self.found + self.objects)
 
 
-def counts_of(sample: Sample, cuts: Cuts) -> Counts:
-    """Counts of a sample above each cut."""
+def counts_of(sample: Sample, cuts: Cuts) -> CurveCounts:
+    """CurveCounts of a sample above each cut."""
     kept = np.searchsorted(-sample.score.astype(np.float64), -cuts.lowest, side="right")
     right = np.append(0, np.cumsum(sample.right))[kept]
-    return Counts.plain(right.astype(np.float64), kept.astype(np.float64), np.array([float(len(sample.object_image))]))
+    return CurveCounts.plain(
+        right.astype(np.float64), kept.astype(np.float64), np.array([float(len(sample.object_image))])
+    )
 
 
-def blended(own: Counts, pool: Counts, weight: float) -> Counts:
-    """Counts of a category, and with a weight those of the others of its pool.
+def blended(own: CurveCounts, pool: CurveCounts, weight: float) -> CurveCounts:
+    """CurveCounts of a category, and with a weight those of the others of its pool.
 
     Args:
         own: of the category, at the cuts of the pool.
@@ -169,14 +171,14 @@ def blended(own: Counts, pool: Counts, weight: float) -> Counts:
     right, found, objects = (
         getattr(own, name) + weight * other for name, other in zip(("right", "found", "objects"), others, strict=True)
     )
-    return Counts(
+    return CurveCounts(
         right, found, objects,
         evidence=_ratio(found**2, own.found + weight**2 * others[1]),
         object_evidence=_ratio(objects**2, own.objects + weight**2 * others[2]),
     )  # fmt: skip
 
 
-def choose(counts: Counts, target: Target) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def choose(counts: CurveCounts, target: Target) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The cut for a target.
 
     Args:
@@ -209,7 +211,7 @@ def choose(counts: Counts, target: Target) -> tuple[NDArray[np.int64], NDArray[n
     return chosen, reached & ~hopeless
 
 
-def agrees(own: Counts, target: Target) -> bool:
+def agrees(own: CurveCounts, target: Target) -> bool:
     """Whether a category's own counts above one cut allow for the target: their interval does not end below it.
 
     The interval is that of `CONFIDENCE`. Of an F1 above 0 nothing can be said that way; nor of a ratio of none.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from owlsam_ray.calibrate.bootstrap import Spread, spreads
-from owlsam_ray.calibrate.curves import NOTHING, Counts, Target, agrees, choose, counts_of, wilson
+from owlsam_ray.calibrate.curves import NOTHING, CurveCounts, Target, agrees, choose, counts_of, wilson
 from owlsam_ray.calibrate.pooling import Basis, bases
 from owlsam_ray.calibrate.reliability import reliability
 from owlsam_ray.calibrate.samples import Sample
@@ -161,7 +161,7 @@ def _row(basis: Basis, cut: int, reached: tuple[bool, bool], spread: Spread, tar
     }
 
 
-def _estimates(counts: Counts, spread: Spread) -> dict[str, Any]:
+def _estimates(counts: CurveCounts, spread: Spread) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, ratio, evidence, whole, resampled in (
         ("precision", counts.precision, counts.evidence, counts.found, spread.precision),
@@ -177,7 +177,7 @@ def _estimates(counts: Counts, spread: Spread) -> dict[str, Any]:
     return values | {"f1": f1}
 
 
-def _of_nothing(counts: Counts) -> dict[str, Any]:
+def _of_nothing(counts: CurveCounts) -> dict[str, Any]:
     """Of a threshold that keeps nothing."""
     recall, interval = None, None
     if counts.objects[0] > 0:

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from owlsam_ray.calibrate.curves import Counts, Cuts, blended, counts_of, cuts_of
+from owlsam_ray.calibrate.curves import CurveCounts, Cuts, blended, counts_of, cuts_of
 from owlsam_ray.calibrate.samples import Sample, TargetName, pooled
 
 GRID = 256
@@ -37,7 +37,7 @@ class Pool:
         return cuts_of(self.sample.score, self.floor, GRID)
 
     @cached_property
-    def counts(self) -> Counts:
+    def counts(self) -> CurveCounts:
         """At its cuts."""
         return counts_of(self.sample, self.cuts)
 
@@ -52,7 +52,7 @@ class Basis:
     """Its own."""
     cuts: Cuts
     """Every distinct score; those of the pool where there is one."""
-    counts: Counts
+    counts: CurveCounts
     pool: Pool | None = None
     """None for a category that stands for itself."""
     weight: float = 0.0

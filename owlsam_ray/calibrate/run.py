@@ -33,7 +33,7 @@ _APART: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Matching:
+class MatchRule:
     """When a detection is right."""
 
     shape: Shape = "box"
@@ -52,7 +52,7 @@ def calibrate_run(
     target: Target,
     ground_truth: str | None = None,
     *,
-    matching: Matching | None = None,
+    matching: MatchRule | None = None,
     fitting: Fitting | None = None,
     out: str | None = None,
     show: Show = quiet,
@@ -83,7 +83,7 @@ def calibrate_run(
         IncompleteError: nothing of it is labelled, or a shard cannot be trusted.
         OSError: storage refused.
     """
-    matching, fitting = matching or Matching(), fitting or Fitting()
+    matching, fitting = matching or MatchRule(), fitting or Fitting()
     run_url = run_directory(config)
     record, manifest = open_run(config, run_url)
     truth = _load_truth(config, ground_truth, matching.shape)

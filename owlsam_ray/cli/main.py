@@ -201,7 +201,7 @@ def _plan(config: RunConfig, options: argparse.Namespace, console: Console) -> d
         claim_setup(run_directory(config), config.resources) as setup,
         CountDisplay(console, interval_s=config.logging.progress_s) as display,
     ):
-        plan = plan_run(config, extend=options.extend, show=display.show, still_mine=setup.check)
+        plan = plan_run(config, extend=options.extend, show=display.show, raise_if_taken_over=setup.raise_if_taken_over)
     if not plan.new:
         selected = selection_of(config.plan)
         nothing = f"every image that {selected} selects" if selected else "every image of the listing"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owlsam_ray.coco_files.fields import flag_of
-from owlsam_ray.errors import InputError, raise_offences, shown
+from owlsam_ray.errors import InputError, raise_problems, shown
 
 _NO_BOX = (math.nan,) * 4
 
@@ -48,23 +48,23 @@ def read_objects(tree: dict[str, Any], *, url: str, image_ids: Sequence[int], ca
 
     Raises:
         InputError: `annotations` is no list; an entry's id is odd or given twice, its image or category is not in the
-            file, or a field is of a wrong type. Names the first offences.
+            file, or a field is of a wrong type. Names the first problems.
     """
     entries = tree.get("annotations")
     if not isinstance(entries, list):
         raise InputError(f"{url} holds no annotations: training needs a COCO file with a list `annotations`")
     image_at = {number: index for index, number in enumerate(image_ids)}
     label_of = {number: label for label, number in enumerate(category_ids)}
-    offences: list[str] = []
+    problems: list[str] = []
     seen: set[int] = set()
     for position, entry in enumerate(entries):
-        offence = structure_error(entry) or _repeat_error(entry, seen) or _reference_error(entry, image_at, label_of)
-        if offence is not None:
-            offences.append(f"annotations[{position}]{offence}")
+        problem = structure_error(entry) or _repeat_error(entry, seen) or _reference_error(entry, image_at, label_of)
+        if problem is not None:
+            problems.append(f"annotations[{position}]{problem}")
         else:
             seen.add(entry["id"])
     way_out = "Mend the file: ids are unique integers, and every annotation names an image and a category of the file."
-    raise_offences(url, offences, way_out, use="trained on")
+    raise_problems(url, problems, way_out, use="trained on")
     return make_objects(
         entries,
         image_index=np.array([image_at[entry["image_id"]] for entry in entries], np.int64),

@@ -35,7 +35,7 @@ from owlsam_ray.coco_files.file_rules import (
 )
 from owlsam_ray.coco_files.images import image_error, text_of, url_parts
 from owlsam_ray.coco_files.stated_size import stated_side
-from owlsam_ray.errors import InputError, raise_offences, shown
+from owlsam_ray.errors import InputError, raise_problems, shown
 from owlsam_ray.schema import MAX_IMAGE_ID
 
 DEFAULTS = FileCleaning()
@@ -120,41 +120,41 @@ def _read_head(document: Document) -> tuple[References, Names]:
     ids: list[int] = []
     sizes: list[tuple[float, float]] = []
     names: list[pa.Array] = []
-    offences: list[str] = []
+    problems: list[str] = []
     others: list[str] = []
     for first, images in document.batches("images"):
         for position, image in enumerate(images, first):
             # Sizes are told apart from ids: another way out.
-            offence = image_error({"id": image.get("id")} if isinstance(image, dict) else image)
-            size = None if offence is not None else _size_error(image)
-            if offence is not None:
-                offences.append(f"images[{position}]{offence}")
+            problem = image_error({"id": image.get("id")} if isinstance(image, dict) else image)
+            size = None if problem is not None else _size_error(image)
+            if problem is not None:
+                problems.append(f"images[{position}]{problem}")
             elif size is not None:
                 others.append(f"images[{position}] (id {image['id']}): {size}")
-        if not (offences or others):
+        if not (problems or others):
             ids += [image["id"] for image in images]
             sizes += [_size(image) for image in images]
             names.append(pa.array([_name(image) for image in images], pa.string()))
-    offences += [f"images: id {number} is given {count} times" for number, count in Counter(ids).items() if count > 1]
+    problems += [f"images: id {number} is given {count} times" for number, count in Counter(ids).items() if count > 1]
     categories: dict[int, str] = {}
     for position, category in enumerate(document.value("categories", list, [])):
         number = category.get("id") if isinstance(category, dict) else None
         if type(number) is not int or not 0 <= number < MAX_IMAGE_ID:
-            offences.append(f"categories[{position}]: id {shown(number, 80)} is not an integer from 0 to 2^53")
+            problems.append(f"categories[{position}]: id {shown(number, 80)} is not an integer from 0 to 2^53")
         elif number in categories:
-            offences.append(f"categories[{position}]: id {number} is given twice")
+            problems.append(f"categories[{position}]: id {number} is given twice")
         else:
             name = category.get("name")
             if not isinstance(name, str) or not name.strip():
                 others.append(f"categories[{position}] (id {number}): name {shown(name, 80)} is no text")
             categories[number] = str(name)
     way_out = "Mend the file: annotations name images and categories by their ids, so these must be unique integers."
-    raise_offences(document.url, offences, way_out, use="cleaned")
+    raise_problems(document.url, problems, way_out, use="cleaned")
     way_out = (
         "Mend the file: sides of images are whole numbers of pixels, or not stated (null, 0 or -1), and every category "
         "has a name."
     )
-    raise_offences(document.url, others, way_out, use="cleaned")
+    raise_problems(document.url, others, way_out, use="cleaned")
     known = References(
         images=Ids(ids), sizes_hw=np.array(sizes, np.float64).reshape(-1, 2), categories=Ids(list(categories))
     )

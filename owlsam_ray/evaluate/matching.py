@@ -21,7 +21,7 @@ FALSE, IGNORED = -1, -2
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class MatchCounts:
     """Counts and means over some categories and sizes; None where there is nothing to count."""
 
     num_objects: int
@@ -57,7 +57,7 @@ class Matches:
     iou: NDArray[np.float64]
     """(N,) of a matched pair; NaN elsewhere."""
 
-    def tally(self, categories: Collection[int] | None, area_range: tuple[float, float]) -> Tally:
+    def tally(self, categories: Collection[int] | None, area_range: tuple[float, float]) -> MatchCounts:
         """Counts of these categories (default: all) within a half-open range of areas.
 
         A pair belongs to the size of its object, a prediction that found none to its own.
@@ -68,7 +68,7 @@ class Matches:
             chosen &= np.isin(self.category, list(categories))
         ious = self.iou[chosen & ~np.isnan(self.iou)]
         objects = int(np.count_nonzero(chosen & self.is_object))
-        return Tally(
+        return MatchCounts(
             num_objects=objects,
             num_matched=len(ious),
             num_false=int(np.count_nonzero(chosen)) - objects,

@@ -21,11 +21,11 @@ many threads hang, and as soon as it answers again they are there again."""
 _room = threading.BoundedSemaphore(MOST_THREADS)
 
 
-class SilenceError(Exception):
+class StalledError(Exception):
     """For so long, no task has given a sign of life."""
 
 
-class Crew(Generic[T]):
+class DeadlinePool(Generic[T]):
     """Threads for the tasks of one caller."""
 
     def __init__(self, threads: int, *, deadline_s: float | None) -> None:
@@ -59,20 +59,20 @@ class Crew(Generic[T]):
         """What the tasks yield, as it comes.
 
         Raises:
-            SilenceError: the deadline has passed; threads that hang are left behind, tasks that wait are dropped.
+            StalledError: the deadline has passed; threads that hang are left behind, tasks that wait are dropped.
             BaseException: what a task raised; the others are left behind.
         """
         try:
             while self._unfinished:
                 if self._waiting and not self._at_work:
                     if not _room.acquire(timeout=self._deadline_s):
-                        raise SilenceError
+                        raise StalledError
                     self._at_work = 1
                     self._start_thread()
                 try:
                     event = self._events.get(timeout=self._deadline_s)
                 except queue.Empty:
-                    raise SilenceError from None
+                    raise StalledError from None
                 if event is None:
                     with self._lock:
                         self._unfinished -= 1

@@ -15,7 +15,7 @@ import pyarrow as pa
 from owlsam_ray import storage
 from owlsam_ray.config.settings import MEGABYTE as MEGABYTE
 from owlsam_ray.errors import FailureClass, ImageError, InputError, StorageSetupError
-from owlsam_ray.fetch.deadline_pool import Crew, SilenceError
+from owlsam_ray.fetch.deadline_pool import DeadlinePool, StalledError
 from owlsam_ray.fetch.packed import (
     Cell,
     FetchTask,
@@ -141,17 +141,17 @@ def fetch_outcomes(
     """As `fetch_rows`, but all images may fail as `no_access`; `notes` gets remarks on images by their position."""
     outcomes: list[Outcome | None] = [None] * len(rows)
     without = ImageError("missing")
-    crew: Crew[Outcomes] = Crew(threads, deadline_s=deadline_s)
+    pool: DeadlinePool[Outcomes] = DeadlinePool(threads, deadline_s=deadline_s)
     not_set_up: dict[str, NotSetUpError] = {}
-    for task in _tasks(rows, max_bytes, crew.add, notes, not_set_up):
-        crew.add(task)
+    for task in _tasks(rows, max_bytes, pool.add, notes, not_set_up):
+        pool.add(task)
     try:
-        for some in crew.results():
+        for some in pool.results():
             for position, outcome in some:
                 outcomes[position] = outcome
                 if isinstance(outcome, NotSetUpError):
                     not_set_up[_root(rows[position]["uri"])] = outcome
-    except SilenceError:
+    except StalledError:
         without = ImageError(f"fetch_timeout: no answer within {deadline_s:g} s", FailureClass.TRANSIENT)
     return [outcome if outcome is not None else without for outcome in outcomes]
 

@@ -35,7 +35,7 @@ _SHUFFLE, _AUGMENT, _COLLATE = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BatchPlan:
     """How steps are cut out of the training set."""
 
     num_images: int
@@ -192,7 +192,7 @@ class SampleReader:
 
 
 def iterate_batches(
-    plan: Plan,
+    plan: BatchPlan,
     reader: SampleReader,
     collate: Callable[[Sequence[Sample], np.random.Generator], dict[str, Any]],
     *,
@@ -248,7 +248,7 @@ def iterate_batches(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _replacement(plan: Plan, reader: SampleReader, place: int) -> Sample:
+def _replacement(plan: BatchPlan, reader: SampleReader, place: int) -> Sample:
     for index in plan.replacements_of(place):
         sample = reader.read(index)
         if sample is not None:

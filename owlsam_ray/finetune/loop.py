@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from owlsam_ray.errors import IncompleteError, InputError, TrainingError
-from owlsam_ray.finetune.batches import Plan, SampleReader, iterate_batches
+from owlsam_ray.finetune.batches import BatchPlan, SampleReader, iterate_batches
 from owlsam_ray.finetune.config import FinetuneConfig, OptimizerConfig
 from owlsam_ray.finetune.data import Sample
 from owlsam_ray.finetune.store import MODEL, TENSORBOARD, TrainingStore, temporary_directory
@@ -157,7 +157,7 @@ class _Training:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _batches(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        plan = Plan(
+        plan = BatchPlan(
             num_images=len(self.reader.images),
             batch_size=self.settings.batch_size,
             accumulate=self.settings.accumulate,

@@ -42,7 +42,7 @@ from owlsam_ray.models.protocols import Detector, Segmenter
 from owlsam_ray.models.sam_frame import boxes_to_sam_frame, input_size_hw
 from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.parallel.allocation import Allocation
-from owlsam_ray.parallel.work_slots import Watch
+from owlsam_ray.parallel.work_slots import WorkSlots
 from owlsam_ray.records import Detections, EncodedImage, Prediction
 
 STAGES = ("decode", "detect", "suppress", "segment", "encode")
@@ -123,7 +123,7 @@ class Engine:
         query_embeddings: Tensor,
         query_labels: Sequence[int],
         settings: EngineSettings,
-        watch: Watch | None = None,
+        watch: WorkSlots | None = None,
     ) -> None:
         """Start the threads.
 
@@ -393,7 +393,7 @@ class Engine:
         return self._detect_padded(inputs[:half]) + self._detect_padded(inputs[half:])
 
     def _select(self, view: _View, boxes: Tensor, scores: Tensor) -> None:
-        """Keep what scores above the floor in one view; an offence waits for the image's last view."""
+        """Keep what scores above the floor in one view; a problem waits for the image's last view."""
         item, size_hw = view.item, view.item.views[view.index].size_hw
         item.found[view.index] = Detections.empty()
         try:
@@ -542,7 +542,7 @@ def load_engine(
     query_embeddings: Tensor,
     query_labels: Sequence[int],
     category_names: Sequence[str],
-    watch: Watch | None = None,
+    watch: WorkSlots | None = None,
 ) -> Engine:
     """Load both models onto one device and start an engine.
 

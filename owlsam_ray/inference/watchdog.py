@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from owlsam_ray.parallel.work_slots import Watch
+from owlsam_ray.parallel.work_slots import WorkSlots
 
 _LOOK_S = 0.2
 _LAST_RESORT_S = 10.0
@@ -25,7 +25,7 @@ _LAST_RESORT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class Overrun:
     """Why a process has to end."""
 
     kind: str
@@ -41,11 +41,11 @@ class Watchdog:
 
     def __init__(
         self,
-        watch: Watch,
+        watch: WorkSlots,
         *,
         deadline_s: float,
         memory_bytes: int | None,
-        on_trouble: Callable[[Trouble], None],
+        on_overrun: Callable[[Overrun], None],
         last_resort: bool = True,
     ) -> None:
         """Prepare.
@@ -54,11 +54,11 @@ class Watchdog:
             watch: of this process.
             deadline_s: seconds that one piece of work may take.
             memory_bytes: that the process may hold; None: any.
-            on_trouble: called once, and should end the process.
+            on_overrun: called once, and should end the process.
             last_resort: end the process without a word when the watchdog itself is kept from running.
         """
         self._watch, self._deadline_s, self._memory_bytes = watch, deadline_s, memory_bytes
-        self._on_trouble, self._last_resort = on_trouble, last_resort
+        self._on_trouble, self._last_resort = on_overrun, last_resort
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="owlsam-watchdog", daemon=True)
         self._silent: IO[str] | None = None
@@ -87,13 +87,13 @@ class Watchdog:
                 self._on_trouble(trouble)
                 return
 
-    def look(self) -> Trouble | None:
+    def look(self) -> Overrun | None:
         """What is wrong at the moment; None when nothing is."""
         late = self._watch.overdue(self._deadline_s)
         if late:
-            return Trouble("hang", late, hang_text(self._deadline_s))
+            return Overrun("hang", late, hang_text(self._deadline_s))
         if self._memory_bytes is not None and resident_bytes() > self._memory_bytes:
-            return Trouble("out_of_memory", self._watch.in_hand(), memory_text(self._memory_bytes))
+            return Overrun("out_of_memory", self._watch.in_hand(), memory_text(self._memory_bytes))
         return None
 
 

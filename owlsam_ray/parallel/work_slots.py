@@ -23,7 +23,7 @@ _IDS = struct.Struct(f"<{_MOST_IDS}q")
 
 _SLOT_BYTES = _HEADER.size + _IDS.size
 
-BREADCRUMBS = "owlsam-watch-"
+SLOT_FILES = "owlsam-watch-"
 """How the names of these files begin."""
 
 
@@ -34,7 +34,7 @@ class _Slot:
     since: float
 
 
-class Watch:
+class WorkSlots:
     """Slots for the threads of a process."""
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -51,7 +51,7 @@ class Watch:
 
     def renew(self) -> None:
         """Make another file, for the work that begins from now on."""
-        descriptor, name = tempfile.mkstemp(prefix=BREADCRUMBS, dir=self._folder)
+        descriptor, name = tempfile.mkstemp(prefix=SLOT_FILES, dir=self._folder)
         self.path = Path(name)
         with os.fdopen(descriptor, "r+b") as file:
             file.truncate(_SLOTS * _SLOT_BYTES)
@@ -112,7 +112,7 @@ def _note(notes: mmap.mmap, slot: int, kind: str, image_ids: Sequence[int]) -> N
     _HEADER.pack_into(notes, start, len(image_ids), 1 + KINDS.index(kind))
 
 
-def read_breadcrumbs(path: Path) -> list[tuple[str, list[int]]]:
+def read_slots(path: Path) -> list[tuple[str, list[int]]]:
     """What a process, dead or alive, had in its slots: kind and image ids.
 
     Raises:
@@ -128,10 +128,10 @@ def read_breadcrumbs(path: Path) -> list[tuple[str, list[int]]]:
     return found
 
 
-def remove_old_breadcrumbs(*, older_than_s: float = 86400.0) -> None:
+def remove_old_slot_files(*, older_than_s: float = 86400.0) -> None:
     """Delete the files of processes that died long ago on this machine."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(tempfile.gettempdir()):
             with contextlib.suppress(OSError):
-                if entry.name.startswith(BREADCRUMBS) and time.time() - entry.stat().st_mtime > older_than_s:
+                if entry.name.startswith(SLOT_FILES) and time.time() - entry.stat().st_mtime > older_than_s:
                     os.unlink(entry.path)

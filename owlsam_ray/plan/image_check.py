@@ -61,16 +61,16 @@ def verify_images(
     known: dict[str, ImageError | None] = {}
     with ThreadPoolExecutor(threads) as pool:
         for rows in _batches(tables, _LOOKED_UP if mode == "exists" else _BATCH):
-            offences = _look_up(rows, known, pool) if mode == "exists" else _decode(rows, decode, threads, pool)
-            if result.images == result.failed and (error := setup_error(rows, offences)) is not None:
+            problems = _look_up(rows, known, pool) if mode == "exists" else _decode(rows, decode, threads, pool)
+            if result.images == result.failed and (error := setup_error(rows, problems)) is not None:
                 raise error  # nothing could be read so far
-            for row, offence in zip(rows, offences, strict=True):
+            for row, problem in zip(rows, problems, strict=True):
                 result.images += 1
-                if offence is not None:
+                if problem is not None:
                     result.failed += 1
-                    result.failed_by_reason[offence.reason.split(":")[0]] += 1
+                    result.failed_by_reason[problem.reason.split(":")[0]] += 1
                     line = {"file_name": row["file_name"], "uri": masked_url(row["uri"])}
-                    line |= {"reason": offence.reason, "class": str(offence.failure_class)}
+                    line |= {"reason": problem.reason, "class": str(problem.failure_class)}
                     out.write(json.dumps(line).encode() + b"\n")
             show(result.images)
     return result

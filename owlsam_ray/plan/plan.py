@@ -35,7 +35,7 @@ from owlsam_ray.run.guard import (
     save_record,
     with_planned_suffixes,
 )
-from owlsam_ray.run.manifest import Layout, Manifest, moved_uris, shard_size, write_parts
+from owlsam_ray.run.manifest import Manifest, ShardLayout, moved_uris, shard_size, write_parts
 from owlsam_ray.run.moved_data import Move
 from owlsam_ray.sources import Listing, ListingOptions, list_images
 from owlsam_ray.sources.bad_rows import check_bad_rows
@@ -68,7 +68,11 @@ class Plan:
 
 
 def plan_run(
-    config: RunConfig, *, extend: bool = False, show: Show = silent, still_mine: Callable[[], None] = lambda: None
+    config: RunConfig,
+    *,
+    extend: bool = False,
+    show: Show = silent,
+    raise_if_taken_over: Callable[[], None] = lambda: None,
 ) -> Plan:
     """List the images once and freeze the layout; an existing plan is checked and kept.
 
@@ -77,8 +81,8 @@ def plan_run(
         extend: add the images of the listing that the run does not have yet, as further shards. Old shards stay as they
             are; images that are no longer listed stay as well.
         show: progress.
-        still_mine: raises when another process has begun to plan in this one's place; called before anything is
-            written.
+        raise_if_taken_over: raises when another process has begun to plan in this one's place; called
+            before anything is written.
 
     Raises:
         InputError: the dataset or the vocabulary is wrong, a threshold is for a category that is not in it, or there is
@@ -95,13 +99,15 @@ def plan_run(
             raise GuardError(
                 f"{run_url} holds predictions but no {RUN_FILE}: restore that file, or choose another directory"
             )
-        return _freeze(config, show=show, still_mine=still_mine)
+        return _freeze(config, show=show, raise_if_taken_over=raise_if_taken_over)
     check_config(config, record, data_too=not extend)
     config = with_planned_suffixes(config, record)
     manifest = load_run_manifest(run_url, record)
     if extend:
         moves = _moves_of_extension(config, record, manifest)
-        return _freeze(config, show=show, still_mine=still_mine, before=Plan(record, manifest, 0), moves=moves)
+        return _freeze(
+            config, show=show, raise_if_taken_over=raise_if_taken_over, before=Plan(record, manifest, 0), moves=moves
+        )
     _check_names(config, record)
     _tell_other_selection(config.plan, record)
     return Plan(record, moved_manifest(manifest, moves_since_plan(config, record)), 0)
@@ -121,7 +127,7 @@ def _freeze(
     config: RunConfig,
     *,
     show: Show,
-    still_mine: Callable[[], None],
+    raise_if_taken_over: Callable[[], None],
     before: Plan | None = None,
     moves: tuple[Move, ...] = (),
 ) -> Plan:
@@ -151,8 +157,8 @@ def _freeze(
             raise InputError(_nothing_left(config.plan, spool))
         bad = check_bad_rows(config, run_url, spool, wanted)
         _verify(config, run_url, (moved_uris(table, moves) for table in spool.tables(wanted)), count, show)
-        still_mine()
-        _as_it_was(before, run_url)  # or the parts of another call would be taken for leftovers
+        raise_if_taken_over()
+        _current_record(before, run_url)  # or the parts of another call would be taken for leftovers
         size = shard_size(
             count,
             config.resources.shard_size,
@@ -162,13 +168,13 @@ def _freeze(
         manifest = write_parts(
             run_url,
             _counted(spool.tables(wanted), "planned", count, show),
-            Layout(size, part_images=config.plan.part_images, max_file_mb=config.decode.max_file_mb),
+            ShardLayout(size, part_images=config.plan.part_images, max_file_mb=config.decode.max_file_mb),
             source={"info": listing.info, "licenses": listing.licenses, "categories": listing.categories},
             before=before.manifest if before else None,
             next_id=next_id,
         )
     record = _new_record(config, vocabulary, manifest, before, keep_places=bool(moves))
-    still_mine()
+    raise_if_taken_over()
     save_record(run_url, record)
     return Plan(record, manifest, count, bad=bad, **told)
 
@@ -182,7 +188,7 @@ def _new_record(
         "layout_hash": manifest.layout_hash,
         "num_parts": len(manifest.parts),
     }
-    now = _as_it_was(before, run_directory(config))
+    now = _current_record(before, run_directory(config))
     if now is not None:
         if keep_places:
             places = {name: now.config["data"][name] for name in ("images", "annotations", "files")}
@@ -197,7 +203,7 @@ def _new_record(
     )
 
 
-def _as_it_was(before: Plan | None, run_url: str) -> RunRecord | None:
+def _current_record(before: Plan | None, run_url: str) -> RunRecord | None:
     """The record by now, with what an attempt may have set while this listed; None for a first plan.
 
     Raises:

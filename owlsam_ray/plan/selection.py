@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from owlsam_ray.config.load import PlanConfig
-from owlsam_ray.errors import GuardError, InputError, raise_offences, shown
+from owlsam_ray.errors import GuardError, InputError, raise_problems, shown
 from owlsam_ray.ops.arrays import repeats
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.schema import MAX_IMAGE_ID, Container
@@ -114,15 +114,15 @@ def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
     distinct = np.ones(len(spool), np.bool_)
     later, first = repeats(spool.digests)
     distinct[later] = False
-    offences = []
+    problems = []
     if spool.ids is not None:
         again, earlier = repeats(np.where(distinct, spool.ids, -1 - np.arange(len(spool))))
         pairs = list(zip(spool.rows_at(again[:5]), spool.rows_at(earlier[:5]), strict=True))
-        offences += [
+        problems += [
             f"id {row['image_id']} is given to both {shown(other['file_name'])} and {shown(row['file_name'])}"
             for row, other in pairs
         ]
-        offences += ["another id that is given twice"] * max(0, len(again) - 5)
+        problems += ["another id that is given twice"] * max(0, len(again) - 5)
     way_out = "Mend the dataset: ids and file names must be unique."
     hint = ""
     if len(later):
@@ -130,10 +130,10 @@ def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
         if spool.name_setting is not None and any(_place_of(row) != _place_of(other) for row, other in pairs):
             hint = f" They are different images under one name: leave {spool.name_setting} out, and each has its own."
         if not keep_first:
-            offences += [f"{shown(row['file_name'])} is listed twice{_ids(other, row)}" for row, other in pairs]
-            offences += ["another image that is listed twice"] * max(0, len(later) - 5)
+            problems += [f"{shown(row['file_name'])} is listed twice{_ids(other, row)}" for row, other in pairs]
+            problems += ["another image that is listed twice"] * max(0, len(later) - 5)
             way_out += hint or " With plan.duplicates=first an image that is listed twice counts once."
-    raise_offences("the listing", offences, way_out)
+    raise_problems("the listing", problems, way_out)
     if len(later):
         name = pairs[0][0]["file_name"]
         _log.warning("left out %d images whose names are listed before, the first: %r.%s", len(later), name, hint)

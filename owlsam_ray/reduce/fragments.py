@@ -16,7 +16,7 @@ import pyarrow as pa
 from owlsam_ray import storage
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.folder import FOLDER_ENTRIES, put_folder
-from owlsam_ray.reduce.labels import Counts, Overlay, read_labels
+from owlsam_ray.reduce.labels import LabelCounts, Overlay, read_labels
 from owlsam_ray.reduce.outputs import FileSpan, Head, Output
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.proof import ShardRules
@@ -26,7 +26,7 @@ _BLOCK = 2**22
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ReduceJob:
     """What all chunks of a reduce have in common."""
 
     run_url: str
@@ -44,7 +44,7 @@ class Job:
 class Chunk:
     """Shards that one worker reads one after the other; all of one span."""
 
-    job: Job
+    job: ReduceJob
     number: int
     span: int
     shards: tuple[int, ...]
@@ -57,7 +57,7 @@ class ChunkResult:
     number: int
     span: int
     num_images: int = 0
-    counts: Counts = field(default_factory=Counts)
+    counts: LabelCounts = field(default_factory=LabelCounts)
     sizes: dict[tuple[str, str], int] = field(default_factory=dict)
     """Bytes by output and section."""
     num_files: dict[str, int] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class Fragments:
 
     def __init__(
         self,
-        job: Job,
+        job: ReduceJob,
         output: str,
         out_url: str,
         head: Head,

@@ -74,7 +74,7 @@ _CARRIED = ("prompt_id", "raw_score", "predicted_iou", "stability", "mask_area",
 
 
 @dataclass(slots=True)
-class Counts:
+class LabelCounts:
     """What a reduce has counted; those of several shards add up."""
 
     status: Counter[str] = field(default_factory=Counter)
@@ -93,7 +93,7 @@ class Counts:
     corrections: Counter[str] = field(default_factory=Counter)
     """What became of people's corrections, see corrections.py. `added` ones are annotations and no detections."""
 
-    def add(self, other: "Counts") -> None:
+    def add(self, other: "LabelCounts") -> None:
         """Count these too."""
         for name in ("status", "failed", "flagged", "left_out", "corrections"):
             getattr(self, name).update(getattr(other, name))
@@ -111,7 +111,7 @@ class ShardLabels:
     """`IMAGE_SCHEMA`, single chunks."""
     annotations: pa.Table
     """`ANNOTATION_SCHEMA`, single chunks."""
-    counts: Counts
+    counts: LabelCounts
     remarks: dict[str, bytes] = field(default_factory=dict)
     """About people's corrections: lines of JSON by kind."""
     confirmed: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -188,7 +188,7 @@ def read_labels(
     review = None if overlay is None else overlay.review(found, decisions)
     kept, left_out = decide(detections, image, decisions, None if review is None else review.pins)
     annotations = annotations_of(found, kept, decisions, rules.ids_per_image)
-    counts = Counts(
+    counts = LabelCounts(
         detections=len(image),
         annotations=len(kept),
         masks=len(kept) - annotations["rle_counts"].null_count,
@@ -274,7 +274,7 @@ def _single(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks()
 
 
-def _count_images(images: pa.Table, counts: Counts) -> None:
+def _count_images(images: pa.Table, counts: LabelCounts) -> None:
     for entry in images["status"].value_counts().to_pylist():
         counts.status[entry["values"]] += entry["counts"]
     if images["reason"].null_count == images.num_rows:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
 from owlsam_ray.config.settings import Category
-from owlsam_ray.reduce.labels import Counts, ShardLabels
+from owlsam_ray.reduce.labels import LabelCounts, ShardLabels
 
 Bytes = bytes | bytearray | memoryview
 
@@ -47,7 +47,7 @@ class Head:
     """The source's, with `owlsam_ray`: provenance, settings and proof; no time and no host."""
     licenses: list[Any]
     categories: tuple[Category, ...]
-    counts: Counts
+    counts: LabelCounts
     told: dict[str, dict[str, int]] = field(default_factory=dict)
     """By output: what these counted themselves; without those that count nothing."""
 

@@ -26,7 +26,7 @@ from owlsam_ray.parallel.executors import map_in_order
 from owlsam_ray.reduce.folder import claimed_folder, plain_url
 from owlsam_ray.reduce.formats.coco import category_entry
 from owlsam_ray.reduce.formats.json_rows import LINE_END, annotation_lines, dump_json, image_lines
-from owlsam_ray.reduce.fragments import Job
+from owlsam_ray.reduce.fragments import ReduceJob
 from owlsam_ray.reduce.labels import ShardLabels, read_labels
 from owlsam_ray.reduce.run import COCO_FOLDER, Reduction, Show, open_run, prepare, quiet
 from owlsam_ray.reduce.sampling import Picks, SampleOptions, pick, why
@@ -82,7 +82,7 @@ def review_list(
                 "reduce.score_threshold or reduce.operating_points"
             )
         picks = reviewing.choose(show)
-        attempt.check()
+        attempt.raise_if_taken_over()
         return reviewing.write(picks)
 
 
@@ -90,7 +90,7 @@ def review_list(
 class _Choice:
     """Shards to choose from."""
 
-    job: Job
+    job: ReduceJob
     options: SampleOptions
     shards: tuple[int, ...]
 
@@ -99,7 +99,7 @@ class _Choice:
 class _Wanted:
     """Chosen annotations of a shard."""
 
-    job: Job
+    job: ReduceJob
     options: SampleOptions
     shard: int
     ids: NDArray[np.int64]
@@ -164,7 +164,7 @@ def write_shard(wanted: _Wanted) -> _Written:
     )
 
 
-def _labels_of(job: Job, shard: int) -> ShardLabels:
+def _labels_of(job: ReduceJob, shard: int) -> ShardLabels:
     return read_labels(job.run_url, job.manifest, shard, job.rules, job.decisions, job.overlay)
 
 

@@ -27,8 +27,8 @@ from owlsam_ray.reduce.folder import (
 from owlsam_ray.reduce.formats.coco import ANNOTATIONS, FailuresOutput
 from owlsam_ray.reduce.formats.json_rows import without_nan
 from owlsam_ray.reduce.formats.registry import file_names, outputs_of
-from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, Job, write_chunk
-from owlsam_ray.reduce.labels import Counts
+from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, ReduceJob, write_chunk
+from owlsam_ray.reduce.labels import LabelCounts
 from owlsam_ray.reduce.operating_points import load_operating_points
 from owlsam_ray.reduce.outputs import FileSpan, Head
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
@@ -97,7 +97,7 @@ def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = quiet) 
         names = [name for output in reduction.job.outputs for name in file_names(output.name, reduction.spans)]
         if out_url != plain_url(storage.join(run_url, COCO_FOLDER)):  # that one is the run's
             check_foreign(out_url, names)
-        counts = reduction.work(shards, partial=partial, show=show, still_mine=attempt.check)
+        counts = reduction.work(shards, partial=partial, show=show, raise_if_taken_over=attempt.raise_if_taken_over)
     if counts["unlabelled"]:
         raise IncompleteError(
             f"{counts['unlabelled']} of {counts['images']} images of {run_url} are not labelled yet: what is written "
@@ -131,7 +131,7 @@ class Reduction:
 
     settings: ReduceConfig
     resources: ResourcesConfig
-    job: Job
+    job: ReduceJob
     spans: tuple[FileSpan, ...]
     out_url: str
     provenance: dict[str, Any]
@@ -147,13 +147,18 @@ class Reduction:
         return num_workers(settings.workers, num_images=manifest.num_images, small=_SMALL, executor=settings.executor)
 
     def work(
-        self, shards: Sequence[int], *, partial: bool, show: Show = quiet, still_mine: Callable[[], None] = _nothing
+        self,
+        shards: Sequence[int],
+        *,
+        partial: bool,
+        show: Show = quiet,
+        raise_if_taken_over: Callable[[], None] = _nothing,
     ) -> dict[str, Any]:
         """Write everything; returns the counts."""
         manifest, settings, workers = self.job.manifest, self.settings, self.workers
         chunks = list(_chunks(self.job, self.spans, shards, workers))
         results: list[ChunkResult] = []
-        counts, images = Counts(corrections=Counter(self.corrections)), 0
+        counts, images = LabelCounts(corrections=Counter(self.corrections)), 0
         show("reduced", 0, manifest.num_images)
         losses = LossCount(
             storage.join(manifest.run_url, ATTEMPTS, f"reduce{SUFFIX}"),
@@ -176,7 +181,7 @@ class Reduction:
             counts=counts,
             told=_told(results),
         )
-        files = self._assemble(head, results, still_mine)
+        files = self._assemble(head, results, raise_if_taken_over)
         if counts.corrections:
             tell_outcome(counts.corrections, storage.join(self.out_url, CORRECTIONS))
         if counts.left_out["small_mask"]:
@@ -193,20 +198,20 @@ class Reduction:
             **({"told": head.told} if head.told else {}),
         }
 
-    def _assemble(self, head: Head, results: list[ChunkResult], still_mine: Callable[[], None]) -> list[str]:
+    def _assemble(self, head: Head, results: list[ChunkResult], raise_if_taken_over: Callable[[], None]) -> list[str]:
         """Put the files in their places. `reduce.json` tells which belong together: it goes first and comes last."""
         summary: dict[str, Any] = {"info": head.info["owlsam_ray"]} | ({"told": head.told} if head.told else {})
         parts = [
             (output, Fragments(self.job, output.name, self.out_url, head, self.spans, results))
             for output in self.job.outputs
         ]
-        still_mine()
+        raise_if_taken_over()
         before = begin_files(self.out_url)
         files: list[str] = []
         for output, fragments in parts:
-            still_mine()
+            raise_if_taken_over()
             files += output.assemble(fragments)
-        still_mine()
+        raise_if_taken_over()
         for name in sorted(before - set(files)):
             remove_output(self.out_url, name)
         summary["files"] = files
@@ -237,7 +242,7 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
         corrections = load_corrections(
             settings, manifest, rules, decisions, categories=record.categories, scratch=scratch
         )
-    job = Job(
+    job = ReduceJob(
         run_url=manifest.run_url,
         manifest=manifest,
         rules=rules,
@@ -253,7 +258,7 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
     provenance = {
         "version": __version__,
         "fingerprint": fingerprint,
-        "image_list": manifest.image_list(),
+        "image_list": manifest.images_digest(),
         "detector": parts["config"]["detector"]["model"],
         "segmenter": parts["config"]["segment"]["model"],
         "weights_sha256": parts["weights"],
@@ -301,7 +306,7 @@ def spans_of(manifest: Manifest, images_per_file: int | None) -> tuple[FileSpan,
     )
 
 
-def _chunks(job: Job, spans: tuple[FileSpan, ...], shards: Sequence[int], workers: int) -> Iterator[Chunk]:
+def _chunks(job: ReduceJob, spans: tuple[FileSpan, ...], shards: Sequence[int], workers: int) -> Iterator[Chunk]:
     """Runs of shards of one span each, in manifest order."""
     size = max(1, min(_MOST_SHARDS, len(shards) // (workers * _CHUNKS_PER_WORKER)))
     number, position = 0, 0
@@ -316,7 +321,7 @@ def _chunks(job: Job, spans: tuple[FileSpan, ...], shards: Sequence[int], worker
             number += 1
 
 
-def _check_sum(counts: Counts, images: int) -> None:
+def _check_sum(counts: LabelCounts, images: int) -> None:
     """Law 1.
 
     Raises:
@@ -343,7 +348,7 @@ def _told(results: list[ChunkResult]) -> dict[str, dict[str, int]]:
     return {output: dict(sorted(told.items())) for output, told in sums.items() if told}
 
 
-def _proof(num_images: int, counts: Counts, unlabelled: int, *, partial: bool) -> dict[str, Any]:
+def _proof(num_images: int, counts: LabelCounts, unlabelled: int, *, partial: bool) -> dict[str, Any]:
     return {
         "images": num_images,
         **{status: counts.status[status] for status in ("ok", "empty", "failed")},
@@ -357,11 +362,11 @@ def _proof(num_images: int, counts: Counts, unlabelled: int, *, partial: bool) -
     }
 
 
-def _corrections(counts: Counts) -> dict[str, Any]:
+def _corrections(counts: LabelCounts) -> dict[str, Any]:
     return {"corrections": summary_of(counts.corrections)} if counts.corrections else {}
 
 
-def _summary(num_images: int, counts: Counts, unlabelled: int) -> dict[str, Any]:
+def _summary(num_images: int, counts: LabelCounts, unlabelled: int) -> dict[str, Any]:
     return {
         "images": num_images,
         **{status: counts.status[status] for status in ("ok", "empty", "failed")},

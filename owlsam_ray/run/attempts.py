@@ -182,7 +182,7 @@ class Attempt:
             if last_error is not None:
                 self.record.last_error = masked(last_error)
 
-    def check(self) -> None:
+    def raise_if_taken_over(self) -> None:
         """Nothing while the attempt holds its slice.
 
         Raises:
@@ -313,7 +313,7 @@ class _Observer:
         `waiting`, and claims anew when the way is free.
         """
         while True:
-            self.mine.check()
+            self.mine.raise_if_taken_over()
             every = live_attempts(self.mine.run_url, scope=self.mine.record.scope)
             others = [other for other in every if self._is_in_the_way(other)]
             if not others and self.mine.record.state == "claiming":

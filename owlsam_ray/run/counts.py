@@ -20,7 +20,7 @@ _CHUNK = 256
 """Footers that are read in one go, so that nobody waits long for the thread that reads them."""
 
 
-class Tally:
+class RunCounts:
     """Counts over the finished shards of a run, or of a slice of it; several threads may use one.
 
     Which shards have a file comes from listings alone. Their footers are read apart from that, each once however often

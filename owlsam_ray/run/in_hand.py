@@ -1,8 +1,8 @@
 """Breadcrumbs: which shards were in whose hands when a process died.
 
 While an actor works on a shard there is a small file of its own for the two under `RUN/attempts/in-hand/`. It is
-removed at the end of the work, but not when the process dies. So a crumb of another process is a strike against the
-shard: something in it may have killed that process, or the process was killed from outside. With `MAX_STRIKES` of them
+removed at the end of the work, but not when the process dies. So a marker of another process is a strike against the
+shard: something in it may have killed that process, or the process was killed from outside. With `MAX_DEATHS` of them
 the shard is given to isolation (`isolate.py`), which finds out.
 """
 
@@ -24,13 +24,13 @@ from owlsam_ray.errors import OwlsamError
 from owlsam_ray.run.attempts import ATTEMPTS
 
 IN_HAND = "in-hand"
-MAX_STRIKES = 2
+MAX_DEATHS = 2
 """From here on a shard is redone by itself. One strike can be bad luck: the shards of a machine that went away."""
 _NAME = re.compile(r"shard-(\d+)\.(.+)\.json")
 _log = logging.getLogger(__name__)
 
 
-class Crumb(BaseModel):
+class InHandMarker(BaseModel):
     """A shard in the hand of a process."""
 
     model_config = ConfigDict(extra="ignore")
@@ -61,31 +61,33 @@ def _folder(run_url: str) -> str:
     return storage.join(run_url, ATTEMPTS, IN_HAND)
 
 
-def drop(run_url: str, crumb: Crumb) -> None:
-    """Write a crumb, over an earlier one of the same worker."""
-    storage.write_atomic(storage.join(_folder(run_url), crumb.name), json.dumps(crumb.model_dump(mode="json")).encode())
+def write(run_url: str, marker: InHandMarker) -> None:
+    """Write a marker, over an earlier one of the same worker."""
+    storage.write_atomic(
+        storage.join(_folder(run_url), marker.name), json.dumps(marker.model_dump(mode="json")).encode()
+    )
 
 
 @contextlib.contextmanager
-def in_hand(run_url: str, crumb: Crumb) -> Iterator[None]:
-    """Keep a crumb while a shard is worked on.
+def held(run_url: str, marker: InHandMarker) -> Iterator[None]:
+    """Keep a marker while a shard is worked on.
 
     An error that nobody expected leaves it behind, as a death does: an image may have caused it.
 
     Raises:
         OSError: storage refused.
     """
-    drop(run_url, crumb)
+    write(run_url, marker)
     try:
         yield
     except (OwlsamError, OSError):  # no matter of the images
-        storage.remove(storage.join(_folder(run_url), crumb.name))
+        storage.remove(storage.join(_folder(run_url), marker.name))
         raise
-    storage.remove(storage.join(_folder(run_url), crumb.name))
+    storage.remove(storage.join(_folder(run_url), marker.name))
 
 
-def list_crumbs(run_url: str) -> dict[int, list[str]]:
-    """Names of the crumbs of each shard that has any: one listing."""
+def list_markers(run_url: str) -> dict[int, list[str]]:
+    """Names of the markers of each shard that has any: one listing."""
     found: dict[int, list[str]] = defaultdict(list)
     for name in storage.list_names(_folder(run_url)):
         match = _NAME.fullmatch(name)
@@ -94,45 +96,45 @@ def list_crumbs(run_url: str) -> dict[int, list[str]]:
     return dict(found)
 
 
-def strikes(crumbs: Mapping[int, Sequence[str]]) -> dict[int, int]:
+def deaths(markers: Mapping[int, Sequence[str]]) -> dict[int, int]:
     """How many processes died, or live, with each shard in their hands."""
-    return {shard: len(names) for shard, names in crumbs.items()}
+    return {shard: len(names) for shard, names in markers.items()}
 
 
 def suspects(run_url: str, names: Sequence[str]) -> frozenset[int]:
-    """Image ids that the crumbs of a shard, and the notes on this host that they name, hold against images."""
+    """Image ids that the markers of a shard, and the notes on this host that they name, hold against images."""
     # Imported here: the driver asks for strikes only.
-    from owlsam_ray.parallel.work_slots import read_breadcrumbs
+    from owlsam_ray.parallel.work_slots import read_slots
 
     found: set[int] = set()
     for name in names:
         try:
-            crumb = Crumb.model_validate_json(storage.read_bytes(storage.join(_folder(run_url), name)))
+            marker = InHandMarker.model_validate_json(storage.read_bytes(storage.join(_folder(run_url), name)))
         except (FileNotFoundError, ValidationError):
             continue
-        found.update(crumb.image_ids)
-        if crumb.notes is not None and crumb.host == socket.gethostname() and Path(crumb.notes).is_file():
-            for _, image_ids in read_breadcrumbs(Path(crumb.notes)):
+        found.update(marker.image_ids)
+        if marker.notes is not None and marker.host == socket.gethostname() and Path(marker.notes).is_file():
+            for _, image_ids in read_slots(Path(marker.notes)):
                 found.update(image_ids)
     return frozenset(found)
 
 
-def give_back(run_url: str, attempt: str) -> None:
-    """Remove the crumbs of an attempt that ended its processes itself, but those that tell why one had to end."""
-    for names in list_crumbs(run_url).values():
+def release(run_url: str, attempt: str) -> None:
+    """Remove the markers of an attempt that ended its processes itself, but those that tell why one had to end."""
+    for names in list_markers(run_url).values():
         for name in names:
             url = storage.join(_folder(run_url), name)
             try:
-                crumb = Crumb.model_validate_json(storage.read_bytes(url))
+                marker = InHandMarker.model_validate_json(storage.read_bytes(url))
             except (FileNotFoundError, ValidationError):
                 continue
-            if crumb.attempt == attempt and crumb.reason is None:
+            if marker.attempt == attempt and marker.reason is None:
                 storage.remove(url)
 
 
-def sweep(run_url: str, shards: Collection[int]) -> None:
-    """Remove the crumbs of shards that are done, or that were given back in an orderly way."""
-    for shard, names in list_crumbs(run_url).items():
+def clear(run_url: str, shards: Collection[int]) -> None:
+    """Remove the markers of shards that are done, or that were given back in an orderly way."""
+    for shard, names in list_markers(run_url).items():
         if shard in shards:
             for name in names:
                 url = storage.join(_folder(run_url), name)
@@ -141,15 +143,15 @@ def sweep(run_url: str, shards: Collection[int]) -> None:
 
 
 def _remove_notes(url: str) -> None:
-    """Remove the file on this host that a crumb names: its process is dead, or has begun another one."""
-    from owlsam_ray.parallel.work_slots import BREADCRUMBS
+    """Remove the file on this host that a marker names: its process is dead, or has begun another one."""
+    from owlsam_ray.parallel.work_slots import SLOT_FILES
 
     try:
-        crumb = Crumb.model_validate_json(storage.read_bytes(url))
+        marker = InHandMarker.model_validate_json(storage.read_bytes(url))
     except (FileNotFoundError, ValidationError):
         return
-    notes = Path(crumb.notes) if crumb.notes is not None and crumb.host == socket.gethostname() else None
+    notes = Path(marker.notes) if marker.notes is not None and marker.host == socket.gethostname() else None
     # No other file: the run directory may be somebody else's.
-    if notes is not None and notes.name.startswith(BREADCRUMBS) and notes.parent == Path(tempfile.gettempdir()):
+    if notes is not None and notes.name.startswith(SLOT_FILES) and notes.parent == Path(tempfile.gettempdir()):
         with contextlib.suppress(OSError):
             notes.unlink()

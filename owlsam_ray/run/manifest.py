@@ -98,7 +98,7 @@ class Manifest:
             chain = hashlib.sha256(link.encode()).hexdigest()
         return chain
 
-    def image_list(self, number: int | None = None) -> str:
+    def images_digest(self, number: int | None = None) -> str:
         """A name for the first so many images (default: all), whatever shards they stand in.
 
         Their number, and a hash of the first and the last one's id and name.
@@ -249,7 +249,7 @@ def shard_size(num_images: int, setting: int | str, *, mean_bytes: float | None 
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ShardLayout:
     """How rows are cut into shards and parts."""
 
     shard_size: int
@@ -263,7 +263,7 @@ class Layout:
 def write_parts(
     run_url: str,
     tables: Iterable[pa.Table],
-    layout: Layout,
+    layout: ShardLayout,
     *,
     source: dict[str, Any],
     before: Manifest | None = None,
@@ -331,7 +331,7 @@ def _shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
 
 
 def _write_part(
-    run_url: str, shards: Iterable[pa.Table], before: list[ManifestPart], layout: Layout, source: dict[str, Any]
+    run_url: str, shards: Iterable[pa.Table], before: list[ManifestPart], layout: ShardLayout, source: dict[str, Any]
 ) -> ManifestPart:
     """Write one part: the Parquet file first, then its sidecar, which makes it valid."""
     name = _part_name(len(before))

@@ -21,7 +21,7 @@ from rich.progress import (
 
 from owlsam_ray import storage
 from owlsam_ray.errors import OwlsamError
-from owlsam_ray.run.counts import Tally
+from owlsam_ray.run.counts import RunCounts
 
 PROGRESS_FILE = "progress.json"
 _FOOTERS_AT_ONCE = 256
@@ -39,7 +39,7 @@ class ProgressWatcher:
 
     def __init__(
         self,
-        tally: Tally,
+        tally: RunCounts,
         *,
         interval_s: float,
         show: Callable[[dict[str, Any]], None],
@@ -70,7 +70,7 @@ class ProgressWatcher:
         self._stop.set()
         self._thread.join()
 
-    def look(self) -> Tally:
+    def look(self) -> RunCounts:
         """Refresh the tally to the last footer, write the state's file, show the state.
 
         Raises:
@@ -79,7 +79,7 @@ class ProgressWatcher:
         """
         return self._look(None)
 
-    def _look(self, limit: int | None) -> Tally:
+    def _look(self, limit: int | None) -> RunCounts:
         with self._lock:
             state = progress_state(self._tally.refresh(limit), seconds=time.monotonic() - self._start)
             storage.write_atomic(self._url, json.dumps(state, indent=1).encode())
@@ -101,7 +101,7 @@ class ProgressWatcher:
             next_look = time.monotonic() + self._interval_s
 
 
-def progress_state(tally: Tally, *, seconds: float) -> dict[str, Any]:
+def progress_state(tally: RunCounts, *, seconds: float) -> dict[str, Any]:
     """Counts, rate and time left.
 
     Args:

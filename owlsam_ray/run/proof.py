@@ -153,13 +153,13 @@ def _explain(url: str, rows: pa.Table, rules: ShardRules) -> None:
         IncompleteError: there is one.
     """
     for row in rows.to_pylist():
-        offence = _offence(row, rules)
-        if offence is not None:
-            raise corrupt_shard(url, f"image {row['image_id']}: {offence}")
+        problem = _problem(row, rules)
+        if problem is not None:
+            raise corrupt_shard(url, f"image {row['image_id']}: {problem}")
 
 
 def _is_clean(rows: pa.Table, rules: ShardRules) -> bool:
-    """Whether `_offence` finds nothing in any row, told from whole columns."""
+    """Whether `_problem` finds nothing in any row, told from whole columns."""
     if not pc.all(pc.is_in(rows["status"], value_set=pa.array(sorted(_STATUSES)))).as_py():
         return rows.num_rows == 0
     is_failed = pc.equal(rows["status"], "failed")
@@ -223,7 +223,7 @@ def _all_finite(values: pa.Array) -> bool:
     return values.null_count == 0 and bool(np.isfinite(values.to_numpy()).all())
 
 
-def _offence(row: dict[str, Any], rules: ShardRules) -> str | None:
+def _problem(row: dict[str, Any], rules: ShardRules) -> str | None:
     """What is wrong with a row; None when nothing is."""
     if row["status"] not in _STATUSES:
         return f"unknown status {shown(row['status'])}"
@@ -248,9 +248,9 @@ def _offence(row: dict[str, Any], rules: ShardRules) -> str | None:
     if rules.num_prompts is not None and any(not 0 <= each < rules.num_prompts for each in row["prompt_id"]):
         return f"a prompt outside the {rules.num_prompts} queries"
     for position in range(len(indices)):
-        offence = _mask_offence({name: lists[name][position] for name in _OF_A_MASK}, row["height"], row["width"])
-        if offence is not None:
-            return offence
+        problem = _mask_problem({name: lists[name][position] for name in _OF_A_MASK}, row["height"], row["width"])
+        if problem is not None:
+            return problem
     return None
 
 
@@ -258,7 +258,7 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _mask_offence(mask: dict[str, Any], height: int, width: int) -> str | None:
+def _mask_problem(mask: dict[str, Any], height: int, width: int) -> str | None:
     """What is wrong with the mask of one detection; having none is fine."""
     counts = mask.pop("rle_counts")
     if counts is None:

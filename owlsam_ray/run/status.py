@@ -16,10 +16,10 @@ from rich.table import Table
 from owlsam_ray.config.load import ResourcesConfig
 from owlsam_ray.errors import IncompleteError, InputError
 from owlsam_ray.run.attempts import AttemptRecord, ended_attempts, is_dead_here, live_attempts
-from owlsam_ray.run.counts import Tally
+from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.failures import find_failures
 from owlsam_ray.run.guard import RUN_FILE, load_record
-from owlsam_ray.run.in_hand import list_crumbs
+from owlsam_ray.run.in_hand import list_markers
 from owlsam_ray.run.manifest import load_manifest
 from owlsam_ray.run.progress import duration
 from owlsam_ray.terminal import safe_text
@@ -71,7 +71,7 @@ class RunStatus:
         if record is None or manifest is None:
             raise InputError(f"{run_url} holds no run (no {RUN_FILE}, or no manifest)")
         self._run_url, self._manifest = run_url, manifest
-        self._tally = Tally(run_url, manifest, record.fingerprint)
+        self._tally = RunCounts(run_url, manifest, record.fingerprint)
         beat_s = record.config.get("resources", {}).get("heartbeat_s", ResourcesConfig().heartbeat_s)
         self.patience_s = 1.2 * float(beat_s) + 1.0
         """Seconds after which an attempt that lives has shown it, as far as the run file that planned the run tells."""
@@ -117,7 +117,7 @@ class RunStatus:
                 "failed_by_class": dict(sorted(failures.by_class.items())),
                 "failed_by_reason": dict(sorted(failures.by_reason.items())),
                 "quarantined": failures.quarantined,
-                "in_hand": len(list_crumbs(self._run_url)),
+                "in_hand": len(list_markers(self._run_url)),
                 "problems": problems,
             }
             | self._attempts(counts["left"])

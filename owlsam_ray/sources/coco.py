@@ -13,9 +13,9 @@ from typing import Any
 from owlsam_ray.coco_files.document import open_document
 from owlsam_ray.coco_files.images import text_of, url_parts
 from owlsam_ray.config.settings import DataConfig
-from owlsam_ray.errors import InputError, raise_offences, shown
+from owlsam_ray.errors import InputError, raise_problems, shown
 from owlsam_ray.sources.image_list import WAY_OUT, Dialect, Placing, list_images_of, spread
-from owlsam_ray.sources.layouts import Layout, choose_layout
+from owlsam_ray.sources.layouts import PathLayout, choose_layout
 from owlsam_ray.sources.listing import DEFAULTS, ImageRecord, Listing, ListingOptions
 
 _SPLIT_OF_NAME = re.compile(r"^COCO_((?:train|val|test)\d{4})_\d+\.")
@@ -58,11 +58,11 @@ def coco_dialect(url: str) -> Dialect:
         return f"{split}/{name}" if name and split else None
 
     layouts = (
-        Layout("<file_name>", lambda image: image.get("file_name")),
-        Layout("<split>/<file_name>", in_split),
-        Layout("<end of coco_url>", lambda image: "/".join(url_parts(image) or ()) or None),
-        Layout("<split by the file's name>/<file_name>", in_named_split),
-        Layout("<last part of coco_url>", lambda image: (url_parts(image) or (None, None))[1]),
+        PathLayout("<file_name>", lambda image: image.get("file_name")),
+        PathLayout("<split>/<file_name>", in_split),
+        PathLayout("<end of coco_url>", lambda image: "/".join(url_parts(image) or ()) or None),
+        PathLayout("<split by the file's name>/<file_name>", in_named_split),
+        PathLayout("<last part of coco_url>", lambda image: (url_parts(image) or (None, None))[1]),
     )
     return Dialect(layouts=layouts, split_of=split_of)
 
@@ -105,22 +105,22 @@ def list_tree(tree: dict[str, Any], *, url: str, root: str) -> ImageList:
     if not isinstance(images, list) or not images:
         raise InputError(f"{url} lists no images: is it a COCO file with a non-empty `images`?")
     layout = choose_layout(root, [spread(images)], coco_dialect(url).layouts, where=url)
-    offences: list[str] = []
+    problems: list[str] = []
     name_of: dict[int, str] = {}
     id_of: dict[str, int] = {}
     records = []
-    for placed in Placing(url, root, layout).images(images, offences):
+    for placed in Placing(url, root, layout).images(images, problems):
         number, path = placed.image["id"], placed.path
         if path is None:
-            offences.append(placed.reason or "")
+            problems.append(placed.reason or "")
             continue
         if number in name_of:
-            offences.append(f"id {number} is given to both {shown(name_of[number])} and {shown(path)}")
+            problems.append(f"id {number} is given to both {shown(name_of[number])} and {shown(path)}")
         elif path in id_of:
-            offences.append(f"{shown(path)} is listed twice, as id {id_of[path]} and as id {number}")
+            problems.append(f"{shown(path)} is listed twice, as id {id_of[path]} and as id {number}")
         name_of[number], id_of[path] = path, number
         records.append(ImageRecord(number, path, placed.height, placed.width))
-    raise_offences(url, offences, WAY_OUT)
+    raise_problems(url, problems, WAY_OUT)
     categories = tree.get("categories") or []
     if not isinstance(categories, list):
         raise InputError(f"{url}: `categories` is a {type(categories).__name__}, not a list")

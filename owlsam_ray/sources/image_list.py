@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 from owlsam_ray.coco_files.document import Document, open_document
 from owlsam_ray.coco_files.images import image_error
 from owlsam_ray.coco_files.stated_size import stated_side
-from owlsam_ray.errors import InputError, raise_offences, shown
+from owlsam_ray.errors import InputError, raise_problems, shown
 from owlsam_ray.schema import Container
 from owlsam_ray.sources.files import relative_names
-from owlsam_ray.sources.layouts import LOOKED_UP, Layout, choose_layout
+from owlsam_ray.sources.layouts import LOOKED_UP, PathLayout, choose_layout
 from owlsam_ray.sources.listing import Listing, below, file_name_error, listing_table
 from owlsam_ray.sources.row_names import (
     absolute_root,
@@ -36,7 +36,7 @@ _TEXT_ID = "source_id"
 """Field of the output's image records that holds an id that is a text."""
 _OWN_FIELDS = {"id", "file_name", "height", "width"}
 _COUNTED = 10_000
-"""Offences after which reading on is of no use."""
+"""Problems after which reading on is of no use."""
 _BATCH_BYTES = 2 * 2**20
 """Some thousand image records."""
 _REFERENCES = pa.schema([("image_id", pa.int64()), ("category_id", pa.int64())])
@@ -62,7 +62,7 @@ class Placed:
     width: int | None = None
 
 
-Inspect = Callable[[Sequence[Placed], Layout], set[str]]
+Inspect = Callable[[Sequence[Placed], PathLayout], set[str]]
 """Looks at some thousand images at a time that have a path, in order; returns the names that do not belong into the
 listing."""
 
@@ -71,7 +71,7 @@ listing."""
 class Dialect:
     """What differs between the formats."""
 
-    layouts: tuple[Layout, ...]
+    layouts: tuple[PathLayout, ...]
     split_of: Callable[[dict[str, Any]], str | None]
     """Split of an image record; None: the first folder of its path, if it has one."""
     inspect: Inspect = lambda placed, layout: set()
@@ -138,21 +138,23 @@ def spread(images: Sequence[Any]) -> list[dict[str, Any]]:
     return [image for image in images[::step] if isinstance(image, dict)]
 
 
-def _tables(document: Document, root: str, dialect: Dialect, layout: Layout, *, has_ids: bool) -> Iterator[pa.Table]:
-    offences: list[str] = []
+def _tables(
+    document: Document, root: str, dialect: Dialect, layout: PathLayout, *, has_ids: bool
+) -> Iterator[pa.Table]:
+    problems: list[str] = []
     place = Placing(document.url, root, layout, has_ids=has_ids)
     for block in document.blocks("images", max_bytes=_BATCH_BYTES):
         images = block.decode()
-        offences += block.repeats(images)
-        placed = list(place.images(images, offences, first=block.first))
-        if not offences:
+        problems += block.repeats(images)
+        placed = list(place.images(images, problems, first=block.first))
+        if not problems:
             usable = [each for each in placed if each.path is not None]
             left_out = dialect.inspect(usable, layout)
             kept = [each for each in placed if each.name not in left_out] if left_out else placed
             yield _table(kept, document.url, root, dialect, has_ids=has_ids)
-        if len(offences) > _COUNTED:
+        if len(problems) > _COUNTED:
             break
-    raise_offences(document.url, offences, WAY_OUT)
+    raise_problems(document.url, problems, WAY_OUT)
 
 
 class Placing:
@@ -165,26 +167,26 @@ class Placing:
         has_ids: ids are integers; otherwise texts are taken as well, and the plan numbers the images.
     """
 
-    def __init__(self, url: str, root: str, layout: Layout, *, has_ids: bool = True) -> None:
+    def __init__(self, url: str, root: str, layout: PathLayout, *, has_ids: bool = True) -> None:
         self._file = relative_names([url])[0]
         self._url = url
         self._begin = absolute_root(root)
         self._layout, self._has_ids = layout, has_ids
 
-    def images(self, images: Iterable[Any], offences: list[str], *, first: int = 0) -> Iterator[Placed]:
-        """Records that can be planned; what is wrong with the others is added to `offences`.
+    def images(self, images: Iterable[Any], problems: list[str], *, first: int = 0) -> Iterator[Placed]:
+        """Records that can be planned; what is wrong with the others is added to `problems`.
 
         Repeated ids and names are not looked for.
 
         Args:
             images: entries of `images`.
-            offences: of this file so far.
+            problems: of this file so far.
             first: position of the first entry.
         """
         for position, image in enumerate(images, first):
-            offence = image_error(image, has_ids=self._has_ids)
-            if offence is not None:
-                offences.append(f"images[{position}]{offence}")
+            problem = image_error(image, has_ids=self._has_ids)
+            if problem is not None:
+                problems.append(f"images[{position}]{problem}")
                 continue
             sides = [stated_side(image.get(side)) for side in ("height", "width")]
             yield replace(self._place(image, position), height=sides[0], width=sides[1])
@@ -196,7 +198,7 @@ class Placing:
         path = path_below(self._begin, given)
         if path is None:
             value = image.get("file_name") if given is None else given
-            why = f"in images[{position}] {_name_offence(value)}{_hint(image)}"
+            why = f"in images[{position}] {_name_problem(value)}{_hint(image)}"
             name = row_name(self._file, position)
             reason = bad_reason("bad_name", value, why)
             return Placed(image, None, name, position, other_name=told_apart(name, self._url), reason=reason)
@@ -207,7 +209,7 @@ class Placing:
         return Placed(image, path, name, position, other_name=other, quoted=f"{shown(path)}: {file_name_error(path)}")
 
 
-def _name_offence(value: object) -> str:
+def _name_problem(value: object) -> str:
     if not isinstance(value, str) or not value:
         return "is no file name"
     if "\0" in value:

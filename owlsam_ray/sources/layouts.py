@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PathLayout:
     """One rule by which an image record says where its file lies."""
 
     caption: str
@@ -28,8 +28,8 @@ class Layout:
 
 
 def choose_layout(
-    root: str, samples: Iterable[Sequence[dict[str, Any]]], layouts: Sequence[Layout], *, where: str
-) -> Layout:
+    root: str, samples: Iterable[Sequence[dict[str, Any]]], layouts: Sequence[PathLayout], *, where: str
+) -> PathLayout:
     """The layout in which most of a sample is there; the choice holds for the whole file. Logged.
 
     Args:

@@ -13,7 +13,7 @@ from owlsam_ray.coco_files.images import text_of, url_parts
 from owlsam_ray.config.settings import DataConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.sources.image_list import Dialect, Inspect, Placed, list_images_of
-from owlsam_ray.sources.layouts import Layout, exist
+from owlsam_ray.sources.layouts import PathLayout, exist
 from owlsam_ray.sources.listing import DEFAULTS, Listing, ListingOptions
 
 _log = logging.getLogger(__name__)
@@ -29,9 +29,9 @@ def _by_name_alone(image: dict[str, Any]) -> str | None:
     return parts[1] if parts else text_of(image, "file_name")
 
 
-_IN_FOLDERS = Layout("<folder of coco_url>/<name>", _by_url)
-_IN_ONE_FOLDER = Layout("<name in coco_url>", _by_name_alone)
-_BY_FILE_NAME = Layout("<file_name>", lambda image: image.get("file_name"))
+_IN_FOLDERS = PathLayout("<folder of coco_url>/<name>", _by_url)
+_IN_ONE_FOLDER = PathLayout("<name in coco_url>", _by_name_alone)
+_BY_FILE_NAME = PathLayout("<file_name>", lambda image: image.get("file_name"))
 
 
 def list_lvis(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
@@ -58,7 +58,7 @@ def _look_at_folders(url: str, root: str) -> Inspect:
     """Looks up a few images of every folder when it first turns up."""
     known: set[str] = set()
 
-    def inspect(placed: Sequence[Placed], layout: Layout) -> set[str]:
+    def inspect(placed: Sequence[Placed], layout: PathLayout) -> set[str]:
         found: dict[str, list[str]] = {}
         for each in placed:
             folder = (url_parts(each.image) or ("",))[0]

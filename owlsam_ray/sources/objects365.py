@@ -16,7 +16,7 @@ from typing import Any
 from owlsam_ray.coco_files.images import text_of
 from owlsam_ray.config.settings import DataConfig
 from owlsam_ray.sources.image_list import Dialect, Inspect, Placed, list_images_of
-from owlsam_ray.sources.layouts import Layout, exist
+from owlsam_ray.sources.layouts import PathLayout, exist
 from owlsam_ray.sources.listing import DEFAULTS, Listing, ListingOptions
 
 MISSING = frozenset(
@@ -52,7 +52,7 @@ def list_objects365(config: DataConfig, options: ListingOptions = DEFAULTS) -> L
     for folder in ("train", "val"):
         names += [(f"{folder}/<patch>/<name>", folder, _in_patch), (f"{folder}/<file_name>", folder, _name)]
     names += [("<name>", "", _alone), ("train/<name>", "train", _alone), ("val/<name>", "val", _alone)]
-    layouts = tuple(Layout(caption, _below(folder, place)) for caption, folder, place in names)
+    layouts = tuple(PathLayout(caption, _below(folder, place)) for caption, folder, place in names)
     return list_images_of(url, root, Dialect(layouts=layouts, split_of=_patch, inspect=_leave_out_missing(url, root)))
 
 
@@ -84,7 +84,7 @@ def _below(folder: str, place: Any) -> Any:
 
 
 def _leave_out_missing(url: str, root: str) -> Inspect:
-    def inspect(placed: Sequence[Placed], layout: Layout) -> set[str]:
+    def inspect(placed: Sequence[Placed], layout: PathLayout) -> set[str]:
         names = [each.name for each in placed if _in_patch(each.image) in MISSING]
         absent = [name for name, there in zip(names, exist(root, names), strict=True) if not there]
         if absent:

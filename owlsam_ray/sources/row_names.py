@@ -108,7 +108,7 @@ def bad_reason(word: str, value: object, why: str) -> str:
 
 
 def join_kinds(kinds: Sequence[tuple[str, int, Sequence[Any]]]) -> str:
-    """Offences by kind for a message: one line a kind with its number and the first of them.
+    """Problems by kind for a message: one line a kind with its number and the first of them.
 
     Args:
         kinds: what is wrong, how often, and a few examples.

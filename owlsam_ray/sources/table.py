@@ -203,12 +203,12 @@ class _Refused:
         self._url, self._first = url, first
         self._kinds: list[tuple[list[int], list[str]]] = []
 
-    def unless(self, fits: pa.Array, values: pa.Array, offence: str) -> None:
+    def unless(self, fits: pa.Array, values: pa.Array, problem: str) -> None:
         """Note the rows whose values do not fit."""
         bad = np.flatnonzero(~pc.fill_null(fits, False).to_numpy(zero_copy_only=False)).tolist()
         if bad:
             first = values.take(pa.array(bad[:TOLD], INTEGER)).to_pylist()
-            self._kinds.append((bad, [f"{shown(value)} {offence}" for value in first]))
+            self._kinds.append((bad, [f"{shown(value)} {problem}" for value in first]))
 
     def raise_if_any(self, *, way_out: str) -> None:
         """Refuse the file; rows of further batches are not looked at.

@@ -14,7 +14,7 @@ from owlsam_ray.errors import InputError, one_line, shown
 
 TEXT, INTEGER, NUMBER = pa.string(), pa.int64(), pa.float64()
 TOLD = 5
-"""Offences that are told; the others are counted."""
+"""Problems that are told; the others are counted."""
 WAY_OUT = "Mend or remove these rows."
 
 

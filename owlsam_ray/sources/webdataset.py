@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from owlsam_ray.config.settings import DataConfig
-from owlsam_ray.errors import InputError, raise_offences, shown
+from owlsam_ray.errors import InputError, raise_problems, shown
 from owlsam_ray.parallel.processes import in_order
 from owlsam_ray.sources.files import check_schemes, expand_files, relative_names, tell_left_out
 from owlsam_ray.sources.listing import DEFAULTS, Listing, ListingOptions
@@ -40,14 +40,14 @@ def list_webdataset(config: DataConfig, options: ListingOptions = DEFAULTS) -> L
     urls = expand_files(config.files)
     check_schemes(urls)
     names = relative_names(urls)
-    offences = []
+    problems = []
     for url, name in zip(urls, names, strict=True):
         kind = next((kind for endings, kind in _COMPRESSED.items() if url.lower().endswith(endings)), None)
         if kind is not None:
-            offences.append(f"{url} {compressed(kind)}")
+            problems.append(f"{url} {compressed(kind)}")
         elif (reason := _name_error(name)) is not None:
-            offences.append(f"{shown(url)}: {reason}; rename it, or write its path plainly")
-    raise_offences("data.files", offences, "Images are taken from plain .tar files.")
+            problems.append(f"{shown(url)}: {reason}; rename it, or write its path plainly")
+    raise_problems("data.files", problems, "Images are taken from plain .tar files.")
     suffixes = tuple(suffix.lower() for suffix in config.suffixes)
     files = [TarFile(url, name, suffixes) for url, name in zip(urls, names, strict=True)]
     return Listing(tables=_tables(files, options), has_ids=False)
@@ -90,7 +90,7 @@ def _tables(files: Sequence[TarFile], options: ListingOptions) -> Iterator[pa.Ta
             "Copy the damaged files again, or take the members before the damage only: plan.damaged_files=keep_whole."
         )
         refused += damaged
-    raise_offences("data.files", refused, way_out)
+    raise_problems("data.files", refused, way_out)
     if images == 0:
         raise InputError(
             f"data.files holds no image: of {others} members of {len(files)} tar files none is visible (no name or "

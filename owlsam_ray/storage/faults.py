@@ -12,7 +12,7 @@ from owlsam_ray.storage.secrets import masked
 
 _log = logging.getLogger(__name__)
 
-TroubleKind = Literal[
+FaultKind = Literal[
     "missing", "forbidden", "expired", "anonymous", "no_package", "bad_request", "beyond", "busy", "refused", "as_is"
 ]
 
@@ -54,10 +54,10 @@ class TooLargeError(OSError):
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class Fault:
     """What an error of a client library comes to."""
 
-    kind: TroubleKind
+    kind: FaultKind
     what: str
     """Status, code and message in one line."""
 
@@ -67,7 +67,7 @@ class Trouble:
         return self.kind == "busy"
 
 
-def understand(error: BaseException, *, is_foreign: bool = False) -> Trouble:
+def understand(error: BaseException, *, is_foreign: bool = False) -> Fault:
     """The kind of an error that a client library raised, whichever that was.
 
     By names and attributes, so that no library is imported for it.
@@ -79,16 +79,16 @@ def understand(error: BaseException, *, is_foreign: bool = False) -> Trouble:
     status, code, message = _http_facts(error)
     if status is not None:
         what = " ".join(f"{status} {code if code != str(status) else ''}".split())
-        return Trouble(
+        return Fault(
             _kind_of_status(status, code, message),
             one_line(masked(f"{what}: {message[:_MASKED_AT_MOST]}" if message else what)),
         )
     names = _names(error)
     if isinstance(error, FileNotFoundError) and not (names | _names(error.__cause__)) & _BUSY_NAMES:
-        return Trouble("missing", "there is no such file")
+        return Fault("missing", "there is no such file")
     if "TooManyRedirects" in names:
-        return Trouble("refused", "too many redirects")
-    return Trouble(_kind_of_names(names, is_foreign), described(error))
+        return Fault("refused", "too many redirects")
+    return Fault(_kind_of_names(names, is_foreign), described(error))
 
 
 def _names(error: BaseException | None) -> set[str]:
@@ -96,7 +96,7 @@ def _names(error: BaseException | None) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
 
 
-def _kind_of_names(names: set[str], is_foreign: bool) -> TroubleKind:
+def _kind_of_names(names: set[str], is_foreign: bool) -> FaultKind:
     if names & _ANONYMOUS:
         return "anonymous"
     if names & _REFUSED:
@@ -150,14 +150,14 @@ def tell_once(where: str, error: BaseException) -> None:
     _log.warning("%s fails: %s%s; further errors of this kind are not logged", where, described(error), origin)
 
 
-def _kind_of_status(status: int, code: str, message: str) -> TroubleKind:
+def _kind_of_status(status: int, code: str, message: str) -> FaultKind:
     if code in _EXPIRED_CODES:
         return "expired"
     if status == 401:
         return "anonymous" if "Anonymous caller" in message else "expired"
     if status in _BUSY_STATUS or code in _BUSY_CODES or (status == 403 and "rate limit" in message.lower()):
         return "busy"
-    known: dict[int, TroubleKind] = {403: "forbidden", 404: "missing", 410: "missing", 416: "beyond"}
+    known: dict[int, FaultKind] = {403: "forbidden", 404: "missing", 410: "missing", 416: "beyond"}
     return known.get(status, "refused")
 
 

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from owlsam_ray.errors import InputError, OwlsamError, StorageSetupError, shown
 from owlsam_ray.storage.clients import KINDS, Client, open_client
-from owlsam_ray.storage.faults import Trouble, described, tell_once, understand
+from owlsam_ray.storage.faults import Fault, described, tell_once, understand
 from owlsam_ray.storage.secrets import masked, masked_url
 
 T = TypeVar("T")
@@ -148,12 +148,12 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
         raise StorageSetupError(f"cannot open {shown(masked_url(url), 500)}: {described(error)}") from None
 
 
-class _TroubleError(Exception):
+class _FaultError(Exception):
     """Carries what went wrong from a try to the decision about the next."""
 
-    def __init__(self, trouble: Trouble, error: Exception) -> None:
-        super().__init__(trouble.what)
-        self.trouble = trouble
+    def __init__(self, fault: Fault, error: Exception) -> None:
+        super().__init__(fault.what)
+        self.fault = fault
         self.error = error
 
 
@@ -174,41 +174,41 @@ def ask(client: Client, url: str, request: Callable[[], T]) -> T:
         except OwlsamError:
             raise
         except client.errors as error:
-            raise _TroubleError(understand(error, is_foreign=client.kind == "other"), error) from None
+            raise _FaultError(understand(error, is_foreign=client.kind == "other"), error) from None
 
     policy = state.policy
     grows = tenacity.wait_exponential(multiplier=policy.backoff_s, max=policy.max_backoff_s)
     tries = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(lambda e: isinstance(e, _TroubleError) and e.trouble.is_worth_a_retry),
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, _FaultError) and e.fault.is_worth_a_retry),
         stop=tenacity.stop_after_attempt(policy.retries + 1),
         wait=lambda attempt: grows(attempt) * random.uniform(0.5, 1.0),
         reraise=True,
     )
     try:
         return tries(once)
-    except _TroubleError as last:
+    except _FaultError as last:
         failure = last
     _raise(client, url, failure, tries.statistics["attempt_number"])
     raise AssertionError("unreachable")
 
 
-def _raise(client: Client, url: str, failure: _TroubleError, num_tries: int) -> None:
-    trouble, error = failure.trouble, failure.error
+def _raise(client: Client, url: str, failure: _FaultError, num_tries: int) -> None:
+    fault, error = failure.fault, failure.error
     if client.kind == "other" and not isinstance(error, OSError):
         tell_once(url.partition("://")[0] + "://", error)
     url = masked_url(url)
-    if trouble.kind == "as_is" and (type(error) is not OSError or error.errno is not None):
+    if fault.kind == "as_is" and (type(error) is not OSError or error.errno is not None):
         raise error
     host = f" at {masked(client.host)}" if client.host else ""
-    message = f"{trouble.what} ({url}{host}, {num_tries} {'try' if num_tries == 1 else 'tries'})"
-    if trouble.kind == "anonymous":
-        raise StorageSetupError(f"no credentials for {url}{host}: {trouble.what}. {_CREDENTIALS.get(client.kind, '')}")
-    if trouble.kind == "no_package":
-        raise StorageSetupError(f"cannot open {shown(url, 500)}: {trouble.what}")
-    if trouble.kind == "bad_request":
-        raise InputError(f"cannot open {shown(url, 500)}: {trouble.what}")
+    message = f"{fault.what} ({url}{host}, {num_tries} {'try' if num_tries == 1 else 'tries'})"
+    if fault.kind == "anonymous":
+        raise StorageSetupError(f"no credentials for {url}{host}: {fault.what}. {_CREDENTIALS.get(client.kind, '')}")
+    if fault.kind == "no_package":
+        raise StorageSetupError(f"cannot open {shown(url, 500)}: {fault.what}")
+    if fault.kind == "bad_request":
+        raise InputError(f"cannot open {shown(url, 500)}: {fault.what}")
     numbers = {"missing": errno.ENOENT, "forbidden": errno.EACCES, "expired": errno.EKEYEXPIRED, "beyond": errno.EINVAL}
-    number = numbers.get(trouble.kind, errno.ETIMEDOUT if "Timeout" in type(error).__name__ else errno.EIO)
+    number = numbers.get(fault.kind, errno.ETIMEDOUT if "Timeout" in type(error).__name__ else errno.EIO)
     raise OSError(number, message)
 
 

@@ -47,7 +47,7 @@ _MAX_PIXELS = 200_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledPicture:
+class LabelledImage:
     """A picture and its labels, best first."""
 
     pixels: NDArray[np.uint8]
@@ -64,9 +64,7 @@ class LabelledPicture:
     """Stands under the picture."""
 
 
-def read_labelled(
-    annotations: str, images: str, *, min_score: float, count: int | None = None
-) -> list[LabelledPicture]:
+def read_labelled(annotations: str, images: str, *, min_score: float, count: int | None = None) -> list[LabelledImage]:
     """Pictures of a COCO file with their labels, evenly spread over the file; also those in which nothing was found.
 
     Args:
@@ -93,7 +91,7 @@ def read_labelled(
     return [_picture(image, labels[image["id"]], names, images) for image in chosen]
 
 
-def _picture(image: dict[str, Any], labels: list[dict[str, Any]], names: dict[int, str], root: str) -> LabelledPicture:
+def _picture(image: dict[str, Any], labels: list[dict[str, Any]], names: dict[int, str], root: str) -> LabelledImage:
     size_hw = (image["height"], image["width"])
     url = storage.join(root, image["file_name"])
     try:
@@ -122,7 +120,7 @@ def label_picture(
     rles: Sequence[bytes | None],
     caption: str,
     long_side: int = CELL,
-) -> LabelledPicture:
+) -> LabelledImage:
     """A picture and its labels at the size at which they are drawn, so that masks of a huge one fit into memory.
 
     Args:
@@ -147,7 +145,7 @@ def label_picture(
     if scale < 1.0:
         pixels = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
         boxes_xyxy = boxes_xyxy * np.array([size[0] / width, size[1] / height] * 2, np.float32)
-    return LabelledPicture(pixels, boxes_xyxy, tuple(names), np.array(scores, np.float32), masks, caption)
+    return LabelledImage(pixels, boxes_xyxy, tuple(names), np.array(scores, np.float32), masks, caption)
 
 
 def was_drawn_here(path: Path) -> bool:
@@ -159,7 +157,7 @@ def was_drawn_here(path: Path) -> bool:
         return False
 
 
-def write_contact_sheet(images: Sequence[LabelledPicture], path: Path, *, columns: int, long_side: int = CELL) -> None:
+def write_contact_sheet(images: Sequence[LabelledImage], path: Path, *, columns: int, long_side: int = CELL) -> None:
     """Draw pictures into a grid, row by row, and write it as PNG, whole or not at all.
 
     Args:
@@ -196,7 +194,7 @@ def write_contact_sheet(images: Sequence[LabelledPicture], path: Path, *, column
     storage.write_atomic(str(path), data.getbuffer())
 
 
-def draw_labels(picture: LabelledPicture, *, long_side: int = CELL) -> Image.Image:
+def draw_labels(picture: LabelledImage, *, long_side: int = CELL) -> Image.Image:
     """One picture at the size of the sheet, with its labels; lines and letters grow with it."""
     height, width = picture.pixels.shape[:2]
     scale = long_side / max(height, width)
@@ -218,7 +216,7 @@ def draw_labels(picture: LabelledPicture, *, long_side: int = CELL) -> Image.Ima
     return image
 
 
-def _draw_masks(canvas: Tensor, picture: LabelledPicture, colours: Sequence[Colour], size: tuple[int, int]) -> Tensor:
+def _draw_masks(canvas: Tensor, picture: LabelledImage, colours: Sequence[Colour], size: tuple[int, int]) -> Tensor:
     """(3, h, w) uint8 with the masks over it, the best one on top.
 
     One by one: drawn in one call, torchvision paints black where masks overlap, and a float copy of each is in memory.
@@ -275,7 +273,7 @@ def _shrunk(masks: Tensor) -> Tensor:
     return outside == 0
 
 
-def _boxes_on(picture: LabelledPicture, size: tuple[int, int], *, margin: int) -> Tensor:
+def _boxes_on(picture: LabelledImage, size: tuple[int, int], *, margin: int) -> Tensor:
     """(N, 4) int32 first and last pixel of each box on the scaled picture, with a margin around it."""
     height, width = picture.pixels.shape[:2]
     factors = np.array([size[0] / width, size[1] / height] * 2, np.float32)

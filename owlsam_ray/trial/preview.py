@@ -27,7 +27,7 @@ from owlsam_ray.models.shipped import check_shipped, model_settings
 from owlsam_ray.parallel.allocation import allocate
 from owlsam_ray.records import EncodedImage, Prediction
 from owlsam_ray.sources import list_images
-from owlsam_ray.trial.contact_sheet import CELL, LabelledPicture, label_picture, was_drawn_here, write_contact_sheet
+from owlsam_ray.trial.contact_sheet import CELL, LabelledImage, label_picture, was_drawn_here, write_contact_sheet
 from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
 
 _COLUMNS = 4
@@ -276,7 +276,7 @@ def _picture(
     *,
     min_score: float,
     alone: bool,
-) -> LabelledPicture:
+) -> LabelledImage:
     decoded = decode_image(
         image.data or b"", stated_hw=None, max_pixels=config.decode.max_pixels, grey16=config.decode.grey16
     )

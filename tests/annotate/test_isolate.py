@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from owlsam_ray.annotate.isolate import IsolationTask, _as_raised, _first_groups, _Room, isolate_shard
+from owlsam_ray.annotate.isolate import IsolationTask, _as_raised, _first_groups, _Worker, isolate_shard
 from owlsam_ray.annotate.isolation_worker import error_arguments
 from owlsam_ray.config.load import RunConfig
 from owlsam_ray.errors import GuardError, IncompleteError, InputError, OwlsamError, PreflightError, WeightsError
@@ -133,16 +133,16 @@ def test_some_positions_and_kills_from_outside(tmp_path: Path, monkeypatch: pyte
     task, peaceful = make_task(tmp_path, poisoned={})
     slow = task.config.model_copy(update={"fakes": task.config.fakes.model_copy(update={"delay_s": 0.5})})
     pids, groups = count_starts(monkeypatch), []
-    send = _Room._send
+    send = _Worker._send
 
-    def send_and_kill(room: _Room, message: dict[str, Any]) -> None:
+    def send_and_kill(room: _Worker, message: dict[str, Any]) -> None:
         send(room, message)
         if "positions" in message:
             groups.append(message["positions"])
             if len(groups) in (1, 3):
                 os.kill(pids[-1], signal.SIGKILL)
 
-    monkeypatch.setattr(_Room, "_send", send_and_kill)
+    monkeypatch.setattr(_Worker, "_send", send_and_kill)
     rows, _ = isolate_shard(replace(task, config=slow, positions=(2, 5, 7, 11), suspects=frozenset({6})))
     assert groups == [[5], [5], [2, 7, 11], [2], [7, 11]]
     assert len(pids) == 3

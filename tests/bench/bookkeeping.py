@@ -32,9 +32,8 @@ from owlsam_ray.config.load import load_config
 from owlsam_ray.errors import FailureClass
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.records import Prediction
-from owlsam_ray.run import in_hand as crumbs
 from owlsam_ray.run.guard import RunRecord, load_record, save_record
-from owlsam_ray.run.manifest import Layout, Manifest, load_manifest, write_parts
+from owlsam_ray.run.manifest import Manifest, ShardLayout, load_manifest, write_parts
 from owlsam_ray.run.shards import PREDICTIONS, done_shards, write_shard
 from owlsam_ray.schema import predictions_to_table
 from owlsam_ray.sources.listing import listing_table
@@ -90,7 +89,7 @@ def make_run(folder: Path, images: int, *, shard_size: int = SHARD_SIZE) -> Mani
     )
     run = folder / "run"
     record = plan_run(load_config([str(folder / "run.json5")], overrides=[], run=str(run))).record
-    manifest = write_parts(str(run), picture_tables(pictures, images), Layout(shard_size=shard_size), source={})
+    manifest = write_parts(str(run), picture_tables(pictures, images), ShardLayout(shard_size=shard_size), source={})
     save_record(
         str(run),
         record.model_copy(update={"layout_hash": manifest.layout_hash, "num_parts": len(manifest.parts)}),
@@ -138,14 +137,14 @@ def measure_bookkeeping(run: str) -> dict[str, float]:
 
 def keep_books(run: str) -> None:
     """Called in a process of its own; prints figures."""
-    from owlsam_ray.run.counts import Tally
+    from owlsam_ray.run.counts import RunCounts
     from owlsam_ray.run.guard import load_run_manifest
 
     start = time.perf_counter()
     record = load_record(run)
     assert record is not None
     manifest = load_run_manifest(run, record)
-    tally = Tally(run, manifest, record.fingerprint)
+    tally = RunCounts(run, manifest, record.fingerprint)
     tally.refresh_listing()
     wave = tally.pending()[:1000]
     ready = time.perf_counter()
@@ -161,7 +160,7 @@ def measure_annotate(folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "owlsam_ray", "annotate", str(folder / "run.json5"), "--run", run]
     with MeasuredProcess(command) as driver:
         up = driver.moment_of(_UP)
-        in_hand = driver.wait_for(lambda: driver.seconds if crumbs.list_crumbs(run) else None)
+        in_hand = driver.wait_for(lambda: driver.seconds if in_hand.list_markers(run) else None)
         first = driver.wait_for(lambda: driver.seconds if done_shards(run) - before else None)
         # Until it has counted what earlier attempts did, too.
         driver.wait_for(lambda: True if driver.seconds > first + 10 else None)

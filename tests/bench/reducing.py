@@ -33,7 +33,7 @@ from owlsam_ray.config.settings import Category
 from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.reduce.run import reduce_run
 from owlsam_ray.run.guard import RunRecord, canonical_hash, save_record
-from owlsam_ray.run.manifest import Layout, Manifest, load_manifest, write_parts
+from owlsam_ray.run.manifest import Manifest, ShardLayout, load_manifest, write_parts
 from owlsam_ray.run.shards import shard_url, write_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA
 from owlsam_ray.sources import ImageRecord
@@ -67,7 +67,7 @@ def make_run(root: Path, annotations: int, *, shard_size: int = 1024, seed: int 
     config = load_config([run_file], run=str(run))
     records = (ImageRecord(number, f"train/{number:012d}.jpg", *SIZE_HW) for number in range(1, images + 1))
     source: dict[str, Any] = {"info": {}, "licenses": [], "categories": []}
-    manifest = write_parts(str(run), tables_of(records, "/i"), Layout(shard_size=shard_size), source=source)
+    manifest = write_parts(str(run), tables_of(records, "/i"), ShardLayout(shard_size=shard_size), source=source)
     parts = {"config": config.label_fields(), "weights": {"detector": "0", "segmenter": "0"}}
     record = RunRecord(
         owlsam_version="0",

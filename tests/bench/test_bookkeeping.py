@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from owlsam_ray.run.counts import Tally
+from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.guard import load_record, load_run_manifest
 from tests.bench.bookkeeping import NUM_IMAGES, bench, finish, make_run, marks_of
 from tests.bench.measured_process import MeasuredProcess, tree_bytes
@@ -23,7 +23,7 @@ def test_a_generated_run_is_a_planned_one_of_which_99_percent_are_finished(tmp_p
     for shard in (0, 1, 2, 100, 200):
         assert all(Path(uri).is_file() for uri in manifest.read_shard(shard)["uri"].to_pylist())
     finish(run, manifest, *marks_of(record))
-    tally = Tally(run, manifest, marks_of(record)[0]).refresh()
+    tally = RunCounts(run, manifest, marks_of(record)[0]).refresh()
     assert tally.pending() == [0, 100, 200, 300]
     assert (tally.counts["failed"], tally.images_done, tally.transient_shards) == (2970, 2970, set())
 

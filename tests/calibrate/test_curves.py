@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from owlsam_ray.calibrate.curves import (
     NOTHING,
     SAFE_Z,
-    Counts,
+    CurveCounts,
     Cuts,
     Target,
     between,
@@ -177,7 +177,7 @@ def test_what_safely_is_worth() -> None:
     found = np.broadcast_to(np.arange(1.0, detections + 1), (times, detections))
     draws = [np.cumsum(random.random((times, detections)) < truth, axis=1).astype(np.float64) for _ in range(2)]
     objects = np.full((times, 1), truth.sum())
-    cut, reached = choose(Counts.plain(draws[0], found, objects), target)
+    cut, reached = choose(CurveCounts.plain(draws[0], found, objects), target)
     assert reached.all()
     held_out = draws[1][np.arange(times), cut] / (cut + 1)
     assert np.mean(true_precision[cut] < 0.8) <= 0.03

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from owlsam_ray.calibrate.curves import Target
 from owlsam_ray.calibrate.points import Fitting
-from owlsam_ray.calibrate.run import Matching, calibrate_run
+from owlsam_ray.calibrate.run import MatchRule, calibrate_run
 from owlsam_ray.calibrate.table import operating_points_table
 from owlsam_ray.config.load import EvaluateConfig
 from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError
@@ -20,7 +20,7 @@ from tests.calibrate.small_run import FAILED, SHARD, SmallRun, label, plan
 
 IMAGES = 48
 QUICK = Fitting(min_examples=20, resamples=50)
-MASKS = Matching("mask")
+MASKS = MatchRule("mask")
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def rows_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("target", [Target(), Target("precision", 0.7), Target("recall", 0.6)], ids=str)
-@pytest.mark.parametrize("matching", [Matching(), MASKS], ids=str)
-def test_reduce_keeps_what_was_promised(small: SmallRun, target: Target, matching: Matching) -> None:
+@pytest.mark.parametrize("matching", [MatchRule(), MASKS], ids=str)
+def test_reduce_keeps_what_was_promised(small: SmallRun, target: Target, matching: MatchRule) -> None:
     result = calibrate_run(small.config(), target, matching=matching, fitting=QUICK)
     file = small.run / "operating_points.json"
     assert json.loads(file.read_text()) == result
@@ -235,7 +235,7 @@ def test_bad_inputs(small: SmallRun, tmp_path: Path) -> None:
         calibrate_run(small.config("detector.score_floor=0.2"), Target())
     for iou in (0.0, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="IoU"):
-            Matching("box", iou)
+            MatchRule("box", iou)
 
 
 def test_runs_that_are_not_there_yet(tmp_path: Path) -> None:

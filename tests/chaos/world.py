@@ -456,7 +456,7 @@ class Chaos:
         assert len(ids) == NUM_IMAGES, self._failure("rows twice")
         found = self.world.reduce(self.run)
         assert found == self.world.reference, self._failure(f"other bytes: {difference(found, self.world.reference)}")
-        assert not list((self.run / "attempts" / "in-hand").glob("*")), self._failure("crumbs are left")
+        assert not list((self.run / "attempts" / "in-hand").glob("*")), self._failure("markers are left")
 
 
 def difference(one: bytes, other: bytes) -> str:

@@ -267,7 +267,7 @@ def test_contradictions_are_refused(fields: dict[str, Any], words: str) -> None:
 
 
 def test_first_offences_are_named() -> None:
-    with pytest.raises(InputError, match=r"8 offences(.|\n)*… and 3 more"):
+    with pytest.raises(InputError, match=r"8 problems(.|\n)*… and 3 more"):
         run(*(annotation(i, category_id=90 + i) for i in range(8)))
 
 

@@ -24,9 +24,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from owlsam_ray import storage
 from owlsam_ray.errors import FailureClass, ImageError, StorageSetupError
-from owlsam_ray.fetch import deadline_pool as crew
+from owlsam_ray.fetch import deadline_pool as pool
 from owlsam_ray.fetch import packed
-from owlsam_ray.fetch.deadline_pool import Crew
+from owlsam_ray.fetch.deadline_pool import DeadlinePool
 from owlsam_ray.fetch.images import FETCHED_SCHEMA, fetch_rows, fetch_shard, to_images
 from owlsam_ray.inference.decode import decode_image
 from owlsam_ray.records import EncodedImage
@@ -484,7 +484,7 @@ def test_a_slow_row_group_shows_signs_of_life(tmp_path: Path, monkeypatch: pytes
 
 def test_threads_that_hang_are_bounded_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the bound, a call is no slower and no faster than one that hangs; after the fault all is well again."""
-    monkeypatch.setattr(crew, "_room", threading.BoundedSemaphore(10))
+    monkeypatch.setattr(pool, "_room", threading.BoundedSemaphore(10))
     before = threading.active_count()
     storage.write_atomic("memory://stuck/x", b"abc")
     timeout = ("fetch_timeout: no answer within 0.1 s", TRANSIENT)
@@ -568,7 +568,7 @@ def test_a_crew_keeps_its_bounds(seed: int) -> None:
     print(f"seed {seed}")
     chance = random.Random(seed)
     threads = chance.randint(1, 6)
-    hands: Crew[int] = Crew(threads, deadline_s=30)
+    hands: DeadlinePool[int] = DeadlinePool(threads, deadline_s=30)
     lock, busy, most = threading.Lock(), 0, 0
 
     def work(number: int, depth: int) -> Iterator[int]:
@@ -595,7 +595,7 @@ def _tails(digits: int) -> list[str]:
 
 
 def test_what_a_task_raises_reaches_the_caller() -> None:
-    hands: Crew[int] = Crew(2, deadline_s=None)
+    hands: DeadlinePool[int] = DeadlinePool(2, deadline_s=None)
 
     def fail() -> list[int]:
         raise KeyError("x")
@@ -604,4 +604,4 @@ def test_what_a_task_raises_reaches_the_caller() -> None:
     with pytest.raises(KeyError, match="x"):
         list(hands.results())
     hands.add(fail)  # nobody waits for it
-    assert list(Crew[int](2, deadline_s=1).results()) == []
+    assert list(DeadlinePool[int](2, deadline_s=1).results()) == []

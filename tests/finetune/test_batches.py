@@ -20,7 +20,7 @@ from owlsam_ray.coco_files.cleaning import CleaningSettings
 from owlsam_ray.errors import FailureClass, ImageError, IncompleteError, InputError
 from owlsam_ray.finetune import batches as batches_module
 from owlsam_ray.finetune.augment import AugmentSettings
-from owlsam_ray.finetune.batches import Plan, SampleReader, iterate_batches
+from owlsam_ray.finetune.batches import BatchPlan, SampleReader, iterate_batches
 from owlsam_ray.finetune.data import Sample, TrainingImages, read_training_images
 
 
@@ -47,7 +47,7 @@ def collate(samples: Any, rng: np.random.Generator) -> dict[str, Any]:
     return {"image_ids": [sample.image_id for sample in samples], "chance": rng.random(), "samples": samples}
 
 
-def batches_of(images: TrainingImages, plan: Plan, steps: range, **options: Any) -> list[list[dict[str, Any]]]:
+def batches_of(images: TrainingImages, plan: BatchPlan, steps: range, **options: Any) -> list[list[dict[str, Any]]]:
     reader = options.pop("reader", None) or SampleReader(images, masks=False)
     threads = options.pop("threads", 3)
     return [
@@ -111,13 +111,13 @@ def test_workers_share_each_step_and_epochs_are_whole(
     num_images: int, per_call: int, accumulate: int, world_size: int, seed: int
 ) -> None:
     batch_size = per_call * accumulate * world_size
-    alone = Plan(num_images, batch_size, seed=seed)
+    alone = BatchPlan(num_images, batch_size, seed=seed)
     places: list[tuple[int, int]] = []
     for step in range(2 + 2 * num_images // batch_size):
         together = [
             pair
             for rank in range(world_size)
-            for micro in Plan(num_images, batch_size, accumulate, rank, world_size, seed).images_of(step)
+            for micro in BatchPlan(num_images, batch_size, accumulate, rank, world_size, seed).images_of(step)
             for pair in micro
         ]
         assert together == alone.images_of(step)[0]  # the same images, whoever reads them
@@ -130,7 +130,7 @@ def test_workers_share_each_step_and_epochs_are_whole(
 
 def test_epochs_are_shuffled_anew_and_seeds_differ() -> None:
     orders = [
-        [Plan(50, 50, seed=seed).images_of(step)[0][i][1] for i in range(50)] for seed in (0, 1) for step in (0, 1)
+        [BatchPlan(50, 50, seed=seed).images_of(step)[0][i][1] for i in range(50)] for seed in (0, 1) for step in (0, 1)
     ]
     assert len({tuple(order) for order in orders}) == 4
 
@@ -139,7 +139,7 @@ def test_two_workers_see_disjoint_images_and_all_of_them(tmp_path: Path) -> None
     images = make_images(tmp_path, 12)
     seen = []
     for rank in range(2):
-        plan = Plan(12, 4, rank=rank, world_size=2, seed=3)
+        plan = BatchPlan(12, 4, rank=rank, world_size=2, seed=3)
         seen.append([i for step in batches_of(images, plan, range(3)) for batch in step for i in batch["image_ids"]])
     assert set(seen[0]) & set(seen[1]) == set()
     assert set(seen[0]) | set(seen[1]) == {100 + index for index in range(12)}
@@ -147,7 +147,7 @@ def test_two_workers_see_disjoint_images_and_all_of_them(tmp_path: Path) -> None
 
 def test_batches_after_a_resume_are_the_same(tmp_path: Path) -> None:
     images = make_images(tmp_path, 7)
-    plan = Plan(7, 4, accumulate=2, seed=1)
+    plan = BatchPlan(7, 4, accumulate=2, seed=1)
     whole, rest = batches_of(images, plan, range(10)), batches_of(images, plan, range(6, 10))
     for step, again in zip(whole[6:], rest, strict=True):
         for batch, other in zip(step, again, strict=True):
@@ -162,7 +162,7 @@ def test_steps_come_in_order_whatever_the_threads_do(tmp_path: Path) -> None:
     steps = [
         step
         for step, _ in iterate_batches(
-            Plan(30, 3),
+            BatchPlan(30, 3),
             SampleReader(images, masks=False),
             collate,
             augmentation=AugmentSettings(),
@@ -179,7 +179,7 @@ def test_an_unreadable_image_is_replaced_and_counted_once(tmp_path: Path, caplog
     (tmp_path / "images" / "4.png").write_bytes(b"no picture")
     reader = SampleReader(images, masks=False)
     with caplog.at_level("WARNING", logger="owlsam_ray"):
-        steps = batches_of(images, Plan(6, 3, seed=2), range(8), reader=reader)
+        steps = batches_of(images, BatchPlan(6, 3, seed=2), range(8), reader=reader)
     ids = ids_of(steps)
     assert len(ids) == 24
     assert {102, 104} & set(ids) == set()
@@ -192,7 +192,7 @@ def test_no_readable_image_at_all_is_told(tmp_path: Path, threads: int) -> None:
     images = make_images(tmp_path, 3)
     for file in (tmp_path / "images").iterdir():
         file.unlink()
-    plan = Plan(3, 12, accumulate=4)  # as many micro batches as make threads wait for each other
+    plan = BatchPlan(3, 12, accumulate=4)  # as many micro batches as make threads wait for each other
     error = within(20, lambda: batches_of(images, plan, range(2), threads=threads))
     assert isinstance(error, InputError)
     assert "none of the 3 training images can be read ({'missing': 3}): is data.train's `images`" in str(error)
@@ -214,7 +214,7 @@ def test_every_reader_of_an_unreadable_set_is_told_what_the_set_is_for(tmp_path:
 def test_replacements_are_every_other_image_once_and_those_of_the_next_steps_first(
     num_images: int, batch_size: int, place: int
 ) -> None:
-    plan = Plan(num_images, batch_size, seed=3)
+    plan = BatchPlan(num_images, batch_size, seed=3)
     own = plan._image_at(place)
     replacements = list(plan.replacements_of(place))
     assert sorted([own, *replacements]) == list(range(num_images))
@@ -228,7 +228,7 @@ def test_the_only_readable_image_is_found(tmp_path: Path, threads: int) -> None:
     images = make_images(tmp_path, 8)
     for index in set(range(8)) - {5}:
         (tmp_path / "images" / f"{index}.png").unlink()
-    steps = within(20, lambda: batches_of(images, Plan(8, 4), range(3), threads=threads))
+    steps = within(20, lambda: batches_of(images, BatchPlan(8, 4), range(3), threads=threads))
     assert ids_of(steps) == [105] * 12
 
 
@@ -236,7 +236,7 @@ def test_what_storage_gives_at_the_third_try_is_not_left_out(tmp_path: Path, mon
     images = make_images(tmp_path, 6)
     tries = flaky(monkeypatch, {2: [False, False, True]})
     reader = SampleReader(images, masks=False)
-    assert sorted(ids_of(batches_of(images, Plan(6, 3), range(2), reader=reader))) == list(range(100, 106))
+    assert sorted(ids_of(batches_of(images, BatchPlan(6, 3), range(2), reader=reader))) == list(range(100, 106))
     assert tries[2] == 3
     assert reader.failures == {}
 
@@ -262,7 +262,7 @@ def test_storage_that_is_down_ends_the_training_instead_of_holding_it_up(
         images = make_images(tmp_path / str(count), count)
         with monkeypatch.context() as patch:
             tries = flaky(patch, {}, otherwise=False)
-            error = within(20, partial(batches_of, images, Plan(count, 3), range(50), threads=2))
+            error = within(20, partial(batches_of, images, BatchPlan(count, 3), range(50), threads=2))
         assert isinstance(error, IncompleteError)
         assert re.search(words, str(error))
         assert tries.total() < 200
@@ -278,7 +278,7 @@ def test_an_error_of_one_sample_or_of_collating_reaches_the_training(
 
     given = partial(
         iterate_batches,
-        Plan(4, 2),
+        BatchPlan(4, 2),
         SampleReader(images, masks=False),
         augmentation=AugmentSettings(),
         steps=range(2),
@@ -289,9 +289,9 @@ def test_an_error_of_one_sample_or_of_collating_reaches_the_training(
     assert isinstance(within(20, lambda: list(given(collate))), ZeroDivisionError)
 
 
-@pytest.mark.parametrize("plan", [Plan(32, 16), Plan(32, 1), Plan(32, 2, rank=1, world_size=2)])
+@pytest.mark.parametrize("plan", [BatchPlan(32, 16), BatchPlan(32, 1), BatchPlan(32, 2, rank=1, world_size=2)])
 def test_all_threads_work_at_one_step_and_few_steps_are_ahead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: BatchPlan
 ) -> None:
     images = make_images(tmp_path, 32)
     together = threading.Barrier(8, timeout=10)  # breaks unless eight threads read at once
@@ -316,7 +316,7 @@ def test_all_threads_work_at_one_step_and_few_steps_are_ahead(
 def test_batches_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     images = make_images(tmp_path, 9)
     (tmp_path / "images" / "4.png").unlink()
-    alone, many = (batches_of(images, Plan(9, 6, 2, seed=4), range(6), threads=threads) for threads in (1, 8))
+    alone, many = (batches_of(images, BatchPlan(9, 6, 2, seed=4), range(6), threads=threads) for threads in (1, 8))
     for one, other in zip(alone, many, strict=True):
         for batch, twin in zip(one, other, strict=True):
             assert batch["image_ids"] == twin["image_ids"]

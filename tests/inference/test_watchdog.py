@@ -15,27 +15,27 @@ import pytest
 
 from owlsam_ray.annotate.actor_watch import WatchedWork
 from owlsam_ray.config.load import ResourcesConfig
-from owlsam_ray.inference.watchdog import Trouble, Watchdog, resident_bytes
-from owlsam_ray.parallel.work_slots import Watch, read_breadcrumbs, remove_old_breadcrumbs
-from owlsam_ray.run import in_hand as crumbs
+from owlsam_ray.inference.watchdog import Overrun, Watchdog, resident_bytes
+from owlsam_ray.parallel.work_slots import WorkSlots, read_slots, remove_old_slot_files
+from owlsam_ray.run import in_hand
 
 
 def test_slots_are_taken_and_given_back(tmp_path: Path) -> None:
-    watch = Watch(tmp_path)
-    assert read_breadcrumbs(watch.path) == []
+    watch = WorkSlots(tmp_path)
+    assert read_slots(watch.path) == []
     with watch.busy("decode", [7]), watch.busy("model", range(100, 300)):
-        assert sorted(read_breadcrumbs(watch.path)) == [("decode", [7]), ("model", list(range(100, 164)))]
+        assert sorted(read_slots(watch.path)) == [("decode", [7]), ("model", list(range(100, 164)))]
         assert watch.in_hand() == (7, *range(100, 300))
     with watch.busy("encode", [-(2**62)]):
-        assert read_breadcrumbs(watch.path) == [("encode", [-(2**62)])]
-    assert read_breadcrumbs(watch.path) == []
+        assert read_slots(watch.path) == [("encode", [-(2**62)])]
+    assert read_slots(watch.path) == []
     watch.close()
     assert not watch.path.exists()
 
 
 def test_many_threads(tmp_path: Path) -> None:
     """More at once than there are slots: nothing is lost that fits, and nothing stays."""
-    watch = Watch(tmp_path)
+    watch = WorkSlots(tmp_path)
     barrier = threading.Barrier(301)
 
     def work(number: int) -> None:
@@ -47,37 +47,37 @@ def test_many_threads(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     barrier.wait()
-    assert len(read_breadcrumbs(watch.path)) == 256
+    assert len(read_slots(watch.path)) == 256
     barrier.wait()
     for thread in threads:
         thread.join()
-    assert read_breadcrumbs(watch.path) == []
+    assert read_slots(watch.path) == []
     assert watch.in_hand() == ()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_dead_process_leaves_word(tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from owlsam_ray.inference.watchdog import Watch\n"
-        "watch = Watch(Path(sys.argv[1]))\n"
+        "import os, sys; from pathlib import Path; from owlsam_ray.inference.watchdog import WorkSlots\n"
+        "watch = WorkSlots(Path(sys.argv[1]))\n"
         "with watch.busy('model', [1, 2]), watch.busy('decode', [3]):\n"
         "    os.kill(os.getpid(), int(sys.argv[2]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(int(number))], check=False)
     assert done.returncode == -number
     (left,) = tmp_path.iterdir()
-    assert sorted(read_breadcrumbs(left)) == [("decode", [3]), ("model", [1, 2])]
+    assert sorted(read_slots(left)) == [("decode", [3]), ("model", [1, 2])]
 
 
 def test_a_file_of_something_else_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "odd").write_bytes(b"\xff" * 5000)
     (tmp_path / "short").write_bytes(b"\x01")
-    assert read_breadcrumbs(tmp_path / "odd") == read_breadcrumbs(tmp_path / "short") == []
+    assert read_slots(tmp_path / "odd") == read_slots(tmp_path / "short") == []
 
 
 def test_a_slot_that_is_half_written_counts_as_free(tmp_path: Path) -> None:
     """Whatever the moment of death: a slot says all of what was in hand, or nothing."""
-    watch = Watch(tmp_path)
+    watch = WorkSlots(tmp_path)
     free = watch.path.read_bytes()
     with watch.busy("decode", [5, 6]):
         taken = watch.path.read_bytes()
@@ -85,9 +85,9 @@ def test_a_slot_that_is_half_written_counts_as_free(tmp_path: Path) -> None:
     ids, header = [place for place in changed if place > 1], [place for place in changed if place <= 1]
     torn = bytearray(free)
     for place in [*ids, *header]:  # in the order in which they are written
-        assert torn == free or read_breadcrumbs(_file(tmp_path / "torn", torn)) == []
+        assert torn == free or read_slots(_file(tmp_path / "torn", torn)) == []
         torn[place] = taken[place]
-    assert read_breadcrumbs(_file(tmp_path / "torn", torn)) == [("decode", [5, 6])]
+    assert read_slots(_file(tmp_path / "torn", torn)) == [("decode", [5, 6])]
 
 
 def _file(path: Path, data: bytes | bytearray) -> Path:
@@ -96,37 +96,37 @@ def _file(path: Path, data: bytes | bytearray) -> Path:
 
 
 def test_a_watchdog_that_is_stopped_ends_nothing(tmp_path: Path) -> None:
-    dog = Watchdog(Watch(tmp_path), deadline_s=0.3, memory_bytes=None, on_trouble=print).start()
+    dog = Watchdog(WorkSlots(tmp_path), deadline_s=0.3, memory_bytes=None, on_overrun=print).start()
     time.sleep(0.5)
     dog.stop()
     assert not dog._thread.is_alive()
 
 
 def test_work_that_takes_too_long_is_told(tmp_path: Path) -> None:
-    watch, told, troubles = Watch(tmp_path), threading.Event(), list[Trouble]()
+    watch, told, troubles = WorkSlots(tmp_path), threading.Event(), list[Overrun]()
 
-    def tell(trouble: Trouble) -> None:
+    def tell(trouble: Overrun) -> None:
         troubles.append(trouble)
         told.set()
 
-    dog = Watchdog(watch, deadline_s=0.5, memory_bytes=None, on_trouble=tell, last_resort=False).start()
+    dog = Watchdog(watch, deadline_s=0.5, memory_bytes=None, on_overrun=tell, last_resort=False).start()
     with watch.busy("decode", [5]):
         time.sleep(0.05)
     assert not told.is_set()
     with watch.busy("decode", [6]):
         assert told.wait(10)
     dog.stop()
-    assert troubles == [Trouble("hang", (6,), "hang: no end within 0.5 s")]
+    assert troubles == [Overrun("hang", (6,), "hang: no end within 0.5 s")]
 
 
 def test_memory_that_grows_is_told(tmp_path: Path) -> None:
-    watch = Watch(tmp_path)
+    watch = WorkSlots(tmp_path)
     assert resident_bytes() > 10**6
     assert resident_bytes(2**30) == 0
     with watch.busy("decode", [5]):
-        dog = Watchdog(watch, deadline_s=9, memory_bytes=1000, on_trouble=print)
-        assert dog.look() == Trouble("out_of_memory", (5,), "out_of_memory: above 1e-06 GB")
-    assert Watchdog(watch, deadline_s=9, memory_bytes=2**50, on_trouble=print).look() is None
+        dog = Watchdog(watch, deadline_s=9, memory_bytes=1000, on_overrun=print)
+        assert dog.look() == Overrun("out_of_memory", (5,), "out_of_memory: above 1e-06 GB")
+    assert Watchdog(watch, deadline_s=9, memory_bytes=2**50, on_overrun=print).look() is None
 
 
 def test_shared_memory_is_nobodys_own() -> None:
@@ -144,7 +144,7 @@ def test_a_process_whose_lock_is_held_ends_all_the_same() -> None:
     """By a call into C that never gives the interpreter's lock back."""
     code = (
         "import ctypes, owlsam_ray.inference.watchdog as w; w._LAST_RESORT_S = 0.5\n"
-        "w.Watchdog(w.Watch(), deadline_s=0.5, memory_bytes=None, on_trouble=print).start()\n"
+        "w.Watchdog(w.WorkSlots(), deadline_s=0.5, memory_bytes=None, on_overrun=print).start()\n"
         "import time; time.sleep(1)\n"
         "ctypes.PyDLL(None).sleep(600)\n"
     )
@@ -156,23 +156,23 @@ def test_a_process_whose_lock_is_held_ends_all_the_same() -> None:
 
 def test_old_files_are_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    old, young = Watch(), Watch()
+    old, young = WorkSlots(), WorkSlots()
     os.utime(old.path, (1, 1))
-    remove_old_breadcrumbs()
+    remove_old_slot_files()
     assert (old.path.exists(), young.path.exists()) == (False, True)
 
 
 def test_a_file_of_slots_is_there_only_while_there_is_work(tmp_path: Path) -> None:
-    watch = Watch(tmp_path)
+    watch = WorkSlots(tmp_path)
     watch.remove_file()
     assert not list(tmp_path.iterdir())
     with watch.busy("decode", [1]):
         watch.renew()  # work of before ends in the file of before
         (file,) = tmp_path.iterdir()
         with watch.busy("model", [2]):
-            assert read_breadcrumbs(file) == [("model", [2])]
+            assert read_slots(file) == [("model", [2])]
         assert watch.in_hand() == (1,)
-    assert read_breadcrumbs(file) == []
+    assert read_slots(file) == []
     watch.remove_file()
     assert not list(tmp_path.iterdir())
 
@@ -195,8 +195,8 @@ def test_an_actor_leaves_no_file_in_the_temporary_folder(tmp_path: Path, monkeyp
     assert not list(folder.iterdir())
     with work.in_hand(6), work.watch.busy("decode", [9]):
         (file,) = folder.iterdir()
-        (names,) = crumbs.list_crumbs(run).values()
-        assert crumbs.suspects(run, names) == {9}
+        (names,) = in_hand.list_markers(run).values()
+        assert in_hand.suspects(run, names) == {9}
 
 
 def test_the_file_of_a_dead_process_goes_with_its_crumb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,10 +209,10 @@ def test_the_file_of_a_dead_process_goes_with_its_crumb(tmp_path: Path, monkeypa
     )
     for number, notes in enumerate((ours, other, elsewhere)):
         notes.write_bytes(b"")
-        crumbs.drop(
+        in_hand.write(
             str(tmp_path),
-            crumbs.Crumb(shard=number, worker="w", attempt="a", host=socket.gethostname(), notes=str(notes)),
+            in_hand.InHandMarker(shard=number, worker="w", attempt="a", host=socket.gethostname(), notes=str(notes)),
         )
-    crumbs.sweep(str(tmp_path), {0, 1, 2})
+    in_hand.clear(str(tmp_path), {0, 1, 2})
     assert (ours.exists(), other.exists(), elsewhere.exists()) == (False, True, True)
-    assert crumbs.list_crumbs(str(tmp_path)) == {}
+    assert in_hand.list_markers(str(tmp_path)) == {}

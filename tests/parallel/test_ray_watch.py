@@ -193,7 +193,7 @@ def test_the_third_loss_in_a_row_is_the_last_and_the_run_goes_on_when_it_can(tmp
     count = run / "attempts" / "slice-1-of-1.lost-ray"
     for expected in (75, 75, 5):
         driver = start(["annotate", *arguments], tmp_path / "log")
-        code, lines = kill_when(driver, name, working)  # crumbs of the last call are there already
+        code, lines = kill_when(driver, name, working)  # markers of the last call are there already
         assert code == expected
         summary = the_line(code, lines, "annotate")
     assert "3 calls in a row have ended so without progress (0 of 6 shards are done)" in summary["error"]
@@ -270,8 +270,8 @@ def test_the_watch_is_sooner_than_ray_20_times_of_20(tmp_path: Path, name: str) 
     codes = []
     for _ in range(20):
         (run / "attempts" / "slice-1-of-1.lost-ray").unlink(missing_ok=True)
-        for crumb in (run / "attempts" / "in-hand").glob("*"):
-            crumb.unlink()
+        for marker in (run / "attempts" / "in-hand").glob("*"):
+            marker.unlink()
         driver = start(["annotate", *arguments], tmp_path / "log")
         code, lines = kill_when(driver, name, lambda _: any((run / "attempts" / "in-hand").glob("shard-*")))
         codes.append((code, len(lines)))

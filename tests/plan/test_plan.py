@@ -130,7 +130,7 @@ def test_repeated_ids_are_never_kept(tmp_path: Path) -> None:
     images = [*numbered(6), {"id": 103, "file_name": "ü.jpg"}, {"id": 104, "file_name": "x.jpg"}]
     data = write_coco(tmp_path / "data", images)
     for duplicates in ("refuse", "first"):
-        with pytest.raises(InputError, match=r"2 offences[^ß]*id 103 is given to both 'a/3\.jpg' and 'ü\.jpg'"):
+        with pytest.raises(InputError, match=r"2 problems[^ß]*id 103 is given to both 'a/3\.jpg' and 'ü\.jpg'"):
             plan_run(coco_run(data, tmp_path / "run", duplicates=duplicates))
 
 

@@ -18,10 +18,10 @@ from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.reduce.corrections.corrections import load_corrections
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.formats.coco import CocoOutput, FailuresOutput
-from owlsam_ray.reduce.fragments import Job
+from owlsam_ray.reduce.fragments import ReduceJob
 from owlsam_ray.reduce.outputs import Output
 from owlsam_ray.reduce.run import Reduction, spans_of
-from owlsam_ray.run.manifest import Layout, Manifest, write_parts
+from owlsam_ray.run.manifest import Manifest, ShardLayout, write_parts
 from owlsam_ray.run.proof import ShardRules, check_all_present
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
@@ -63,13 +63,13 @@ def reduce_shards(
     scratch = storage.join(out, "fragments-test")
     rules = ShardRules(fingerprint, ids_per_image, len(categories))
     provenance: dict[str, Any] = {"fingerprint": fingerprint, "ids_per_image": ids_per_image}
-    provenance["image_list"] = manifest.image_list()
+    provenance["image_list"] = manifest.images_digest()
     try:
         corrections = load_corrections(settings, manifest, rules, decisions, categories=categories, scratch=scratch)
         if corrections is not None:
             outputs = (corrections.output, *outputs)
             provenance["corrections"] = corrections.provenance
-        job = Job(
+        job = ReduceJob(
             run_url=run_url,
             manifest=manifest,
             rules=rules,
@@ -153,7 +153,7 @@ def random_run(root: Path, seed: int, *, num_images: int, shard_size: int, most:
         for each in ids
     ]
     source = {"info": {"year": 2026}, "licenses": [{"id": 1}], "categories": []}
-    manifest = write_parts(str(root), tables_of(records, "/i"), Layout(shard_size=shard_size), source=source)
+    manifest = write_parts(str(root), tables_of(records, "/i"), ShardLayout(shard_size=shard_size), source=source)
     for shard in manifest.iter_shards():
         shard_ids = manifest.read_shard(shard)["image_id"].to_pylist()
         rows = [random_prediction(choose, each, num_labels=len(CATEGORIES), most=most) for each in shard_ids]

@@ -19,7 +19,7 @@ from owlsam_ray.reduce.formats.coco_results import CocoResultsOutput
 from owlsam_ray.reduce.formats.lvis import LvisOutput
 from owlsam_ray.reduce.formats.yolo import YoloOutput
 from owlsam_ray.reduce.outputs import Output
-from owlsam_ray.run.manifest import Layout, Manifest, write_parts
+from owlsam_ray.run.manifest import Manifest, ShardLayout, write_parts
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
 from owlsam_ray.sources import ImageRecord
@@ -72,7 +72,7 @@ def run_of(root: Path, rows: list[Prediction], *, extra: dict[str, Any] | None =
     """A run with two images a shard."""
     records = [ImageRecord(row.image_id, f"{row.image_id}.jpg", extra=extra or {}) for row in rows]
     source: dict[str, Any] = {"info": {}, "licenses": [], "categories": []}
-    manifest = write_parts(str(root), tables_of(records, "/i"), Layout(shard_size=2), source=source)
+    manifest = write_parts(str(root), tables_of(records, "/i"), ShardLayout(shard_size=2), source=source)
     for shard in manifest.iter_shards():
         own = predictions_to_table(rows[2 * shard : 2 * shard + 2])
         write_shard(str(root), shard, own, fingerprint=FINGERPRINT, numerics="n", stage_s={})

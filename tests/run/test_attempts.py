@@ -102,7 +102,7 @@ def test_a_second_attempt_refuses_and_leaves_no_trace(tmp_path: Path) -> None:
     with claimed(tmp_path) as first:
         with pytest.raises(AttemptLiveError, match=first.id), claimed(tmp_path):
             raise AssertionError("two at once")
-        first.check()
+        first.raise_if_taken_over()
     assert [record.id for record in ended_attempts(str(tmp_path))] == [first.id]
 
 
@@ -118,7 +118,7 @@ def test_another_scope_is_no_obstacle(tmp_path: Path) -> None:
         claimed(tmp_path),
         claim(str(tmp_path), scope="setup", part=Slice(), heartbeat_s=0.05, takeover_s=1) as other,
     ):
-        other.check()
+        other.raise_if_taken_over()
 
 
 def test_a_silent_attempt_is_waited_for_and_taken_over(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_silent_attempt_is_waited_for_and_taken_over(tmp_path: Path) -> None:
     start = time.monotonic()
     with claimed(tmp_path, takeover_s=1.0) as attempt:
         assert time.monotonic() - start >= 1.0
-        attempt.check()
+        attempt.raise_if_taken_over()
         assert storage.read_bytes(str(tmp_path / ATTEMPTS / "old.fenced")).decode().startswith(attempt.id)
     assert {record.id: record.exit_code for record in ended_attempts(str(tmp_path))} == {"old": None, attempt.id: 0}
 
@@ -163,7 +163,7 @@ def test_takeover_fences_an_attempt_that_lives(tmp_path: Path) -> None:
         with contextlib.suppress(AttemptLiveError), claimed(tmp_path) as attempt:
             begun.set()
             while True:
-                attempt.check()
+                attempt.raise_if_taken_over()
                 time.sleep(0.01)
         stopped.set()
 
@@ -173,7 +173,7 @@ def test_takeover_fences_an_attempt_that_lives(tmp_path: Path) -> None:
     begun.wait()
     with claimed(tmp_path, takeover=True) as attempt:
         assert stopped.is_set(), "two at once"
-        attempt.check()
+        attempt.raise_if_taken_over()
     thread.join()
     assert sorted(str(record.exit_code) for record in ended_attempts(str(tmp_path))) == ["0", "4"]
 
@@ -184,7 +184,7 @@ def test_a_fenced_attempt_notices(tmp_path: Path) -> None:
             fence(str(tmp_path), attempt.id, by="somebody")
             deadline = time.monotonic() + 10
             while time.monotonic() < deadline:
-                attempt.check()
+                attempt.raise_if_taken_over()
                 time.sleep(0.01)
 
     with pytest.raises(AttemptLiveError, match="taken over by somebody"):
@@ -201,7 +201,7 @@ def test_two_takeovers_at_once_leave_one(tmp_path: Path) -> None:
             with claimed(tmp_path, takeover=takeover) as attempt:
                 begun.set()
                 while not last.wait(0.01):
-                    attempt.check()
+                    attempt.raise_if_taken_over()
             ends[name] = "complete"
         except AttemptLiveError:
             ends[name] = "fenced"
@@ -271,7 +271,7 @@ def test_storage_that_refuses_for_a_while_ends_nothing(tmp_path: Path, monkeypat
         deadline = time.monotonic() + 10
         while live_attempts(str(tmp_path))[0].beat <= beat:
             assert time.monotonic() < deadline
-        attempt.check()
+        attempt.raise_if_taken_over()
 
 
 def test_a_file_that_is_no_attempts_is_ignored(tmp_path: Path) -> None:

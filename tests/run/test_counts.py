@@ -14,7 +14,7 @@ import pytest
 from owlsam_ray.errors import IncompleteError
 from owlsam_ray.run import counts as tally_module
 from owlsam_ray.run import shards as ledger
-from owlsam_ray.run.counts import Tally
+from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.manifest import Manifest, ManifestPart
 from owlsam_ray.run.progress import PROGRESS_FILE, ProgressWatcher
 from owlsam_ray.run.shards import shard_url
@@ -42,8 +42,8 @@ def manifest(*num_rows: int, shard_size: int = 4) -> Manifest:
     return Manifest("", tuple(parts))
 
 
-def tally_of(run: Path, num_shards: int, **values: Any) -> Tally:
-    return Tally(str(run), manifest(4 * num_shards), "f", **values)
+def tally_of(run: Path, num_shards: int, **values: Any) -> RunCounts:
+    return RunCounts(str(run), manifest(4 * num_shards), "f", **values)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -104,12 +104,12 @@ def test_a_slice_counts_its_own_shards_only(tmp_path: Path) -> None:
     run = manifest(4 * 5, 9)  # shards 0…4 and 5…7, of which the last has one image
     for shard in (1, 2, 4, 5):
         write(str(tmp_path), shard)
-    tally = Tally(str(tmp_path), run, "f", shards=range(1, run.num_shards, 3))  # 1, 4, 7
+    tally = RunCounts(str(tmp_path), run, "f", shards=range(1, run.num_shards, 3))  # 1, 4, 7
     assert tally.refresh_listing() == {1, 4}
     assert (tally.num_shards, tally.num_images, tally.pending()) == (3, 9, [7])
     assert tally.refresh().summary()["left"] == 1
     assert tally.transient_shards == {1, 4}
-    empty = Tally(str(tmp_path), run, "f", shards=range(9, run.num_shards, 10)).refresh()
+    empty = RunCounts(str(tmp_path), run, "f", shards=range(9, run.num_shards, 10)).refresh()
     assert (empty.num_images, empty.pending(), empty.summary()["done"]) == (0, [], 0)
 
 
@@ -156,7 +156,7 @@ def test_a_file_that_goes_between_listing_and_reading_is_no_error(tmp_path: Path
 def test_shards_of_another_run_are_refused(tmp_path: Path, num_shards: int, fingerprint: str, words: str) -> None:
     write(str(tmp_path), 1)
     with pytest.raises(IncompleteError, match=words) as caught:
-        Tally(str(tmp_path), manifest(4 * num_shards - 2), fingerprint).refresh()
+        RunCounts(str(tmp_path), manifest(4 * num_shards - 2), fingerprint).refresh()
     assert shard_url(str(tmp_path), 1) in str(caught.value)
 
 

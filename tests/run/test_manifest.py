@@ -11,7 +11,7 @@ import pytest
 
 from owlsam_ray import storage
 from owlsam_ray.errors import GuardError, InputError
-from owlsam_ray.run.manifest import Layout, Manifest, load_manifest, num_shards_behind, shard_size, write_parts
+from owlsam_ray.run.manifest import Manifest, ShardLayout, load_manifest, num_shards_behind, shard_size, write_parts
 from owlsam_ray.schema import MANIFEST_SCHEMA
 from owlsam_ray.sources import ImageRecord
 from owlsam_ray.sources.listing import tables_of
@@ -30,7 +30,7 @@ def plan(
     numbers = range(first, first + count)
     records = [ImageRecord(image_id=10 + n, file_name=f"a/{n}.jpg", extra={"n": n}, **fields) for n in numbers]
     tables = tables_of(records, "/pictures", rows=7)
-    return write_parts(run, tables, Layout(size, part_images=part), source={"info": {"x": first}}, before=before)
+    return write_parts(run, tables, ShardLayout(size, part_images=part), source={"info": {"x": first}}, before=before)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_an_image_that_is_too_large_to_be_fetched_takes_no_memory(
     tmp_path: Path, sizes: dict[int, int], limit_mb: int, expected: int
 ) -> None:
     records = [ImageRecord(image_id=n, file_name=f"{n}.jpg", num_bytes=sizes.get(n, 10**6)) for n in range(20)]
-    layout = Layout(8, max_file_mb=limit_mb)
+    layout = ShardLayout(8, max_file_mb=limit_mb)
     planned = write_parts(str(tmp_path), tables_of(records, "/pictures", rows=7), layout, source={})
     assert planned.max_shard_bytes(max_file_mb=limit_mb) == expected
     assert planned.parts[0].max_shard_bytes == expected
@@ -161,9 +161,9 @@ def test_parts_of_a_try_that_did_not_end_are_replaced(tmp_path: Path) -> None:
 
 def test_images_without_ids_are_numbered(tmp_path: Path) -> None:
     records = [ImageRecord(None, f"{n}.jpg") for n in range(10)]
-    first = write_parts(str(tmp_path), tables_of(records, "/i"), Layout(4), source={})
+    first = write_parts(str(tmp_path), tables_of(records, "/i"), ShardLayout(4), source={})
     more = [ImageRecord(None, f"{n}.png") for n in range(3)]
-    both = write_parts(str(tmp_path), tables_of(more, "/i"), Layout(4), source={}, before=first, next_id=50)
+    both = write_parts(str(tmp_path), tables_of(more, "/i"), ShardLayout(4), source={}, before=first, next_id=50)
     ids = [row for table in both.iter_images() for row in table["image_id"].to_pylist()]
     assert ids == [*range(1, 11), 50, 51, 52]
 

@@ -10,7 +10,7 @@ import pytest
 
 from owlsam_ray.errors import FailureClass, IncompleteError
 from owlsam_ray.records import Prediction
-from owlsam_ray.run.proof import ShardRules, _is_clean, _offence, prove_shard
+from owlsam_ray.run.proof import ShardRules, _is_clean, _problem, prove_shard
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from tests.reduce.formats.test_coco import K, detected
@@ -68,10 +68,10 @@ def test_columns_and_rows_agree() -> None:
     for _ in range(3000):
         rows = rows_of_a_shard(choose)
         spoilt = spoil(choose.choice(rows), choose) if rows and choose.random() < 0.9 else ""
-        offences = [_offence(row, RULES) for row in rows]
+        problems = [_problem(row, RULES) for row in rows]
         table = pa.Table.from_pylist(rows, PREDICTION_SCHEMA)
-        assert _is_clean(table, RULES) == (not any(offences)), (rows, offences)
-        verdicts[spoilt, not any(offences)] += 1
+        assert _is_clean(table, RULES) == (not any(problems)), (rows, problems)
+        verdicts[spoilt, not any(problems)] += 1
     assert all(verdicts[name, False] for name in PREDICTION_SCHEMA.names if name != "image_id")
     assert verdicts["failed with detections", False] > 20
     assert verdicts["mask without pixels", False] > 20

@@ -336,7 +336,7 @@ def test_one_text_after_integers_makes_all_ids_texts(root: Path, later: str) -> 
 
 
 def test_many_offences_are_counted(root: Path) -> None:
-    with pytest.raises(InputError, match=r"8 offences(.|\n)*… and 3 more"):
+    with pytest.raises(InputError, match=r"8 problems(.|\n)*… and 3 more"):
         rows(listing(root, {"images": [image(1), *[image(-1)] * 8]}))
 
 

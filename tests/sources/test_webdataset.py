@@ -237,7 +237,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     told = refusal(f"{tmp_path}/{{0..2}}.tar")
     assert f"{tmp_path}/1.tar is not there" in told
     assert f"{tmp_path}/2.tar is a folder" in told
-    assert "(2 offences)" in told
+    assert "(2 problems)" in told
 
 
 def test_empty_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,20 +12,20 @@ from pycocotools import mask as coco_mask
 
 from owlsam_ray.errors import InputError
 from owlsam_ray.trial import contact_sheet as pictures
-from owlsam_ray.trial.contact_sheet import LabelledPicture, colour_of, draw_labels, read_labelled, write_contact_sheet
+from owlsam_ray.trial.contact_sheet import LabelledImage, colour_of, draw_labels, read_labelled, write_contact_sheet
 
 GREY = (120, 120, 120)
 
 
 def picture(
     boxes: list[tuple[float, float, float, float]], names: list[str], *, size_hw: tuple[int, int] = (240, 240)
-) -> LabelledPicture:
+) -> LabelledImage:
     """A grey picture whose masks fill the middle half of their boxes."""
     masks = np.zeros((len(boxes), *size_hw), np.bool_)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
         wide, high = x1 - x0, y1 - y0
         mask[int(y0 + high / 4) : int(y1 - high / 4), int(x0 + wide / 4) : int(x1 - wide / 4)] = True
-    return LabelledPicture(
+    return LabelledImage(
         pixels=np.full((*size_hw, 3), GREY, np.uint8),
         boxes_xyxy=np.array(boxes, np.float32).reshape(-1, 4),
         names=tuple(names),
@@ -64,7 +64,7 @@ def test_a_picture_without_labels_is_only_scaled() -> None:
 
 def test_a_label_without_a_mask_has_a_box_only() -> None:
     drawn = picture([(60, 100, 180, 220)], ["dog"])
-    bare = LabelledPicture(drawn.pixels, drawn.boxes_xyxy, drawn.names, drawn.scores, np.zeros_like(drawn.masks))
+    bare = LabelledImage(drawn.pixels, drawn.boxes_xyxy, drawn.names, drawn.scores, np.zeros_like(drawn.masks))
     assert (np.asarray(draw_labels(bare))[300, 240] == GREY).all()
 
 
@@ -76,7 +76,7 @@ def test_boxes_at_and_beyond_the_border_are_drawn() -> None:
         (250.0, 250.0, 260.0, 260.0),
     ]
     drawn = picture([(0, 0, 240, 240)] * 4, ["red", "blue", "green", "yellow"])
-    odd = LabelledPicture(drawn.pixels, np.array(boxes, np.float32), drawn.names, drawn.scores, drawn.masks)
+    odd = LabelledImage(drawn.pixels, np.array(boxes, np.float32), drawn.names, drawn.scores, drawn.masks)
     image = np.asarray(draw_labels(odd))
     assert image.shape == (480, 480, 3)
     assert (image[60:62, 5:58] == (255, 0, 0)).all()  # the line of its lower side

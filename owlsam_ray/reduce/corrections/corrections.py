@@ -192,7 +192,7 @@ class _Reading:
         """What the entry's shard needs to know; None: nothing."""
         self.counts["entries"] += 1
         entry = with_integers(entry)
-        conflict = _offence(entry) or self._unknown(entry)
+        conflict = _problem(entry) or self._unknown(entry)
         if conflict is not None:
             self.counts[f"conflict.{conflict.partition(':')[0]}"] += 1
             own = entry if isinstance(entry, dict) else {}
@@ -284,7 +284,7 @@ def _is_rejected(entry: dict[str, Any]) -> bool:
     return flag_of(entry.get(REJECTED_FIELD)) is True
 
 
-def _offence(entry: Any) -> str | None:
+def _problem(entry: Any) -> str | None:
     """What is wrong with an entry by itself."""
     if isinstance(entry, dict) and entry.get("id") is None:
         entry = entry | {"id": 0}  # a new one

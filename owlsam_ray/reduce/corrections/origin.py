@@ -80,7 +80,7 @@ def _check_run(document: Document, own: dict[str, Any], manifest: Manifest, rule
         if not manifest.begins_with(images):
             raise GuardError(
                 f"reduce.corrections {document.url} is of a run with the same label settings over other images "
-                f"({str(images)[:40]}, here {manifest.image_list()}): its ids mean other things here"
+                f"({str(images)[:40]}, here {manifest.images_digest()}): its ids mean other things here"
             )
 
 

@@ -42,10 +42,10 @@ def remark_line(what: str, position: int, annotation_id: int, **more: Any) -> by
 
 
 def summary_of(counts: Counter[str]) -> dict[str, Any]:
-    """Counts of corrections as `info` and `corrections_report.json` have them.
+    """LabelCounts of corrections as `info` and `corrections_report.json` have them.
 
     Args:
-        counts: `Counts.corrections`.
+        counts: `LabelCounts.corrections`.
 
     Returns:
         entries of the file = confirmed + edited + added + rejected + left_out (their category is) + unreviewed (their
@@ -64,7 +64,7 @@ def tell_outcome(counts: Counter[str], report_url: str) -> None:
     """Log what became of the file: counts, and what somebody has to look at.
 
     Args:
-        counts: `Counts.corrections`.
+        counts: `LabelCounts.corrections`.
         report_url: of the report.
     """
     told = summary_of(counts)

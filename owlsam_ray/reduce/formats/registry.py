@@ -37,7 +37,7 @@ def outputs_of(
     made: dict[str, Callable[[], Output]] = {
         "coco": lambda: CocoOutput(prompts, polygons=settings.segmentation == "polygon"),
         "coco_results": CocoResultsOutput,
-        "label_studio": lambda: _label_studio(settings, record, decisions, manifest.image_list()),
+        "label_studio": lambda: _label_studio(settings, record, decisions, manifest.images_digest()),
         "lvis": lambda: LvisOutput.of(decisions, prompts),
         "parquet": lambda: TableOutput(tuple(category.name for category in decisions.categories), texts),
         "yolo": lambda: YoloOutput(numbered=numbered, val=settings.yolo_val),

@@ -16,7 +16,7 @@ from owlsam_ray.config.settings import Category
 from owlsam_ray.errors import FailureClass, IncompleteError
 from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
-from owlsam_ray.run.manifest import Layout, Manifest, write_parts
+from owlsam_ray.run.manifest import Manifest, ShardLayout, write_parts
 from owlsam_ray.run.shards import FOOTER_KEY, shard_url, write_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from owlsam_ray.sources import ImageRecord
@@ -67,7 +67,7 @@ def make_run(run: Path) -> Manifest:
         ImageRecord(row.image_id, f"ü/{row.image_id}.jpg", extra={"license": 1, "url": "x\ud800"}) for row in rows
     ]
     source = {"info": {"year": 2026}, "licenses": [{"id": 1}], "categories": []}
-    manifest = write_parts(str(run), tables_of(records, "/i"), Layout(shard_size=2), source=source)
+    manifest = write_parts(str(run), tables_of(records, "/i"), ShardLayout(shard_size=2), source=source)
     for shard in range(3):
         write(run, shard, predictions_to_table(rows[2 * shard : 2 * shard + 2]))
     return manifest

@@ -269,7 +269,7 @@ def test_tasks_tell_of_which_images_they_are(tmp_path: Path) -> None:
     manifest = random_run(tmp_path, 2, num_images=20, shard_size=6)
     tasks, tree, _ = written(tmp_path, manifest)
     for task in tasks:
-        task["data"]["owlsam"]["image_list"] = manifest.image_list()
+        task["data"]["owlsam"]["image_list"] = manifest.images_digest()
     found, _ = corrected(tmp_path, manifest, export(tasks))
     assert len(found) == len(tree["annotations"])
     tasks[3]["data"]["owlsam"]["image_list"] = "another"

@@ -20,7 +20,7 @@ from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.reduce.formats.coco import CocoOutput
 from owlsam_ray.reduce.formats.safe_paths import ENDINGS, label_path, numbered_paths, safe_path
 from owlsam_ray.reduce.formats.yolo import YoloOutput
-from owlsam_ray.run.manifest import Layout, Manifest, write_parts
+from owlsam_ray.run.manifest import Manifest, ShardLayout, write_parts
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
 from owlsam_ray.sources import ImageRecord
@@ -181,7 +181,7 @@ def run_of(root: Path, names: list[str], rows: list[Prediction] | None = None, *
     rows = rows or [prediction(number, [[0, 0, 10, 10]], [None]) for number in range(len(names))]
     records = [ImageRecord(row.image_id, name) for name, row in zip(names, rows, strict=True)]
     source: dict[str, Any] = {"info": {}, "licenses": [], "categories": []}
-    manifest = write_parts(str(root), tables_of(records, "/i"), Layout(shard_size=shard_size), source=source)
+    manifest = write_parts(str(root), tables_of(records, "/i"), ShardLayout(shard_size=shard_size), source=source)
     for shard in manifest.iter_shards():
         own = predictions_to_table(rows[shard_size * shard : shard_size * (shard + 1)])
         write_shard(str(root), shard, own, fingerprint=FINGERPRINT, numerics="n", stage_s={})
