@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from tests.drawn_images import draw_coco
 from tests.seeded_mobile_sam import write_tiny as write_tiny_mobile_sam
 from tests.seeded_owlvit import write_tiny as write_tiny_owlvit
@@ -115,12 +115,13 @@ def label_here(config: RunConfig, *, extend: bool = False, allow_numerics_change
 
     from owlsam_ray.annotate.attempt import embed_run_queries
     from owlsam_ray.fetch.images import fetch_shard, to_images
-    from owlsam_ray.inference.engine import load_engine
+    from owlsam_ray.inference.load import load_engine
     from owlsam_ray.models.load import find_models
     from owlsam_ray.parallel.allocation import allocate
     from owlsam_ray.plan.plan import plan_run
     from owlsam_ray.reduce.run import reduce_run
-    from owlsam_ray.run.guard import QUERY_FILE, fingerprint_parts, guard_labels, guard_numerics, numerics_of
+    from owlsam_ray.run.guard import fingerprint_parts, guard_labels, guard_numerics, numerics_of
+    from owlsam_ray.run.paths import QUERY_FILE
     from owlsam_ray.run.shards import done_shards, write_shard
     from owlsam_ray.schema import predictions_to_table
 

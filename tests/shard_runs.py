@@ -9,12 +9,14 @@ import numpy as np
 import pyarrow as pa
 
 from owlsam_ray import storage
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import FailureClass
 from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
-from owlsam_ray.run.guard import QUERY_FILE, RunRecord, canonical_hash, save_record
-from owlsam_ray.run.manifest import Manifest, ShardLayout, write_parts
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.manifest_writer import ShardLayout, write_parts
+from owlsam_ray.run.paths import QUERY_FILE
+from owlsam_ray.run.record import RunRecord, canonical_hash, save_record
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
 from owlsam_ray.sources import ImageRecord

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.run.manifest import load_manifest
 from owlsam_ray.run.shards import load_shard
 from tests.bad_images import corpus, mutated

@@ -9,10 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.evaluate.run import evaluate_run
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.run.guard import load_record
+from owlsam_ray.run.record import load_record
 from owlsam_ray.run.status import watch_run
 from owlsam_ray.run.verify import verify_run
 from tests.fixtures.make_earlier_runs import config_fields

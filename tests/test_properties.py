@@ -15,18 +15,21 @@ from safetensors.torch import load
 
 from owlsam_ray import storage
 from owlsam_ray.annotate.attempt import embed_run_queries
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import FailureClass
 from owlsam_ray.fetch.images import fetch_shard, to_images
-from owlsam_ray.inference.engine import Engine, load_engine
+from owlsam_ray.inference.engine import Engine
+from owlsam_ray.inference.load import load_engine
 from owlsam_ray.models.load import find_models
 from owlsam_ray.parallel.allocation import allocate
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.reduce.run import reduce_run
 from owlsam_ray.run.attempts import Slice
-from owlsam_ray.run.counts import Tally
-from owlsam_ray.run.guard import QUERY_FILE, RunRecord, fingerprint_parts, guard_labels, guard_numerics, numerics_of
+from owlsam_ray.run.counts import RunCounts
+from owlsam_ray.run.guard import fingerprint_parts, guard_labels, guard_numerics, numerics_of
 from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.paths import QUERY_FILE
+from owlsam_ray.run.record import RunRecord
 from owlsam_ray.run.retry import Retry, find_failed, replace_rows
 from owlsam_ray.run.shards import PREDICTIONS, done_shards, load_shard, shard_url, write_shard
 from owlsam_ray.schema import predictions_to_table
@@ -199,7 +202,7 @@ class LedgerMachine(RuleBasedStateMachine):
         fsspec.filesystem("memory").store.clear()
         self.run: ShardRun = make_shard_run("memory://ledger/run", num_images=IMAGES, shard_size=SHARD_SIZE)
         self.part = Slice(min(index, count), count).shards(SHARDS)
-        self.tally = Tally(self.run.url, self.run.manifest, self.run.record.fingerprint, shards=self.part)
+        self.tally = RunCounts(self.run.url, self.run.manifest, self.run.record.fingerprint, shards=self.part)
 
     @rule(shard=shards_drawn, kept=st.integers(0, SHARD_SIZE))
     def write(self, shard: int, kept: int) -> None:

@@ -19,7 +19,8 @@ from owlsam_ray.fetch.packed import image_error
 from owlsam_ray.plan.image_check import verify_images
 from owlsam_ray.records import Prediction
 from owlsam_ray.reduce.labels import images_of
-from owlsam_ray.run.attempts import Slice, claim
+from owlsam_ray.run.attempts import Slice
+from owlsam_ray.run.claim import claim
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from owlsam_ray.sources.listing import listing_table
 from owlsam_ray.storage import StoragePolicy

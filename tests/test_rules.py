@@ -140,7 +140,7 @@ def test_messages_cut_every_value() -> None:
 
 def test_the_readme_names_every_room() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = {}
+    named: dict[str, int] = {}
     for layer, names in re.findall(r"^\| (\d+) \| (`[^|]*`) \|", readme, re.MULTILINE):
         named |= {name.removesuffix("/").removesuffix(".py"): int(layer) for name in re.findall(r"`([^`]+)`", names)}
     assert named == {room: number for number, rooms in enumerate(LAYERS, 1) for room in rooms}

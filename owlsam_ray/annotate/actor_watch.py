@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from owlsam_ray.config.load import ResourcesConfig
+from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.inference.watchdog import Overrun, Watchdog
 from owlsam_ray.parallel.allocation import actor_memory_bytes
 from owlsam_ray.parallel.logs import safe_lines

@@ -17,7 +17,7 @@ from owlsam_ray import storage
 from owlsam_ray.annotate import pipeline
 from owlsam_ray.annotate.memory_need import KillWatch, check_memory, check_node_memory, memory_need
 from owlsam_ray.annotate.waves import Labeller, StoppedError
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import InterruptedRunError, OwlsamError, PreflightError
 from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.parallel.allocation import allocate, check_nodes, check_object_store
@@ -29,22 +29,22 @@ from owlsam_ray.parallel.ray_watch import watch_ray
 from owlsam_ray.parallel.signals import GraceOverError, as_interrupts, stop_on_signals
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.run import in_hand
-from owlsam_ray.run.attempts import ATTEMPTS, LABEL, Attempt, Slice, claim, claim_setup
+from owlsam_ray.run.attempts import ATTEMPTS, LABEL, Attempt, Slice
+from owlsam_ray.run.claim import claim, claim_setup
 from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.guard import (
-    QUERY_FILE,
-    RunRecord,
     check_writable,
     fingerprint_parts,
     forget_plan,
     guard_labels,
     guard_numerics,
     numerics_of,
-    run_directory,
 )
 from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.paths import QUERY_FILE
 from owlsam_ray.run.progress import PROGRESS_FILE, ProgressWatcher
 from owlsam_ray.run.proof import check_failures
+from owlsam_ray.run.record import RunRecord, run_directory
 from owlsam_ray.run.retry import Retry
 from owlsam_ray.run.shards import PREDICTIONS
 

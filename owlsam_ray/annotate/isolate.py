@@ -28,7 +28,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from owlsam_ray import errors
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import FailureClass, IncompleteError, OwlsamError, PreflightError
 from owlsam_ray.inference.watchdog import hang_text, memory_text, resident_bytes
 from owlsam_ray.models.weights import ModelPaths
@@ -36,8 +36,8 @@ from owlsam_ray.parallel.allocation import Allocation, actor_memory_bytes
 from owlsam_ray.parallel.child_imports import child_variables
 from owlsam_ray.parallel.work_slots import SLOT_FILES, read_slots
 from owlsam_ray.records import Prediction
-from owlsam_ray.run.guard import RunRecord
 from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.record import RunRecord
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from owlsam_ray.storage.arrow_types import misfit_of
 

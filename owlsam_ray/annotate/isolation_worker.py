@@ -24,9 +24,9 @@ from owlsam_ray.parallel.logs import print_traceback
 from owlsam_ray.parallel.work_slots import WorkSlots
 
 if TYPE_CHECKING:
-    from owlsam_ray.config.load import RunConfig
+    from owlsam_ray.config.run import RunConfig
     from owlsam_ray.inference.engine import Engine
-    from owlsam_ray.run.guard import RunRecord
+    from owlsam_ray.run.record import RunRecord
 
 _ALIVE_S = 1.0
 _MARGIN_S = 10.0
@@ -101,10 +101,11 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], replies: _Repl
     import pyarrow as pa
 
     from owlsam_ray import storage
-    from owlsam_ray.config.load import RunConfig
+    from owlsam_ray.config.run import RunConfig
     from owlsam_ray.fetch.images import fetch_shard, to_images
     from owlsam_ray.parallel.allocation import actor_memory_bytes
-    from owlsam_ray.run.guard import RunRecord, load_run_manifest, moves_since_plan
+    from owlsam_ray.run.guard import load_run_manifest, moves_since_plan
+    from owlsam_ray.run.record import RunRecord
     from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 
     config = RunConfig.model_validate(setup["config"])
@@ -152,11 +153,11 @@ def _load(setup: dict[str, Any], config: "RunConfig", record: "RunRecord", watch
     from safetensors.torch import load as load_safetensors
 
     from owlsam_ray import storage
-    from owlsam_ray.inference.engine import load_engine
+    from owlsam_ray.inference.load import load_engine
     from owlsam_ray.models.arithmetic import fix_arithmetic
     from owlsam_ray.models.weights import ModelPaths
     from owlsam_ray.parallel.allocation import Allocation
-    from owlsam_ray.run.guard import QUERY_FILE
+    from owlsam_ray.run.paths import QUERY_FILE
 
     allocation = Allocation(**setup["allocation"])
     fix_arithmetic(allocation.torch_threads)

@@ -18,15 +18,16 @@ from ray.data.block import BlockAccessor
 from ray.data.datasource import Datasink
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.fetch.images import FETCHED_SCHEMA, fetch_shard, to_images
 from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.parallel.allocation import Allocation
 from owlsam_ray.parallel.logs import log_safely_by_default
 from owlsam_ray.run import in_hand
-from owlsam_ray.run.guard import QUERY_FILE, RunRecord
 from owlsam_ray.run.in_hand import MAX_DEATHS
 from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.paths import QUERY_FILE
+from owlsam_ray.run.record import RunRecord
 from owlsam_ray.run.retry import Retry, find_failed, replace_rows
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
@@ -140,7 +141,7 @@ class Annotator:
         from safetensors.torch import load as load_safetensors
 
         from owlsam_ray.annotate.actor_watch import WatchedWork
-        from owlsam_ray.inference.engine import load_engine
+        from owlsam_ray.inference.load import load_engine
         from owlsam_ray.models.arithmetic import fix_arithmetic
 
         self._job = job

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.evaluate.ground_truth import GroundTruth
 from owlsam_ray.evaluate.pairing import contradiction, pair_categories, pair_images, path_parts

@@ -12,7 +12,7 @@ from owlsam_ray.calibrate.curves import NOTHING, CurveCounts, Target, agrees, ch
 from owlsam_ray.calibrate.pooling import Basis, bases
 from owlsam_ray.calibrate.reliability import reliability
 from owlsam_ray.calibrate.samples import Sample
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import ConfigError
 
 _log = logging.getLogger(__name__)

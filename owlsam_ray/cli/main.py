@@ -17,7 +17,6 @@ from owlsam_ray import storage
 from owlsam_ray.cli.options import make_parser
 from owlsam_ray.cli.standard_streams import Answers, own_stdout
 from owlsam_ray.config.load import (
-    RunConfig,
     absolute,
     load_config,
     load_evaluate_settings,
@@ -25,6 +24,7 @@ from owlsam_ray.config.load import (
     validate_tree,
     with_frozen_of,
 )
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import (
     ConfigError,
     ExitCode,
@@ -136,7 +136,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
     """The config of a call. What only reads a labelled run takes from it what the run files do not say."""
     overrides = _all_overrides(options)
     if options.command in _ON_LABELS:
-        from owlsam_ray.run.guard import load_record
+        from owlsam_ray.run.record import load_record
 
         run = options.run or load_tree(options.run_files, overrides).get("run")
         record = load_record(absolute(run)) if isinstance(run, str) and run.strip() else None
@@ -192,9 +192,10 @@ def _tell(error: OwlsamError, summary: dict[str, Any]) -> ExitCode:
 def _plan(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from owlsam_ray.plan.plan import plan_run
     from owlsam_ray.plan.selection import selection_of
-    from owlsam_ray.run.attempts import claim_setup
-    from owlsam_ray.run.guard import check_writable, run_directory
+    from owlsam_ray.run.claim import claim_setup
+    from owlsam_ray.run.guard import check_writable
     from owlsam_ray.run.progress import CountDisplay
+    from owlsam_ray.run.record import run_directory
 
     check_writable(run_directory(config))
     with (
@@ -286,11 +287,11 @@ def _reduce(config: RunConfig, options: argparse.Namespace, console: Console) ->
 def _calibrate(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from owlsam_ray.calibrate.curves import Target
     from owlsam_ray.calibrate.points import Fitting
-    from owlsam_ray.calibrate.run import Matching, calibrate_run
+    from owlsam_ray.calibrate.run import MatchRule, calibrate_run
     from owlsam_ray.calibrate.table import operating_points_table
     from owlsam_ray.reduce.operating_points import OPERATING_POINTS_FILE
-    from owlsam_ray.run.guard import run_directory
     from owlsam_ray.run.progress import CountDisplay
+    from owlsam_ray.run.record import run_directory
 
     target = Target()
     if options.precision is not None:
@@ -303,7 +304,7 @@ def _calibrate(config: RunConfig, options: argparse.Namespace, console: Console)
             config,
             target,
             absolute(options.ground_truth) if options.ground_truth else None,
-            matching=Matching(options.kind, options.iou),
+            matching=MatchRule(options.kind, options.iou),
             fitting=Fitting(min_examples=options.min_examples, seed=options.seed),
             out=out,
             show=display.show,

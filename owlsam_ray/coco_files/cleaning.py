@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 
 from owlsam_ray.coco_files.annotations import Objects
 from owlsam_ray.coco_files.outlines import BadSegmentationError, Outline, read_outline
-from owlsam_ray.config.settings import Fraction, Section
+from owlsam_ray.config.base import Fraction, Section
 
 
 def false_is_off(value: Any) -> Any:

@@ -17,7 +17,7 @@ from owlsam_ray.coco_files.annotations import Objects, is_number, make_objects, 
 from owlsam_ray.coco_files.cleaning import Change, Rule, false_is_off, find_duplicates, judge_boxes
 from owlsam_ray.coco_files.fields import flag_of
 from owlsam_ray.coco_files.outlines import BadSegmentationError, read_outline
-from owlsam_ray.config.settings import Fraction, Section
+from owlsam_ray.config.base import Fraction, Section
 from owlsam_ray.errors import shown
 
 MALFORMED = "malformed"

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic.main import IncEx
 
-from owlsam_ray.config.settings import Added
+from owlsam_ray.config.base import Added
 
 
 def marker_of(field: FieldInfo) -> Added | None:

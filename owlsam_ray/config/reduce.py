@@ -1,10 +1,20 @@
 """The section `reduce` of a run file: what is decided without a GPU, and which files come of it."""
 
+import math
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
 
-from owlsam_ray.config.settings import Auto, Fraction, MappingName, Name, PositiveInt, Section, SuppressConfig
+from owlsam_ray.config.base import Auto, Fraction, Name, PositiveInt, Section
+from owlsam_ray.config.settings import (
+    SuppressConfig,
+)
+from owlsam_ray.config.vocabulary import MappingName
 
 FormatName = Literal["coco", "coco_results", "lvis", "yolo", "yolo_segment", "label_studio", "parquet"]
 
@@ -92,3 +102,32 @@ class ReduceConfig(Section):
         if len(set(self.formats)) < len(self.formats):
             raise ValueError(f"formats holds one twice: {list(self.formats)}")
         return self
+
+
+def allowed_failures(max_failed: int | float, num_images: int) -> int:
+    """Failed images that `reduce.max_failed` puts up with: an integer is a count, a float is a share."""
+    return max_failed if isinstance(max_failed, int) else math.floor(max_failed * num_images)
+
+
+class EvaluateConfig(Section):
+    """How good the labels are, against a ground truth."""
+
+    ground_truth: Name | None = None
+    """A COCO or LVIS JSON file with annotations; default: `data.annotations` where that is given."""
+    score_threshold: Fraction = 0.3
+    """Precision, recall, mIoU and Dice are of the predictions whose score is at least this. AP is of all."""
+    iou_threshold: Fraction = 0.5
+    """A prediction finds an object when their IoU is at least this."""
+    size_edges_px: tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...] = (32.0, 96.0)
+    """Sides in pixels, rising, that divide the rows per size. An object's side is the root of its box's w × h."""
+    mapping: MappingName | None = None
+    """Score predictions of one dataset's categories on another's ground truth: LVIS v1 and COCO meet by synset (79 of
+    COCO's 80), Objects365 v2 becomes COCO by a table of names. Predictions of categories without a counterpart are left
+    out and counted."""
+
+    @field_validator("size_edges_px")
+    @classmethod
+    def _edges_rise(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(high <= low for low, high in pairwise(value)):
+            raise ValueError(f"size_edges_px must rise, and {list(value)} does not")
+        return value

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from owlsam_ray.config.settings import VOCABULARIES
+from owlsam_ray.config.vocabulary import VOCABULARIES
 
 _INPUTS = (
     ("data", "images"),

@@ -17,12 +17,14 @@ import yaml
 from rich.console import Console
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import RunConfig, load_tree, validate_tree, with_absolute_paths
+from owlsam_ray.config.load import load_tree, validate_tree, with_absolute_paths
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import ConfigError, GuardError
 from owlsam_ray.models.shipped import check_shipped, model_settings
 from owlsam_ray.parallel.allocation import export_ray_environment
 from owlsam_ray.plan.plan import plan_run
-from owlsam_ray.run.guard import RUN_FILE, check_writable
+from owlsam_ray.run.guard import check_writable
+from owlsam_ray.run.paths import RUN_FILE
 from owlsam_ray.sources.drawing import Split
 from owlsam_ray.sources.drawn import annotation_file, image_root, write_split
 from owlsam_ray.terminal import SafeConsole

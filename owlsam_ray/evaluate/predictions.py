@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from owlsam_ray.coco_files.regions import Region, box_of, is_number, rle_area, rle_box, rle_of
-from owlsam_ray.config.settings import MappingName
+from owlsam_ray.config.vocabulary import MappingName
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.evaluate.ground_truth import (
     GroundTruth,

@@ -5,15 +5,17 @@ import logging
 from typing import Any
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import EvaluateConfig, RunConfig
+from owlsam_ray.config.reduce import EvaluateConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import IncompleteError, InputError, one_line
 from owlsam_ray.evaluate.average_precision import Kind
 from owlsam_ray.evaluate.ground_truth import GroundTruth, load_ground_truth
 from owlsam_ray.evaluate.predictions import Predictions, load_predictions
 from owlsam_ray.evaluate.speed import run_speed
 from owlsam_ray.evaluate.summary import summarize
-from owlsam_ray.run.guard import RunRecord, check_config, load_record, load_run_manifest, run_directory
+from owlsam_ray.run.guard import check_config, load_run_manifest
 from owlsam_ray.run.paths import FAILURES
+from owlsam_ray.run.record import RunRecord, load_record, run_directory
 
 EVALUATION_FILE = "evaluation.json"
 _log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from owlsam_ray import storage
-from owlsam_ray.run.counts import MatchCounts
+from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.progress import PROGRESS_FILE
 
@@ -29,7 +29,7 @@ def run_speed(run_url: str, manifest: Manifest, fingerprint: str) -> dict[str, A
     Raises:
         IncompleteError: a shard file is damaged or foreign.
     """
-    tally = MatchCounts(run_url, manifest, fingerprint).refresh()
+    tally = RunCounts(run_url, manifest, fingerprint).refresh()
     counts, stage_s = tally.counts, tally.stage_s
     images = counts["ok"] + counts["empty"]
     detector = stage_s.get(DETECTOR_STAGE, 0.0) / images if images else None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from owlsam_ray.config.settings import BuiltinVocabulary, MappingName
+from owlsam_ray.config.vocabulary import BuiltinVocabulary, MappingName
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.evaluate.ground_truth import GroundTruth
 from owlsam_ray.vocabulary.builtin import BuiltinCategory, builtin

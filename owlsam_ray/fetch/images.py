@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from owlsam_ray import storage
-from owlsam_ray.config.settings import MEGABYTE as MEGABYTE
+from owlsam_ray.config.base import MEGABYTE as MEGABYTE
 from owlsam_ray.errors import FailureClass, ImageError, InputError, StorageSetupError
 from owlsam_ray.fetch.deadline_pool import DeadlinePool, StalledError
 from owlsam_ray.fetch.packed import (

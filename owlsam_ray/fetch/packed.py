@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from owlsam_ray import storage
-from owlsam_ray.config.settings import MEGABYTE
+from owlsam_ray.config.base import MEGABYTE
 from owlsam_ray.errors import FailureClass, ImageError, InputError, StorageSetupError, one_line
 from owlsam_ray.storage.arrow_types import extension_of, holds_bytes, shown_type
 from owlsam_ray.storage.secrets import masked

@@ -15,7 +15,7 @@ from pydantic import Field
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
-from owlsam_ray.config.settings import Fraction, PositiveInt, Section
+from owlsam_ray.config.base import Fraction, PositiveInt, Section
 from owlsam_ray.finetune.data import Sample
 from owlsam_ray.ops.masks import tight_box
 

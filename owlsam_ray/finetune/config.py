@@ -8,8 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from owlsam_ray.coco_files.cleaning import CleaningSettings
 from owlsam_ray.config.added_settings import without_added
-from owlsam_ray.config.load import LoggingConfig, absolute, load_tree, path_or_hub_name, validate_tree
-from owlsam_ray.config.settings import Auto, Name, PositiveInt, Section
+from owlsam_ray.config.base import Auto, Name, PositiveInt, Section
+from owlsam_ray.config.load import absolute, load_tree, path_or_hub_name, validate_tree
+from owlsam_ray.config.run import LoggingConfig
 from owlsam_ray.finetune.augment import AugmentSettings
 from owlsam_ray.finetune.detector import DetectorTraining
 from owlsam_ray.finetune.segmenter import SegmenterSettings

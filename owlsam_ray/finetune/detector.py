@@ -21,16 +21,9 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from owlsam_ray.coco_files.regions import Region
-from owlsam_ray.config.settings import (
-    Category,
-    DetectorConfig,
-    Fraction,
-    Name,
-    PositiveInt,
-    Section,
-    SuppressConfig,
-    check_template,
-)
+from owlsam_ray.config.base import Fraction, Name, PositiveInt, Section
+from owlsam_ray.config.settings import DetectorConfig, SuppressConfig
+from owlsam_ray.config.vocabulary import Category, check_template
 from owlsam_ray.evaluate.average_precision import precision_recall
 from owlsam_ray.evaluate.ground_truth import EvaluatedCategory, EvaluatedImage, GroundTruth
 from owlsam_ray.evaluate.sizes import ALL, size_ranges

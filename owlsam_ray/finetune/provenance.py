@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from owlsam_ray import __version__, storage
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.finetune.config import FinetuneConfig
 from owlsam_ray.finetune.store import PROVENANCE
 from owlsam_ray.models.weights import sha256_of

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor
 
-from owlsam_ray.config.settings import PositiveInt, Section
+from owlsam_ray.config.base import PositiveInt, Section
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 _HEAD_STD = 0.05

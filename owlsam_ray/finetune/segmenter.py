@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from owlsam_ray.config.settings import Name, PositiveInt, Section
+from owlsam_ray.config.base import Name, PositiveInt, Section
 from owlsam_ray.errors import TrainingError
 from owlsam_ray.finetune.data import Sample
 from owlsam_ray.finetune.mask_losses import (

@@ -15,101 +15,30 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from owlsam_ray.config.load import RunConfig
-from owlsam_ray.config.settings import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig, TilingConfig
-from owlsam_ray.errors import FailureClass, ImageError, OwlsamError, PreflightError
+from owlsam_ray.errors import FailureClass, ImageError, OwlsamError
 from owlsam_ray.inference.decode import decode_image
 from owlsam_ray.inference.detect import cap_detections, select_detections
 from owlsam_ray.inference.encode import encode_prediction
+from owlsam_ray.inference.out_of_memory import does_not_fit, unless_out_of_memory
 from owlsam_ray.inference.segment import DecodedMasks, decode_boxes, pad_batch
-from owlsam_ray.inference.suppress import label_thresholds, suppress
-from owlsam_ray.inference.tile import View, merge_views, tile_views
-from owlsam_ray.models.load import load_detector, load_segmenter
+from owlsam_ray.inference.suppress import suppress
+from owlsam_ray.inference.tile import merge_views, tile_views
+from owlsam_ray.inference.work_items import DetectorView, EngineSettings, Item, Job
 from owlsam_ray.models.protocols import Detector, Segmenter
 from owlsam_ray.models.sam_frame import boxes_to_sam_frame, input_size_hw
-from owlsam_ray.models.weights import ModelPaths
-from owlsam_ray.parallel.allocation import Allocation
 from owlsam_ray.parallel.work_slots import WorkSlots
 from owlsam_ray.records import Detections, EncodedImage, Prediction
-
-STAGES = ("decode", "detect", "suppress", "segment", "encode")
-_Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """What an engine does, and in which batches."""
-
-    decode: DecodeConfig
-    detector: DetectorConfig
-    suppress: SuppressConfig
-    segment: SegmentConfig
-    detector_batch: int
-    """Views of one detector call."""
-    segmenter_batch: int
-    """Images of one encoder call."""
-    decoder_batch: int
-    """Boxes of one mask decoder call."""
-    threads: int
-    """Threads that decode images and encode masks."""
-    tiling: TilingConfig = field(default_factory=TilingConfig)
-    """Large images in tiles; default: none."""
-    label_thresholds: NDArray[np.float64] | None = None
-    """(L,) suppression threshold of each category; None: the one of the settings."""
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """The images of one `annotate` call."""
-
-    images: Sequence[EncodedImage]
-    results: list[Prediction | None]
-    left: int
-    done: threading.Event = field(default_factory=threading.Event)
-    stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-
-
-@dataclass(slots=True, eq=False)
-class _Item:
-    """One image on its way; model inputs are dropped as soon as they were used."""
-
-    job: _Job
-    position: int
-    size_hw: tuple[int, int] = (0, 0)
-    note: str | None = None
-    segmenter_input: Tensor | None = None
-    views: list[View] = field(default_factory=list)
-    found: dict[int, Detections] = field(default_factory=dict)
-    """Detections of the views that were looked at so far."""
-    failure: ImageError | None = None
-    detections: Detections = field(default_factory=Detections.empty)
-    masked: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    @property
-    def image(self) -> EncodedImage:
-        return self.job.images[self.position]
-
-
-@dataclass(slots=True, eq=False)
-class _View:
-    """One view of an image, ready for the detector."""
-
-    item: _Item
-    index: int
-    input: Tensor
 
 
 class Engine:
@@ -146,11 +75,11 @@ class Engine:
         # More than a batch, so that one can always form while threads wait to hand over more views.
         self._view_permits = threading.Semaphore(2 * settings.detector_batch + settings.threads)
         self._state = threading.Condition()
-        self._ready: deque[_View] = deque()
+        self._ready: deque[DetectorView] = deque()
         self._undecoded = 0  # images of all jobs whose views have not all reached `_ready`, and that did not fail
         self._closed = False
         self._error: BaseException | None = None
-        self._jobs: set[_Job] = set()
+        self._jobs: set[Job] = set()
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="owlsam-image")
         # A daemon: a process that ends without closing the engine, as Ray's actors do, must not wait for it for ever.
         self._model_thread = threading.Thread(target=self._run_models, name="owlsam-model", daemon=True)
@@ -185,7 +114,7 @@ class Engine:
             RuntimeError: a model call or a thread failed (not: an image failed); the engine is of no more use.
             PreflightError: the same, of a batch that does not fit the GPU's memory.
         """
-        job = _Job(images, [None] * len(images), len(images))
+        job = Job(images, [None] * len(images), len(images))
         with self._state:
             self._raise_if_broken()
             if self._closed:
@@ -194,7 +123,7 @@ class Engine:
             self._undecoded += len(images)
         for position in range(len(images)):
             self._acquire(self._permits)
-            self._pool.submit(self._decode, _Item(job, position)).add_done_callback(self._check)
+            self._pool.submit(self._decode, Item(job, position)).add_done_callback(self._check)
         if images:
             job.done.wait()
         self._raise_if_broken()
@@ -231,7 +160,7 @@ class Engine:
 
     # What the pool's threads do
 
-    def _decode(self, item: _Item) -> None:
+    def _decode(self, item: Item) -> None:
         """Decode an image, and hand its views to the model thread one by one."""
         self._raise_if_broken()  # nobody waits for it any more
         try:
@@ -247,13 +176,13 @@ class Engine:
                     part = pixels if len(item.views) == 1 else pixels[view.y0 : view.y1, view.x0 : view.x1].copy()
                     model_input = self._detector.preprocess(part)
                 with self._state:
-                    self._ready.append(_View(item, index, model_input))
+                    self._ready.append(DetectorView(item, index, model_input))
                     self._state.notify_all()
         with self._state:
             self._undecoded -= 1
             self._state.notify_all()
 
-    def _read(self, item: _Item) -> NDArray[np.uint8]:
+    def _read(self, item: Item) -> NDArray[np.uint8]:
         """Bytes to (H, W, 3) RGB; what it knows of the image goes to the item.
 
         Raises:
@@ -276,7 +205,7 @@ class Engine:
             item.segmenter_input = self._segmenter.preprocess(decoded.pixels)
         return decoded.pixels
 
-    def _encode(self, item: _Item, masks: DecodedMasks | None) -> None:
+    def _encode(self, item: Item, masks: DecodedMasks | None) -> None:
         try:
             with self._timed("encode", [item]), self._busy("encode", [item]):
                 prediction = encode_prediction(
@@ -294,11 +223,11 @@ class Engine:
         else:
             self._finish(item, prediction)
 
-    def _finish_failed(self, item: _Item, error: ImageError) -> None:
+    def _finish_failed(self, item: Item, error: ImageError) -> None:
         failure: tuple[str, FailureClass] = (error.reason, error.failure_class)
         self._finish(item, Prediction(image_id=item.image.image_id, failure=failure))
 
-    def _finish(self, item: _Item, prediction: Prediction) -> None:
+    def _finish(self, item: Item, prediction: Prediction) -> None:
         job = item.job
         with self._state:
             job.results[item.position] = prediction
@@ -317,8 +246,8 @@ class Engine:
             self._break(error)
 
     def _model_loop(self) -> None:
-        to_detect: list[_View] = []
-        to_segment: list[_Item] = []
+        to_detect: list[DetectorView] = []
+        to_segment: list[Item] = []
         while self._await_batch(to_detect, to_segment):
             # A full encoder batch goes first: it holds the most memory.
             if len(to_segment) >= self._settings.segmenter_batch or not to_detect:
@@ -330,7 +259,7 @@ class Engine:
                 del to_detect[: len(views)]
                 to_segment += self._detect(views)
 
-    def _await_batch(self, to_detect: list[_View], to_segment: list[_Item]) -> bool:
+    def _await_batch(self, to_detect: list[DetectorView], to_segment: list[Item]) -> bool:
         """Wait until there is a batch to run; False when the engine is closed and nothing is left."""
         with self._state:
             while True:
@@ -346,7 +275,7 @@ class Engine:
                     return False
                 self._state.wait()
 
-    def _detect(self, batch: list[_View]) -> list[_Item]:
+    def _detect(self, batch: list[DetectorView]) -> list[Item]:
         """Find the boxes of a batch of views; returns the images that are complete and have boxes to segment."""
         items = [view.item for view in batch]
         with self._timed("detect", items), self._busy("model", items):
@@ -381,18 +310,18 @@ class Engine:
         """
         size = self._settings.detector_batch
         batch = pad_batch(inputs, size)
-        found = _unless_out_of_memory(partial(self._detector.detect, batch, self._queries))
+        found = unless_out_of_memory(partial(self._detector.detect, batch, self._queries))
         if found is not None:
             boxes, scores = found
             return list(zip(boxes[: len(inputs)], scores[: len(inputs)], strict=True))
         if len(inputs) == 1:
-            raise _does_not_fit(
+            raise does_not_fit(
                 "detector_batch", size, lambda smaller: self._detector.detect(batch[:smaller], self._queries)
             )
         half = len(inputs) // 2
         return self._detect_padded(inputs[:half]) + self._detect_padded(inputs[half:])
 
-    def _select(self, view: _View, boxes: Tensor, scores: Tensor) -> None:
+    def _select(self, view: DetectorView, boxes: Tensor, scores: Tensor) -> None:
         """Keep what scores above the floor in one view; a problem waits for the image's last view."""
         item, size_hw = view.item, view.item.views[view.index].size_hw
         item.found[view.index] = Detections.empty()
@@ -407,7 +336,7 @@ class Engine:
         except ImageError as error:
             item.failure = item.failure or error
 
-    def _suppress(self, item: _Item) -> None:
+    def _suppress(self, item: Item) -> None:
         """The detections of all views to those of the image, and which of them get a mask."""
         settings = self._settings
         found = merge_views(
@@ -425,14 +354,14 @@ class Engine:
         item.detections = cap_detections(found, settings.detector.max_detections)
         item.masked = np.flatnonzero(item.detections.scores >= settings.segment.score_floor)
 
-    def _segment(self, batch: list[_Item]) -> None:
+    def _segment(self, batch: list[Item]) -> None:
         with self._timed("segment", batch), self._busy("model", batch):
             decoded = self._segment_padded(batch)
         for item, masks in zip(batch, decoded, strict=True):
             item.segmenter_input = None
             self._submit_encode(item, masks)
 
-    def _segment_padded(self, batch: list[_Item]) -> list[DecodedMasks]:
+    def _segment_padded(self, batch: list[Item]) -> list[DecodedMasks]:
         """Masks of each image, from one encoder call; in several of the same shape when memory runs out.
 
         Then the embeddings and masks of fewer images are held beside a call.
@@ -460,32 +389,32 @@ class Engine:
                 settings=settings.segment,
             )
 
-        embeddings = _unless_out_of_memory(partial(self._segmenter.encode, inputs))
+        embeddings = unless_out_of_memory(partial(self._segmenter.encode, inputs))
         if embeddings is not None:
-            masks = _unless_out_of_memory(partial(decode, embeddings, settings.decoder_batch))
+            masks = unless_out_of_memory(partial(decode, embeddings, settings.decoder_batch))
             if masks is not None:
                 return masks
         if len(batch) == 1:
             if embeddings is None:
-                raise _does_not_fit(
+                raise does_not_fit(
                     "segmenter_batch", settings.segmenter_batch, lambda size: self._segmenter.encode(inputs[:size])
                 )
-            raise _does_not_fit("decoder_batch", settings.decoder_batch, partial(decode, embeddings), step=8)
+            raise does_not_fit("decoder_batch", settings.decoder_batch, partial(decode, embeddings), step=8)
         embeddings = None  # to be free while the halves are done
         half = len(batch) // 2
         return self._segment_padded(batch[:half]) + self._segment_padded(batch[half:])
 
-    def _submit_encode(self, item: _Item, masks: DecodedMasks | None) -> None:
+    def _submit_encode(self, item: Item, masks: DecodedMasks | None) -> None:
         self._pool.submit(self._encode, item, masks).add_done_callback(self._check)
 
-    def _busy(self, kind: str, items: Sequence[_Item]) -> AbstractContextManager[None]:
+    def _busy(self, kind: str, items: Sequence[Item]) -> AbstractContextManager[None]:
         """Tell the watch, if there is one."""
         if self._watch is None:
             return contextlib.nullcontext()
         return self._watch.busy(kind, [item.image.image_id for item in items])
 
     @contextlib.contextmanager
-    def _timed(self, stage: str, items: Sequence[_Item]) -> Iterator[None]:
+    def _timed(self, stage: str, items: Sequence[Item]) -> Iterator[None]:
         """Charge the block's wall time to the jobs of its images, in equal parts."""
         start = time.perf_counter()
         try:
@@ -495,89 +424,3 @@ class Engine:
             with self._state:
                 for item in items:
                     item.job.stage_s[stage] += share
-
-
-def _unless_out_of_memory(call: Callable[[], _Result]) -> _Result | None:
-    """What a call gives; None when memory runs out.
-
-    Nothing of a failed call is left then: as long as its error lives, so do the frames that it came through, and their
-    tensors.
-    """
-    with contextlib.suppress(torch.OutOfMemoryError):
-        return call()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the allocator keeps for later may be in pieces that are too small
-    return None
-
-
-def _does_not_fit(setting: str, size: int, call: Callable[[int], object], *, step: int = 1) -> PreflightError:
-    """The error of a model call that runs out of memory, with the size that fits.
-
-    Args:
-        setting: of `resources`.
-        size: that does not fit.
-        call: makes a call of another size.
-        step: sizes are multiples of it.
-    """
-    smaller = size // 2 // step * step
-    while smaller >= step:
-        if _unless_out_of_memory(partial(call, smaller)) is not None:
-            return PreflightError(
-                f"a model call with resources.{setting} {size} runs out of GPU memory, and one with {smaller} does "
-                f"not: call again with --set resources.{setting}={smaller}. That is other numerics: a run that has "
-                "finished shards needs --allow-numerics-change as well."
-            )
-        smaller = smaller // 2 // step * step
-    return PreflightError(
-        f"a model call runs out of GPU memory, whatever resources.{setting} is ({size} was asked for): take a GPU with "
-        "more memory, set resources.dtype=bf16, or leave the GPU to one actor (resources.gpus_per_actor=1)."
-    )
-
-
-def load_engine(
-    config: RunConfig,
-    allocation: Allocation,
-    *,
-    models: ModelPaths,
-    query_embeddings: Tensor,
-    query_labels: Sequence[int],
-    category_names: Sequence[str],
-    watch: WorkSlots | None = None,
-) -> Engine:
-    """Load both models onto one device and start an engine.
-
-    Args:
-        config: of the run.
-        allocation: what this process may use.
-        models: where the weights lie.
-        query_embeddings: (Q, D) float32.
-        query_labels: category index of each query.
-        category_names: of the run, for the thresholds of single categories.
-        watch: is told what the threads work on.
-
-    Raises:
-        WeightsError: weights do not fit.
-        InputError: a threshold is for a category that the run does not have.
-    """
-    thresholds = label_thresholds(config.suppress, category_names)
-    device = torch.device(allocation.device)
-    dtype = torch.bfloat16 if config.resources.dtype == "bf16" else torch.float32
-    return Engine(
-        load_detector(config.detector, models.detector, device=device, dtype=dtype, fakes=config.fakes),
-        load_segmenter(config.segment, models.segmenter, device=device, dtype=dtype),
-        query_embeddings=query_embeddings,
-        query_labels=query_labels,
-        settings=EngineSettings(
-            decode=config.decode,
-            detector=config.detector,
-            tiling=config.tiling,
-            suppress=config.suppress,
-            segment=config.segment,
-            detector_batch=allocation.detector_batch,
-            segmenter_batch=allocation.segmenter_batch,
-            decoder_batch=allocation.decoder_batch,
-            threads=allocation.threads,
-            label_thresholds=thresholds,
-        ),
-        watch=watch,
-    )

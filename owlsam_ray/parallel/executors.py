@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import ResourcesConfig
+from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.errors import IncompleteError
 from owlsam_ray.parallel.allocation import export_ray_environment
 from owlsam_ray.parallel.lost_ray import LossCount

@@ -16,27 +16,27 @@ from typing import Any
 import pyarrow as pa
 
 from owlsam_ray import __version__, storage
-from owlsam_ray.config.load import PlanConfig, RunConfig, allowed_failures
-from owlsam_ray.config.settings import is_vocabulary_file
+from owlsam_ray.config.data import PlanConfig
+from owlsam_ray.config.reduce import allowed_failures
+from owlsam_ray.config.run import RunConfig
+from owlsam_ray.config.vocabulary import is_vocabulary_file
 from owlsam_ray.errors import FailedImagesError, GuardError, InputError
 from owlsam_ray.inference.suppress import label_thresholds
 from owlsam_ray.plan.image_check import verify_images
 from owlsam_ray.plan.moved_images import moved_manifest
 from owlsam_ray.plan.selection import already_planned, named, select_images, selection_of
 from owlsam_ray.run.guard import (
-    RUN_FILE,
-    RunRecord,
     check_config,
     check_same_vocabulary,
-    load_record,
     load_run_manifest,
     moves_since_plan,
-    run_directory,
-    save_record,
     with_planned_suffixes,
 )
-from owlsam_ray.run.manifest import Manifest, ShardLayout, moved_uris, shard_size, write_parts
+from owlsam_ray.run.manifest import Manifest, moved_uris
+from owlsam_ray.run.manifest_writer import ShardLayout, shard_size, write_parts
 from owlsam_ray.run.moved_data import Move
+from owlsam_ray.run.paths import RUN_FILE
+from owlsam_ray.run.record import RunRecord, load_record, run_directory, save_record
 from owlsam_ray.sources import Listing, ListingOptions, list_images
 from owlsam_ray.sources.bad_rows import check_bad_rows
 from owlsam_ray.sources.spool import Spool

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from owlsam_ray.config.load import PlanConfig
+from owlsam_ray.config.data import PlanConfig
 from owlsam_ray.errors import GuardError, InputError, raise_problems, shown
 from owlsam_ray.ops.arrays import repeats
 from owlsam_ray.run.manifest import Manifest

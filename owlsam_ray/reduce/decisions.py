@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from owlsam_ray.config.settings import Category, SuppressConfig
+from owlsam_ray.config.settings import SuppressConfig
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.inference.suppress import suppress
 from owlsam_ray.records import Detections
 

@@ -14,10 +14,11 @@ from collections.abc import Collection, Iterator
 import msgspec
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import InputError
-from owlsam_ray.run.attempts import ATTEMPTS, SETUP, Attempt, Slice, claim, live_attempts
-from owlsam_ray.run.guard import RUN_FILE
+from owlsam_ray.run.attempts import ATTEMPTS, SETUP, Attempt, Slice, live_attempts
+from owlsam_ray.run.claim import claim
+from owlsam_ray.run.paths import RUN_FILE
 
 SUMMARY_FILE, UNFINISHED_FILE = "reduce.json", "reduce.unfinished"
 _OF_A_RUN = ("manifest", "predictions", "attempts", "damaged")

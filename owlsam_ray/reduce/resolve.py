@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from owlsam_ray.config.reduce import ReduceConfig
-from owlsam_ray.config.settings import Category, MappingName
+from owlsam_ray.config.vocabulary import Category, MappingName
 from owlsam_ray.errors import ConfigError, InputError, shown
 from owlsam_ray.inference.suppress import label_thresholds
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.operating_points import OperatingPoints
-from owlsam_ray.run.guard import RunRecord
+from owlsam_ray.run.record import RunRecord
 from owlsam_ray.vocabulary.mapping import category_mapping
 from owlsam_ray.vocabulary.names import by_name, fold_category
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.ops.compiled import text_bytes
 from owlsam_ray.parallel.executors import map_in_order
@@ -30,7 +30,7 @@ from owlsam_ray.reduce.fragments import ReduceJob
 from owlsam_ray.reduce.labels import ShardLabels, read_labels
 from owlsam_ray.reduce.run import COCO_FOLDER, Reduction, Show, open_run, prepare, quiet
 from owlsam_ray.reduce.sampling import Picks, SampleOptions, pick, why
-from owlsam_ray.run.guard import run_directory
+from owlsam_ray.run.record import run_directory
 from owlsam_ray.run.shards import done_shards
 from owlsam_ray.storage.secrets import masked_tree, published
 from owlsam_ray.terminal import table_cell

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 
 from owlsam_ray import __version__, storage
-from owlsam_ray.config.load import ResourcesConfig, RunConfig
 from owlsam_ray.config.reduce import ReduceConfig
+from owlsam_ray.config.resources import ResourcesConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import IncompleteError, InputError
 from owlsam_ray.parallel.executors import map_in_order, num_workers
 from owlsam_ray.parallel.lost_ray import SUFFIX, LossCount
@@ -33,10 +34,11 @@ from owlsam_ray.reduce.operating_points import load_operating_points
 from owlsam_ray.reduce.outputs import FileSpan, Head
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
 from owlsam_ray.run.attempts import ATTEMPTS
-from owlsam_ray.run.guard import RunRecord, check_config, load_record, load_run_manifest, run_directory
+from owlsam_ray.run.guard import check_config, load_run_manifest
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.paths import FAILURES
 from owlsam_ray.run.proof import ShardRules, check_all_present
+from owlsam_ray.run.record import RunRecord, load_record, run_directory
 from owlsam_ray.run.shards import done_shards
 from owlsam_ray.storage.secrets import masked_tree, published
 

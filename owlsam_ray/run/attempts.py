@@ -16,15 +16,11 @@ import json
 import logging
 import math
 import os
-import random
 import re
-import secrets
-import socket
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,17 +28,16 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import ResourcesConfig
 from owlsam_ray.errors import AttemptLiveError, ConfigError, ExitCode, OwlsamError, shown
 from owlsam_ray.storage.secrets import masked
 
 ATTEMPTS = "attempts"
 LABEL, SETUP = "label", "setup"
 """What an attempt excludes others from: labelling a slice; planning, embedding and writing run.json."""
-_ENDED = ".ended.json"
-_LIVE = ".json"
+ENDED = ".ended.json"
+LIVE = ".json"
 _FENCED = ".fenced"
-_OF_SETUP = "-setup"
+OF_SETUP = "-setup"
 """How their ids end, so that a listing tells them apart."""
 _CLAIMING_BEAT_S = 1.0
 """An attempt that waits for others shows life more often, so that these need not wait long for it."""
@@ -161,16 +156,16 @@ class Attempt:
         self._stop.set()
         self._thread.join()
         if self.record.state != "running" or self.record.scope != LABEL:  # nothing to remember
-            storage.remove(_url(self.run_url, self.id, _LIVE))
+            storage.remove(attempt_url(self.run_url, self.id, LIVE))
             return
-        self.record.ended, self.record.exit_code = _now(), _exit_code(error)
+        self.record.ended, self.record.exit_code = now_utc(), _exit_code(error)
         if error is not None:
             # Our own errors may carry counts as a second argument.
             said = error.args[0] if isinstance(error, OwlsamError) and error.args else error
             self.record.last_error = masked(str(said)) or type(error).__name__
         try:
-            _write(self.run_url, self.record, _ENDED)
-            storage.remove(_url(self.run_url, self.id, _LIVE))
+            write_attempt(self.run_url, self.record, ENDED)
+            storage.remove(attempt_url(self.run_url, self.id, LIVE))
         except OSError as trouble:
             _log.warning("cannot sign off: %s. The next attempt waits until this one is certainly gone.", trouble)
 
@@ -204,7 +199,7 @@ class Attempt:
         """
         with self._lock:
             self.record.beat += 1
-            _write(self.run_url, self.record, _LIVE)
+            write_attempt(self.run_url, self.record, LIVE)
 
     def _look_at_the_fence(self) -> None:
         if self._fenced_by is None and storage.exists(self.fence_url):
@@ -224,156 +219,9 @@ class Attempt:
                 _log.warning("cannot show life: %s", error)
 
 
-@contextlib.contextmanager
-def claim(
-    run_url: str,
-    *,
-    scope: str,
-    part: Slice,
-    heartbeat_s: float,
-    takeover_s: float,
-    takeover: bool = False,
-    patient: bool = False,
-) -> Iterator[Attempt]:
-    """Work on a slice of a run as the only attempt.
-
-    Args:
-        run_url: the run directory.
-        scope: attempts of different scopes do not exclude each other.
-        part: the slice.
-        heartbeat_s: seconds between two signs of life.
-        takeover_s: seconds of silence after which another attempt is taken for dead.
-        takeover: fence attempts that live, and wait until they have stopped.
-        patient: wait for attempts that live, instead of refusing.
-
-    Raises:
-        AttemptLiveError: another attempt lives, on this slice or on one that overlaps it.
-        OSError: storage refused.
-    """
-    me = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{_file_name(socket.gethostname())}-{os.getpid()}"
-    record = AttemptRecord(
-        id=f"{me}-{secrets.token_hex(3)}{_OF_SETUP if scope == SETUP else ''}",
-        scope=scope,
-        heartbeat_s=heartbeat_s,
-        slice=str(part),
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        process=_process_name(os.getpid()),
-        started=_now(),
-    )
-    attempt = Attempt(run_url, record, heartbeat_s)
-    attempt.save()
-    with attempt:
-        _Observer(attempt, part, takeover_s=takeover_s, takeover=takeover, patient=patient).wait_for_the_slice()
-        record.state = "running"
-        attempt.save()
-        yield attempt
-
-
-def claim_setup(run_url: str, resources: ResourcesConfig) -> contextlib.AbstractContextManager[Attempt]:
-    """While this context lasts no other process plans the run, or writes its `run.json`: it waits instead."""
-    return claim(
-        run_url,
-        scope=SETUP,
-        part=Slice(),
-        heartbeat_s=resources.heartbeat_s,
-        takeover_s=resources.takeover_s,
-        patient=True,
-    )
-
-
-@dataclass
-class _Watched:
-    """Another attempt, as seen from here."""
-
-    record: AttemptRecord
-    since: float
-    """On this process's monotonic clock, when its file was first seen as it is now."""
-    moved: bool = False
-    """Whether its file has changed since it was first seen."""
-
-
-@dataclass
-class _Observer:
-    """Looks at the attempts that stand in the way of one."""
-
-    mine: Attempt
-    part: Slice
-    takeover_s: float
-    takeover: bool
-    patient: bool
-    seen: dict[str, _Watched] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
-
-    def wait_for_the_slice(self) -> None:
-        """Return once nobody stands in the way.
-
-        Who enters has said `claiming`, and then seen that everybody else is `waiting`. Of two that claim at the same
-        time at least the later one to look sees the other, so they cannot both enter. The one with the larger id says
-        `waiting`, and claims anew when the way is free.
-        """
-        while True:
-            self.mine.raise_if_taken_over()
-            every = live_attempts(self.mine.run_url, scope=self.mine.record.scope)
-            others = [other for other in every if self._is_in_the_way(other)]
-            if not others and self.mine.record.state == "claiming":
-                return
-            for other in others:
-                self._consider(other)
-            first = all(other.state == "claiming" and other.id > self.mine.id for other in others)
-            state = "claiming" if first else "waiting"
-            if state != self.mine.record.state:
-                self.mine.record.state = state
-                self.mine.save()
-            elif others:  # the more there are, the more seldom each one looks
-                time.sleep(min(0.5, self.takeover_s / 20) * max(1.0, len(every) / 8) * random.uniform(0.75, 1.25))
-
-    def _is_in_the_way(self, other: AttemptRecord) -> bool:
-        mine = self.mine.record
-        return other.id != mine.id and other.state != "waiting" and self.part.overlaps(Slice.parse(other.slice))
-
-    def _consider(self, other: AttemptRecord) -> None:
-        """Take over what is dead; refuse, or go on waiting, for what lives."""
-        if is_dead_here(other):
-            _log.warning("the attempt %s is dead: going on in its place", other.where)
-            self._take_over(other)
-            return
-        now = time.monotonic()
-        watched = self.seen.get(other.id)
-        if watched is None or watched.record != other:
-            watched = self.seen[other.id] = _Watched(other, now, moved=watched is not None)
-        if now - watched.since > max(self.takeover_s, 2 * other.heartbeat_s):
-            _log.warning("the attempt %s has not shown life for %g s: taking over", other.where, self.takeover_s)
-            self._take_over(other)
-            return
-        if self.takeover and other.state == "running":
-            fence(self.mine.run_url, other.id, by=self.mine.record.where)
-            self._tell(other, "is fenced: waiting until it has stopped")
-            return
-        yields = other.state == "claiming" and other.id > self.mine.id
-        if watched.moved and not yields and not self.patient:
-            raise AttemptLiveError(
-                f"another attempt works on {self.mine.run_url}: {other.where}. Let it end, look at it with `owlsam "
-                "status`, or call again with --takeover to stop it."
-            )
-        self._tell(other, f"is registered: waiting for it to end, or to show no life for {self.takeover_s:g} s")
-
-    def _take_over(self, other: AttemptRecord) -> None:
-        fence(self.mine.run_url, other.id, by=self.mine.record.where)
-        other.ended = _now()
-        _write(self.mine.run_url, other, _ENDED)
-        storage.remove(_url(self.mine.run_url, other.id, _LIVE))
-
-    def _tell(self, other: AttemptRecord, what: str) -> None:
-        if other.id not in self.told:
-            self.told.add(other.id)
-            who = "the attempt" if other.scope == LABEL else "planning and setting up by"
-            _log.info("%s %s %s", who, other.where, what)
-
-
 def fence(run_url: str, attempt_id: str, *, by: str) -> None:
     """Stop an attempt: it writes nothing any more once it has seen this."""
-    url = _url(run_url, attempt_id, _FENCED)
+    url = attempt_url(run_url, attempt_id, _FENCED)
     if not storage.exists(url):
         storage.write_atomic(url, by.encode())
 
@@ -391,9 +239,9 @@ def live_attempts(run_url: str, *, scope: str | None = None) -> list[AttemptReco
         [
             name
             for name in names
-            if name.endswith(_LIVE)
-            and not name.endswith(_ENDED)
-            and (scope is None or name.endswith(f"{_OF_SETUP}{_LIVE}") == (scope == SETUP))
+            if name.endswith(LIVE)
+            and not name.endswith(ENDED)
+            and (scope is None or name.endswith(f"{OF_SETUP}{LIVE}") == (scope == SETUP))
         ],
     )
 
@@ -401,7 +249,7 @@ def live_attempts(run_url: str, *, scope: str | None = None) -> list[AttemptReco
 def ended_attempts(run_url: str) -> list[AttemptRecord]:
     """Attempts that have ended, or were found dead, by rising id."""
     names = storage.list_names(storage.join(run_url, ATTEMPTS))
-    return read_attempts(run_url, [name for name in names if name.endswith(_ENDED)])
+    return read_attempts(run_url, [name for name in names if name.endswith(ENDED)])
 
 
 def read_attempts(run_url: str, names: list[str]) -> list[AttemptRecord]:
@@ -422,20 +270,24 @@ def read_attempts(run_url: str, names: list[str]) -> list[AttemptRecord]:
         return [record for record in pool.map(read, names) if record is not None]
 
 
-def _url(run_url: str, attempt_id: str, suffix: str) -> str:
+def attempt_url(run_url: str, attempt_id: str, suffix: str) -> str:
+    """Path or URL of a file of an attempt."""
     return storage.join(run_url, ATTEMPTS, f"{attempt_id}{suffix}")
 
 
-def _write(run_url: str, record: AttemptRecord, suffix: str) -> None:
+def write_attempt(run_url: str, record: AttemptRecord, suffix: str) -> None:
+    """Write the file of an attempt, whole."""
     text = json.dumps(record.model_dump(mode="json"), indent=1)
-    storage.write_atomic(_url(run_url, record.id, suffix), text.encode())
+    storage.write_atomic(attempt_url(run_url, record.id, suffix), text.encode())
 
 
-def _now() -> str:
+def now_utc() -> str:
+    """The time as ISO 8601 in UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _file_name(text: str) -> str:
+def safe_file_name(text: str) -> str:
+    """Text as part of a file name: other characters than letters, digits, `.` and `-` become `_`; at most 64."""
     return re.sub(r"[^A-Za-z0-9.-]", "_", text)[:64]
 
 
@@ -447,7 +299,7 @@ def _exit_code(error: BaseException | None) -> int:
     return int(ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.INCOMPLETE)
 
 
-def _process_name(pid: int) -> str | None:
+def process_name(pid: int) -> str | None:
     """A name that no other process has, as long as this machine runs: its start, and the process's within it.
 
     None where that cannot be told; empty for a process that has ended, and only waits to be reaped.
@@ -464,7 +316,7 @@ def _process_name(pid: int) -> str | None:
 
 def is_dead_here(record: AttemptRecord) -> bool:
     """Whether an attempt ran on this machine, in this container, and its process is certainly gone."""
-    mine = _process_name(os.getpid())
+    mine = process_name(os.getpid())
     if not mine or record.process is None or record.process.split()[:2] != mine.split()[:2]:
         return False
     try:
@@ -473,5 +325,5 @@ def is_dead_here(record: AttemptRecord) -> bool:
         return True
     except PermissionError:  # another user's, and alive
         return False
-    found = _process_name(record.pid)
+    found = process_name(record.pid)
     return found is not None and found != record.process

@@ -5,7 +5,6 @@ images stand in which shard; the numerics id covers what may change a result in 
 """
 
 import hashlib
-import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,126 +12,22 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from owlsam_ray import __version__, storage
 from owlsam_ray.config.added_settings import without_added
-from owlsam_ray.config.load import RunConfig, config_from_stored, differing_fields
-from owlsam_ray.config.settings import Category
-from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError, shown
+from owlsam_ray.config.load import differing_fields
+from owlsam_ray.config.run import RunConfig
+from owlsam_ray.errors import GuardError, IncompleteError, InputError, shown
 from owlsam_ray.models.load import weights_sha256
 from owlsam_ray.parallel.allocation import Allocation
 from owlsam_ray.run.manifest import Manifest, load_manifest
 from owlsam_ray.run.moved_data import Move, moves_between, without_places
+from owlsam_ray.run.paths import QUERY_FILE, RUN_FILE
+from owlsam_ray.run.record import RunRecord, as_stored, canonical_hash, save_record
 from owlsam_ray.schema import SCHEMA_VERSION
-from owlsam_ray.vocabulary import Query, Vocabulary
+from owlsam_ray.vocabulary import Vocabulary
 
-RUN_FILE = "run.json"
-QUERY_FILE = "query_embeddings.safetensors"
 _COMPUTING = ("torch", "torchvision", "transformers", "timm", "pillow", "numpy", "scipy", "opencv-python-headless")
 """Packages whose versions may change results in their last bits."""
-
-
-class RunRecord(BaseModel):
-    """The content of `run.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    owlsam_version: str
-    """Version that planned the run."""
-    config: dict[str, Any]
-    """The resolved config."""
-    categories: tuple[Category, ...]
-    """What is looked for, with the ids of the output."""
-    queries: tuple[Query, ...]
-    """What the detector is asked, in the order of the query embeddings."""
-    ids_per_image: int
-    """K: an annotation's id is image ordinal × K + det_index."""
-    layout_hash: str
-    """Of the manifest, at plan or at the last extension."""
-    num_parts: int | None = None
-    """Parts of the manifest that count; None, in runs of 0.1: all."""
-    fingerprint: str | None = None
-    """The label fingerprint, set by the first attempt."""
-    fingerprint_parts: dict[str, Any] | None = None
-    """What the fingerprint is the hash of."""
-    numerics: tuple[dict[str, Any], ...] = ()
-    """Every numerics that worked on this run, the last one last."""
-    libraries: dict[str, str] = {}
-    """Versions at the first attempt, for information."""
-
-    @property
-    def query_labels(self) -> tuple[int, ...]:
-        """Category index of each query."""
-        return tuple(query.label for query in self.queries)
-
-    @property
-    def category_names(self) -> tuple[str, ...]:
-        """Names by category index."""
-        return tuple(category.name for category in self.categories)
-
-    @property
-    def numerics_id(self) -> str:
-        """Short hash of the numerics in use.
-
-        Raises:
-            IndexError: no attempt has started yet.
-        """
-        return canonical_hash(self.numerics[-1])[:16]
-
-    def stored_config(self) -> RunConfig:
-        """The config as an object.
-
-        Raises:
-            ConfigError: it was written by a version with other fields.
-        """
-        return config_from_stored(self.config)
-
-
-def canonical_hash(value: Any) -> str:
-    """SHA-256 of a tree of plain values, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def run_directory(config: RunConfig) -> str:
-    """The run directory of a config.
-
-    Raises:
-        ConfigError: neither the run file nor `--run` names one.
-    """
-    if config.run is None:
-        raise ConfigError("no run directory: set `run:` in the run file, or give --run DIR")
-    return config.run
-
-
-def load_record(run_url: str) -> RunRecord | None:
-    """`run.json` of a run directory; None when there is none.
-
-    Raises:
-        GuardError: the file is damaged, or of an incompatible version.
-    """
-    try:
-        data = storage.read_bytes(storage.join(run_url, RUN_FILE))
-    except FileNotFoundError:
-        return None
-    try:
-        return RunRecord.model_validate_json(data)
-    except ValidationError as error:
-        raise GuardError(
-            f"{run_url}/{RUN_FILE} is damaged or was written by another version: {error.errors(include_url=False)[:3]}"
-        ) from None
-
-
-def _as_stored(record: RunRecord, run_url: str) -> RunRecord:
-    """The record as it is by now: another call may have extended the plan since it was read."""
-    return load_record(run_url) or record
-
-
-def save_record(run_url: str, record: RunRecord) -> None:
-    """Replace `run.json`, whole or not at all."""
-    data = json.dumps(record.model_dump(mode="json"), indent=1).encode()
-    storage.write_atomic(storage.join(run_url, RUN_FILE), data)
 
 
 def forget_plan(run_url: str) -> None:
@@ -259,7 +154,7 @@ def guard_labels(record: RunRecord, parts: dict[str, Any], run_url: str) -> RunR
         GuardError: with one line per part that differs.
     """
     if record.fingerprint is None:
-        updated = _as_stored(record, run_url).model_copy(
+        updated = as_stored(record, run_url).model_copy(
             update={
                 "fingerprint": canonical_hash(parts),
                 "fingerprint_parts": parts,
@@ -322,7 +217,7 @@ def guard_numerics(record: RunRecord, numerics: dict[str, Any], run_url: str, *,
                 ]
             )
         )
-    updated = _as_stored(record, run_url).model_copy(update={"numerics": (*record.numerics, numerics)})
+    updated = as_stored(record, run_url).model_copy(update={"numerics": (*record.numerics, numerics)})
     save_record(run_url, updated)
     return updated
 

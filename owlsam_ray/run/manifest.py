@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,16 +21,15 @@ from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from owlsam_ray import storage
-from owlsam_ray.config.settings import MEGABYTE
-from owlsam_ray.errors import GuardError, InputError, one_line, shown
+from owlsam_ray.config.base import MEGABYTE
+from owlsam_ray.errors import GuardError, one_line, shown
 from owlsam_ray.run.moved_data import Move
-from owlsam_ray.schema import MANIFEST_SCHEMA, encoded_bytes
+from owlsam_ray.schema import MANIFEST_SCHEMA
 from owlsam_ray.storage.arrow_types import misfit_of
 
 MANIFEST = "manifest"
 _PART_NAME = re.compile(r"part-[0-9]{4,}")
 """Of both files of a part, without their endings."""
-_SMALLEST_SHARD, _LARGEST_SHARD, _SHARDS_WANTED = 8, 1024, 64
 
 
 @validated_dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ class Manifest:
         number = str(image_list).partition("-")[0]
         if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= self.num_images:
             return False
-        return self.image_list(int(number)) == image_list
+        return self.images_digest(int(number)) == image_list
 
     def iter_shards(self) -> Iterator[int]:
         """Shard numbers in manifest order."""
@@ -231,145 +230,6 @@ def _read_footer(url: str) -> Any:
     return footer
 
 
-def shard_size(num_images: int, setting: int | str, *, mean_bytes: float | None = None, shard_max_mb: int = 256) -> int:
-    """Images in a shard.
-
-    Args:
-        num_images: of the part.
-        setting: a number, or `auto`: images / 64, clamped to 8…1024, and no more than `shard_max_mb`.
-        mean_bytes: of an encoded image, where known.
-        shard_max_mb: megabytes of a shard.
-    """
-    if not isinstance(setting, str):
-        return setting
-    size = min(max(num_images // _SHARDS_WANTED, _SMALLEST_SHARD), _LARGEST_SHARD)
-    if mean_bytes:
-        size = min(size, int(shard_max_mb * 10**6 / mean_bytes))
-    return max(1, size)
-
-
-@dataclass(frozen=True, slots=True)
-class ShardLayout:
-    """How rows are cut into shards and parts."""
-
-    shard_size: int
-    """Images in a shard."""
-    part_images: int = 1_000_000
-    """Images in a part; rounded down to whole shards."""
-    max_file_mb: int = 512
-    """Larger images are not fetched, and take no memory."""
-
-
-def write_parts(
-    run_url: str,
-    tables: Iterable[pa.Table],
-    layout: ShardLayout,
-    *,
-    source: dict[str, Any],
-    before: Manifest | None = None,
-    next_id: int = 1,
-) -> Manifest:
-    """Freeze images as further parts of a manifest.
-
-    Args:
-        run_url: the run directory. Parts beyond those of `before`, of a try that did not end, are replaced.
-        tables: the images in their order, `datasets.LISTING_SCHEMA`.
-        layout: shards and parts.
-        source: what the output carries over: info, licenses, categories.
-        before: the manifest that is extended; None for the first plan.
-        next_id: of the first image whose `image_id` is null; the others count on from there.
-
-    Returns:
-        The whole manifest.
-
-    Raises:
-        InputError: there is no image.
-        OSError: storage refused.
-    """
-    parts = list(before.parts) if before is not None else []
-    for name in storage.list_names(storage.join(run_url, MANIFEST)):
-        if name.split(".")[0] not in {part.file.split(".")[0] for part in parts}:
-            storage.remove(storage.join(run_url, MANIFEST, name))
-    shards_per_part = max(1, layout.part_images // layout.shard_size)
-    shards = _shards(_numbered(tables, next_id), layout.shard_size)
-    first = len(parts)
-    while (head := next(shards, None)) is not None:
-        rest = itertools.islice(shards, shards_per_part - 1)
-        parts.append(_write_part(run_url, itertools.chain([head], rest), parts, layout, source))
-        source = {}
-    if len(parts) == first:
-        raise InputError("there is no image to plan")
-    return Manifest(run_url, tuple(parts))
-
-
-def _numbered(tables: Iterable[pa.Table], next_id: int) -> Iterator[pa.Table]:
-    """The same rows, with ids where the source gives none."""
-    for table in tables:
-        if table["image_id"].null_count:
-            ids = pa.array(np.arange(next_id, next_id + table.num_rows), pa.int64())
-            table = table.set_column(table.schema.get_field_index("image_id"), table.schema.field("image_id"), ids)
-        yield table
-        next_id += table.num_rows
-
-
-def _shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
-    """The same rows in tables of `size` rows; the last one may be shorter."""
-    waiting: list[pa.Table] = []
-    count = 0
-    for table in tables:
-        waiting.append(table)
-        count += table.num_rows
-        if count < size:
-            continue
-        joined = pa.concat_tables(waiting)
-        whole = count - count % size
-        for start in range(0, whole, size):
-            yield joined.slice(start, size)
-        waiting, count = [joined.slice(whole)], count - whole
-    if count:
-        yield pa.concat_tables(waiting)
-
-
-def _write_part(
-    run_url: str, shards: Iterable[pa.Table], before: list[ManifestPart], layout: ShardLayout, source: dict[str, Any]
-) -> ManifestPart:
-    """Write one part: the Parquet file first, then its sidecar, which makes it valid."""
-    name = _part_name(len(before))
-    url = storage.join(run_url, MANIFEST, f"{name}.parquet")
-    first_ordinal = 1 + sum(part.num_rows for part in before)
-    first_shard = sum(part.num_shards for part in before)
-    num_rows = num_shards = max_bytes = 0
-    with storage.open_atomic(url) as file, pq.ParquetWriter(file, MANIFEST_SCHEMA, compression="zstd") as writer:
-        for listed in shards:
-            rows = _rows(listed, first_shard + num_shards)
-            writer.write_table(rows, row_group_size=layout.shard_size)
-            num_rows, num_shards = num_rows + rows.num_rows, num_shards + 1
-            sizes = encoded_bytes(listed)
-            max_bytes = max(max_bytes, int(sizes[sizes <= layout.max_file_mb * MEGABYTE].sum()))
-    part = ManifestPart(
-        file=f"{name}.parquet",
-        sha256=_sha256(url),
-        num_rows=num_rows,
-        first_ordinal=first_ordinal,
-        first_shard=first_shard,
-        num_shards=num_shards,
-        shard_size=layout.shard_size,
-        max_shard_bytes=max_bytes,
-        source=source,
-        counts_fetched_only=True,
-    )
-    storage.write_atomic(storage.join(run_url, MANIFEST, f"{name}.json"), json.dumps(asdict(part), indent=1).encode())
-    return part
-
-
-def _rows(listed: pa.Table, shard: int) -> pa.Table:
-    """Rows of a listing as rows of the manifest."""
-    shards = pa.array(np.full(listed.num_rows, shard), pa.int64())
-    return pa.table(
-        [shards if name == "shard" else listed[name] for name in MANIFEST_SCHEMA.names], schema=MANIFEST_SCHEMA
-    )
-
-
 def load_manifest(run_url: str, *, verify: bool, num_parts: int | None = None) -> Manifest | None:
     """The manifest of a run directory; None when it has none, or only a half-written one.
 
@@ -385,7 +245,7 @@ def load_manifest(run_url: str, *, verify: bool, num_parts: int | None = None) -
     if num_parts is None:
         names = [name for name in storage.list_names(storage.join(run_url, MANIFEST)) if name.endswith(".json")]
     else:
-        names = [f"{_part_name(number)}.json" for number in range(num_parts)]
+        names = [f"{part_name(number)}.json" for number in range(num_parts)]
     parts: list[ManifestPart] = []
     for name in names:
         url = storage.join(run_url, MANIFEST, name)
@@ -410,7 +270,7 @@ def num_shards_behind(run_url: str, num_parts: int) -> int:
     count = 0
     with contextlib.suppress(FileNotFoundError):
         for number in itertools.count(num_parts):
-            count += _read_sidecar(storage.join(run_url, MANIFEST, f"{_part_name(number)}.json")).num_shards
+            count += _read_sidecar(storage.join(run_url, MANIFEST, f"{part_name(number)}.json")).num_shards
     return count
 
 
@@ -451,7 +311,7 @@ def _wrong_with(part: ManifestPart, sidecar: str, after: Sequence[ManifestPart] 
     return None
 
 
-def _part_name(number: int) -> str:
+def part_name(number: int) -> str:
     """Of both files of a part, without their endings."""
     return f"part-{number:04d}"
 
@@ -459,7 +319,7 @@ def _part_name(number: int) -> str:
 def _verify(run_url: str, part: ManifestPart) -> None:
     url = storage.join(run_url, MANIFEST, part.file)
     try:
-        found = _sha256(url)
+        found = file_sha256(url)
     except FileNotFoundError:
         raise GuardError(f"{url} is missing: restore it, or plan again in another directory") from None
     if found != part.sha256:
@@ -470,7 +330,8 @@ def _verify(run_url: str, part: ManifestPart) -> None:
     _read_footer(url)
 
 
-def _sha256(url: str) -> str:
+def file_sha256(url: str) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with storage.open_input(url) as file:
         while block := file.read(2**24):

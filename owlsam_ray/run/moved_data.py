@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from owlsam_ray.config.settings import is_vocabulary_file
+from owlsam_ray.config.vocabulary import is_vocabulary_file
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlsam_ray.config.load import allowed_failures
+from owlsam_ray.config.reduce import allowed_failures
 from owlsam_ray.errors import FailedImagesError, IncompleteError, shown
 from owlsam_ray.ops.rle import rle_areas, rle_runs
-from owlsam_ray.run.guard import RunRecord
 from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.record import RunRecord
 from owlsam_ray.run.shards import ShardFooter, corrupt_shard, done_shards, load_shard, shard_url
 from owlsam_ray.schema import PREDICTION_SCHEMA, ROW_GROUP_IMAGES
 

@@ -13,15 +13,16 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from owlsam_ray.config.load import ResourcesConfig
+from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.errors import IncompleteError, InputError
 from owlsam_ray.run.attempts import AttemptRecord, ended_attempts, is_dead_here, live_attempts
 from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.failures import find_failures
-from owlsam_ray.run.guard import RUN_FILE, load_record
 from owlsam_ray.run.in_hand import list_markers
 from owlsam_ray.run.manifest import load_manifest
+from owlsam_ray.run.paths import RUN_FILE
 from owlsam_ray.run.progress import duration
+from owlsam_ray.run.record import load_record
 from owlsam_ray.terminal import safe_text
 
 _NAMED = 20

@@ -16,13 +16,16 @@ from functools import partial
 from typing import Any, Literal
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import ResourcesConfig
+from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.errors import GuardError, IncompleteError, InputError
 from owlsam_ray.parallel.processes import in_order
-from owlsam_ray.run.attempts import Slice, claim
-from owlsam_ray.run.guard import QUERY_FILE, RUN_FILE, RunRecord, canonical_hash, load_record, load_run_manifest
+from owlsam_ray.run.attempts import Slice
+from owlsam_ray.run.claim import claim
+from owlsam_ray.run.guard import load_run_manifest
 from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.paths import QUERY_FILE, RUN_FILE
 from owlsam_ray.run.proof import ShardRules, prove_shard
+from owlsam_ray.run.record import RunRecord, canonical_hash, load_record
 from owlsam_ray.run.shards import PREDICTIONS, shard_name, shard_of, shard_url
 from owlsam_ray.terminal import Show, silent
 

@@ -1,6 +1,6 @@
 """Sources of images: a listing → manifest rows. One file per source, one contract (`listing.py`)."""
 
-from owlsam_ray.config.settings import DataConfig
+from owlsam_ray.config.data import DataConfig
 from owlsam_ray.sources.coco import list_coco
 from owlsam_ray.sources.folder import list_folder
 from owlsam_ray.sources.listing import DEFAULTS, ImageRecord, Listing, ListingOptions

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import RunConfig, allowed_failures
+from owlsam_ray.config.reduce import allowed_failures
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import FailedImagesError, InputError, shown
 from owlsam_ray.schema import Container
 from owlsam_ray.sources.row_names import join_kinds

@@ -12,7 +12,7 @@ from typing import Any
 
 from owlsam_ray.coco_files.document import open_document
 from owlsam_ray.coco_files.images import text_of, url_parts
-from owlsam_ray.config.settings import DataConfig
+from owlsam_ray.config.data import DataConfig
 from owlsam_ray.errors import InputError, raise_problems, shown
 from owlsam_ray.sources.image_list import WAY_OUT, Dialect, Placing, list_images_of, spread
 from owlsam_ray.sources.layouts import PathLayout, choose_layout

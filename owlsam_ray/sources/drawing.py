@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]

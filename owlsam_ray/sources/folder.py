@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlsam_ray import storage
-from owlsam_ray.config.settings import DataConfig
+from owlsam_ray.config.data import DataConfig
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.schema import Container
 from owlsam_ray.sources.files import ending_of, tell_left_out

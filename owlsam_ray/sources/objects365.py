@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from owlsam_ray.coco_files.images import text_of
-from owlsam_ray.config.settings import DataConfig
+from owlsam_ray.config.data import DataConfig
 from owlsam_ray.sources.image_list import Dialect, Inspect, Placed, list_images_of
 from owlsam_ray.sources.layouts import PathLayout, exist
 from owlsam_ray.sources.listing import DEFAULTS, Listing, ListingOptions

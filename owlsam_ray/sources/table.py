@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlsam_ray.coco_files.stated_size import stated_sides
-from owlsam_ray.config.settings import ColumnsConfig, DataConfig
+from owlsam_ray.config.data import ColumnsConfig, DataConfig
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.schema import MAX_IMAGE_ID, Container
 from owlsam_ray.sources.files import expand_files, relative_names

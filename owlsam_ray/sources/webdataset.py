@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from owlsam_ray.config.settings import DataConfig
+from owlsam_ray.config.data import DataConfig
 from owlsam_ray.errors import InputError, raise_problems, shown
 from owlsam_ray.parallel.processes import in_order
 from owlsam_ray.sources.files import check_schemes, expand_files, relative_names, tell_left_out

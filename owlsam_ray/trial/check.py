@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import RunConfig, allowed_failures
+from owlsam_ray.config.reduce import allowed_failures
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import ConfigError, FailedImagesError, InputError, PreflightError
 from owlsam_ray.inference.suppress import label_thresholds
 from owlsam_ray.models.shipped import check_shipped
@@ -25,15 +26,10 @@ from owlsam_ray.parallel.allocation import MEBIBYTE, Allocation, allocate, check
 from owlsam_ray.plan.moved_images import moved_manifest
 from owlsam_ray.plan.plan import list_dataset
 from owlsam_ray.plan.selection import select_images
-from owlsam_ray.run.guard import (
-    check_config,
-    check_writable,
-    load_record,
-    load_run_manifest,
-    moves_since_plan,
-    run_directory,
-)
-from owlsam_ray.run.manifest import Manifest, shard_size
+from owlsam_ray.run.guard import check_config, check_writable, load_run_manifest, moves_since_plan
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.manifest_writer import shard_size
+from owlsam_ray.run.record import load_record, run_directory
 from owlsam_ray.run.shards import done_shards
 from owlsam_ray.terminal import Show, silent
 from owlsam_ray.trial.images import Labelled, Prompts, label_here

@@ -7,12 +7,14 @@ from typing import Any
 
 from owlsam_ray import storage
 from owlsam_ray.annotate.attempt import annotate_run
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.run.guard import QUERY_FILE, RUN_FILE, check_writable, run_directory
+from owlsam_ray.run.guard import check_writable
+from owlsam_ray.run.paths import QUERY_FILE, RUN_FILE
 from owlsam_ray.run.progress import PROGRESS_FILE
+from owlsam_ray.run.record import run_directory
 from owlsam_ray.terminal import Show, silent
 
 FOLDER = "estimate"

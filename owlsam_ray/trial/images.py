@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from owlsam_ray.config.load import RunConfig
-from owlsam_ray.config.settings import MEGABYTE
+from owlsam_ray.config.base import MEGABYTE
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import ImageError, PreflightError
 from owlsam_ray.fetch.images import fetch_rows
 from owlsam_ray.models.weights import ModelPaths
@@ -110,7 +110,7 @@ def _run(
     """
     import torch
 
-    from owlsam_ray.inference.engine import load_engine
+    from owlsam_ray.inference.load import load_engine
 
     threads = torch.get_num_threads()
     torch.set_num_threads(allocation.torch_threads)

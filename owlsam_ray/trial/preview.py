@@ -15,12 +15,14 @@ import torch
 
 from owlsam_ray import storage
 from owlsam_ray.coco_files.document import open_document
-from owlsam_ray.config.load import ResourcesConfig, RunConfig, absolute, load_tree, validate_tree, with_absolute_paths
-from owlsam_ray.config.settings import DataConfig
+from owlsam_ray.config.data import DataConfig
+from owlsam_ray.config.load import absolute, load_tree, validate_tree, with_absolute_paths
+from owlsam_ray.config.resources import ResourcesConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import ConfigError, ImageError, InputError, shown
 from owlsam_ray.fetch.images import MEGABYTE, fetch_file
 from owlsam_ray.inference.decode import decode_image
-from owlsam_ray.inference.engine import load_engine
+from owlsam_ray.inference.load import load_engine
 from owlsam_ray.inference.queries import embed_queries
 from owlsam_ray.models.load import find_models
 from owlsam_ray.models.shipped import check_shipped, model_settings

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import get_args
 
-from owlsam_ray.config.settings import BuiltinVocabulary, Category, Frequency
+from owlsam_ray.config.vocabulary import BuiltinVocabulary, Category, Frequency
 
 _LIST_SEPARATOR = "|"
 _COMMENT = "#"

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from owlsam_ray.config.settings import BuiltinVocabulary, Category, Frequency, VocabularyConfig
+from owlsam_ray.config.vocabulary import BuiltinVocabulary, Category, Frequency, VocabularyConfig
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.vocabulary.builtin import BuiltinCategory, builtin
 from owlsam_ray.vocabulary.fold import fold

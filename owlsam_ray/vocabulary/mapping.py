@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from owlsam_ray.config.settings import BuiltinVocabulary, MappingName
+from owlsam_ray.config.vocabulary import BuiltinVocabulary, MappingName
 from owlsam_ray.vocabulary.builtin import BuiltinCategory, builtin, read_table, split_list
 
 ENDS: Mapping[MappingName, tuple[BuiltinVocabulary, BuiltinVocabulary]] = {

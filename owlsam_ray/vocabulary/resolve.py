@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from owlsam_ray.config.settings import Category, Exemplar, VocabularyConfig
+from owlsam_ray.config.vocabulary import Category, Exemplar, VocabularyConfig
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.vocabulary.canonical import canonical
 from owlsam_ray.vocabulary.categories import resolve_categories

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from owlsam_ray.config.settings import Category, Frequency
+from owlsam_ray.config.vocabulary import Category, Frequency
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.vocabulary.fold import fold, fold_loosely
 

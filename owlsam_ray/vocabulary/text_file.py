@@ -4,7 +4,7 @@ import logging
 import unicodedata
 
 from owlsam_ray import storage
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.vocabulary.fold import fold
 

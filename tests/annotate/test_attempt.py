@@ -10,7 +10,8 @@ import ray.data
 from owlsam_ray.annotate import attempt as annotate
 from owlsam_ray.annotate import pipeline
 from owlsam_ray.annotate.attempt import AttemptOptions, annotate_run
-from owlsam_ray.config.load import RunConfig, load_config
+from owlsam_ray.config.load import load_config
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import FailedImagesError
 from owlsam_ray.run.attempts import Slice, ended_attempts
 from tests.parallel.test_ray_watch import write_run

@@ -19,12 +19,13 @@ from PIL import Image
 
 from owlsam_ray.annotate.isolate import IsolationTask, _as_raised, _first_groups, _Worker, isolate_shard
 from owlsam_ray.annotate.isolation_worker import error_arguments
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import GuardError, IncompleteError, InputError, OwlsamError, PreflightError, WeightsError
 from owlsam_ray.models.fakes import ALLOCATE, HANG, HANG_MODEL, SEGFAULT
 from owlsam_ray.models.load import find_models
 from owlsam_ray.parallel.allocation import allocate
-from owlsam_ray.run.guard import load_record, load_run_manifest
+from owlsam_ray.run.guard import load_run_manifest
+from owlsam_ray.run.record import load_record
 from owlsam_ray.run.shards import load_shard
 from tests.runs import ROOT, label_here
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from owlsam_ray.annotate.memory_need import KillWatch, MemoryNeed, check_memory, check_node_memory, memory_need
-from owlsam_ray.config.load import ResourcesConfig
+from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.errors import PreflightError
 from owlsam_ray.parallel.allocation import Allocation, allocate
 from tests.parallel.test_ray_watch import start, the_line, write_run

@@ -18,8 +18,9 @@ from owlsam_ray.errors import IncompleteError, PreflightError, StorageSetupError
 from owlsam_ray.fetch.images import FETCHED_SCHEMA
 from owlsam_ray.models.load import find_models
 from owlsam_ray.parallel.allocation import allocate
-from owlsam_ray.run.guard import load_record, load_run_manifest
+from owlsam_ray.run.guard import load_run_manifest
 from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.record import load_record
 from owlsam_ray.run.shards import done_shards, read_footer
 from owlsam_ray.schema import predictions_to_table
 from tests.run.test_shards import prediction

@@ -28,12 +28,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from owlsam_ray.config.load import RunConfig, load_config
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.load import load_config
+from owlsam_ray.config.run import RunConfig
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.run.guard import RunRecord, canonical_hash, save_record
-from owlsam_ray.run.manifest import Manifest, ShardLayout, load_manifest, write_parts
+from owlsam_ray.run.manifest import Manifest, load_manifest
+from owlsam_ray.run.manifest_writer import ShardLayout, write_parts
+from owlsam_ray.run.record import RunRecord, canonical_hash, save_record
 from owlsam_ray.run.shards import shard_url, write_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA
 from owlsam_ray.sources import ImageRecord

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from owlsam_ray.run.counts import RunCounts
-from owlsam_ray.run.guard import load_record, load_run_manifest
+from owlsam_ray.run.guard import load_run_manifest
+from owlsam_ray.run.record import load_record
 from tests.bench.bookkeeping import NUM_IMAGES, bench, finish, make_run, marks_of
 from tests.bench.measured_process import MeasuredProcess, tree_bytes
 

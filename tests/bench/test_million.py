@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from owlsam_ray.config.settings import DataConfig
+from owlsam_ray.config.data import DataConfig
 from owlsam_ray.fetch.images import fetch_rows
 from owlsam_ray.sources import list_images
 from tests.bench.million import BROKEN, DISTINCT, SOURCES, bench, is_broken, png, write_pictures

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.plan.plan import plan_run
 from tests.bench.planning import COUNTS, SOURCES, bench_reading, plan_once
 

@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from owlsam_ray.config.load import RunConfig, load_config
+from owlsam_ray.config.load import load_config
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.run.guard import load_record, save_record
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.proof import ShardRules
+from owlsam_ray.run.record import load_record, save_record
 from owlsam_ray.run.shards import load_shard, shard_url, write_shard
 from tests.bench.million import DISTINCT, is_broken, write_pictures, write_run_file
 from tests.bench.reducing import main

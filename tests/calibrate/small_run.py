@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from owlsam_ray.config.load import RunConfig, load_config
+from owlsam_ray.config.load import load_config
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import FailureClass
 from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.records import Detections, Prediction, Segment
-from owlsam_ray.run.guard import QUERY_FILE, fingerprint_parts, guard_labels
+from owlsam_ray.run.guard import fingerprint_parts, guard_labels
+from owlsam_ray.run.paths import QUERY_FILE
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
 from tests.drawn_images import draw_coco

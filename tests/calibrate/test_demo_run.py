@@ -29,7 +29,8 @@ from owlsam_ray.calibrate import run as calibrate
 from owlsam_ray.calibrate.collect import Collected, collect
 from owlsam_ray.calibrate.curves import Target, wilson
 from owlsam_ray.calibrate.samples import Sample
-from owlsam_ray.config.load import RunConfig, load_config
+from owlsam_ray.config.load import load_config
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.demo.run import CONFIG_FILE, PICTURES, run_demo
 from owlsam_ray.sources.drawing import WITHHELD_SHAPE, Split
 from owlsam_ray.sources.drawn import image_root, write_split

@@ -18,7 +18,7 @@ from owlsam_ray.calibrate.pooling import ALL, GRID, Basis, bases
 from owlsam_ray.calibrate.reliability import BINS, reliability
 from owlsam_ray.calibrate.samples import Sample, pooled
 from owlsam_ray.calibrate.table import operating_points_table
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import ConfigError
 from tests.calibrate.test_curves import FLOOR, random_sample, sample_of
 

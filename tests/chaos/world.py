@@ -24,9 +24,11 @@ import yaml
 from PIL import Image
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import RunConfig, load_config
+from owlsam_ray.config.load import load_config
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.run.guard import load_record, load_run_manifest
+from owlsam_ray.run.guard import load_run_manifest
+from owlsam_ray.run.record import load_record
 from owlsam_ray.run.shards import PREDICTIONS, shard_url
 from tests.annotate.test_kill import workers
 from tests.faulty_s3 import Faults, FaultyS3, faulty_s3

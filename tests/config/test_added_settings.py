@@ -9,10 +9,13 @@ import pytest
 from pydantic import BaseModel, Field
 
 from owlsam_ray.config.added_settings import marker_of, with_added, without_added
-from owlsam_ray.config.load import FREE_FIELDS, NON_LABEL_FIELDS, RunConfig, config_from_stored
-from owlsam_ray.config.settings import Added, Category, Exemplar, Section
+from owlsam_ray.config.base import Added, Section
+from owlsam_ray.config.load import config_from_stored
+from owlsam_ray.config.run import FREE_FIELDS, NON_LABEL_FIELDS, RunConfig
+from owlsam_ray.config.vocabulary import Category, Exemplar
 from owlsam_ray.errors import GuardError
-from owlsam_ray.run.guard import RunRecord, canonical_hash, check_config
+from owlsam_ray.run.guard import check_config
+from owlsam_ray.run.record import RunRecord, canonical_hash
 from owlsam_ray.vocabulary import Query
 
 EARLIER = json.loads((Path(__file__).parents[1] / "fixtures" / "earlier" / "finished" / "run.json").read_text())

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from owlsam_ray.config.load import RunConfig, config_from_stored, differing_fields, load_config
+from owlsam_ray.config.load import config_from_stored, differing_fields, load_config
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from owlsam_ray.config.load import EvaluateConfig
-from owlsam_ray.config.settings import MappingName
+from owlsam_ray.config.reduce import EvaluateConfig
+from owlsam_ray.config.vocabulary import MappingName
 from owlsam_ray.errors import InputError
 from owlsam_ray.evaluate.average_precision import Kind
 from owlsam_ray.evaluate.run import evaluate_files

@@ -12,7 +12,9 @@ import yaml
 from rich.console import Console
 
 from owlsam_ray.cli import main as cli
-from owlsam_ray.config.load import EvaluateConfig, RunConfig, load_config
+from owlsam_ray.config.load import load_config
+from owlsam_ray.config.reduce import EvaluateConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import FailureClass, IncompleteError, InputError
 from owlsam_ray.evaluate.run import _ground_truth_url, evaluate_files, evaluate_run
 from owlsam_ray.evaluate.table import evaluation_table
@@ -20,7 +22,8 @@ from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.run.guard import QUERY_FILE, fingerprint_parts, guard_labels
+from owlsam_ray.run.guard import fingerprint_parts, guard_labels
+from owlsam_ray.run.paths import QUERY_FILE
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
 from tests.drawn_images import draw_coco

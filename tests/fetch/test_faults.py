@@ -15,12 +15,14 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from owlsam_ray import storage
-from owlsam_ray.config.settings import DataConfig, DecodeConfig
+from owlsam_ray.config.data import DataConfig
+from owlsam_ray.config.settings import DecodeConfig
 from owlsam_ray.errors import FailureClass, ImageError, StorageSetupError
 from owlsam_ray.fetch.images import fetch_rows, fetch_shard, to_images
 from owlsam_ray.plan.image_check import verify_images
 from owlsam_ray.records import EncodedImage
-from owlsam_ray.run.manifest import Layout, Manifest, write_parts
+from owlsam_ray.run.manifest import Manifest, ShardLayout
+from owlsam_ray.run.manifest_writer import write_parts
 from owlsam_ray.sources.folder import list_folder
 from owlsam_ray.sources.listing import listing_table
 from owlsam_ray.storage import StoragePolicy
@@ -102,7 +104,7 @@ def plan(run: Path, *uris: str, shard_size: int = 100, **columns: Any) -> Manife
         {"image_id": list(range(len(uris))), "file_name": [f"{n}.jpg" for n in range(len(uris))], "uri": list(uris)}
         | columns
     )
-    return write_parts(str(run), [table], Layout(shard_size=shard_size), source={})
+    return write_parts(str(run), [table], ShardLayout(shard_size=shard_size), source={})
 
 
 def fetch(manifest: Manifest, shard: int = 0) -> list[EncodedImage]:
@@ -117,7 +119,7 @@ def test_a_whole_file_of_another_size_is_flagged(tmp_path: Path) -> None:
         (tmp_path / "i" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "i" / name).write_bytes(b"x" * size)
     listing = list_folder(DataConfig(source="folder", images=str(tmp_path / "i")))
-    manifest = write_parts(str(tmp_path / "run"), listing.tables, Layout(shard_size=10), source={})
+    manifest = write_parts(str(tmp_path / "run"), listing.tables, ShardLayout(shard_size=10), source={})
     assert manifest.read_shard(0)["length"].to_pylist() == [10, 12, 0]
     (tmp_path / "i" / "b.jpg").write_bytes(b"x" * 11)
     (tmp_path / "i" / "c.jpg").write_bytes(b"x" * 5)

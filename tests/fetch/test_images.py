@@ -30,7 +30,8 @@ from owlsam_ray.fetch.deadline_pool import DeadlinePool
 from owlsam_ray.fetch.images import FETCHED_SCHEMA, fetch_rows, fetch_shard, to_images
 from owlsam_ray.inference.decode import decode_image
 from owlsam_ray.records import EncodedImage
-from owlsam_ray.run.manifest import Layout, Manifest, write_parts
+from owlsam_ray.run.manifest import Manifest, ShardLayout
+from owlsam_ray.run.manifest_writer import write_parts
 from owlsam_ray.sources.listing import ImageRecord, listing_table, tables_of
 from owlsam_ray.storage import StoragePolicy
 from tests.drawn_images import draw_image
@@ -49,7 +50,7 @@ def quick_policy() -> Iterator[None]:
 
 def plan(run: Path, images: str, *names: str) -> Manifest:
     records = [ImageRecord(image_id=number, file_name=name, height=3, width=4) for number, name in enumerate(names)]
-    return write_parts(str(run), tables_of(records, images), Layout(shard_size=100), source={})
+    return write_parts(str(run), tables_of(records, images), ShardLayout(shard_size=100), source={})
 
 
 def fetch(manifest: Manifest) -> list[EncodedImage]:
@@ -228,7 +229,7 @@ def test_mixed_rows_come_in_manifest_order(tmp_path: Path, where: str) -> None:
             uri=[storage.join(root, rows[n]["uri"]) for n in order],
             **{key: [rows[n].get(key) for n in order] for key in ("container", "member", "offset", "length")},
         )
-        manifest = write_parts(str(tmp_path / "run"), [table], Layout(shard_size=100), source={})
+        manifest = write_parts(str(tmp_path / "run"), [table], ShardLayout(shard_size=100), source={})
         if server is not None:
             server.faults = Faults(seed=2, rate=0.3, most_in_a_row=2, kinds=("500", "503", "cut"))
         images = fetch(manifest)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from owlsam_ray.config.settings import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig, TilingConfig
 from owlsam_ray.errors import FailureClass
-from owlsam_ray.inference.engine import STAGES, Engine, EngineSettings
+from owlsam_ray.inference.engine import Engine
+from owlsam_ray.inference.work_items import STAGES, EngineSettings
 from owlsam_ray.models.protocols import Detector
 from owlsam_ray.records import EncodedImage, Prediction
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from owlsam_ray.config.load import RunConfig, load_config
+from owlsam_ray.config.load import load_config
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.inference.decode import decode_image
 from owlsam_ray.inference.detect import cap_detections, select_detections
-from owlsam_ray.inference.engine import load_engine
+from owlsam_ray.inference.load import load_engine
 from owlsam_ray.inference.segment import decode_boxes, pad_batch
 from owlsam_ray.inference.suppress import suppress
 from owlsam_ray.models.load import find_models

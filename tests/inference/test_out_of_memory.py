@@ -9,7 +9,8 @@ from torch import Tensor
 
 from owlsam_ray.config.settings import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig
 from owlsam_ray.errors import PreflightError
-from owlsam_ray.inference.engine import Engine, EngineSettings
+from owlsam_ray.inference.engine import Engine
+from owlsam_ray.inference.work_items import EngineSettings
 from owlsam_ray.records import EncodedImage
 from owlsam_ray.schema import predictions_to_table
 from tests.inference.test_engine import BoxSegmenter, ColourDetector, encoded

@@ -20,7 +20,8 @@ from transformers import (
     OwlViTImageProcessor,
 )
 
-from owlsam_ray.config.settings import DetectorConfig, Exemplar, VocabularyConfig
+from owlsam_ray.config.settings import DetectorConfig
+from owlsam_ray.config.vocabulary import Exemplar, VocabularyConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.inference.detect import select_detections
 from owlsam_ray.inference.queries import embed_queries

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from owlsam_ray.annotate.actor_watch import WatchedWork
-from owlsam_ray.config.load import ResourcesConfig
+from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.inference.watchdog import Overrun, Watchdog, resident_bytes
 from owlsam_ray.parallel.work_slots import WorkSlots, read_slots, remove_old_slot_files
 from owlsam_ray.run import in_hand

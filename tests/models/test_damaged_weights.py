@@ -22,7 +22,7 @@ from owlsam_ray.models.mobile_sam_layout import MobileSamConfig
 from owlsam_ray.models.owl_preprocess import load_processor
 from owlsam_ray.models.owl_text import embed_texts
 from owlsam_ray.models.weights import check_sizes, read_safetensors_shapes
-from owlsam_ray.run.guard import RUN_FILE
+from owlsam_ray.run.paths import RUN_FILE
 
 SHIPPED = Path(owlsam_ray.__file__).parent / "demo" / "weights"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import OwlViTForObjectDetection
 
-from owlsam_ray.config.settings import VocabularyConfig
+from owlsam_ray.config.vocabulary import VocabularyConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.models import owl_text
 from owlsam_ray.models.owl_text import embed_texts, tokenize

@@ -20,7 +20,7 @@ from transformers import SamModel
 from owlsam_ray.config.load import load_config
 from owlsam_ray.config.settings import SegmentConfig
 from owlsam_ray.errors import WeightsError
-from owlsam_ray.inference.engine import load_engine
+from owlsam_ray.inference.load import load_engine
 from owlsam_ray.inference.segment import decode_boxes
 from owlsam_ray.models.load import find_models
 from owlsam_ray.models.owl_text import embed_texts

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from owlsam_ray.config.load import ResourcesConfig
+from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.errors import PreflightError
 from owlsam_ray.parallel.allocation import allocate, check_nodes, check_object_store
 

@@ -20,7 +20,7 @@ import grpc
 import pytest
 import ray
 
-from owlsam_ray.config.load import ResourcesConfig
+from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.parallel import private_folder, ray_cluster
 from owlsam_ray.parallel.executors import map_in_order
 from owlsam_ray.parallel.private_folder import PREFIX

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from owlsam_ray.config.load import ResourcesConfig
+from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.errors import IncompleteError, InterruptedRunError, PreflightError
 from owlsam_ray.parallel import executors, ray_cluster, ray_watch
 from owlsam_ray.parallel.ray_cluster import start_ray

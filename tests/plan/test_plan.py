@@ -10,12 +10,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import FailedImagesError, GuardError, IncompleteError, InputError
 from owlsam_ray.ops.arrays import repeats
 from owlsam_ray.plan import plan as plan_module
 from owlsam_ray.plan.plan import Plan, plan_run
-from owlsam_ray.run.guard import guard_labels, guard_numerics, load_record, load_run_manifest
+from owlsam_ray.run.guard import guard_labels, guard_numerics, load_run_manifest
+from owlsam_ray.run.record import load_record
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}]
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.models.shipped import model_settings
 from owlsam_ray.ops.masks import decode_rle
 from owlsam_ray.reduce.formats.yolo import YoloOutput

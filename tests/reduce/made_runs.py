@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import ResourcesConfig
 from owlsam_ray.config.reduce import ReduceConfig
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.resources import ResourcesConfig
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import FailureClass
 from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
@@ -21,7 +21,8 @@ from owlsam_ray.reduce.formats.coco import CocoOutput, FailuresOutput
 from owlsam_ray.reduce.fragments import ReduceJob
 from owlsam_ray.reduce.outputs import Output
 from owlsam_ray.reduce.run import Reduction, spans_of
-from owlsam_ray.run.manifest import Manifest, ShardLayout, write_parts
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.manifest_writer import ShardLayout, write_parts
 from owlsam_ray.run.proof import ShardRules, check_all_present
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from owlsam_ray.config.reduce import ReduceConfig
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.records import Detections, Prediction
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.formats import table
@@ -19,7 +19,8 @@ from owlsam_ray.reduce.formats.coco_results import CocoResultsOutput
 from owlsam_ray.reduce.formats.lvis import LvisOutput
 from owlsam_ray.reduce.formats.yolo import YoloOutput
 from owlsam_ray.reduce.outputs import Output
-from owlsam_ray.run.manifest import Manifest, ShardLayout, write_parts
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.manifest_writer import ShardLayout, write_parts
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
 from owlsam_ray.sources import ImageRecord

@@ -18,7 +18,8 @@ from owlsam_ray import storage
 from owlsam_ray.config.load import load_config
 from owlsam_ray.errors import AttemptLiveError, GuardError, IncompleteError, InputError
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.run.attempts import SETUP, Slice, claim
+from owlsam_ray.run.attempts import SETUP, Slice
+from owlsam_ray.run.claim import claim
 from owlsam_ray.run.shards import shard_url
 from tests.bench.reducing import make_run
 from tests.chaos.world import small_disk

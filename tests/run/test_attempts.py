@@ -20,16 +20,8 @@ from hypothesis import strategies as st
 from owlsam_ray import storage
 from owlsam_ray.errors import AttemptLiveError, ConfigError
 from owlsam_ray.run import attempts as fence_module
-from owlsam_ray.run.attempts import (
-    ATTEMPTS,
-    Attempt,
-    AttemptRecord,
-    Slice,
-    claim,
-    ended_attempts,
-    fence,
-    live_attempts,
-)
+from owlsam_ray.run.attempts import ATTEMPTS, Attempt, AttemptRecord, Slice, ended_attempts, fence, live_attempts
+from owlsam_ray.run.claim import claim
 
 
 def claimed(
@@ -230,11 +222,11 @@ def test_one_that_hangs_after_it_was_fenced_falls_silent(tmp_path: Path) -> None
 
 def test_a_process_of_which_nothing_can_be_read_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user's, where /proc hides them."""
-    mine = fence_module._process_name(os.getpid())
+    mine = fence_module.process_name(os.getpid())
     assert mine
     record = AttemptRecord(id="i", scope="label", slice="1/1", host="h", pid=1, started="?", process=f"{mine} 0")
-    real = fence_module._process_name
-    monkeypatch.setattr(fence_module, "_process_name", lambda pid: real(pid) if pid == os.getpid() else None)
+    real = fence_module.process_name
+    monkeypatch.setattr(fence_module, "process_name", lambda pid: real(pid) if pid == os.getpid() else None)
     assert not fence_module.is_dead_here(record)
     assert fence_module.is_dead_here(record.model_copy(update={"pid": 2**22 + 5}))
 

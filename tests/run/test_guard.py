@@ -8,24 +8,21 @@ from typing import Any
 
 import pytest
 
-from owlsam_ray.config.load import FREE_FIELDS, NON_LABEL_FIELDS, RunConfig
-from owlsam_ray.config.settings import Section
+from owlsam_ray.config.base import Section
+from owlsam_ray.config.run import FREE_FIELDS, NON_LABEL_FIELDS, RunConfig
 from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError
 from owlsam_ray.parallel.allocation import allocate
 from owlsam_ray.plan.plan import Plan, plan_run
 from owlsam_ray.run.guard import (
-    QUERY_FILE,
-    RunRecord,
-    canonical_hash,
     check_writable,
     fingerprint_parts,
     guard_labels,
     guard_numerics,
-    load_record,
     load_run_manifest,
     numerics_of,
-    run_directory,
 )
+from owlsam_ray.run.paths import QUERY_FILE
+from owlsam_ray.run.record import RunRecord, canonical_hash, load_record, run_directory
 from tests.drawn_images import draw_coco
 
 

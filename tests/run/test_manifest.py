@@ -11,7 +11,8 @@ import pytest
 
 from owlsam_ray import storage
 from owlsam_ray.errors import GuardError, InputError
-from owlsam_ray.run.manifest import Manifest, ShardLayout, load_manifest, num_shards_behind, shard_size, write_parts
+from owlsam_ray.run.manifest import Manifest, load_manifest, num_shards_behind
+from owlsam_ray.run.manifest_writer import ShardLayout, shard_size, write_parts
 from owlsam_ray.schema import MANIFEST_SCHEMA
 from owlsam_ray.sources import ImageRecord
 from owlsam_ray.sources.listing import tables_of

@@ -10,13 +10,15 @@ import pyarrow as pa
 import pytest
 
 from owlsam_ray.cli import main as cli
-from owlsam_ray.config.load import RunConfig, config_from_stored
+from owlsam_ray.config.load import config_from_stored
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import GuardError
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.run.guard import check_config, guard_labels, load_record
+from owlsam_ray.run.guard import check_config, guard_labels
 from owlsam_ray.run.manifest import moved_uris
 from owlsam_ray.run.moved_data import Move, moves_between, without_places
+from owlsam_ray.run.record import load_record
 from tests.fixtures.make_earlier_runs import config_fields
 from tests.runs import label_here
 

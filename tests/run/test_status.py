@@ -15,9 +15,10 @@ from rich.console import Console
 from owlsam_ray import storage
 from owlsam_ray.cli import main as cli
 from owlsam_ray.errors import IncompleteError, InputError
-from owlsam_ray.run.attempts import Slice, claim
+from owlsam_ray.run.attempts import Slice
+from owlsam_ray.run.claim import claim
 from owlsam_ray.run.failures import find_failures
-from owlsam_ray.run.in_hand import InHandMarker, drop
+from owlsam_ray.run.in_hand import InHandMarker, write
 from owlsam_ray.run.shards import FOOTER_KEY, PREDICTIONS, shard_url
 from owlsam_ray.run.status import RunStatus, status_table, watch_run
 from tests.shard_runs import ShardRun, make_shard_run
@@ -112,7 +113,7 @@ def test_only_shards_with_quarantined_images_are_read(tmp_path: Path, monkeypatc
 def test_live_silent_and_ended_attempts(run: ShardRun) -> None:
     register(run, attempt("2-ended", ended="2026-01-02", exit_code=5, last_error="disk full"), "ended.json")
     register(run, attempt("3-ended", ended="2026-01-01", exit_code=75), "ended.json")
-    drop(run.url, InHandMarker(shard=8, worker="w", attempt="1-gone", host="elsewhere"))
+    write(run.url, InHandMarker(shard=8, worker="w", attempt="1-gone", host="elsewhere"))
     with (
         claim(run.url, scope="label", part=Slice(1, 2), heartbeat_s=BEAT_S, takeover_s=0.3) as one,
         claim(run.url, scope="label", part=Slice(2, 2), heartbeat_s=BEAT_S, takeover_s=0.3) as other,

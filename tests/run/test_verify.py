@@ -17,8 +17,9 @@ import pytest
 from owlsam_ray import storage
 from owlsam_ray.cli import main as cli
 from owlsam_ray.errors import AttemptLiveError, IncompleteError, InputError
-from owlsam_ray.run.attempts import Slice, claim
-from owlsam_ray.run.guard import QUERY_FILE, RUN_FILE
+from owlsam_ray.run.attempts import Slice
+from owlsam_ray.run.claim import claim
+from owlsam_ray.run.paths import QUERY_FILE, RUN_FILE
 from owlsam_ray.run.shards import FOOTER_KEY, done_shards, shard_name, shard_url
 from owlsam_ray.run.verify import verify_run
 from owlsam_ray.schema import PREDICTION_SCHEMA

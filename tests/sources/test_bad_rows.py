@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import RunConfig
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import FailedImagesError, GuardError, InputError
 from owlsam_ray.fetch.images import fetch_shard
 from owlsam_ray.plan.plan import Plan, plan_run
-from owlsam_ray.run.guard import load_record
+from owlsam_ray.run.record import load_record
 from owlsam_ray.sources.bad_rows import BAD_ROWS_FILE
 from owlsam_ray.sources.row_names import told_apart
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from owlsam_ray import storage
-from owlsam_ray.config.settings import DataConfig
+from owlsam_ray.config.data import DataConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.schema import LISTING_SCHEMA
 from owlsam_ray.sources.coco import list_coco, list_tree, read_tree

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from owlsam_ray.config.settings import DataConfig
+from owlsam_ray.config.data import DataConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.fetch.images import fetch_rows
 from owlsam_ray.sources import list_images, table_text

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from owlsam_ray import storage
-from owlsam_ray.config.settings import DataConfig, VocabularyConfig
+from owlsam_ray.config.data import DataConfig
+from owlsam_ray.config.vocabulary import VocabularyConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.sources.listing import Listing
 from owlsam_ray.sources.lvis import list_lvis

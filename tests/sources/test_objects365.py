@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from owlsam_ray.config.settings import DataConfig
+from owlsam_ray.config.data import DataConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.sources.listing import Listing
 from owlsam_ray.sources.objects365 import MISSING, list_objects365

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from owlsam_ray import storage
-from owlsam_ray.config.settings import DataConfig
+from owlsam_ray.config.data import DataConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.fetch.images import fetch_rows
 from owlsam_ray.sources import ListingOptions, list_images

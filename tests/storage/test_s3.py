@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from owlsam_ray import storage
-from owlsam_ray.config.load import RunConfig, load_config
+from owlsam_ray.config.load import load_config
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.plan.plan import plan_run
-from owlsam_ray.run.guard import load_record
+from owlsam_ray.run.record import load_record
 from owlsam_ray.run.shards import PREDICTIONS, done_shards
 from owlsam_ray.storage import StoragePolicy
 from tests.faulty_s3 import Faults, FaultyS3, faulty_s3, gcs_emulator

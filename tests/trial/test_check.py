@@ -10,7 +10,8 @@ import pytest
 
 from owlsam_ray import storage
 from owlsam_ray.cli import main as cli
-from owlsam_ray.config.load import RunConfig, load_config
+from owlsam_ray.config.load import load_config
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import ConfigError, FailedImagesError, GuardError, InputError, PreflightError
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.trial.check import check_run

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from owlsam_ray.config.settings import Category, VocabularyConfig
+from owlsam_ray.config.vocabulary import Category, VocabularyConfig
 from owlsam_ray.reduce.formats.coco import category_entry
 from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
 from owlsam_ray.vocabulary.builtin import builtin

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from owlsam_ray.config.settings import MappingName
+from owlsam_ray.config.vocabulary import MappingName
 from owlsam_ray.vocabulary.builtin import builtin, read_table
 from owlsam_ray.vocabulary.mapping import category_mapping
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from owlsam_ray.config.settings import KINDS, VocabularyConfig
+from owlsam_ray.config.base import KINDS
+from owlsam_ray.config.vocabulary import VocabularyConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.vocabulary import Query, Vocabulary, resolve_vocabulary
 from owlsam_ray.vocabulary.canonical import canonical

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from owlsam_ray.config.settings import Category, VocabularyConfig
+from owlsam_ray.config.vocabulary import Category, VocabularyConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.vocabulary import resolve_vocabulary
 from owlsam_ray.vocabulary.builtin import builtin

@@ -7,11 +7,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from owlsam_ray.config.load import RunConfig
-from owlsam_ray.config.settings import VocabularyConfig
+from owlsam_ray.config.run import RunConfig
+from owlsam_ray.config.vocabulary import VocabularyConfig
 from owlsam_ray.errors import GuardError, InputError
 from owlsam_ray.plan.plan import plan_run
-from owlsam_ray.run.guard import load_record
+from owlsam_ray.run.record import load_record
 from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
 from tests.drawn_images import draw_images
 

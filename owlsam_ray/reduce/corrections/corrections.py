@@ -38,7 +38,7 @@ from owlsam_ray.coco_files.annotations import structure_error
 from owlsam_ray.coco_files.document import Document
 from owlsam_ray.coco_files.fields import flag_of
 from owlsam_ray.config.reduce import ReduceConfig
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.reduce.corrections.images import ReviewedImages, read_images
 from owlsam_ray.reduce.corrections.label_studio_export import open_corrections

@@ -6,7 +6,7 @@ from typing import IO, Any
 
 import pyarrow.compute as pc
 
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.ops.compiled import Piece, text_bytes
 from owlsam_ray.reduce.formats.json_rows import (
     LINE_END,

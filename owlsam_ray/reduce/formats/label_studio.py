@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.ops.compiled import Piece, join_rows, text_bytes
 from owlsam_ray.reduce.formats.coco import write_lines
 from owlsam_ray.reduce.formats.json_rows import LINE_END, column_of, dump_json, json_strings, literal

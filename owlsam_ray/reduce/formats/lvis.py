@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.ops.compiled import Piece, text_bytes
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.formats.coco import category_entry, write_document

@@ -13,9 +13,9 @@ from owlsam_ray.reduce.formats.safe_paths import numbered_paths
 from owlsam_ray.reduce.formats.table import ANNOTATION_TABLE, IMAGE_TABLE, TableOutput
 from owlsam_ray.reduce.formats.yolo import YoloOutput
 from owlsam_ray.reduce.outputs import FileSpan, Output
-from owlsam_ray.run.guard import RunRecord
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.paths import FAILURES
+from owlsam_ray.run.record import RunRecord
 
 
 def outputs_of(

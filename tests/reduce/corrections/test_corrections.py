@@ -543,7 +543,7 @@ def test_a_file_from_before_an_extension_is_of_the_run(tmp_path: Path) -> None:
     with pytest.raises(GuardError, match="over other images"):
         reduced(tmp_path / "other", other, everything(), tree)
     assert tree["info"]["owlsam_ray"]["image_list"] == manifest.images_digest()
-    shorter = tree["info"]["owlsam_ray"] | {"image_list": manifest.image_list(7)}
+    shorter = tree["info"]["owlsam_ray"] | {"image_list": manifest.images_digest(7)}
     found, _, _ = reduced(tmp_path, manifest, everything(), tree | {"info": {"owlsam_ray": shorter}})
     assert found["annotations"] == tree["annotations"]
 

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools.coco import COCO
 
-from owlsam_ray.config.load import allowed_failures
-from owlsam_ray.config.reduce import ReduceConfig
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.reduce import ReduceConfig, allowed_failures
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import FailureClass, IncompleteError
 from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
-from owlsam_ray.run.manifest import Manifest, ShardLayout, write_parts
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.manifest_writer import ShardLayout, write_parts
 from owlsam_ray.run.shards import FOOTER_KEY, shard_url, write_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from owlsam_ray.sources import ImageRecord

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from owlsam_ray.config.reduce import ReduceConfig
-from owlsam_ray.config.settings import Category
+from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import GuardError, InputError
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.formats.coco import CocoOutput

@@ -20,7 +20,8 @@ from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.reduce.formats.coco import CocoOutput
 from owlsam_ray.reduce.formats.safe_paths import ENDINGS, label_path, numbered_paths, safe_path
 from owlsam_ray.reduce.formats.yolo import YoloOutput
-from owlsam_ray.run.manifest import Manifest, ShardLayout, write_parts
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.manifest_writer import ShardLayout, write_parts
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
 from owlsam_ray.sources import ImageRecord

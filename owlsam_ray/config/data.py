@@ -1,0 +1,125 @@
+"""Sections `data` and `plan`: which images, and how they are shared out."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    model_validator,
+)
+
+from owlsam_ray.config.base import Auto, Name, PositiveInt, Section
+
+
+class ColumnsConfig(Section):
+    """Which columns of a table say what. A dot goes into a structure: `image.bytes`."""
+
+    uri: Name | None = None
+    """Where the image lies: a URL, or a path below `data.images`. Default: `uri`, unless `bytes` is given."""
+    bytes: Name | None = None
+    """The encoded image itself, in Parquet tables only."""
+    id: Name | None = None
+    """Integers, unique over all tables; default: images are numbered from 1."""
+    file_name: Name | None = None
+    """Name in the output; default: from the URI, or table and row number for `bytes`."""
+    height: Name | None = None
+    """Pixels; only with `width`."""
+    width: Name | None = None
+    """Pixels; only with `height`."""
+    num_bytes: Name | None = None
+    """Encoded size, which helps to cut shards of equal weight."""
+    split: Name | None = None
+    """What `plan.splits` selects by; default: the first folder of the file name."""
+    extra: tuple[Name, ...] = ()
+    """Columns that are carried into the image records of the output."""
+
+    @model_validator(mode="after")
+    def _sizes_are_pairs(self) -> Self:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("columns.height and columns.width go together: give both, or neither")
+        if self.uri is not None and self.bytes is not None:
+            raise ValueError("columns.uri and columns.bytes both say where the image is: give one of them")
+        return self
+
+
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class DataConfig(Section):
+    """Which images."""
+
+    source: Literal["coco", "lvis", "objects365", "folder", "table", "webdataset"]
+    """`coco`, `lvis`, `objects365`: a JSON file lists them; `folder`: every image file under `images`; `table`: rows of
+    Parquet, CSV or JSONL files; `webdataset`: members of tar files."""
+    images: Name | None = None
+    """Root of the image files: a directory or any fsspec URL. A table with full URLs needs none, tar files neither."""
+    annotations: Name | None = None
+    """The JSON file of `coco`, `lvis` or `objects365` (its annotations, if any, are not read)."""
+    files: Annotated[tuple[Name, ...], BeforeValidator(_one_or_more)] = ()
+    """The tables or tar files: paths or fsspec URLs, with `*`, `?`, `[0-9]`, `**` and `{000..127}`."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Of `table`."""
+    suffixes: tuple[Name, ...] = (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".jp2", ".bmp", ".tif", ".tiff", ".gif"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".apng"),
+    )
+    """Endings, in any case, of the files that `folder` takes, and of the members that `webdataset` takes. A run that is
+    planned keeps those it was planned with, unless others are given."""
+
+    @model_validator(mode="after")
+    def _fields_belong_to_the_source(self) -> Self:
+        by_json, by_files = self.source in ("coco", "lvis", "objects365"), self.source in ("table", "webdataset")
+        if by_json and self.annotations is None:
+            raise ValueError(f"source: {self.source} needs data.annotations, the JSON file")
+        if not by_json and self.annotations is not None:
+            raise ValueError(f"source: {self.source} takes no data.annotations; did you mean source: coco?")
+        if by_files and not self.files:
+            raise ValueError(
+                f"source: {self.source} needs data.files, the {'tables' if self.source == 'table' else 'tar files'}"
+            )
+        if not by_files and self.files:
+            raise ValueError(f"source: {self.source} takes no data.files; did you mean source: table or webdataset?")
+        if not by_files and self.images is None:
+            raise ValueError(f"source: {self.source} needs data.images, the root of the image files")
+        if self.source == "webdataset" and self.images is not None:
+            raise ValueError("source: webdataset takes no data.images: the images are members of data.files")
+        if self.source != "table" and self.columns != ColumnsConfig():
+            raise ValueError(f"data.columns is for source: table, not for {self.source}")
+        return self
+
+
+class PlanConfig(Section):
+    """Which of the images, and how the listing is made. Frozen by `plan`: the layout hash covers what it chose."""
+
+    limit: PositiveInt | None = None
+    """The first so many images of the listing."""
+    sample: PositiveInt | None = None
+    """So many images by chance, in the listing's order. A larger sample with the same seed holds the smaller one."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the sample."""
+    splits: tuple[Name, ...] = ()
+    """Only images of these splits: the first folder of their names (`val2017`, `patch8`), or a table's split column."""
+    categories: tuple[Annotated[int, Field(ge=0)] | Name, ...] = ()
+    """Only images with an annotation of one of these categories (names or ids of the dataset's own list)."""
+    verify: Literal["none", "exists", "decode"] = "none"
+    """Look at every image before the layout is frozen: `exists` asks the storage for each, `decode` reads it whole."""
+    duplicates: Literal["refuse", "first"] = "refuse"
+    """What to do with an image that is listed twice: refuse the listing, or keep its first place."""
+    damaged_files: Literal["refuse", "keep_whole"] = "refuse"
+    """What to do with tar files that are cut or damaged: refuse them, or plan the members before the damage."""
+    bad_names: Literal["row", "refuse"] = "row"
+    """What to do with rows of tables and COCO files that no image can be read by: make each of them a failed row, or
+    refuse the listing for them, and for names that would have to be quoted."""
+    workers: PositiveInt | Auto = "auto"
+    """Processes that list tar files; `auto`: one per CPU."""
+    part_images: PositiveInt = 1_000_000
+    """Images in one part of the manifest."""
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.limit is not None and self.sample is not None:
+            raise ValueError(
+                "plan.limit and plan.sample both choose among the images: give one, and unset the other with null"
+            )
+        return self

@@ -1,0 +1,203 @@
+"""Section `vocabulary`: what to look for, and in which words."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from owlsam_ray.config.base import Finite, Name, Section, _by_kind
+
+BuiltinVocabulary = Literal["coco", "lvis", "objects365"]
+
+MappingName = Literal["lvis_to_coco", "coco_to_lvis", "objects365_to_coco"]
+"""From the categories of one built-in list to those of another."""
+
+Frequency = Literal["r", "c", "f"]
+"""LVIS's groups of categories by number of training images: rare (up to 10), common (up to 100), frequent."""
+
+
+class Category(Section):
+    """One thing to look for."""
+
+    id: Annotated[int, Field(ge=0, lt=2**53, strict=True)]
+    """`category_id` in the output; below 2^53, so that every JSON reader keeps it."""
+    name: Name
+    """Name in the output, and what the templates are filled with."""
+    supercategory: str = ""
+    """Carried into the output."""
+    synonyms: tuple[Name, ...] = ()
+    """Other names of the same thing, asked for as well."""
+    prompts: tuple[Name, ...] = ()
+    """Texts that are asked as they stand, instead of name and synonyms in the templates."""
+    frequency: Frequency | None = None
+    """LVIS's group, carried into the output: AP by group needs it."""
+
+    @model_validator(mode="after")
+    def _prompts_replace_names(self) -> Self:
+        if self.prompts and self.synonyms:
+            raise ValueError(
+                f"category {self.name!r:.120} has prompts and synonyms: prompts replace name and synonyms, so add the "
+                "synonyms to the prompts, or leave the prompts out"
+            )
+        return self
+
+
+class Exemplar(Section):
+    """A picture of the thing to look for, asked beside texts or instead of them."""
+
+    category: Name
+    """Name of the category that it shows."""
+    image: Name
+    """Path or fsspec URL of an image file."""
+    box: tuple[Finite, Finite, Finite, Finite] | None = None
+    """[x0, y0, x1, y1] of the thing in pixels of the upright picture; default: all of it."""
+
+    @field_validator("box")
+    @classmethod
+    def _box_has_area(cls, value: tuple[float, float, float, float] | None) -> tuple[float, float, float, float] | None:
+        if value is not None and not (value[2] > value[0] and value[3] > value[1]):
+            raise ValueError(f"box {list(value)} must be [x0, y0, x1, y1] with x1 > x0 and y1 > y0")
+        return value
+
+
+def check_template(template: str) -> None:
+    """One hole for the name, and no other brace.
+
+    Raises:
+        ValueError: it has none, or more.
+    """
+    if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
+        raise ValueError(f"template {template!r:.120} must contain {{}} exactly once and no other brace")
+
+
+_NameOrCategory = Annotated[
+    Annotated[Name, Tag("<text>")] | Annotated[Category, Tag("<mapping>")],
+    _by_kind("a name (in quotes where YAML would read something else), or {id, name, …}"),
+]
+
+
+def _check_list_or_file(value: str) -> str:
+    if value in VOCABULARIES or is_vocabulary_file(value):
+        return value
+    close = difflib.get_close_matches(value.lower(), VOCABULARIES, n=1)
+    raise ValueError(
+        f"{value!r:.120} is no list of categories: take {', '.join(VOCABULARIES)}, a text file (its path holds a / or "
+        f"ends in .txt), or a list of names{f'. Did you mean {close[0]}?' if close else ''}"
+    )
+
+
+VOCABULARIES = (*get_args(BuiltinVocabulary), "dataset")
+"""Lists of categories that go by a word."""
+
+
+def is_vocabulary_file(categories: object) -> bool:
+    """Whether `vocabulary.categories` is the path or URL of a text file: it holds a `/` or ends in `.txt`."""
+    return isinstance(categories, str) and ("/" in categories or categories.lower().endswith(".txt"))
+
+
+class VocabularyConfig(Section):
+    """What to look for."""
+
+    categories: Annotated[
+        Annotated[Name, AfterValidator(_check_list_or_file), Tag("<text>")]
+        | Annotated[tuple[_NameOrCategory, ...], Tag("<list>")],
+        _by_kind("`coco`, `lvis`, `objects365`, `dataset`, a text file, or a list of names or {id, name, …}"),
+    ] = "dataset"
+    """`coco` (80), `lvis` (v1, 1203) or `objects365` (v2, 365): built in, with the dataset's ids; `dataset`: the
+    source's own list; a list of names (ids from 1) or of {id, name, synonyms, prompts}; or a text file, a URL or a path
+    with a `/` or `.txt`: one name a line (ids from 1), then a tab and synonyms, if any; `#` begins a comment line."""
+    only: tuple[int | Name, ...] | None = None
+    """Names or ids of the categories to look for; default: all. They keep their ids."""
+    frequency: tuple[Frequency, ...] | None = None
+    """Groups of LVIS to look for: r(are), c(ommon), f(requent); default: all."""
+    templates: Annotated[
+        Annotated[Literal["none", "photo", "clip_best7"], Tag("<text>")] | Annotated[tuple[Name, ...], Tag("<list>")],
+        _by_kind("`none`, `photo`, `clip_best7`, or a list of texts with a {}"),
+    ] = "photo"
+    """Sentences around a name: `none`: the bare name; `photo`: "a photo of a {}"; `clip_best7`: the seven of OWL-ViT's
+    evaluation; or your own, `{}` becomes the name. Several are averaged, see `ensemble`."""
+    ensemble: Literal["embeddings", "logits"] = "embeddings"
+    """How the templates of one name become one query: by averaging text embeddings, or the logits that each gives (as
+    OWL-ViT's evaluation does). Both cost the same."""
+    canonical: bool | None = Field(default=None, validate_default=True)
+    """Lower case, and spaces for what is no letter, digit, hyphen or hash: as OWL-ViT's evaluation has it. Default:
+    true for `lvis`, whose names have underscores and brackets, else false."""
+    synonyms: bool = False
+    """Ask also for the synonyms that the list `lvis` or the dataset's own categories give. Those of a text file and of
+    a list in the run file are asked anyway."""
+    exemplars: tuple[Exemplar, ...] = ()
+    """Pictures as queries: {category, image, box}."""
+    exemplars_replace_text: bool = False
+    """Categories that have exemplars are not asked for by text."""
+
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _one_template_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) and "{" in value else value
+
+    @field_validator("templates")
+    @classmethod
+    def _templates_have_one_hole(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(value, str):
+            return value
+        if not value:
+            raise ValueError("templates is empty: take `none` for the bare names")
+        for template in value:
+            check_template(template)
+        if len(set(value)) < len(value):
+            raise ValueError("templates holds the same template twice")
+        return value
+
+    @field_validator("only", "frequency", mode="before")
+    @classmethod
+    def _some_are_chosen(cls, value: Any, info: ValidationInfo) -> Any:
+        entries = (value,) if isinstance(value, (str, int)) else value
+        if isinstance(entries, (list, tuple)):
+            if not entries:
+                raise ValueError(f"{info.field_name} is empty: leave it out (null) to look for all categories")
+            for entry in entries:
+                if isinstance(entry, bool) or not isinstance(entry, (str, int)):
+                    raise ValueError(
+                        f"{info.field_name} holds {entry!r:.120}, which is no name or id (put names in quotes where "
+                        "YAML would read something else)"
+                    )
+        return entries
+
+    @field_validator("canonical")
+    @classmethod
+    def _lvis_is_canonical(cls, value: bool | None, info: ValidationInfo) -> bool:
+        return info.data.get("categories") == "lvis" if value is None else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _synonyms_had_another_name(cls, value: Any) -> Any:
+        # What earlier runs have stored stays readable.
+        if isinstance(value, Mapping) and "dataset_synonyms" in value and "synonyms" not in value:
+            return {"synonyms" if key == "dataset_synonyms" else key: each for key, each in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        if self.synonyms and self.categories not in ("lvis", "dataset"):
+            raise ValueError(
+                "synonyms: true takes those that `lvis` or the dataset's own categories list, and categories is "
+                "neither `lvis` nor `dataset`: give synonyms in a list of categories or a text file, where they are "
+                "asked anyway"
+            )
+        without_groups = isinstance(self.categories, str) and self.categories not in ("lvis", "dataset")
+        if self.frequency is not None and without_groups:
+            raise ValueError(
+                f"frequency: {list(self.frequency)} needs categories with groups, and {self.categories} has none: "
+                "`lvis` has, and `dataset` where the dataset's categories have a `frequency`"
+            )
+        if self.exemplars_replace_text and not self.exemplars:
+            raise ValueError("exemplars_replace_text without exemplars: there would be nothing to replace the texts by")
+        return self

@@ -1,0 +1,182 @@
+"""Claim a slice of a run: wait for whoever works on it, or take it over."""
+
+import contextlib
+import logging
+import os
+import random
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from owlsam_ray import storage
+from owlsam_ray.config.resources import ResourcesConfig
+from owlsam_ray.errors import AttemptLiveError
+from owlsam_ray.run.attempts import (
+    ENDED,
+    LABEL,
+    LIVE,
+    OF_SETUP,
+    SETUP,
+    Attempt,
+    AttemptRecord,
+    Slice,
+    attempt_url,
+    fence,
+    is_dead_here,
+    live_attempts,
+    now_utc,
+    process_name,
+    safe_file_name,
+    write_attempt,
+)
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def claim(
+    run_url: str,
+    *,
+    scope: str,
+    part: Slice,
+    heartbeat_s: float,
+    takeover_s: float,
+    takeover: bool = False,
+    patient: bool = False,
+) -> Iterator[Attempt]:
+    """Work on a slice of a run as the only attempt.
+
+    Args:
+        run_url: the run directory.
+        scope: attempts of different scopes do not exclude each other.
+        part: the slice.
+        heartbeat_s: seconds between two signs of life.
+        takeover_s: seconds of silence after which another attempt is taken for dead.
+        takeover: fence attempts that live, and wait until they have stopped.
+        patient: wait for attempts that live, instead of refusing.
+
+    Raises:
+        AttemptLiveError: another attempt lives, on this slice or on one that overlaps it.
+        OSError: storage refused.
+    """
+    me = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{safe_file_name(socket.gethostname())}-{os.getpid()}"
+    record = AttemptRecord(
+        id=f"{me}-{secrets.token_hex(3)}{OF_SETUP if scope == SETUP else ''}",
+        scope=scope,
+        heartbeat_s=heartbeat_s,
+        slice=str(part),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        process=process_name(os.getpid()),
+        started=now_utc(),
+    )
+    attempt = Attempt(run_url, record, heartbeat_s)
+    attempt.save()
+    with attempt:
+        _Observer(attempt, part, takeover_s=takeover_s, takeover=takeover, patient=patient).wait_for_the_slice()
+        record.state = "running"
+        attempt.save()
+        yield attempt
+
+
+def claim_setup(run_url: str, resources: ResourcesConfig) -> contextlib.AbstractContextManager[Attempt]:
+    """While this context lasts no other process plans the run, or writes its `run.json`: it waits instead."""
+    return claim(
+        run_url,
+        scope=SETUP,
+        part=Slice(),
+        heartbeat_s=resources.heartbeat_s,
+        takeover_s=resources.takeover_s,
+        patient=True,
+    )
+
+
+@dataclass
+class _Watched:
+    """Another attempt, as seen from here."""
+
+    record: AttemptRecord
+    since: float
+    """On this process's monotonic clock, when its file was first seen as it is now."""
+    moved: bool = False
+    """Whether its file has changed since it was first seen."""
+
+
+@dataclass
+class _Observer:
+    """Looks at the attempts that stand in the way of one."""
+
+    mine: Attempt
+    part: Slice
+    takeover_s: float
+    takeover: bool
+    patient: bool
+    seen: dict[str, _Watched] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+
+    def wait_for_the_slice(self) -> None:
+        """Return once nobody stands in the way.
+
+        Who enters has said `claiming`, and then seen that everybody else is `waiting`. Of two that claim at the same
+        time at least the later one to look sees the other, so they cannot both enter. The one with the larger id says
+        `waiting`, and claims anew when the way is free.
+        """
+        while True:
+            self.mine.raise_if_taken_over()
+            every = live_attempts(self.mine.run_url, scope=self.mine.record.scope)
+            others = [other for other in every if self._is_in_the_way(other)]
+            if not others and self.mine.record.state == "claiming":
+                return
+            for other in others:
+                self._consider(other)
+            first = all(other.state == "claiming" and other.id > self.mine.id for other in others)
+            state = "claiming" if first else "waiting"
+            if state != self.mine.record.state:
+                self.mine.record.state = state
+                self.mine.save()
+            elif others:  # the more there are, the more seldom each one looks
+                time.sleep(min(0.5, self.takeover_s / 20) * max(1.0, len(every) / 8) * random.uniform(0.75, 1.25))
+
+    def _is_in_the_way(self, other: AttemptRecord) -> bool:
+        mine = self.mine.record
+        return other.id != mine.id and other.state != "waiting" and self.part.overlaps(Slice.parse(other.slice))
+
+    def _consider(self, other: AttemptRecord) -> None:
+        """Take over what is dead; refuse, or go on waiting, for what lives."""
+        if is_dead_here(other):
+            _log.warning("the attempt %s is dead: going on in its place", other.where)
+            self._take_over(other)
+            return
+        now = time.monotonic()
+        watched = self.seen.get(other.id)
+        if watched is None or watched.record != other:
+            watched = self.seen[other.id] = _Watched(other, now, moved=watched is not None)
+        if now - watched.since > max(self.takeover_s, 2 * other.heartbeat_s):
+            _log.warning("the attempt %s has not shown life for %g s: taking over", other.where, self.takeover_s)
+            self._take_over(other)
+            return
+        if self.takeover and other.state == "running":
+            fence(self.mine.run_url, other.id, by=self.mine.record.where)
+            self._tell(other, "is fenced: waiting until it has stopped")
+            return
+        yields = other.state == "claiming" and other.id > self.mine.id
+        if watched.moved and not yields and not self.patient:
+            raise AttemptLiveError(
+                f"another attempt works on {self.mine.run_url}: {other.where}. Let it end, look at it with `owlsam "
+                "status`, or call again with --takeover to stop it."
+            )
+        self._tell(other, f"is registered: waiting for it to end, or to show no life for {self.takeover_s:g} s")
+
+    def _take_over(self, other: AttemptRecord) -> None:
+        fence(self.mine.run_url, other.id, by=self.mine.record.where)
+        other.ended = now_utc()
+        write_attempt(self.mine.run_url, other, ENDED)
+        storage.remove(attempt_url(self.mine.run_url, other.id, LIVE))
+
+    def _tell(self, other: AttemptRecord, what: str) -> None:
+        if other.id not in self.told:
+            self.told.add(other.id)
+            who = "the attempt" if other.scope == LABEL else "planning and setting up by"
+            _log.info("%s %s %s", who, other.where, what)

@@ -1,0 +1,117 @@
+"""run.json: what a run was planned with, and what labels it."""
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from owlsam_ray import storage
+from owlsam_ray.config.load import config_from_stored
+from owlsam_ray.config.run import RunConfig
+from owlsam_ray.config.vocabulary import Category
+from owlsam_ray.errors import ConfigError, GuardError
+from owlsam_ray.run.paths import RUN_FILE
+from owlsam_ray.vocabulary import Query
+
+
+class RunRecord(BaseModel):
+    """The content of `run.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    owlsam_version: str
+    """Version that planned the run."""
+    config: dict[str, Any]
+    """The resolved config."""
+    categories: tuple[Category, ...]
+    """What is looked for, with the ids of the output."""
+    queries: tuple[Query, ...]
+    """What the detector is asked, in the order of the query embeddings."""
+    ids_per_image: int
+    """K: an annotation's id is image ordinal × K + det_index."""
+    layout_hash: str
+    """Of the manifest, at plan or at the last extension."""
+    num_parts: int | None = None
+    """Parts of the manifest that count; None, in runs of 0.1: all."""
+    fingerprint: str | None = None
+    """The label fingerprint, set by the first attempt."""
+    fingerprint_parts: dict[str, Any] | None = None
+    """What the fingerprint is the hash of."""
+    numerics: tuple[dict[str, Any], ...] = ()
+    """Every numerics that worked on this run, the last one last."""
+    libraries: dict[str, str] = {}
+    """Versions at the first attempt, for information."""
+
+    @property
+    def query_labels(self) -> tuple[int, ...]:
+        """Category index of each query."""
+        return tuple(query.label for query in self.queries)
+
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        """Names by category index."""
+        return tuple(category.name for category in self.categories)
+
+    @property
+    def numerics_id(self) -> str:
+        """Short hash of the numerics in use.
+
+        Raises:
+            IndexError: no attempt has started yet.
+        """
+        return canonical_hash(self.numerics[-1])[:16]
+
+    def stored_config(self) -> RunConfig:
+        """The config as an object.
+
+        Raises:
+            ConfigError: it was written by a version with other fields.
+        """
+        return config_from_stored(self.config)
+
+
+def canonical_hash(value: Any) -> str:
+    """SHA-256 of a tree of plain values, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_directory(config: RunConfig) -> str:
+    """The run directory of a config.
+
+    Raises:
+        ConfigError: neither the run file nor `--run` names one.
+    """
+    if config.run is None:
+        raise ConfigError("no run directory: set `run:` in the run file, or give --run DIR")
+    return config.run
+
+
+def load_record(run_url: str) -> RunRecord | None:
+    """`run.json` of a run directory; None when there is none.
+
+    Raises:
+        GuardError: the file is damaged, or of an incompatible version.
+    """
+    try:
+        data = storage.read_bytes(storage.join(run_url, RUN_FILE))
+    except FileNotFoundError:
+        return None
+    try:
+        return RunRecord.model_validate_json(data)
+    except ValidationError as error:
+        raise GuardError(
+            f"{run_url}/{RUN_FILE} is damaged or was written by another version: {error.errors(include_url=False)[:3]}"
+        ) from None
+
+
+def as_stored(record: RunRecord, run_url: str) -> RunRecord:
+    """The record as it is by now: another call may have extended the plan since it was read."""
+    return load_record(run_url) or record
+
+
+def save_record(run_url: str, record: RunRecord) -> None:
+    """Replace `run.json`, whole or not at all."""
+    data = json.dumps(record.model_dump(mode="json"), indent=1).encode()
+    storage.write_atomic(storage.join(run_url, RUN_FILE), data)
