@@ -14,7 +14,7 @@ from owlsam_ray.cli.options import make_parser
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "owlsam_ray"
 READMES = sorted(
-    path[
+    [
         ROOT / "README.md",
         *(page for top in ("cluster", "jobs", "owlsam_ray", "tests") for page in (ROOT / top).rglob("README.md")),
     ]
