@@ -21,8 +21,8 @@ from owlsam_ray.errors import FailureClass, ImageError, StorageSetupError
 from owlsam_ray.fetch.images import fetch_rows, fetch_shard, to_images
 from owlsam_ray.plan.image_check import verify_images
 from owlsam_ray.records import EncodedImage
-from owlsam_ray.run.manifest import Manifest, ShardLayout
-from owlsam_ray.run.manifest_writer import write_parts
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.manifest_writer import ShardLayout, write_parts
 from owlsam_ray.sources.folder import list_folder
 from owlsam_ray.sources.listing import listing_table
 from owlsam_ray.storage import StoragePolicy

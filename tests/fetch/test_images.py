@@ -30,8 +30,8 @@ from owlsam_ray.fetch.deadline_pool import DeadlinePool
 from owlsam_ray.fetch.images import FETCHED_SCHEMA, fetch_rows, fetch_shard, to_images
 from owlsam_ray.inference.decode import decode_image
 from owlsam_ray.records import EncodedImage
-from owlsam_ray.run.manifest import Manifest, ShardLayout
-from owlsam_ray.run.manifest_writer import write_parts
+from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.manifest_writer import ShardLayout, write_parts
 from owlsam_ray.sources.listing import ImageRecord, listing_table, tables_of
 from owlsam_ray.storage import StoragePolicy
 from tests.drawn_images import draw_image
