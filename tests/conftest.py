@@ -10,7 +10,7 @@ import pytest
 from owlsam_ray.config.load import load_config
 from tests.runs import TWO_ACTORS, TinyRun, label_here, make_tiny_run
 
-_LONG = ("demo/test_run", "chaos/test_chaos", "test_isolate", "reduce/test_reduce_run", "models/test_mobile_sam")
+_LONG = ("demo/test_run", "annotate/test_isolate", "reduce/test_reduce_run", "models/test_mobile_sam")
 """Files with minutes of work: they begin first, so that no process is left alone with one at the end."""
 
 
