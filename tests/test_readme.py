@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from owlsam_ray.cli.options import make_parser
+from owlsam_ray.cli.parser import make_parser
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "owlsam_ray"

@@ -16,7 +16,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from owlsam_ray.cli import main as cli
-from owlsam_ray.cli.options import make_parser
+from owlsam_ray.cli.options import all_overrides
+from owlsam_ray.cli.parser import make_parser
 from owlsam_ray.config.load import load_tree
 from owlsam_ray.run.shards import done_shards, shard_url
 from tests.drawn_images import draw_image
@@ -73,7 +74,7 @@ def test_an_option_with_an_empty_value_is_refused(
 def test_paths_given_as_options_reach_the_settings_as_they_are() -> None:
     for name in ("labels #2", "😀: x", "*", "a\tb"):
         options = make_parser().parse_args(["reduce", "x.yaml", "--out", name])
-        assert load_tree([], cli._all_overrides(options)) == {"reduce": {"out": name}}
+        assert load_tree([], all_overrides(options)) == {"reduce": {"out": name}}
 
 
 def test_a_finished_run_says_so_and_does_nothing(

@@ -1,0 +1,69 @@
+"""`owlsam annotate`: label every shard that is not labelled yet."""
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+
+from owlsam_ray.cli.options import add_run_options
+from owlsam_ray.config.run import RunConfig
+
+HELP = "label every shard that is not labelled yet"
+EXAMPLES = """examples:
+  owlsam annotate jobs/coco.yaml --run runs/coco
+  owlsam annotate jobs/coco.yaml --run runs/coco --set resources.actors=2 --set resources.detector_batch=16
+  owlsam annotate jobs/coco.yaml --run s3://bucket/runs/coco --slice 3/16      # one of sixteen calls, anywhere
+  owlsam annotate jobs/coco.yaml --run runs/coco --retry-failed truncated      # these files were mended
+
+Call the same command again after any interruption: finished shards are kept, nothing is labelled twice.
+Plans first when that was not done. SIGINT, SIGTERM and SIGUSR1 let the shards in hand finish (resources.grace_s), then
+the exit code is 75. Images that storage gave up on are tried once more at the end of every call."""
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add_run_options(command)
+    command.add_argument(
+        "--allow-numerics-change",
+        action="store_true",
+        help="go on with another device, dtype, model batch or library version than earlier attempts",
+    )
+    command.add_argument(
+        "--slice",
+        default="1/1",
+        metavar="I/N",
+        help="only every N-th shard, from the I-th on: N calls, on as many machines, share the run (default: 1/1)",
+    )
+    command.add_argument(
+        "--takeover", action="store_true", help="stop an attempt that works on this slice, and go on in its place"
+    )
+    command.add_argument(
+        "--retry-failed",
+        nargs="?",
+        const="failed",
+        metavar="REASON",
+        help="then try failed images again: all but quarantined ones, or those of a class (transient, permanent, "
+        "quarantined) or a reason (truncated, missing, …)",
+    )
+
+
+def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Run the command; returns what its line of JSON says."""
+    from owlsam_ray.parallel.allocation import export_ray_environment
+
+    export_ray_environment(config.resources.auth_mode)
+
+    from owlsam_ray.annotate.attempt import AttemptOptions, annotate_run
+    from owlsam_ray.run.attempts import Slice
+    from owlsam_ray.run.progress import LazyDisplay
+    from owlsam_ray.run.retry import Retry
+
+    wanted = AttemptOptions(
+        part=Slice.parse(options.slice),
+        takeover=options.takeover,
+        retry=None if options.retry_failed is None else Retry(options.retry_failed),
+        judge=True,
+        allow_numerics_change=options.allow_numerics_change,
+    )
+    with LazyDisplay(console) as display:
+        return annotate_run(config, wanted, show=display.show)

@@ -1,0 +1,43 @@
+"""`owlsam finetune`: train a detector or a segmenter on a COCO dataset; the same command resumes."""
+
+import argparse
+import json
+from typing import Any
+
+from owlsam_ray.cli.log import start_log
+from owlsam_ray.cli.options import add_overrides
+from owlsam_ray.cli.standard_streams import Answers
+from owlsam_ray.storage.secrets import masked_tree
+from owlsam_ray.terminal import SafeConsole
+
+HELP = "train a detector or a segmenter on a COCO dataset; the same command resumes"
+EXAMPLES = """examples:
+  owlsam finetune jobs/demo-detector.yaml --out runs/detector
+  owlsam finetune jobs/demo-segmenter.yaml --out s3://bucket/segmenter --set resources.workers=8
+  owlsam annotate jobs/coco.yaml --run runs/mine --set detector.weights=runs/detector/model
+
+Metrics go to stdout, one line of JSON each, to DIR/metrics.jsonl and to DIR/tensorboard. DIR/model is what `annotate`
+loads: the best by validation, or the last without a validation set."""
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    command.add_argument(
+        "job_files", nargs="+", metavar="JOBFILE", help="YAML files of a training, merged from left to right"
+    )
+    command.add_argument("--out", metavar="DIR", help="directory or fsspec URL of the training (over `out:`)")
+    add_overrides(command)
+
+
+def run(options: argparse.Namespace, answers: Answers) -> dict[str, Any]:
+    """Run the command; returns what its line of JSON says."""
+    from owlsam_ray.finetune.config import load_finetune_config
+    from owlsam_ray.parallel.allocation import export_ray_environment
+
+    config = load_finetune_config(options.job_files, overrides=options.overrides, out=options.out)
+    start_log(SafeConsole(stderr=True), config.logging.level)
+    export_ray_environment(config.resources.auth_mode)
+
+    from owlsam_ray.finetune.job import finetune
+
+    return {"out": config.out} | finetune(config, report=lambda line: answers.write(json.dumps(masked_tree(line))))
