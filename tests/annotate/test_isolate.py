@@ -284,7 +284,8 @@ import subprocess, sys
 from pathlib import Path
 from owlsam_ray.annotate import isolate
 from owlsam_ray.config.load import RunConfig
-from owlsam_ray.run.guard import load_record, load_run_manifest
+from owlsam_ray.run.guard import load_run_manifest
+from owlsam_ray.run.record import load_record
 from owlsam_ray.models.load import find_models
 from owlsam_ray.parallel.allocation import allocate
 root = Path(sys.argv[1])

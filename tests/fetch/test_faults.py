@@ -299,7 +299,7 @@ def test_an_error_is_logged_once(odd: type[Odd], caplog: pytest.LogCaptureFixtur
     ]
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("odd:// fails: ReadTimeoutError: slow ")
-    assert "(test_fetch_faults.py:" in line
+    assert "(test_faults.py:" in line
     assert "\n" not in line
 
 

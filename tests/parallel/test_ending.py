@@ -6,7 +6,7 @@ import time
 
 _BEGIN = """
 import sys, threading, time
-from owlsam_ray import ending
+from owlsam_ray.parallel import ending
 from owlsam_ray.errors import IncompleteError, InterruptedRunError
 say = lambda what: print(what, flush=True)
 def refuse():

@@ -141,7 +141,8 @@ def test_a_dead_process_of_this_machine_is_not_waited_for(tmp_path: Path) -> Non
 
 _HOLD = """
 import sys, time
-from owlsam_ray.run.attempts import Slice, claim
+from owlsam_ray.run.attempts import Slice
+from owlsam_ray.run.claim import claim
 with claim(sys.argv[1], scope="label", part=Slice(), heartbeat_s=0.05, takeover_s=5):
     print("held", flush=True)
     time.sleep(600)

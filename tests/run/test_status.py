@@ -137,7 +137,8 @@ def test_live_silent_and_ended_attempts(run: ShardRun) -> None:
 def test_a_process_of_this_machine_that_is_gone_is_dead(tmp_path: Path) -> None:
     run = make_shard_run(str(tmp_path / "run"), num_images=4, shard_size=4)
     code = (
-        "import os, sys; from owlsam_ray.run.attempts import Slice, claim\n"
+        "import os, sys; from owlsam_ray.run.attempts import Slice\n"
+        "from owlsam_ray.run.claim import claim\n"
         "with claim(sys.argv[1], scope='label', part=Slice(), heartbeat_s=1, takeover_s=2): os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, run.url], check=False)

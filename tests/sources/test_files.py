@@ -128,7 +128,7 @@ def sleep_and_tell(file: str) -> None:
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     told = tmp_path / "pids"
     code = (
-        "from owlsam_ray.sources.files import in_order\n"
+        "from owlsam_ray.parallel.processes import in_order\n"
         "from tests.sources.test_files import sleep_and_tell\n"
         f"if __name__ == '__main__':\n    list(in_order(sleep_and_tell, [{str(told)!r}] * 2, 2))\n"
     )
