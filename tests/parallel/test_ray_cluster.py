@@ -20,6 +20,7 @@ import grpc
 import pytest
 import ray
 
+import owlsam_ray
 from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.parallel import private_folder, ray_cluster
 from owlsam_ray.parallel.executors import map_in_order
@@ -165,7 +166,7 @@ def test_workers_import_nothing_from_the_working_directory(started: Started) -> 
     assert [Path(file).resolve().parent for file in found] == [
         *(library.resolve(), library.resolve()),
         *(installed.resolve() / "numpy", installed.resolve() / "timm"),
-        Path(ray_cluster.__file__).resolve().parent,
+        Path(owlsam_ray.__file__).resolve().parent,
     ]
 
 
