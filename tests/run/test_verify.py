@@ -324,7 +324,7 @@ def test_verify_and_status_load_neither_torch_nor_ray(tmp_path: Path) -> None:
     run = make_shard_run(str(tmp_path), num_images=8, shard_size=4)
     run.write_all()
     code = (
-        "import sys; from owlsam_ray import cli; url = sys.argv[1]; "
+        "import sys; from owlsam_ray.cli import main as cli; url = sys.argv[1]; "
         "codes = [cli.main(['verify', url]), cli.main(['status', url])]; "
         "sys.exit(str({'ray', 'torch'} & set(sys.modules)) if {'ray', 'torch'} & set(sys.modules) else sum(codes))"
     )
