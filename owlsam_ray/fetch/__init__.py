@@ -1,1 +1,1 @@
-"""Encoded bytes of images, wherever they lie: files, web servers, tar members, cells of tables."""
+"""Reading the encoded bytes of images: local files, web servers, tar members and cells of Parquet tables."""

@@ -1,7 +1,7 @@
-"""Calls in threads that may hang: whoever waits for them gives up after a silence, and leaves them behind.
+"""A thread pool whose caller stops waiting after `deadline_s` without progress and abandons stuck threads.
 
-Nothing can end a thread that hangs in a system call, as a read from a dead network file system does. So the threads are
-daemons, which a process does not wait for when it ends, unlike those of `ThreadPoolExecutor`.
+A thread that hangs in a system call, such as a read from a dead network file system, cannot be ended. The threads are
+therefore daemons: unlike the threads of `ThreadPoolExecutor`, they do not keep the process from exiting.
 """
 
 import queue
@@ -12,31 +12,31 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 Task = Callable[[], Iterable[T]]
-"""What it yields are its results, and signs of life."""
+"""Yields results; each one also shows that the task is making progress."""
 
 MOST_THREADS = 256
-"""Threads of all crews of a process, those that were left behind included. A crew that gets none waits for one that
-comes back, as long as it would wait for an answer: storage that does not answer costs each crew one deadline, however
-many threads hang, and as soon as it answers again they are there again."""
+"""Limit on the threads of all pools of a process, abandoned ones included. A pool that gets no thread waits for one to
+be released, at most one deadline. Unresponsive storage thus costs each pool one deadline, however many threads hang,
+and the threads become available again as soon as the storage responds."""
 _room = threading.BoundedSemaphore(MOST_THREADS)
 
 
 class StalledError(Exception):
-    """For so long, no task has given a sign of life."""
+    """No task has made progress within the deadline."""
 
 
 class DeadlinePool(Generic[T]):
-    """Threads for the tasks of one caller."""
+    """Runs the tasks of one caller in threads."""
 
     def __init__(self, threads: int, *, deadline_s: float | None) -> None:
-        """Start no thread yet.
+        """Create the pool; no thread is started yet.
 
         Args:
-            threads: at once, at most.
-            deadline_s: seconds of silence until the caller gives up; None: never.
+            threads: maximum number of threads that run at once.
+            deadline_s: seconds without progress after which the caller gives up; None: never.
         """
         self._threads, self._deadline_s = max(1, threads), deadline_s
-        self._lock = threading.Lock()  # of what follows
+        self._lock = threading.Lock()  # guards the three counters and the queue below
         self._waiting: deque[Task[T]] = deque()
         self._unfinished = 0
         self._at_work = 0
@@ -44,7 +44,7 @@ class DeadlinePool(Generic[T]):
         self._events: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
 
     def add(self, task: Task[T]) -> None:
-        """Hand over a task. A task may hand over others as well."""
+        """Queue a task. A task may queue further tasks."""
         with self._lock:
             if self._given_up:
                 return
@@ -56,11 +56,11 @@ class DeadlinePool(Generic[T]):
             self._start_thread()
 
     def results(self) -> Iterator[T]:
-        """What the tasks yield, as it comes.
+        """Yield the results of the tasks as they arrive.
 
         Raises:
-            StalledError: the deadline has passed; threads that hang are left behind, tasks that wait are dropped.
-            BaseException: what a task raised; the others are left behind.
+            StalledError: the deadline has passed; stuck threads are abandoned and queued tasks are dropped.
+            BaseException: the exception that a task raised; the other tasks are abandoned.
         """
         try:
             while self._unfinished:
@@ -86,7 +86,7 @@ class DeadlinePool(Generic[T]):
                 self._waiting.clear()
 
     def _start_thread(self) -> None:
-        """One more, for which there is room, and which is counted already."""
+        """Start one more thread, whose slot is already taken and counted."""
         try:
             threading.Thread(target=self._work, name="owlsam-fetch", daemon=True).start()
         except BaseException:

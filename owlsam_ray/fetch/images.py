@@ -1,7 +1,7 @@
-"""Shard number → encoded bytes of its images, from any storage. Whatever goes wrong with one image becomes a reason.
+"""Reads the encoded images of one shard from any storage; a failed read becomes a reason in the image's row.
 
-Images in tar and Parquet files are read with their neighbours (`packed.py`). Threads that hang are left behind
-(`crew.py`).
+Images in tar and Parquet files are read together with their neighbours (`packed.py`). Stuck threads are abandoned
+(`deadline_pool.py`).
 """
 
 import os
@@ -39,18 +39,18 @@ from owlsam_ray.storage.secrets import masked_url
 FETCHED_SCHEMA = pa.schema(
     [
         pa.field("shard", pa.int64()),
-        pa.field("shard_rows", pa.int64()),  # of this table
+        pa.field("shard_rows", pa.int64()),  # number of rows of this table
         pa.field("image_id", pa.int64()),
         pa.field("height", pa.int32()),  # as the source states it
         pa.field("width", pa.int32()),
         pa.field("data", pa.large_binary()),
         pa.field("reason", pa.string()),
         pa.field("status_class", pa.string()),
-        pa.field("note", pa.string()),  # a remark on an image that came
+        pa.field("note", pa.string()),  # a remark on an image that was read
     ]
 )
 _MOST_PROBES = 3
-"""Shards of which images are read to see whether any storage of the run can be asked."""
+"""Shards from which images are read to find out whether any storage of the run is accessible."""
 _PROBE_S = 60.0
 
 
@@ -66,26 +66,26 @@ def fetch_shard(
     """Read the images of one shard.
 
     Args:
-        manifest: of the run.
-        shard: its number.
-        threads: requests at once.
-        max_file_mb: larger images fail as `too_large`, and are read no further.
-        deadline_s: as of `fetch_rows`.
-        positions: in the shard, of the only images that are wanted; None: all.
+        manifest: the run's manifest.
+        shard: number of the shard.
+        threads: number of parallel requests.
+        max_file_mb: larger images fail as `too_large`, and reading stops at the limit.
+        deadline_s: see `fetch_rows`.
+        positions: positions within the shard of the images to read; None: all.
 
     Returns:
-        `FETCHED_SCHEMA`, one row per image, in manifest order or in that of `positions`.
+        `FETCHED_SCHEMA`, one row per image, in manifest order or in the order of `positions`.
 
     Raises:
-        StorageSetupError: no credentials, or no package, to ask any storage of the run with. Where others work, images
-            that have none fail as `no_access`.
+        StorageSetupError: this machine lacks the credentials or the package for every storage of the run. If another
+            storage works, the images without access fail as `no_access`.
         OSError: the manifest cannot be read.
     """
     table = manifest.read_shard(shard)
     rows = (table if positions is None else table.take(pa.array(positions, pa.int64()))).to_pylist()
     notes: dict[int, str] = {}
     fetched = fetch_outcomes(rows, notes, threads=threads, max_bytes=max_file_mb * MEGABYTE, deadline_s=deadline_s)
-    # Images that are tried again stand in finished shards: they keep their rows.
+    # With `positions`, images of finished shards are retried: they keep their rows.
     error = setup_error(rows, fetched) if positions is None else None
     if error is not None and not _another_storage_works(manifest, {_root(row["uri"]) for row in rows}):
         raise error
@@ -108,21 +108,21 @@ def fetch_shard(
 def fetch_rows(
     rows: Sequence[dict[str, Any]], *, threads: int, max_bytes: int, deadline_s: float | None = None
 ) -> list[Outcome]:
-    """Read images wherever they lie.
+    """Read images from any kind of container.
 
     Args:
-        rows: of a manifest or a listing: `uri`, `container`, `member`, `offset`, `length`.
-        threads: requests at once.
-        max_bytes: larger images fail as `too_large`, and are read no further.
-        deadline_s: when nothing has come for so many seconds, all images that are still out fail as `fetch_timeout`,
-            and the threads that wait for them are left behind; None: wait for ever.
+        rows: rows of a manifest or a listing: `uri`, `container`, `member`, `offset`, `length`.
+        threads: number of parallel requests.
+        max_bytes: larger images fail as `too_large`, and reading stops at the limit.
+        deadline_s: seconds without any result after which all outstanding images fail as `fetch_timeout` and the
+            threads that wait for them are abandoned; None: wait forever.
 
     Returns:
         For each row the encoded image, or the error that it fails with.
 
     Raises:
-        StorageSetupError: no credentials, or no package, for any of them. Where others work, images that have none fail
-            as `no_access`.
+        StorageSetupError: this machine lacks the credentials or the package for all of them. If another storage works,
+            the images without access fail as `no_access`.
     """
     outcomes = fetch_outcomes(rows, {}, threads=threads, max_bytes=max_bytes, deadline_s=deadline_s)
     if (error := setup_error(rows, outcomes)) is not None:
@@ -138,7 +138,11 @@ def fetch_outcomes(
     max_bytes: int,
     deadline_s: float | None = None,
 ) -> list[Outcome]:
-    """As `fetch_rows`, but all images may fail as `no_access`; `notes` gets remarks on images by their position."""
+    """Read images like `fetch_rows`, except that all of them may fail as `no_access`.
+
+    Args:
+        notes: receives remarks on images, by position.
+    """
     outcomes: list[Outcome | None] = [None] * len(rows)
     without = ImageError("missing")
     pool: DeadlinePool[Outcomes] = DeadlinePool(threads, deadline_s=deadline_s)
@@ -157,13 +161,13 @@ def fetch_outcomes(
 
 
 def _root(uri: str) -> str:
-    """Scheme and bucket or host of a URI; nothing of a path."""
+    """Scheme and bucket or host of a URI, without any part of its path."""
     scheme, separator, rest = uri.partition("://")
     return f"{scheme}://{rest.partition('/')[0]}" if separator else ""
 
 
 def _missing(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome | None]) -> dict[str, str]:
-    """What this machine lacks to ask storages with, by scheme and bucket; told with the first image of each."""
+    """What this machine lacks to access each storage, by scheme and bucket; the text is that of its first image."""
     found: dict[str, str] = {}
     for row, outcome in zip(rows, outcomes, strict=True):
         if isinstance(outcome, NotSetUpError):
@@ -172,7 +176,7 @@ def _missing(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome | None])
 
 
 def setup_error(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome | None]) -> StorageSetupError | None:
-    """All that is missing on this machine, when that is why none of some images could be read."""
+    """Everything that this machine lacks, if that is why none of the images could be read; None otherwise."""
     asked = [outcome for row, outcome in zip(rows, outcomes, strict=True) if row["container"] != Container.BAD]
     if not asked or not all(isinstance(outcome, NotSetUpError) for outcome in asked):
         return None
@@ -185,7 +189,7 @@ def _tell_what_is_missing(rows: Sequence[dict[str, Any]], outcomes: Sequence[Out
 
 
 def _another_storage_works(manifest: Manifest, broken: set[str]) -> bool:
-    """Whether an image of the run that lies elsewhere can be read."""
+    """Whether an image of the run in another storage can be read."""
     probes = 0
     for shard, uris in manifest.uri_bounds():
         if probes == _MOST_PROBES:
@@ -196,7 +200,7 @@ def _another_storage_works(manifest: Manifest, broken: set[str]) -> bool:
         rows = manifest.read_shard(shard).to_pylist()
         elsewhere = [row for row in rows if _root(row["uri"]) not in broken and row["container"] != Container.BAD]
         outcomes = fetch_outcomes(elsewhere[:4], {}, threads=4, max_bytes=MEGABYTE, deadline_s=_PROBE_S)
-        # One that is too large can be read as well.
+        # An image that is too large is readable, too.
         if any(isinstance(each, bytes) or each.reason.startswith("too_large") for each in outcomes):
             return True
     return False
@@ -209,7 +213,10 @@ def _tasks(
     notes: dict[int, str],
     not_set_up: Mapping[str, NotSetUpError],
 ) -> Iterator[FetchTask]:
-    """Tasks that read one file, one span of a tar file, or one footer (and hand over those for its row groups)."""
+    """Tasks that each read one file, one span of a tar file, or one footer.
+
+    A footer's task adds the tasks for the row groups.
+    """
     members: dict[str, list[Member]] = defaultdict(list)
     cells: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for position, row in enumerate(rows):
@@ -244,7 +251,7 @@ def _fetch_plain(
     notes: dict[int, str],
     not_set_up: Mapping[str, NotSetUpError],
 ) -> Iterator[Outcomes]:
-    if not_set_up and (failure := not_set_up.get(_root(uri))) is not None:  # asked in vain for another image already
+    if not_set_up and (failure := not_set_up.get(_root(uri))) is not None:  # already failed for another image
         yield [(position, failure)]
         return
     try:
@@ -258,7 +265,7 @@ def _fetch_plain(
 
 
 def to_images(fetched: pa.Table) -> list[EncodedImage]:
-    """Rows of `FETCHED_SCHEMA` as the engine takes them; the bytes are not copied."""
+    """Convert rows of `FETCHED_SCHEMA` to the engine's input; the bytes are not copied."""
     images = []
     data = fetched["data"].combine_chunks()
     for position, row in enumerate(fetched.drop_columns(["data"]).to_pylist()):
@@ -278,13 +285,13 @@ def to_images(fetched: pa.Table) -> list[EncodedImage]:
 
 
 def _container_error(uri: str) -> ImageError | None:
-    """What the images inside a file fail with whose address may not be asked."""
+    """The error of all images inside a file whose address may not be opened; None when it may."""
     error = container_error(uri, HostRules(storage.policy().allowed_hosts))
     return None if error is None else ImageError(f"bad_uri: cannot open {masked_url(uri)}: {error}")
 
 
 def check_data_uri(uri: str) -> None:
-    """An address that data names may be opened.
+    """Check that an address found in data may be opened.
 
     Raises:
         InputError: it chains file systems, or leads to a host that data may not name.
@@ -298,26 +305,26 @@ def check_data_uri(uri: str) -> None:
 
 
 def fetch_file(uri: str, *, max_bytes: int) -> bytes:
-    """The bytes of an image that is a file of its own.
+    """Read an image that is stored as a separate file.
 
     Args:
         uri: path or fsspec URL.
-        max_bytes: larger files are refused, and read no further.
+        max_bytes: larger files are refused, and reading stops at the limit.
 
     Raises:
         ImageError: `missing`, `forbidden`, `not_a_file`, `bad_uri`, `too_large` or `fetch_failed` (the only transient
             one).
-        StorageSetupError: no credentials, or no package, to ask the storage with.
+        StorageSetupError: this machine lacks the credentials or the package for the storage.
     """
     return _read_file(uri, max_bytes=max_bytes, listed=None).data
 
 
 def _read_file(uri: str, *, max_bytes: int, listed: int | None) -> storage.Body:
-    """The same, and the size of the file; `listed` is that in the listing."""
+    """Read the file like `fetch_file`, and return its size as well; `listed` is the size in the listing."""
     try:
         check_data_uri(uri)
         filesystem, path = storage.open_filesystem(uri)
-        # A named pipe would be waited for.
+        # Opening a named pipe would block.
         if storage.is_local(filesystem) and os.path.exists(path) and not os.path.isfile(path):
             raise ImageError("not_a_file")
         return storage.read_whole(uri, limit=max_bytes, listed=listed)
@@ -326,5 +333,5 @@ def _read_file(uri: str, *, max_bytes: int, listed: int | None) -> storage.Body:
     except (OSError, InputError) as error:
         raise image_error(error) from None
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        # A library behind fsspec that stumbles over the URL: a matter of this image, not of the run.
+        # A library behind fsspec cannot handle the URL: this fails the image, not the run.
         raise ImageError(f"bad_uri: {storage.described(error)}") from None

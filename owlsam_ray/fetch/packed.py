@@ -1,6 +1,6 @@
-"""Images inside other files: members of tar files by byte range, cells of Parquet files by row.
+"""Reads images inside other files: members of tar files by byte range, cells of Parquet files by row.
 
-Neighbours are read together, each file by itself, and what cannot be read becomes a reason for the images it concerns.
+Neighbouring images of one file are read together. A failed read becomes a reason for the images it concerns.
 """
 
 import errno
@@ -23,20 +23,20 @@ from owlsam_ray.storage.arrow_types import extension_of, holds_bytes, shown_type
 from owlsam_ray.storage.secrets import masked
 
 Outcome = bytes | ImageError
-"""Of one image."""
+"""The bytes of one image, or the error that it fails with."""
 Outcomes = list[tuple[int, Outcome]]
-"""Position of each image, and what came of it."""
+"""Position of each image, and its outcome."""
 FetchTask = Callable[[], Iterable[Outcomes]]
-"""Reads some images. An empty list of outcomes is a sign of life."""
+"""Reads some images. An empty list of outcomes only shows progress."""
 
 _GAP = 2**18
-"""Bytes between two members that are read for nothing rather than by a second request."""
+"""Largest gap in bytes between two members that is read and discarded to save a second request."""
 _SPAN = 16 * 2**20
-"""Bytes that are read at once, unless one member alone has more."""
+"""Bytes read at once, unless a single member is larger."""
 _STREAM = 4 * 2**20
-"""Bytes of a column that are read at once."""
+"""Bytes of a column read at once."""
 _CELLS = 32
-"""Rows that are taken apart at once."""
+"""Rows decoded at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Member:
     """An image in a tar file."""
 
     position: int
-    """Among the images that were asked for."""
+    """Index among the requested images."""
     offset: int
     length: int
 
@@ -67,14 +67,14 @@ class Cell:
 
 
 class NotSetUpError(ImageError):
-    """Fails an image in a storage that this machine has no credentials, or no package, to ask with."""
+    """Fails an image whose storage this machine lacks the credentials or the package for."""
 
     def __init__(self, reason: str, failure_class: FailureClass = FailureClass.TRANSIENT) -> None:
         super().__init__(reason, failure_class)
 
 
 def guarded(positions: Iterable[int], task: FetchTask) -> FetchTask:
-    """The same task, but whatever it raises is what those of its images fail with that have no outcome yet."""
+    """Wrap a task so that any exception it raises becomes the error of its images that have no outcome yet."""
     return partial(_run_guarded, tuple(positions), task)
 
 
@@ -99,16 +99,16 @@ def _run_guarded(positions: tuple[int, ...], task: FetchTask) -> Iterator[Outcom
 
 
 def image_error(error: OSError | InputError) -> ImageError:
-    """What an image fails with whose file cannot be read.
+    """The error of an image whose file cannot be read.
 
     Raises:
-        StorageSetupError: it is one; that says nothing about the image.
+        StorageSetupError: `error` is one; it says nothing about the image.
     """
     if isinstance(error, StorageSetupError):
         raise error
     if isinstance(error, InputError):
         return ImageError(f"bad_uri: {masked(str(error))}")
-    # Links in a loop, and names that no file can have, lead nowhere as well: the same again tomorrow.
+    # Link loops and impossible names lead nowhere either: retrying does not help.
     nowhere = error.errno in (errno.ELOOP, errno.ENAMETOOLONG)
     if isinstance(error, FileNotFoundError | NotADirectoryError) or nowhere:
         return ImageError("missing")
@@ -121,12 +121,12 @@ def image_error(error: OSError | InputError) -> ImageError:
 
 
 def too_large(max_bytes: int) -> ImageError:
-    """What an image fails with that is larger."""
+    """The error of an image that exceeds the limit."""
     return ImageError(f"too_large: more than {max_bytes // MEGABYTE} MB")
 
 
 def join_members(members: Sequence[Member]) -> list[Span]:
-    """Neighbouring members as spans, by offset."""
+    """Group neighbouring members into spans, ordered by offset."""
     spans: list[Span] = []
     for member in sorted(members, key=lambda each: each.offset):
         end = member.offset + member.length
@@ -142,9 +142,9 @@ def tar_tasks(uri: str, members: Sequence[Member], *, max_bytes: int) -> Iterato
     """Tasks that read members of one tar file, about `_SPAN` bytes each.
 
     Args:
-        uri: of the tar file.
+        uri: address of the tar file.
         members: in any order.
-        max_bytes: larger ones fail as `too_large`, and are not read.
+        max_bytes: larger members fail as `too_large` and are not read.
     """
     large = [member for member in members if member.length > max_bytes]
     if large:
@@ -161,7 +161,7 @@ def _read_span(uri: str, span: Span) -> Iterator[Outcomes]:
         if failure.failure_class is FailureClass.PERMANENT or len(span.members) == 1:
             yield [(member.position, failure) for member in span.members]
             return
-        # Each for itself, so that only those fail that cannot be read.
+        # One by one, so that only the unreadable members fail.
         for member in span.members:
             yield from _read_span(uri, Span(member.offset, member.offset + member.length, [member]))
         return
@@ -180,14 +180,14 @@ def _read_span(uri: str, span: Span) -> Iterator[Outcomes]:
 def read_cells(
     uri: str, column: str, cells: Sequence[Cell], *, max_bytes: int, hand_over: Callable[[FetchTask], None]
 ) -> Iterator[Outcomes]:
-    """Read the footer of a Parquet file, and hand over the tasks that read cells of one column, a row group each.
+    """Read the footer of a Parquet file and add a task per row group that reads cells of one column.
 
     Args:
-        uri: of the Parquet file.
-        column: its path, with dots into structures; of binary values.
+        uri: address of the Parquet file.
+        column: path of a column of binary values, with dots into structures.
         cells: in any order.
-        max_bytes: larger ones fail as `too_large`.
-        hand_over: takes the tasks.
+        max_bytes: larger images fail as `too_large`.
+        hand_over: called with each task.
     """
     footer = _read_footer(uri, column)
     if isinstance(footer, ImageError):
@@ -210,7 +210,7 @@ def read_cells(
 
 
 def _read_footer(uri: str, column: str) -> Any:
-    """Parquet metadata, or why the column cannot be read from it."""
+    """Parquet metadata, or the reason why the column cannot be read."""
     try:
         with storage.open_input(uri) as file:
             footer = pq.read_metadata(file)
@@ -227,7 +227,7 @@ def _read_footer(uri: str, column: str) -> Any:
 
 
 def _field_at(schema: pa.Schema, column: str) -> pa.Field | None:
-    """The only field of a path with dots into structures; None when there is none."""
+    """The only field at a path with dots into structures; None when there is none or it is ambiguous."""
     if column in schema.names:
         return schema.field(column) if schema.names.count(column) == 1 else None
     first, *rest = column.split(".")
@@ -241,7 +241,7 @@ def _field_at(schema: pa.Schema, column: str) -> pa.Field | None:
 
 
 def _table_error(error: Exception) -> ImageError:
-    """Of storage, or of Arrow: its errors about a file's content carry no number."""
+    """The image error for an exception of storage or of Arrow, whose errors about a file's content have no errno."""
     if isinstance(error, InputError) or (isinstance(error, OSError) and not _is_of_arrow(error)):
         return image_error(error)
     return ImageError(f"bad_table: {one_line(masked((str(error).splitlines() or [type(error).__name__])[0]))}")
@@ -254,7 +254,7 @@ def _is_of_arrow(error: OSError) -> bool:
 def _read_row_group(
     uri: str, footer: Any, column: str, group: int, cells: Sequence[Cell], max_bytes: int
 ) -> Iterator[Outcomes]:
-    """Cells by rising row of the row group. The column is streamed, and only up to the last of them."""
+    """Read cells, sorted by row within the row group. The column is streamed only up to the last of them."""
     left = deque(cells)
     try:
         with storage.open_input(uri) as file:
@@ -266,7 +266,7 @@ def _read_row_group(
                 while left and left[0].row < start + len(values):
                     cell = left.popleft()
                     outcomes.append((cell.position, _value(values[cell.row - start], max_bytes)))
-                yield outcomes  # also when it is empty: a large row group takes long
+                yield outcomes  # even when empty, to show progress: a large row group takes long
                 start += len(values)
                 if not left:
                     break
@@ -278,7 +278,7 @@ def _read_row_group(
 
 
 def _leaf(values: pa.Array) -> pa.Array:
-    while pa.types.is_struct(values.type):  # only the asked field of it was read
+    while pa.types.is_struct(values.type):  # only the requested field was read
         values = pc.struct_field(values, 0)
     return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 
