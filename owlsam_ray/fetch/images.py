@@ -140,8 +140,7 @@ def fetch_outcomes(
 ) -> list[Outcome]:
     """Read images like `fetch_rows`, except that all of them may fail as `no_access`.
 
-    Args:
-        notes: receives remarks on images, by position.
+    Remarks on images are added to `notes`, by position.
     """
     outcomes: list[Outcome | None] = [None] * len(rows)
     without = ImageError("missing")

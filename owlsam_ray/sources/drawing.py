@@ -1,7 +1,7 @@
-"""One drawn picture: coloured shapes on a textured background, with exact masks of what is visible.
+"""Draws one image of coloured shapes on a textured background, with exact masks of the visible pixels.
 
-A picture depends on nothing but (seed, split, index). Letters: H W pixels, N objects. A mask holds the pixels that an
-object covers by at least half and that no later object covers; its box is tight around it, half-open.
+An image depends only on (seed, split, index). Shapes: H W pixels, N objects. A mask holds the pixels that an object
+covers by at least half and that no later object covers; its box is tight around it, half-open.
 """
 
 import colorsys
@@ -20,13 +20,13 @@ Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
 COLOURS = {"red": 0.0, "yellow": 0.15, "green": 0.34, "cyan": 0.5, "blue": 0.64, "magenta": 0.83}
-"""Name → hue in turns."""
+"""Name → hue, as a fraction of a full turn."""
 MIN_SIDE, MAX_OBJECTS = 12, 12
 _SIDES = (256, 384)
 
 
 class Split(IntEnum):
-    """Which part of the dataset; the value enters the seed."""
+    """Part of the dataset; the value enters the seed."""
 
     TRAIN = 0
     VAL = 1
@@ -46,7 +46,7 @@ def _triangle(u: Floats, v: Floats) -> Bools:
 
 
 def _star(u: Floats, v: Floats) -> Bools:
-    # Fold the plane into one half of a point: outer corner at angle 0, inner corner at 36 degrees.
+    # Fold the plane into half of one star point: outer corner at angle 0, inner corner at 36 degrees.
     sector = 2 * np.pi / 5
     angle = np.abs((np.arctan2(u, -v) + sector / 2) % sector - sector / 2)
     radius = np.hypot(u, v)
@@ -96,7 +96,7 @@ CATEGORIES = tuple(
     for shape, form in enumerate(SHAPES)
     for colour, name in enumerate(COLOURS)
 )
-"""Every pair of shape and colour, by rising id from 1; `supercategory` tells which pairs training never sees."""
+"""Every pair of shape and colour, by ascending id from 1; `supercategory` says which pairs training never sees."""
 _BY_GROUP = {
     group: [index for index, category in enumerate(CATEGORIES) if category.supercategory == group]
     for group in (SEEN, WITHHELD_PAIR, UNKNOWN_SHAPE)
@@ -105,31 +105,32 @@ _BY_GROUP = {
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """How many objects a picture holds, and how close they come."""
+    """How many objects an image holds, and how closely they are packed."""
 
     objects: tuple[int, int] = (1, MAX_OBJECTS)
-    """Fewest and most that are wanted; what finds no place is left out."""
+    """Minimum and maximum number of objects to place; an object that does not fit is left out."""
     max_box_iou: float = 0.5
-    """Of the boxes of any two whole objects; 0.5 so that suppression cannot be blamed."""
+    """Maximum IoU of the boxes of any two unoccluded objects; 0.5 so that suppression cannot be blamed."""
     min_visible: float = 0.6
-    """Share of an object that later ones may not cover."""
+    """Share of an object that later objects must leave visible."""
     companions: float = 0.0
-    """Share of objects that get a companion: the next one has the same label and about the same size and place."""
+    """Share of objects that get a companion: the next object has the same label and about the same size and place."""
     withheld: float = 0.25
-    """Share of the test pictures that also show pairs that training withholds."""
+    """Share of the test images that also show pairs withheld from training."""
     tries: int = 4
-    """Places that an object looks for."""
+    """Number of places tried for each object."""
 
 
 PLAIN = Crowd()
 """The drawn dataset."""
 CROWDED = Crowd((12, 24), max_box_iou=0.8, min_visible=0.35, companions=0.9, withheld=0.0, tries=40)
-"""Nearly half of the objects repeat the label before and cover a part of it, for comparing ways of suppression."""
+"""Nearly half of the objects repeat the previous label and cover part of that object; for comparing ways of
+suppression."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A picture and what is on it."""
+    """An image and the objects on it."""
 
     pixels: NDArray[np.uint8]
     """(H, W, 3) RGB."""
@@ -140,15 +141,15 @@ class Drawing:
 
 
 def draw(seed: int, split: Split, index: int, *, crowd: Crowd = PLAIN) -> Drawing:
-    """Draw one picture.
+    """Draw one image.
 
-    A quarter of the test pictures also shows pairs that training withholds; the other pictures hold seen pairs only.
+    A quarter of the test images also show pairs that training withholds; all other images show seen pairs only.
 
     Args:
-        seed: of the dataset.
-        split: which part; equal indices of two splits are different pictures.
+        seed: seed of the dataset.
+        split: part of the dataset; equal indices of two splits are different images.
         index: from 0.
-        crowd: how many objects, and how close; the default is what the dataset holds.
+        crowd: number and density of objects; the default is that of the dataset.
     """
     random = np.random.default_rng([seed, int(split), index])
     height, width = (int(side) for side in random.integers(_SIDES[0], _SIDES[1] + 1, 2))
@@ -159,7 +160,7 @@ def draw(seed: int, split: Split, index: int, *, crowd: Crowd = PLAIN) -> Drawin
     labels: list[int] = []
     boxes: list[tuple[int, int, int, int]] = []
     single = False
-    # Crowded pictures teach more in the same time: for training the larger of two draws counts.
+    # Crowded images teach more in the same time: training takes the larger of two draws.
     fewest, most = crowd.objects
     wanted = random.integers(fewest, most + 1, 2 if split is Split.TRAIN else 1).max()
     for _ in range(int(wanted)):
@@ -167,7 +168,7 @@ def draw(seed: int, split: Split, index: int, *, crowd: Crowd = PLAIN) -> Drawin
         if mixed and random.random() < 0.5:
             group = WITHHELD_PAIR if random.random() < 0.5 else UNKNOWN_SHAPE
         label, beside = int(random.choice(_BY_GROUP[group])), None
-        # No third one: nobody could tell the one in the middle.
+        # No third companion: the middle one could not be distinguished.
         if crowd.companions and single and random.random() < crowd.companions:
             label, beside = labels[-1], boxes[-1]
         for _ in range(crowd.tries):
@@ -200,7 +201,7 @@ def _place(
     crowd: Crowd,
     beside: tuple[int, int, int, int] | None,
 ) -> tuple[int, int, Floats, tuple[int, int, int, int]] | None:
-    """A place for one more object: top, left, its coverage (h, w) in [0, 1], its box; None when it does not fit."""
+    """Find a place for one more object: top, left, coverage (h, w) in [0, 1], box; None when it does not fit."""
     height, width = owner.shape
     longest = min(height, width) / 2
     if beside is None:
@@ -231,14 +232,14 @@ def _place(
 
 
 def _coverage(random: np.random.Generator, label: int, h: int, w: int) -> Floats:
-    """(h, w) share of each pixel that the shape covers, from four points a pixel."""
+    """(h, w) share of each pixel that the shape covers, estimated from four points per pixel."""
     inside = SHAPES[list(SHAPES)[label // len(COLOURS)]]
     angle = float(random.uniform(-0.12, 0.12))
     v, u = np.meshgrid(
         (np.arange(2 * h, dtype=np.float32) + 0.5) / h - 1, (np.arange(2 * w, dtype=np.float32) + 0.5) / w - 1,
         indexing="ij",
     )  # fmt: skip
-    # Turned a little, and made larger by as much, so that the shape stays inside its window.
+    # Rotate slightly, and scale the coordinates up to match, so that the shape stays inside its window.
     grow = np.float32(abs(np.cos(angle)) + abs(np.sin(angle)))
     cos, sin = np.float32(np.cos(angle)) * grow, np.float32(np.sin(angle)) * grow
     points = inside((cos * u - sin * v).astype(np.float32), (sin * u + cos * v).astype(np.float32))
@@ -258,7 +259,7 @@ def _paint(random: np.random.Generator, canvas: Floats, label: int, top: int, le
 
 
 def _background(random: np.random.Generator, height: int, width: int) -> Floats:
-    """(H, W, 3) float32 in 0…255: two dull colours mixed by a gradient, stripes, a checkerboard or blobs."""
+    """(H, W, 3) float32 in 0…255: two muted colours mixed by a gradient, stripes, a checkerboard or blobs."""
     colours = [
         255 * np.array(colorsys.hsv_to_rgb(random.random(), random.uniform(0, 0.3), random.uniform(0.15, 0.95)))
         for _ in range(2)

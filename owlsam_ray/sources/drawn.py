@@ -1,6 +1,6 @@
-"""The drawn dataset on a disk: `images/<split>/000000.jpg` and `<split>.json` in COCO format.
+"""Writes the drawn dataset to disk: `images/<split>/000000.jpg`, and `<split>.json` in COCO format.
 
-Several processes may draw the same split at once: each file appears whole, and one that is there is not written again.
+Several processes may draw the same split at once: each file appears whole, and an existing file is not rewritten.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from owlsam_ray.sources.drawing import CATEGORIES, SEEN, Drawing, Split, draw
 from owlsam_ray.storage import TEMPORARY_PREFIX, remove_stale_temporaries, write_atomic
 
 _CHUNK = 32
-"""Pictures that a process draws at a time."""
+"""Images that a process draws at a time."""
 
 
 def image_root(directory: Path) -> Path:
-    """Where `file_name`s of the COCO files start."""
+    """Directory that the `file_name`s of the COCO files are relative to."""
     return directory / "images"
 
 
@@ -39,20 +39,20 @@ def annotation_file(directory: Path, split: Split) -> Path:
 
 
 def write_split(directory: Path, split: Split, count: int, *, seed: int = 0, workers: int | None = None) -> Path:
-    """Draw a split; a finished one of the same seed and count is left as it is.
+    """Draw a split; a finished split of the same seed and count is left unchanged.
 
     Args:
-        directory: made when it does not exist.
-        split: which part.
-        count: pictures.
-        seed: of the dataset.
-        workers: processes; default: the CPUs that this process may use.
+        directory: created when it does not exist.
+        split: part of the dataset.
+        count: number of images.
+        seed: seed of the dataset.
+        workers: number of processes; default: the CPUs available to this process.
 
     Returns:
-        The COCO file. Its name appears when all pictures are written.
+        The COCO file. It appears under its name once all images are written.
 
     Raises:
-        GuardError: there is a finished one of another seed or count, which something may be reading just now.
+        GuardError: a finished split of another seed or count exists, and something may still be reading it.
     """
     file = annotation_file(directory, split)
     if _is_finished(file, count, seed):
@@ -74,14 +74,14 @@ def write_split(directory: Path, split: Split, count: int, *, seed: int = 0, wor
         "licenses": [],
         "images": images,
         "annotations": annotations,
-        # Training knows only the pairs that it sees: a name that never occurs would be learned as one that never fits.
+        # Training lists only the pairs that it sees: a name without objects would be learned as never matching.
         "categories": [
             category.model_dump(include={"id", "name", "supercategory"})
             for category in CATEGORIES
             if split is Split.TEST or category.supercategory == SEEN
         ],
     }
-    if not _is_finished(file, count, seed):  # another process may have been faster
+    if not _is_finished(file, count, seed):  # another process may have finished first
         write_atomic(str(file), json.dumps(tree).encode())
     return file
 
@@ -103,9 +103,9 @@ def _is_finished(file: Path, count: int, seed: int) -> bool:
 
 
 def _write_once(file: Path, data: bytes) -> None:
-    """Write a file so that it appears whole; one with the same bytes is not touched.
+    """Write a file atomically; a file with the same bytes is left untouched.
 
-    Not by `write_atomic`, whose syncing takes several times as long as the drawing.
+    `write_atomic` is not used: its fsync takes several times as long as the drawing.
     """
     with contextlib.suppress(FileNotFoundError):
         if file.read_bytes() == data:
@@ -120,12 +120,12 @@ def _write_once(file: Path, data: bytes) -> None:
 
 
 def _drawn(write: Any, chunks: list[range], processes: int) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """What `write` gives for each picture, in order, from several processes when that pays."""
+    """Yield the result of `write` for each image, in order, using several processes when that pays off."""
     if processes <= 1:
         for chunk in chunks:
             yield from write(chunk)
         return
-    # Started afresh: a forked child of a process with threads may hang.
+    # Spawned: a forked child of a process with threads may hang.
     with without_working_directory():
         pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
         results = pool.map(write, chunks)
@@ -137,7 +137,7 @@ def _drawn(write: Any, chunks: list[range], processes: int) -> Iterator[tuple[di
 def _write_chunk(
     directory: Path, split: Split, seed: int, indices: range
 ) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Draw and write pictures; returns each one's COCO image and annotations (without their own ids)."""
+    """Draw and write images; return the COCO image and the annotations (without ids) of each."""
     result = []
     for index in indices:
         drawing = draw(seed, split, index)

@@ -1,4 +1,4 @@
-"""Where the images of a JSON file lie below the root: some layouts are usual, and a few look-ups tell which it is."""
+"""Finds out where the images of a JSON file are below the root, by a few look-ups of the usual layouts."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +11,7 @@ from owlsam_ray.errors import InputError
 from owlsam_ray.sources.row_names import absolute_root, path_below
 
 LOOKED_UP = 20
-"""Images of a file that are looked up, each in all layouts at most."""
+"""Maximum number of images of a file that are looked up, each in all layouts."""
 _THREADS = 16
 
 _log = logging.getLogger(__name__)
@@ -19,27 +19,29 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PathLayout:
-    """One rule by which an image record says where its file lies."""
+    """A rule that derives the path of an image file from its image record."""
 
     caption: str
-    """For people, as `<split>/<file_name>`."""
+    """Shown to users, such as `<split>/<file_name>`."""
     place: Callable[[dict[str, Any]], Any]
-    """Image record → path below the root, not checked yet; None where the record lacks what the rule needs."""
+    """Image record → path below the root, not checked yet; None where the record lacks a field that the rule needs."""
 
 
 def choose_layout(
     root: str, samples: Iterable[Sequence[dict[str, Any]]], layouts: Sequence[PathLayout], *, where: str
 ) -> PathLayout:
-    """The layout in which most of a sample is there; the choice holds for the whole file. Logged.
+    """Choose the layout in which most images of a sample exist; it holds for the whole file and is logged.
 
     Args:
-        root: of the images.
-        samples: up to `LOOKED_UP` image records each; the next one is drawn only when nothing of those before exists.
-        layouts: of equal ones the first is taken, which is the choice as well when no record can be placed.
-        where: the file of annotations, for messages.
+        root: root of the images.
+        samples: lists of up to `LOOKED_UP` image records; the next list is drawn only when no image of the previous
+            ones exists.
+        layouts: in order of preference: the first one wins ties, and is chosen when no layout gives a path for any
+            record.
+        where: the annotation file, for messages.
 
     Raises:
-        InputError: nothing that was looked up exists; names the first path of each layout.
+        InputError: none of the images looked up exists; names the first path of each layout.
     """
     tried: dict[str, None] = {}
     looked_up, refused = 0, ""
@@ -71,7 +73,7 @@ def choose_layout(
 
 
 def exist(root: str, names: Sequence[str]) -> list[bool]:
-    """Which files are there, asked in threads; one that may not be asked for counts as absent."""
+    """Look up in threads which files exist; a file that may not be accessed counts as absent."""
     return [present for present, _ in _look_up(root, names)]
 
 
@@ -81,7 +83,7 @@ def _safe(root: str, names: Iterable[Any]) -> list[str]:
 
 
 def _count_present(root: str, names: Sequence[str]) -> tuple[int, str]:
-    """How many are there, and what storage refused."""
+    """Number of files that exist, and what storage refused."""
     answers = _look_up(root, names)
     refusals = [refusal for _, refusal in answers if refusal]
     return sum(present for present, _ in answers), f" Storage refused: {refusals[0]}." if refusals else ""
@@ -91,7 +93,7 @@ def _look_up(root: str, names: Sequence[str]) -> list[tuple[bool, str]]:
     def ask(name: str) -> tuple[bool, str]:
         try:
             return storage.exists(storage.join(root, name)), ""
-        except PermissionError as error:  # what an object store answers for absent keys to those who may not list
+        except PermissionError as error:  # an object store's answer for absent keys without list permission
             return False, str(error)
 
     if not names:

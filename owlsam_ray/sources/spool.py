@@ -1,7 +1,6 @@
-"""A listing on a local disk: which images are wanted, whether any repeats, and the rows again in their order.
+"""Stores a listing on local disk: filters it, finds repeats, and reads the rows back in order.
 
-In memory an image costs 16 bytes for the digest of its name and 8 for its id; everything else waits in a temporary
-file.
+In memory an image costs 16 bytes for the digest of its name and 8 for its id; the rest is in a temporary file.
 """
 
 import contextlib
@@ -24,54 +23,54 @@ from owlsam_ray.sources.listing import Listing
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MOST_SPLITS = 1000
 _DIGEST_BYTES = 16
-"""So many that two names out of 10⁸ share a digest with a probability below 10⁻²²."""
+"""Long enough that two of 10⁸ names share a digest with a probability below 10⁻²²."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What of a listing is kept on the disk."""
+    """Which rows of a listing are kept on disk."""
 
     limit: int | None = None
-    """The first so many of those that pass the filters."""
+    """Maximum number of rows; the first ones that pass the filters are kept."""
     splits: tuple[str, ...] = ()
-    """Of the source's own splits, or first folders of the names; none given: all."""
+    """The source's own splits, or first folders of the names; empty: all."""
     image_ids: NDArray[np.int64] | None = None
-    """Rising; None: all."""
+    """In ascending order; None: all."""
 
 
 @dataclass(slots=True)
 class Spool:
-    """N rows of a listing that passed the filters, in its order."""
+    """N rows of a listing that passed the filters, in the listing's order."""
 
     path: Path
     starts: NDArray[np.int64]
-    """First row of each batch of the file, and N at the end."""
+    """First row of each batch of the file, then N."""
     digests: NDArray[np.bytes_]
     """(N,) 16-byte digests of the file names."""
     ids: NDArray[np.int64] | None
     """(N,) ids; None when the source gives none."""
     mean_bytes: float
-    """Of an encoded image, estimated where the listing does not tell."""
+    """Mean size of an encoded image, estimated where the listing does not state it."""
     splits: set[str]
-    """Splits in the listing, at most a thousand, when some are asked for."""
+    """Splits in the listing, at most a thousand; collected only when the selection names some."""
     num_listed: int
-    """Rows before the filters; those up to the limit, where reading stopped there."""
+    """Rows before the filters; if reading stopped at the limit, the rows read until then."""
     bad: NDArray[np.bool_]
-    """(N,) rows that no image can be read by."""
+    """(N,) rows through which no image can be read."""
     quoted: NDArray[np.bool_]
-    """(N,) rows whose name is not the one that the source gives."""
+    """(N,) rows whose name differs from the source's name."""
     has_other: NDArray[np.bool_]
-    """(N,) rows with a second choice of a name, not taken yet."""
+    """(N,) rows with an alternative name that is not in use yet."""
     took_other: NDArray[np.bool_]
-    """(N,) rows that go by their second choice."""
+    """(N,) rows that use their alternative name."""
     name_setting: str | None = None
-    """As of the listing."""
+    """See `Listing.name_setting`."""
 
     def __len__(self) -> int:
         return len(self.digests)
 
     def tables(self, wanted: NDArray[np.bool_]) -> Iterator[pa.Table]:
-        """The rows of `LISTING_SCHEMA` that are wanted, in order; (N,) mask."""
+        """Yield the wanted rows as tables of `LISTING_SCHEMA`, in order; `wanted` is an (N,) mask."""
         with pa.OSFile(str(self.path)) as file, pa.ipc.open_file(file) as reader:
             for batch in range(reader.num_record_batches):
                 mask = wanted[self.starts[batch] : self.starts[batch + 1]]
@@ -80,7 +79,7 @@ class Spool:
                     yield self._named(table, self.took_other[self.starts[batch] : self.starts[batch + 1]][mask])
 
     def rows_at(self, positions: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """A few rows as plain values, by position."""
+        """Read a few rows, given by position, as plain values."""
         rows = []
         with pa.OSFile(str(self.path)) as file, pa.ipc.open_file(file) as reader:
             for position in positions.tolist():
@@ -90,7 +89,7 @@ class Spool:
         return rows
 
     def take_other_names(self, mask: NDArray[np.bool_]) -> None:
-        """Call some images by their second choice; (N,) mask of rows that have one."""
+        """Switch rows to their alternative name; (N,) mask of rows that have one."""
         self.took_other |= mask
         self.has_other &= ~mask
         if mask.any():
@@ -113,17 +112,17 @@ def spool_listing(
     stop_at_limit: bool,
     show: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> Spool:
-    """Read a listing to its end, or to the limit, and keep what passes the filters.
+    """Read a listing to its end or to the limit, and store the rows that pass the filters.
 
     Args:
-        listing: is used up.
-        path: of the temporary file.
-        selection: its splits and ids are looked at here, its limit when reading may stop there.
-        stop_at_limit: read no further once `selection.limit` rows passed.
-        show: called with the rows read and the total where it is known.
+        listing: is consumed.
+        path: path of the temporary file.
+        selection: its splits and ids are applied here; its limit only when reading may stop there.
+        stop_at_limit: stop reading once `selection.limit` rows have passed.
+        show: called with the rows read so far and the total, if known.
 
     Raises:
-        InputError: whatever the source finds wrong.
+        InputError: the source is invalid.
         OSError: the temporary file cannot be written.
     """
     starts, digests, ids, listed, kept, encoded = [0], [], [], 0, 0, 0
@@ -173,7 +172,7 @@ def spool_listing(
 
 
 def _marks(batch: pa.RecordBatch) -> NDArray[np.bool_]:
-    """(3, N) whether a row is bad, is quoted, has a second choice of a name."""
+    """(3, N) whether a row is bad, is quoted, has an alternative name."""
     columns = (
         pc.fill_null(pc.equal(batch.column("container"), str(Container.BAD)), False),
         pc.is_valid(batch.column("quoted")),
@@ -184,7 +183,7 @@ def _marks(batch: pa.RecordBatch) -> NDArray[np.bool_]:
 
 @contextlib.contextmanager
 def _closing(tables: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
-    """End a generator that is not read to its end now, with its files and processes, and not at some later time."""
+    """Close a partly read generator, with its files and processes, now instead of at some later time."""
     try:
         yield tables
     finally:
@@ -194,7 +193,7 @@ def _closing(tables: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
 
 @contextlib.contextmanager
 def _room(folder: Path) -> Iterator[None]:
-    """Say whose disk is full."""
+    """Report which disk is full."""
     try:
         yield
     except OSError as error:
@@ -214,20 +213,20 @@ def digests_of(names: pa.Array) -> NDArray[np.bytes_]:
 
 
 def sample_mask(digests: NDArray[np.bytes_], count: int, seed: int) -> NDArray[np.bool_]:
-    """(N,) which of N images a sample holds.
+    """(N,) mask of the images in a random sample.
 
-    An image's rank depends on its name and the seed alone, and the lowest ranks are taken (bottom-k sampling): so a
-    larger sample holds the smaller one, and new images disturb the choice among the old ones as little as they can.
+    An image's rank depends only on its name and the seed, and the lowest ranks are taken (bottom-k sampling). Samples
+    with one seed are therefore nested, and new images change the choice among the old ones as little as possible.
 
     Args:
-        digests: (N,) of the names, distinct.
-        count: all are taken when there are no more.
-        seed: another one gives another sample.
+        digests: (N,) digests of the names, distinct.
+        count: size of the sample; all images are taken when there are no more than that.
+        seed: another seed gives another sample.
     """
     if count >= len(digests):
         return np.ones(len(digests), np.bool_)
     words = np.frombuffer(digests.tobytes(), np.uint64).reshape(-1, 2)
-    # The finaliser of splitmix64 (Steele, Lea, Flood 2014) mixes the seed in.
+    # Mix in the seed with the finaliser of splitmix64 (Steele, Lea, Flood 2014).
     ranks = words[:, 0] ^ np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
     with np.errstate(over="ignore"):
         ranks = (ranks ^ (ranks >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
