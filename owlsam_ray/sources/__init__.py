@@ -1,4 +1,4 @@
-"""Sources of images: a listing → manifest rows. One file per source, one contract (`listing.py`)."""
+"""Sources of images: each lists a dataset as rows for the manifest, under the contract of `listing.py`."""
 
 from owlsam_ray.config.data import DataConfig
 from owlsam_ray.sources.coco import list_coco
@@ -22,9 +22,9 @@ _SOURCES = {
 
 
 def list_images(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
-    """List the images that a config names.
+    """List the images that the configuration names.
 
     Raises:
-        InputError: see the sources; what stands in their tables is checked while these are read.
+        InputError: see the sources; the content of their tables is checked while these are read.
     """
     return _SOURCES[config.source](config, options)

@@ -1,7 +1,7 @@
-"""Rows of a listing that no image can be read by: told, listed in a file, and bounded before anything is planned.
+"""Reports rows without a readable image, lists them in a file, and limits their number before planning.
 
-They are planned and become failed rows, so that one odd row of a million does not keep the others from being labelled,
-and is not forgotten either.
+They are planned and become failed rows, so that one odd row in a million neither keeps the others from being labelled
+nor is forgotten.
 """
 
 import json
@@ -23,15 +23,15 @@ from owlsam_ray.sources.spool import Spool
 from owlsam_ray.storage.secrets import masked
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
-"""Rows of the listing that no image can be read by, and names that were quoted, a line each."""
+"""One line for each row of the listing without a readable image, and for each name that was quoted."""
 _TOLD = 3
-"""Of each kind."""
+"""Maximum number of examples of each kind."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Found:
-    """What is odd, by kind."""
+    """Counts and examples of odd rows, by kind."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -46,20 +46,20 @@ class _Found:
 
 
 def check_bad_rows(config: RunConfig, run_url: str, spool: Spool, wanted: NDArray[np.bool_]) -> int:
-    """Tell the rows to be planned that are bad or quoted, and list them in `RUN/bad_rows.jsonl`.
+    """Report the rows to be planned that are bad or quoted, and list them in `RUN/bad_rows.jsonl`.
 
     Args:
-        config: of the run.
+        config: its `plan.bad_names` and `reduce.max_failed` are applied.
         run_url: the run directory.
         spool: N rows.
-        wanted: (N,) which of them are about to be planned.
+        wanted: (N,) mask of the rows about to be planned.
 
     Returns:
-        How many of these become failed rows.
+        Number of these rows that become failed rows.
 
     Raises:
         InputError: there are any, and `plan.bad_names` is `refuse`; or all rows are bad.
-        FailedImagesError: more are bad than `reduce.max_failed` allows; nothing is planned then.
+        FailedImagesError: more rows are bad than `reduce.max_failed` allows; nothing is planned then.
     """
     odd = wanted & (spool.bad | spool.quoted)
     if not odd.any():

@@ -1,7 +1,7 @@
-"""What every source gives: a stream of images in a fixed order, and what the output carries over from it.
+"""The contract of every source: a stream of images in a fixed order, and what the output carries over from it.
 
-A listing of millions of images is never whole in memory: it is a stream of Arrow tables, some thousand rows each, that
-the plan spools to a disk before it freezes ids and shards.
+A listing of millions of images is never held in memory as a whole: it is a stream of Arrow tables of some thousand rows
+each, which the plan spools to disk before it freezes ids and shards.
 """
 
 import json
@@ -16,24 +16,24 @@ import pyarrow.compute as pc
 from owlsam_ray.schema import LISTING_SCHEMA, Container
 
 BATCH_ROWS = 8192
-"""Rows of a table of a listing, about."""
+"""Approximate number of rows in a table of a listing."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListingOptions:
-    """How a listing is made; nothing here changes which images it holds, but for damaged files."""
+    """How a listing is made; except for damaged files, no option changes which images it holds."""
 
     workers: int = 1
-    """Processes that list tar files."""
+    """Number of processes that list tar files."""
     keep_whole: bool = False
-    """Of a cut or damaged tar file, list the members before the damage instead of refusing it."""
+    """List the members of a truncated or damaged tar file that precede the damage, instead of refusing the file."""
 
 
 DEFAULTS = ListingOptions()
 
 
 def address_of(row: Mapping[str, Any]) -> str:
-    """Path or URL that the file of a row of a listing or manifest is opened by: `uri`, unless that is escaped."""
+    """Path or URL at which the file of a listing or manifest row is opened: `uri`, unescaped if the row says so."""
     uri, member = str(row["uri"]), row["member"]
     if row["container"] != Container.ESCAPED:
         return uri
@@ -45,32 +45,32 @@ class ImageRecord:
     """One image of a listing."""
 
     image_id: int | None
-    """None: the plan numbers the images."""
+    """None: the plan assigns the ids."""
     file_name: str
     """Full path relative to the root of the images."""
     height: int | None = None
     """As the source states it."""
     width: int | None = None
     num_bytes: int | None = None
-    """Size of the file, where the storage told it; never what a source states."""
+    """Size of the file if the storage reported it; never a size stated by the source."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """The source's other fields of the image, carried into the output."""
+    """The source's other fields of the image, carried over into the output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Images in their final order. Whether ids and names repeat over tables is for the plan to find out."""
+    """Images in their final order. Whether ids and names repeat across tables is checked by the plan."""
 
     tables: Iterator[pa.Table]
-    """`LISTING_SCHEMA`, can be read once. Raises `InputError` where the source is wrong, at the latest at its end."""
+    """`LISTING_SCHEMA`, readable once. Raises `InputError` when the source is invalid, at the latest at its end."""
     total: int | None = None
-    """Images, where that is known before they are listed."""
+    """Number of images, if known before they are listed."""
     has_ids: bool = True
-    """Whether the source gives ids; without, `image_id` is null in all rows."""
+    """Whether the source gives ids; if not, `image_id` is null in all rows."""
     info: dict[str, Any] = field(default_factory=dict)
     licenses: list[Any] = field(default_factory=list)
     categories: list[dict[str, Any]] = field(default_factory=list)
-    """As in COCO's format; known before the first table is read."""
+    """In COCO's format; known before the first table is read."""
     annotated: Callable[[], Iterator[pa.Table]] | None = None
     """Streams (image_id, category_id) of every annotation; None for sources without annotations."""
     name_setting: str | None = None
@@ -78,12 +78,12 @@ class Listing:
 
 
 def tables_of(records: Iterable[ImageRecord], root: str, *, rows: int = BATCH_ROWS) -> Iterator[pa.Table]:
-    """Records as tables of a listing.
+    """Convert records to tables of a listing.
 
     Args:
         records: in order.
-        root: path or URL that their names are below.
-        rows: of a table.
+        root: path or URL that the file names are relative to.
+        rows: number of rows per table.
     """
     pending: list[ImageRecord] = []
     for record in records:
@@ -112,10 +112,10 @@ def _table(records: Sequence[ImageRecord], root: str) -> pa.Table:
 
 
 def listing_table(columns: dict[str, Any]) -> pa.Table:
-    """Columns as a table of `LISTING_SCHEMA`; those that are not given are null.
+    """Build a table of `LISTING_SCHEMA`; columns that are not given are null.
 
     Args:
-        columns: lists or Arrow arrays of one length by name; at least `file_name` and `uri`.
+        columns: lists or Arrow arrays of equal length, by name; at least `file_name` and `uri`.
     """
     rows = len(columns["file_name"])
     arrays = []
@@ -131,12 +131,12 @@ def listing_table(columns: dict[str, Any]) -> pa.Table:
 
 
 def below(root: str, names: pa.Array, *, are_uris: bool = False) -> pa.Array:
-    """Names joined to a root, as `storage.join` does it; quoted below `http(s)://`, where ? and # are no names.
+    """Join names to a root like `storage.join`; below `http(s)://` they are quoted, since ? and # end a path there.
 
     Args:
         root: path or URL.
-        names: relative.
-        are_uris: quoted already, where that is needed.
+        names: relative to the root.
+        are_uris: the names are quoted already where needed.
     """
     if root.startswith(("http://", "https://")) and not are_uris:
         names = pa.array([quote(name) for name in names.to_pylist()], pa.string())
@@ -144,7 +144,7 @@ def below(root: str, names: pa.Array, *, are_uris: bool = False) -> pa.Array:
 
 
 def file_name_error(name: object) -> str | None:
-    """Why a file name cannot be taken; None when it can. A name must stay below the root of the images."""
+    """Why a file name is refused; None when it is valid. A name must stay below the root of the images."""
     if not isinstance(name, str) or not name:
         return "file_name is not a text"
     if "\0" in name or "\\" in name:
@@ -159,10 +159,10 @@ def file_name_error(name: object) -> str | None:
 
 
 _BAD_NAME = r"^$|[\\\x00]|://|^/|//|/$|(^|/)\.\.?(/|$)"
-"""What `file_name_error` refuses, for RE2; an Arrow string is valid Unicode anyway."""
+"""What `file_name_error` refuses, as an RE2 pattern; an Arrow string is always valid Unicode."""
 
 
 def bad_names(names: pa.Array) -> pa.Array:
-    """Positions (int64, rising) of the names that `file_name_error` refuses; a null is refused as well."""
+    """Positions (int64, ascending) of the names that `file_name_error` refuses; null is refused as well."""
     bad = pc.fill_null(pc.match_substring_regex(names, _BAD_NAME), True)
     return pc.indices_nonzero(bad).cast(pa.int64())

@@ -1,9 +1,9 @@
-"""Names of images that are safe wherever labels are written: below a root, in valid Unicode, and told apart.
+"""Makes image names safe for every output: below a root, in valid Unicode, and distinct.
 
-A name that is safe stays as it is. Of any other one the parts that make it unsafe are percent-encoded, and so is every
-`%` in it: two different unsafe names never become one, and `urllib.parse.unquote` gives the name back. A row without a
-name is called after its file and its number. Where the result is the name of another image of the listing all the same,
-`told_apart` gives the second choice.
+A safe name is kept. In any other name, the parts that make it unsafe and every `%` are percent-encoded: two different
+unsafe names never become equal, and `urllib.parse.unquote` restores the name. A row without a name is named after its
+file and its number. If the result is already the name of another image of the listing, `told_apart` gives the
+alternative name.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ from owlsam_ray.storage.secrets import masked_url
 _ENCODED = re.compile(r"[%\\\x00\ud800-\udfff]")
 _NO_PATH = re.compile(r"[\x00\ud800-\udfff]")
 _SLASHES = re.compile(r"\A/|(?<=/)/|/\Z")
-"""Slashes that do not stand between two parts of a path."""
+"""Slashes that do not separate two parts of a path."""
 _LOCAL = re.compile(r"^(file|local)://", re.IGNORECASE)
 _DIGEST_BYTES = 10
-"""Enough for 10⁸ URLs that differ in their queries alone."""
+"""Enough to distinguish 10⁸ URLs that differ only in their queries."""
 
 
 def quoted_name(name: str) -> str:
-    """A text as a file name: itself where `file_name_error` takes it, otherwise percent-encoded where it does not.
+    """Make a text a file name: unchanged if `file_name_error` accepts it, otherwise percent-encoded where unsafe.
 
     Args:
-        name: not empty. Bytes of a file name that are no UTF-8 (surrogate escapes) are encoded as themselves.
+        name: not empty. Bytes of a file name that are not UTF-8 (surrogate escapes) are encoded as the original bytes.
     """
     if file_name_error(name) is None:
         return name
@@ -40,17 +40,17 @@ def quoted_name(name: str) -> str:
 
 
 def row_name(file: str, row: int) -> str:
-    """Name of a row that has none of its own.
+    """Name of a row that states none.
 
     Args:
-        file: the file's name, relative as in other names.
+        file: the file's name, relative like other names.
         row: its number, from 0.
     """
     return f"row-{quote(file, safe='')}-{row}"
 
 
 def told_apart(name: str, by: str) -> str:
-    """The name to take where another image has `name`: with a hash of what tells them apart, before the ending."""
+    """Alternative for a name that another image has: a hash of `by`, which differs, goes before the file ending."""
     digest = hashlib.blake2b(by.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_BYTES).hexdigest()
     folder, slash, base = name.rpartition("/")
     stem, ending = os.path.splitext(base)
@@ -58,9 +58,9 @@ def told_apart(name: str, by: str) -> str:
 
 
 def inside(path: str) -> str | None:
-    """A relative path without parts that are empty, `.` or `..`; None where it leaves the folder, or is the folder.
+    """Normalise a relative path: drop parts that are empty, `.` or `..`; None if it leaves the folder or is the folder.
 
-    A slash at the end stays: to a server it makes another address.
+    A slash at the end is kept: to a server it makes a different address.
     """
     parts: list[str] = []
     for part in path.split("/"):
@@ -74,22 +74,22 @@ def inside(path: str) -> str | None:
 
 
 def absolute_root(root: str) -> str:
-    """What the absolute paths and URLs of files below a root begin with; ends in a slash."""
+    """The prefix of all absolute paths and URLs of files below a root; ends in a slash."""
     path = _LOCAL.sub("", root)
     return f"{(path if '://' in path else os.path.abspath(path)).rstrip('/')}/"
 
 
 def without_local_scheme(uri: str) -> str:
-    """A path or URL without `file://` or `local://`."""
+    """Strip `file://` or `local://` from a path or URL."""
     return _LOCAL.sub("", uri)
 
 
 def path_below(begin: str, given: object) -> str | None:
-    """A file name as a path below the root; None where it is none, or leaves the root.
+    """Convert a file name to a path below the root; None if it is not a file name, or leaves the root.
 
     Args:
-        begin: what `absolute_root` gives: absolute names have to begin with it.
-        given: from a file of annotations.
+        begin: result of `absolute_root`; absolute names must begin with it.
+        given: value from an annotation file.
     """
     if not isinstance(given, str) or _NO_PATH.search(given):
         return None
@@ -102,16 +102,16 @@ def path_below(begin: str, given: object) -> str | None:
 
 
 def bad_reason(word: str, value: object, why: str) -> str:
-    """The reason of a bad row: what kind, the value as far as it may be shown, and why it cannot be used."""
+    """Reason of a bad row: the kind, the value as far as it may be shown, and why it cannot be used."""
     text = masked_url(value) if isinstance(value, str) else value
     return f"{word}: {shown(text)} {why}"
 
 
 def join_kinds(kinds: Sequence[tuple[str, int, Sequence[Any]]]) -> str:
-    """Problems by kind for a message: one line a kind with its number and the first of them.
+    """Format problems for a message: one line per kind with its count and the first examples.
 
     Args:
-        kinds: what is wrong, how often, and a few examples.
+        kinds: for each kind: what is wrong, how often, and a few examples.
     """
     lines = []
     for kind, count, examples in kinds:
@@ -121,7 +121,7 @@ def join_kinds(kinds: Sequence[tuple[str, int, Sequence[Any]]]) -> str:
 
 
 def _percent(character: str) -> str:
-    """One character as percent-encoded bytes."""
+    """Percent-encode the bytes of one character."""
     try:
         raw = character.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

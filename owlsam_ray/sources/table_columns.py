@@ -1,4 +1,4 @@
-"""Columns of tables: which ones are wanted, their values as JSON, and how rows and columns are refused."""
+"""Columns of table sources: which ones are read, their values as JSON, and errors about rows and columns."""
 
 import difflib
 import json
@@ -14,36 +14,36 @@ from owlsam_ray.errors import InputError, one_line, shown
 
 TEXT, INTEGER, NUMBER = pa.string(), pa.int64(), pa.float64()
 TOLD = 5
-"""Problems that are told; the others are counted."""
+"""Number of problems that a message lists; the others are counted."""
 WAY_OUT = "Mend or remove these rows."
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A column, by its path with dots into structures."""
+    """A column to read, given by its path with dots into structures."""
 
     setting: str
-    """That names it, for messages: `columns.uri`."""
+    """The setting that names the column, for messages: `columns.uri`."""
     path: str
     kind: pa.DataType | None
-    """`TEXT`, `INTEGER`, `NUMBER` (whole or not), or None: any, given as JSON texts."""
+    """`TEXT`, `INTEGER`, `NUMBER` (whole or not), or None for any type, delivered as JSON texts."""
 
     @property
     def is_needed(self) -> bool:
-        """Whether each row has to have a value."""
+        """Whether each row must have a value."""
         return self.setting in ("columns.uri", "columns.id", "columns.file_name")
 
     @property
     def may_be_odd(self) -> bool:
-        """Whether a value of another kind is read as null, since it makes its own row bad and not the table."""
+        """Whether a value of another type is read as null, since it makes only its own row bad and not the table."""
         return self.setting in ("columns.uri", "columns.file_name")
 
 
 def check_name(url: str, column: Wanted, name: str, names: Sequence[str]) -> None:
-    """A part of a column's path is among the names at its place.
+    """Check that one part of a column's path is among the names at its level.
 
     Raises:
-        InputError: it is not; names those that are.
+        InputError: it is missing or occurs more than once; a missing name is reported with the existing ones.
     """
     if list(names).count(name) == 1:
         return
@@ -59,13 +59,13 @@ def check_name(url: str, column: Wanted, name: str, names: Sequence[str]) -> Non
 
 
 def refuse_rows(url: str, rows: Sequence[int], told: Sequence[str], way_out: str) -> NoReturn:
-    """Refuse a file for some of its rows.
+    """Refuse a file because of some of its rows.
 
     Args:
         url: the file.
-        rows: all of them, as far as they are known.
-        told: what is wrong with the first ones.
-        way_out: what to do.
+        rows: all the bad rows known so far.
+        told: the problems of the first of them.
+        way_out: what the user can do.
 
     Raises:
         InputError: always.
@@ -77,17 +77,17 @@ def refuse_rows(url: str, rows: Sequence[int], told: Sequence[str], way_out: str
 
 
 def json_texts(array: pa.Array) -> pa.Array:
-    """Values as JSON: what is no finite number is null; dates, decimals and bytes become text."""
+    """Convert values to JSON texts: non-finite numbers become null; dates, decimals and bytes become text."""
     if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
         return pc.fill_null(array.cast(TEXT), "null")
     return pa.array([json.dumps(plain(value)) for value in _python_values(array)], TEXT)
 
 
 def _python_values(array: pa.Array) -> list[Any]:
-    """Plain values; a map is an object, or, when a key repeats, a list of its pairs.
+    """Convert an array to plain values; a map becomes an object or, when a key repeats, a list of its pairs.
 
     Raises:
-        InputError: Python has no such value: a date after the year 9999, a time zone that nobody knows.
+        InputError: Python cannot represent a value: a date after the year 9999, or an unknown time zone.
     """
     try:
         try:
@@ -99,7 +99,7 @@ def _python_values(array: pa.Array) -> list[Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """Convert a value to its JSON equivalent."""
     if isinstance(value, dict):
         return {key if isinstance(key, str) else str(plain(key)): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

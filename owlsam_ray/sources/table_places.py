@@ -1,6 +1,6 @@
-"""URIs of a table → where images lie, and how they are called; what cannot be used becomes a reason.
+"""Converts the URIs of a table to addresses and file names; a URI that cannot be used becomes a reason.
 
-Columns of plain paths and URLs are taken as columns; only rows that hold anything else are looked at one by one.
+Plain paths and URLs are processed as whole columns; all other rows are processed one by one.
 """
 
 import re
@@ -28,48 +28,48 @@ _SCHEME = r"^[A-Za-z][A-Za-z0-9+.-]*://"
 _LOCAL = r"^(?i:file|local)://"
 _UPPER = r"^[A-Za-z0-9+.-]*[A-Z][A-Za-z0-9+.-]*://"
 _ODD_URL = r"[?#@]|://.*//"
-"""Of a URL: a query, user info, or a path with an empty part."""
+"""Matches a URL with a query, user info, or a path with an empty part."""
 _WEB = ("http://", "https://")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one image lies, and how it is called."""
+    """Address and file name of one image."""
 
     uri: str
     file_name: str
     other_name: str | None = None
     quoted: str | None = None
-    """As in `LISTING_SCHEMA`."""
+    """See `LISTING_SCHEMA`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlaceColumns:
-    """N rows; arrays of texts as in `LISTING_SCHEMA`."""
+    """Addresses and names of N rows; text arrays as in `LISTING_SCHEMA`."""
 
     uri: pa.Array
     file_name: pa.Array
     other_name: pa.Array
     quoted: pa.Array
     reasons: dict[int, str]
-    """Of the rows that cannot be used, by position; the other columns are null there."""
+    """Reasons of the unusable rows, by position; the other columns are null there."""
 
 
 class TablePlaces:
-    """The places of a table's rows.
+    """Finds the addresses and names of a table's rows.
 
     Args:
-        root: `data.images`; without, only full URLs can be used.
+        root: `data.images`; without it only full URLs can be used.
     """
 
     def __init__(self, root: str | None) -> None:
         self._root = root
         self._begin = absolute_root(root) if root is not None else None
         self._schemes: dict[str, str | None] = {}
-        """Why URLs cannot be opened, by scheme; None: they can."""
+        """Why URLs with a scheme cannot be opened, by scheme; None: they can."""
 
     def columns(self, uris: pa.Array) -> PlaceColumns:
-        """Places of (N,) URIs.
+        """Addresses and names of (N,) URIs.
 
         Raises:
             InputError: the package that a scheme needs is not installed.
@@ -90,12 +90,12 @@ class TablePlaces:
         odd[bad_names(names).to_numpy()] = True
         scheme = pc.replace_substring_regex(paths, r"(?s)^(\w[^:]*)://.*$", r"\1")
         elsewhere = pc.and_(pc.and_(is_url, pc.invert(below_root)), pc.not_equal(scheme, "https"))
-        # The same host and path by another scheme is another address.
+        # The same host and path under another scheme is a different address.
         others = pc.if_else(elsewhere, pc.binary_join_element_wise(scheme, names, "/"), pa.scalar(None, pa.string()))
         return self._with_odd_rows(uris, PlaceColumns(whole, names, others, pa.nulls(len(uris), pa.string()), {}), odd)
 
     def _odd(self, uris: pa.Array, paths: pa.Array, is_url: pa.Array, known: pa.Array) -> NDArray[np.bool_]:
-        """(N,) rows that are looked at one by one; `known`: their folder is."""
+        """(N,) mask of the rows to process one by one; `known`: whether a row's folder is known."""
         conditions = [
             pc.invert(known),
             pc.match_substring(paths, "::"),
@@ -114,7 +114,7 @@ class TablePlaces:
         return odd
 
     def _refusal(self, scheme: str) -> str | None:
-        """Why URLs of a scheme cannot be opened; None when they can.
+        """Why URLs with a scheme cannot be opened; None when they can.
 
         Raises:
             InputError: a package is not installed, which says nothing about the row.
@@ -130,7 +130,7 @@ class TablePlaces:
         return self._schemes[scheme]
 
     def _with_odd_rows(self, uris: pa.Array, plain: PlaceColumns, odd: NDArray[np.bool_]) -> PlaceColumns:
-        """The columns with the places of (N,) odd rows, which are looked at one by one."""
+        """The columns with the (N,) odd rows filled in, which are processed one by one."""
         at = np.flatnonzero(odd)
         if not len(at):
             return plain
@@ -147,7 +147,7 @@ class TablePlaces:
         return PlaceColumns(**columns, reasons=reasons)
 
     def place(self, uri: str | None) -> Place | str:
-        """Where the image of one row lies; or the reason why that cannot be told."""
+        """Address and name of one row's image, or the reason why there is none."""
         if not uri:
             return bad_reason("bad_uri", uri, "is no URI")
         if scheme := re.match(_SCHEME, uri):
@@ -171,7 +171,7 @@ class TablePlaces:
         return self._below_root(uri, path)
 
     def _below_root(self, uri: str, path: str) -> Place | str:
-        """The place of a path or URL that has to lie below the root."""
+        """Address and name for a path or URL that must be below the root."""
         begin = self._begin or ""
         relative = path
         if path.startswith("/"):
@@ -188,14 +188,14 @@ class TablePlaces:
         has_dots = any(part in (".", "..") for part in plain.split("/"))
         if path != relative and not has_dots:
             whole = uri
-        else:  # what stands between two parts counts for servers and object stores
+        else:  # repeated slashes matter to servers and object stores
             kept = name if has_dots else plain
             whole = below(self._root or "", pa.array([kept + query]), are_uris=True)[0].as_py()
         return _named(whole, name, query)
 
 
 def _elsewhere(url: str) -> Place | str:
-    """The place of a full URL: its name is host and path, without what may be secret."""
+    """Address and name for a full URL: the name is host and path, without the parts that may be secret."""
     plain = without_query(url)
     scheme, _, path = plain.partition("://")
     name = re.sub(r"/{2,}", "/", path)
@@ -205,7 +205,7 @@ def _elsewhere(url: str) -> Place | str:
 
 
 def _named(uri: str, name: str, more: str) -> Place | str:
-    """A place with a safe name; `more`: what of the URI the name does not hold."""
+    """A place with a safe name; `more`: the part of the URI that the name does not contain."""
     if not name.strip("/"):
         return bad_reason("bad_uri", uri, "names neither host nor path")
     safe = quoted_name(name)
