@@ -1,4 +1,4 @@
-"""Parquet, CSV and JSONL files → record batches of the columns that are wanted, never a whole file at once."""
+"""Reads columns of Parquet, CSV and JSONL files in batches; a file is never held in memory as a whole."""
 
 import json
 import zlib
@@ -27,7 +27,7 @@ _KINDS = {
 
 
 def kind_of(url: str) -> str:
-    """`parquet`, `csv`, `tsv` or `jsonl`.
+    """Format of a table file: `parquet`, `csv`, `tsv` or `jsonl`.
 
     Raises:
         InputError: the name has none of the known endings.
@@ -40,19 +40,19 @@ def kind_of(url: str) -> str:
 
 
 def read_columns(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
-    """Columns of a table, some ten thousand rows at a time.
+    """Read columns of a table, some ten thousand rows at a time.
 
     Args:
         url: the file.
         wanted: columns, at least one; a null or missing value is null.
 
     Yields:
-        One array for each wanted column. Of columns of any kind, CSV gives texts, since it knows nothing else, but for
-        those that are wanted as integers as well.
+        One array for each wanted column. CSV has no types, so it gives texts for columns of any type, except for
+        columns that are also wanted as integers.
 
     Raises:
         InputError: the file cannot be read, lacks a column, or holds values of another type; names file, column and
-            row, counted from 0 and without a header.
+            row, counted from 0 without the header.
     """
     readers: dict[str, Callable[[str, Sequence[Wanted]], Iterator[list[pa.Array]]]] = {
         "parquet": _parquet,
@@ -69,9 +69,10 @@ def read_columns(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]
 
 
 def text_id(urls: Sequence[str], column: Wanted) -> str | None:
-    """An id that is a text and no integer, with its place; None when all tables give integers, or something else.
+    """The first id that is a text instead of an integer, with its place; None when all tables give integers or other
+    types.
 
-    Of Parquet files the types tell; the column of text files is read once for it.
+    Parquet files are checked by their types; in text files the column is read once for this.
 
     Raises:
         InputError: see `read_columns`.
@@ -98,7 +99,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _schema(url: str) -> pa.Schema:
-    """Of a Parquet file.
+    """Arrow schema of a Parquet file.
 
     Raises:
         InputError: it cannot be read.
@@ -113,7 +114,7 @@ def _schema(url: str) -> pa.Schema:
 
 
 def count_rows(url: str) -> Iterator[int]:
-    """Rows of each row group of a Parquet file.
+    """Yield the number of rows of each row group of a Parquet file.
 
     Raises:
         InputError: it cannot be read.
@@ -129,10 +130,10 @@ def count_rows(url: str) -> Iterator[int]:
 
 
 def check_binary(url: str, wanted: Wanted) -> None:
-    """A column of a Parquet file holds bytes.
+    """Check that a column of a Parquet file holds bytes.
 
     Raises:
-        InputError: the file cannot be read, lacks the column, or has something else in it.
+        InputError: the file cannot be read, lacks the column, or has another type in it.
     """
     field = _field_at(url, _schema(url), wanted)
     if not holds_bytes(field):
@@ -141,7 +142,7 @@ def check_binary(url: str, wanted: Wanted) -> None:
 
 
 def _way_to_bytes(wanted: Wanted, kind: pa.DataType) -> str:
-    """What to do about a column that holds something else."""
+    """Advice on a column that does not hold bytes; empty where there is none."""
     if pa.types.is_struct(kind):
         inner = [field.name for field in kind if holds_bytes(field)]
         return f"; did you mean {wanted.path}.{shown(inner[0])[1:-1]}?" if inner else ""
@@ -163,7 +164,7 @@ def _parquet(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
 
 
 def _at(batch: pa.RecordBatch, path: str) -> pa.Array:
-    """A column by its path."""
+    """A column of a batch, by its path."""
     if path in batch.schema.names:
         return batch.column(path)
     array = batch.column(path.split(".")[0])
@@ -173,10 +174,11 @@ def _at(batch: pa.RecordBatch, path: str) -> pa.Array:
 
 
 def _field_at(url: str, schema: pa.Schema, column: Wanted) -> pa.Field:
-    """A column by its path, whose values are plain.
+    """The field of a plain type at a column's path.
 
     Raises:
-        InputError: there is none, or a class of others would make its values: that of Ray Data unpickles them.
+        InputError: there is no such field, or its type is an extension whose class would create the values: the class
+            of Ray Data unpickles them.
     """
     names = [column.path] if column.path in schema.names else column.path.split(".")
     check_name(url, column, names[0], schema.names)
@@ -201,9 +203,9 @@ def _field_at(url: str, schema: pa.Schema, column: Wanted) -> pa.Field:
 
 
 def _cast(url: str, column: Wanted, array: pa.Array) -> pa.Array:
-    """An array as the wanted type; text stays text, and no number is made of it or rounded."""
+    """Convert an array to the wanted type; texts are not parsed as numbers, and numbers are not rounded."""
     kind, found = column.kind, array.type
-    if isinstance(found, pa.BaseExtensionType) and kind is not None:  # of Arrow's own
+    if isinstance(found, pa.BaseExtensionType) and kind is not None:  # one of Arrow's own extension types
         array, found = array.storage, found.storage_type
     if pa.types.is_dictionary(found):
         array, found = array.dictionary_decode(), found.value_type
@@ -222,6 +224,6 @@ def _cast(url: str, column: Wanted, array: pa.Array) -> pa.Array:
             f"{url}: column {shown(column.path)} ({column.setting}) holds {found!s:.200}, not {words}{way_out}"
         )
     try:
-        return array.cast(kind, safe=kind != NUMBER)  # an integer that a float rounds is no size anyway
+        return array.cast(kind, safe=kind != NUMBER)  # an integer that a float rounds is not a valid size anyway
     except pa.ArrowInvalid as error:
         raise InputError(f"{url}: column {shown(column.path)} ({column.setting}): {one_line(error)}") from None

@@ -1,4 +1,4 @@
-"""CSV and JSONL files → arrays of the columns that are wanted, a block of rows at a time."""
+"""Reads CSV and JSONL files as arrays of the wanted columns, a block of rows at a time."""
 
 import contextlib
 import csv
@@ -32,9 +32,9 @@ from owlsam_ray.sources.table_columns import (
 
 _BLOCK = 8 * 2**20
 _MOST_ROW = 64 * 2**20
-"""Bytes of a row of JSONL; without a limit a file without line breaks would fill the memory."""
+"""Maximum bytes of a JSONL row; without a limit, a file without line breaks would fill the memory."""
 _LONG_CELL = 4000
-"""Bytes from where a value may hold an integer of so many digits that Python's json refuses it."""
+"""Bytes from which a value may hold an integer with more digits than Python's json accepts."""
 _NULLS = pa.array(pa_csv.ConvertOptions().null_values)
 _MISSING = msgspec.Raw(b"null")
 _KEYS = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -44,7 +44,10 @@ _NUMBER = r"^-?\d{1,300}(\.\d*)?([eE][+-]?\d{1,2})?$"
 
 
 class _Sizes:
-    """Sizes of a file that are no numbers: not stated, and told at the end. A column without any number is refused."""
+    """Sizes of a file that are not numbers: they count as not stated and are reported at the end.
+
+    A column without any number is refused.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -53,10 +56,10 @@ class _Sizes:
         self._first: dict[str, str] = {}
 
     def note(self, column: Wanted, numbers: int, rows: Sequence[int], told: Sequence[str]) -> None:
-        """Count numbers, and rows that hold something else; `told`: what is wrong with the first of these.
+        """Count numbers, and rows that hold something else; `told`: what is wrong with the first of these rows.
 
         Raises:
-            InputError: no number stands in the column, as far as it was read: another one is meant.
+            InputError: the column has held no number so far: the setting must mean another column.
         """
         self._numbers[column.path] += numbers
         if not rows:
@@ -73,13 +76,13 @@ class _Sizes:
 
 
 def read_csv(url: str, wanted: Sequence[Wanted], *, delimiter: str) -> Iterator[list[pa.Array]]:
-    """Columns as `table_files.read_columns` yields them, of a file whose first row holds their names.
+    """Read columns like `table_files.read_columns`, from a file whose first row holds the column names.
 
     Raises:
         InputError, OSError, EOFError, UnicodeDecodeError, zlib.error, pyarrow.ArrowException: it cannot be read.
     """
     parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    # With threads an error does not tell the row.
+    # With threads an error does not state the row.
     read = pa_csv.ReadOptions(block_size=_BLOCK, use_threads=False)
     first, sizes = 0, _Sizes(url)
     with _text(url) as file:
@@ -89,7 +92,7 @@ def read_csv(url: str, wanted: Sequence[Wanted], *, delimiter: str) -> Iterator[
             raise _csv_error(url, error) from None
     for column in wanted:
         check_name(url, column, column.path, names)
-    # Types that are guessed from the first block would not fit a later one.
+    # Types guessed from the first block might not fit a later one.
     by_path = {column.path: column for column in sorted(wanted, key=lambda each: each.kind in (INTEGER, NUMBER))}
     options = pa_csv.ConvertOptions(include_columns=list(by_path), column_types=dict.fromkeys(by_path, TEXT))
     with _text(url) as file:
@@ -109,7 +112,7 @@ def read_csv(url: str, wanted: Sequence[Wanted], *, delimiter: str) -> Iterator[
 
 
 class _CountedQuotes:
-    """A file that counts the quotes in what is read of it."""
+    """A file object that counts the quotes in the bytes read from it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -125,7 +128,7 @@ class _CountedQuotes:
 
 
 def _check_quotes(url: str, delimiter: str) -> None:
-    """Refuse a file whose last quote is not closed: the rows after it would pass for a part of one value."""
+    """Refuse a file whose last quote is not closed: the rows after it would be read as part of one value."""
     with _text(url) as file:
         reader = csv.reader((line.decode("utf-8", "replace") for line in file), delimiter=delimiter, strict=True)
         start = 1
@@ -138,7 +141,7 @@ def _check_quotes(url: str, delimiter: str) -> None:
 
 
 def _csv_error(url: str, error: pa.ArrowInvalid) -> InputError:
-    """Arrow's rows count from 1 and with the header."""
+    """Reword an error of Arrow, which counts rows from 1 and includes the header."""
     text = re.sub(r"Row #(\d+)", lambda match: f"row {int(match[1]) - 2} (from 0)", one_line(error))
     if "straddling" in text:
         text = f"a row has more than {_BLOCK} bytes; is a quote not closed?"
@@ -146,7 +149,7 @@ def _csv_error(url: str, error: pa.ArrowInvalid) -> InputError:
 
 
 def _from_text(url: str, column: Wanted, texts: pa.Array, first: int, sizes: _Sizes) -> pa.Array:
-    """What a column of texts stands for."""
+    """Convert a column of texts to the wanted type."""
     if column.kind not in (INTEGER, NUMBER):
         return texts
     word = "integer" if column.kind == INTEGER else "number"
@@ -168,7 +171,7 @@ def _from_text(url: str, column: Wanted, texts: pa.Array, first: int, sizes: _Si
 
 
 def are_integers(texts: pa.Array) -> pa.Array:
-    """(N,) which of the texts of a CSV file are integers of 64 bits, or stand for null."""
+    """(N,) which texts of a CSV file are 64-bit integers or represent null."""
     trimmed = pc.utf8_trim_whitespace(texts)
     return pc.or_(pc.is_in(trimmed, value_set=_NULLS), pc.match_substring_regex(trimmed, r"^-?\d{1,18}$"))
 
@@ -178,9 +181,9 @@ def _are_numbers(trimmed: pa.Array) -> pa.Array:
 
 
 def read_jsonl(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
-    """Columns as `table_files.read_columns` yields them, of a file with one JSON object a line.
+    """Read columns like `table_files.read_columns`, from a file with one JSON object per line.
 
-    A line that is no object is a row without any value, where the file has no ids.
+    A line that is not an object is a row without values, provided that the file has no ids.
 
     Raises:
         InputError, OSError, EOFError, zlib.error, pyarrow.ArrowException: it cannot be read.
@@ -201,7 +204,7 @@ def read_jsonl(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
         cells = {name: [getattr(row, field) for row in rows] for field, name in fields.items()}
         columns = [_inside(cells[name], rest) for name, *rest in (column.path.split(".") for column in wanted)]
         unseen = {place: each for place, each in unseen.items() if all(cell is _MISSING for cell in columns[place])}
-        # A name that is wrong gives no values at all, but some rows, even many, may leave a column out.
+        # A wrong name gives no values at all, whereas any number of rows may omit a column that exists.
         for column in unseen.values():
             if column.is_needed:
                 check_name(url, column, column.path, _names(lines))
@@ -218,7 +221,7 @@ def read_jsonl(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
 
 
 def _names(lines: Sequence[bytes]) -> list[str]:
-    """Names of the columns of the first row that can be read."""
+    """Column names in the first readable row."""
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line, parse_int=str)
@@ -228,10 +231,10 @@ def _names(lines: Sequence[bytes]) -> list[str]:
 
 
 def _lines(url: str) -> Iterator[list[bytes]]:
-    """Lines that are not empty, a block of them at a time.
+    """Yield the non-empty lines, a block of them at a time.
 
     Raises:
-        InputError: a line is longer than any row.
+        InputError: a line exceeds the maximum size of a row.
     """
     row = 0
     with _text(url) as file:
@@ -253,7 +256,7 @@ def _lines(url: str) -> Iterator[list[bytes]]:
 def _decode_lines(
     lines: Sequence[bytes], first: int, decode: Callable[[bytes], Any], row_type: Callable[[], Any]
 ) -> tuple[list[Any], dict[int, ValueError]]:
-    """Rows, those without any value that are no objects; and what is wrong with these, by their number."""
+    """Decode lines to rows; a line that is not an object gives a row without values, and its error by row number."""
     with contextlib.suppress(msgspec.DecodeError, RecursionError):
         rows = [decode(line) for line in lines]
         if not any(_may_repeat(line) for line in lines):
@@ -269,11 +272,11 @@ def _decode_lines(
 
 
 def _check_faults(url: str, faults: Mapping[int, ValueError], wanted: Sequence[Wanted], num_rows: int) -> None:
-    """Lines that are no rows may be rows without a value.
+    """Check that the lines that are not objects may become rows without values, block by block.
 
     Raises:
-        InputError: they may not: the file has ids, or none of so many lines is a row (it is of another kind, or cut in
-            its last line), or one gives a key twice.
+        InputError: they may not: the file has ids, no line of the block is a row (the file is of another kind, or its
+            last line is truncated), or a line gives a key twice.
     """
     has_ids = any(column.setting == "columns.id" for column in wanted)
     if has_ids or len(faults) == num_rows or any(isinstance(fault, _RepeatedKeyError) for fault in faults.values()):
@@ -282,10 +285,10 @@ def _check_faults(url: str, faults: Mapping[int, ValueError], wanted: Sequence[W
 
 
 def _decode_line(line: bytes, decode: Callable[[bytes], Any]) -> Any:
-    """One row.
+    """Decode one row.
 
     Raises:
-        ValueError: it is none; says why.
+        ValueError: the line is not a row; says why.
     """
     with contextlib.suppress(msgspec.DecodeError, RecursionError):
         row = decode(line)
@@ -311,18 +314,19 @@ class _RepeatedKeyError(ValueError):
 
 
 def _may_repeat(line: bytes) -> bool:
-    """Whether an object of a row may give a key twice: there are more of what follows a key than keys at the top."""
+    """Whether an object of a row may give a key twice: more strings are followed by a colon than there are top-level
+    keys."""
     try:
         return len(_KEYS.decode(line)) != len(_AFTER_KEY.findall(line))
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return False  # a name that is no UTF-8: nobody asks for it
+        return False  # a name that is not UTF-8 is never requested
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of the row.
+    """Build an object of the row.
 
     Raises:
-        _RepeatedKeyError: only one of the values could be kept, and none says which.
+        _RepeatedKeyError: a key repeats, and nothing says which of its values to keep.
     """
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -333,7 +337,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _inside(cells: list[msgspec.Raw], path: Sequence[str]) -> list[msgspec.Raw]:
-    """What lies at a path in JSON texts."""
+    """The values at a path inside JSON texts."""
     decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
     for name in path:
         cells = [decode(cell).get(name, _MISSING) if bytes(cell)[:1] == b"{" else _MISSING for cell in cells]
@@ -341,7 +345,7 @@ def _inside(cells: list[msgspec.Raw], path: Sequence[str]) -> list[msgspec.Raw]:
 
 
 def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: int, sizes: _Sizes) -> pa.Array:
-    """What JSON texts stand for."""
+    """Convert JSON texts to the wanted type."""
     if column.kind is None:
         _refuse_endless(url, column, cells, first)
         return pa.array([bytes(cell) for cell in cells], pa.binary()).cast(TEXT)
@@ -356,7 +360,7 @@ def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: in
         for row, cell in enumerate(cells, first):
             try:
                 value = json.loads(bytes(cell))
-            except ValueError:  # no UTF-8, or an integer of thousands of digits
+            except ValueError:  # not UTF-8, or an integer of thousands of digits
                 value = bytes(cell)
             values.append(value if _is_of(value, kind) else None)
             if value is not None and not _is_of(value, kind):
@@ -370,14 +374,14 @@ def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: in
 
 
 def _is_of(value: Any, kind: type) -> bool:
-    """Whether a value fits into a column: of texts, or of numbers that 64 bits hold."""
+    """Whether a value fits into a column of texts, or of 64-bit numbers."""
     if kind is str or type(value) not in (int, float):
         return kind is str and type(value) is str
     return type(value) is int and abs(value) < 2**63 if kind is int else -(2**63) <= value <= 2**63
 
 
 def _refuse_endless(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: int) -> None:
-    """Refuse rows whose value stands in the labels later, where no reader of JSON takes it."""
+    """Refuse rows with a value that no JSON reader would accept later, in the labels."""
     bad, told = [], []
     for row, cell in enumerate(cells, first):
         if len(memoryview(cell)) > _LONG_CELL:

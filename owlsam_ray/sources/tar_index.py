@@ -1,7 +1,7 @@
-"""Where the images of a plain tar file lie: its headers are read once, its data is stepped over.
+"""Indexes the images of a plain tar file: reads its headers once, and skips its data.
 
-Nothing is extracted. Headers are not trusted: no read for one exceeds `_MAX_HEADER`, and each must lie behind the one
-before, so that an index ends whatever a file claims.
+Nothing is extracted. Headers are not trusted: no header read exceeds `_MAX_HEADER`, and each header must follow the
+previous one, so indexing ends whatever a file claims.
 """
 
 import errno
@@ -22,9 +22,9 @@ from owlsam_ray.sources.listing import BATCH_ROWS, file_name_error, listing_tabl
 from owlsam_ray.sources.row_names import quoted_name, told_apart
 
 _MAX_HEADER = 2**20
-"""Bytes of a long name, or of a pax header, at most."""
+"""Maximum bytes of a long name or a pax header."""
 _MAX_TAIL = 2**20
-"""Zeros that an end marker may be padded with; more look like a file that was allocated and never filled."""
+"""Maximum bytes of zeros after an end marker; more suggest a file that was allocated but never filled."""
 _FIRST_READ = 16 * 2**10
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -35,40 +35,40 @@ class TarFile:
 
     url: str
     name: str
-    """Relative to the folder of all tar files: what the file names of its images begin with."""
+    """Relative to the common folder of all tar files; the file names of its images begin with it."""
     suffixes: tuple[str, ...]
-    """Of image members, in lower case."""
+    """File endings of image members, in lower case."""
 
 
 @dataclass(slots=True)
 class TarIndex:
-    """What a tar file holds."""
+    """Contents of a tar file."""
 
     file: TarFile
     tables: list[pa.Table] = field(default_factory=list)
-    """`LISTING_SCHEMA`, its whole image members in their order."""
+    """`LISTING_SCHEMA`, its complete image members in their order."""
     images: int = 0
     members: int = 0
-    """Whole members of any kind."""
+    """Number of complete members of any kind."""
     others: int = 0
-    """Members that are no image by their ending, or hidden."""
+    """Number of members that are hidden, or not images by their ending."""
     endings: Counter[str] = field(default_factory=Counter)
-    """Members that are no image by their ending, by that."""
+    """Number of members that are not images, by ending."""
     odd: Counter[str] = field(default_factory=Counter)
-    """Members without bytes of their own, by kind (link, device, sparse file)."""
+    """Number of members that store no bytes themselves, by kind (link, device, sparse file)."""
     unmarked: bool = False
     """No end marker follows the last member."""
     refusal: str | None = None
-    """Why nothing of it can be used, and the way out."""
+    """Why no part of the file can be used, and what to do about it."""
     damage: str | None = None
-    """Where it is cut or damaged; the members before that are whole."""
+    """Where the file is truncated or damaged; the members before that are complete."""
 
 
 def index_tar(file: TarFile) -> TarIndex:
     """Find the images of one tar file.
 
     Returns:
-        The index; what is wrong with the file stands in it.
+        The index, which also states what is wrong with the file.
 
     Raises:
         OSError: storage failed; that says nothing about the file.
@@ -90,10 +90,10 @@ def index_tar(file: TarFile) -> TarIndex:
 
 
 class _Headers:
-    """A file for `tarfile`, which reads headers and steps over data.
+    """A file object for `tarfile` that reads headers and skips data.
 
-    After a short step it reads on through what lies between, in blocks that double up to `most`; after one of more than
-    `gap` bytes it starts again with a small block. So small members cost one request per block, and a large one costs
+    After a short skip it reads through the gap, in blocks that double in size up to `most`; after a skip of more than
+    `gap` bytes it restarts with a small block. Small members thus cost one request per block, and a large member costs
     one small request.
     """
 
@@ -140,7 +140,7 @@ def _open(url: str, stack: ExitStack) -> _Headers:
             return file.read(length)
 
         return _Headers(fetch, file.seek(0, 2), gap=2**15, most=2**18)
-    # A request takes as long as some MB do.
+    # A request takes as long as reading a few MB.
     return _Headers(
         lambda start, length: storage.read_range(url, start, length), storage.num_bytes(url), gap=2**20, most=2**22
     )
@@ -161,12 +161,12 @@ def compressed(kind: str) -> str:
 
 
 def _walk(headers: _Headers, index: TarIndex) -> None:
-    """Fill an index in, up to the end of the file or its first damage."""
+    """Fill the index, up to the end of the file or its first damage."""
     if headers.size == 0:
         index.damage = "is empty (0 bytes)"
         return
     rows: list[tuple[str, int, int]] = []
-    end = 0  # of the last whole member, with its padding
+    end = 0  # of the last complete member, with its padding
     try:
         for member, next_header in _members(headers):
             index.damage = _damage(member, next_header, headers.size, end)
@@ -182,7 +182,7 @@ def _walk(headers: _Headers, index: TarIndex) -> None:
                 _add_table(index, rows)
         else:
             _check_end(headers, end, index)
-    # What `tarfile` raises about headers that make no sense; some of it is no error of its own.
+    # Raised by `tarfile` for invalid headers; not all of these are its own errors.
     except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
         if end == 0:
             index.refusal = f"is no tar file, or its first header is damaged ({error}); leave it out, or copy it again"
@@ -192,19 +192,19 @@ def _walk(headers: _Headers, index: TarIndex) -> None:
 
 
 def _members(headers: _Headers) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """Members in their order, each with the first byte after it; ends where no further header can be read."""
+    """Yield the members in order, each with the position after it; stop where no further header can be read."""
     readable: Any = headers
     with tarfile.open(fileobj=readable, mode="r:", encoding="utf-8", errors="surrogateescape") as opened:
         tar: Any = opened
         while (member := tar.next()) is not None:
-            tar.members.clear()  # it would keep all
+            tar.members.clear()  # it would keep all members
             yield member, tar.offset
             if tar.offset >= headers.size:
                 return
 
 
 def _damage(member: tarfile.TarInfo, next_header: int, size: int, end: int) -> str | None:
-    """What is wrong with a member; `end`: of the one before."""
+    """What is wrong with a member; `end`: end of the previous member."""
     if member.size < 0 or not end <= member.offset < next_header:
         return _bad_header(end)
     own = member.isreg() and not member.issparse()
@@ -219,7 +219,7 @@ def _bad_header(position: int) -> str:
 
 
 def _image_name(member: tarfile.TarInfo, index: TarIndex) -> str | None:
-    """Name of a member that is an image; others are counted."""
+    """Name of an image member; other members are counted, and give None."""
     if member.isdir():
         return None
     if not member.isreg() or member.issparse():
@@ -238,7 +238,7 @@ def _image_name(member: tarfile.TarInfo, index: TarIndex) -> str | None:
 
 
 def _check_end(headers: _Headers, end: int, index: TarIndex) -> None:
-    """What follows the last member: an end marker of zeros, nothing at all, or damage."""
+    """Check what follows the last member: an end marker of zeros, nothing, or damage."""
     headers.seek(end)
     rest = headers.size - end
     tail = headers.read(min(rest, _MAX_TAIL)) if rest > 0 else b""
@@ -255,7 +255,7 @@ def _check_end(headers: _Headers, end: int, index: TarIndex) -> None:
 
 
 def _add_table(index: TarIndex, rows: list[tuple[str, int, int]]) -> None:
-    """Move rows into a table, under names that are safe: a member is read by its bytes, whatever it is called."""
+    """Move rows into a table under safe names; a member is read by its bytes, so its name does not matter."""
     if not rows:
         return
     names, offsets, lengths = zip(*rows, strict=True)

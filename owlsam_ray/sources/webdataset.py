@@ -1,4 +1,4 @@
-"""Image members of plain tar files → listing. Where they lie is found once; no member is ever extracted."""
+"""Lists the image members of plain tar files; each file is indexed once, and nothing is extracted."""
 
 import logging
 from collections import Counter
@@ -26,15 +26,15 @@ _COMPRESSED = {
 def list_webdataset(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
     """List the image members of tar files, tar by tar and in the order of each.
 
-    A file name is the tar's path below the folder that all tars have in common, then the member's name; the split is
-    that path. All members with an ending of `data.suffixes` are images, so a sample of `0001.jpg` and `0001.seg.png`
-    gives two. Members of other kinds, hidden ones (`._0001.jpg`), links, devices and sparse files are left out and
-    counted. Names that are not safe are quoted (`row_names`): a member is read by its bytes, whatever it is called.
+    A file name is the path of the tar below the common folder of all tars, followed by the member's name; the split is
+    that path. Every member with an ending in `data.suffixes` is an image, so a sample of `0001.jpg` and `0001.seg.png`
+    gives two images. Members of other kinds, hidden ones (`._0001.jpg`), links, devices and sparse files are left out
+    and counted. Unsafe names are quoted (`row_names`): a member is read by its bytes, so its name does not matter.
 
     Raises:
-        InputError: a pattern matches nothing; a tar is compressed by its name, or has one that is no valid Unicode.
-            While the tables are read, at their end and all together: tars that are missing, no tars, compressed, and
-            those that are cut or damaged unless `options.keep_whole`; or no tar holds an image.
+        InputError: a pattern matches nothing; the name of a tar says that it is compressed, or is not valid Unicode.
+            While the tables are read, at their end and all together: tars that are missing, not tar files, or
+            compressed, and tars that are truncated or damaged unless `options.keep_whole`; or no tar holds an image.
         OSError: a storage failed.
     """
     urls = expand_files(config.files)
@@ -54,7 +54,7 @@ def list_webdataset(config: DataConfig, options: ListingOptions = DEFAULTS) -> L
 
 
 def _name_error(name: str) -> str | None:
-    """Why a tar file cannot be taken under its name, which may be quoted; None when it can."""
+    """Why the name of a tar file, which may be quoted, cannot be used; None when it can."""
     if "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
         return "its name holds a NUL or is not valid Unicode"
     if any(part in (".", "..") for part in name.split("/")):
@@ -99,7 +99,7 @@ def _tables(files: Sequence[TarFile], options: ListingOptions) -> Iterator[pa.Ta
 
 
 def _tell(index: TarIndex, *, keep_whole: bool) -> None:
-    """Warn about what a tar file lacks, or what is left out of it."""
+    """Warn about what a tar file lacks, or which members are left out."""
     url = index.file.url
     if index.damage is not None:
         if keep_whole:
