@@ -1,8 +1,8 @@
-"""COCO JSON + image root → listing. Annotations are not read here (`annotations.py`).
+"""Lists the images of a COCO JSON file below an image root; annotations are not read (see `annotations.py`).
 
-Layouts: images of COCO lie in one folder a split, `val2014/COCO_val2014_000000000073.jpg` or
-`val2017/000000000139.jpg`, and file names name no folder; `data.images` may be that folder or the one above it. The
-split stands in `coco_url`, in the image names of 2014, and in the name of the annotation file.
+Layouts: COCO keeps the images of each split in one folder, `val2014/COCO_val2014_000000000073.jpg` or
+`val2017/000000000139.jpg`, and file names contain no folder; `data.images` may be that folder or the one above it. The
+split is stated in `coco_url`, in the image names of 2014, and in the name of the annotation file.
 """
 
 import re
@@ -25,8 +25,8 @@ _SPLIT_OF_FILE = re.compile(r"(train|val|test|unlabeled)[a-z-]*(20\d\d)")
 def list_coco(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
     """List the images of a COCO file, in the file's order.
 
-    `file_name` is the path below `data.images`, so with the folder of the split where that is above it. Whether ids and
-    names repeat is for the plan to find out.
+    `file_name` is the path below `data.images`; it includes the folder of the split if that is below the root. Repeated
+    ids and names are found by the plan.
 
     Raises:
         InputError: see `list_images_of`.
@@ -39,7 +39,7 @@ def coco_dialect(url: str) -> Dialect:
     """The layouts of COCO's image folders.
 
     Args:
-        url: the file of annotations, whose name may tell the split.
+        url: the annotation file, whose name may state the split.
     """
     of_file = _split_of_file(url)
 
@@ -68,7 +68,7 @@ def coco_dialect(url: str) -> Dialect:
 
 
 def _split_of_name(name: str) -> str | None:
-    """The split in an image name of 2014, as COCO_val2014_000000000073.jpg."""
+    """The split in an image name of 2014, such as COCO_val2014_000000000073.jpg."""
     match = _SPLIT_OF_NAME.match(name)
     return match.group(1) if match else None
 
@@ -90,16 +90,16 @@ class ImageList:
 
 
 def list_tree(tree: dict[str, Any], *, url: str, root: str) -> ImageList:
-    """Check the images of a COCO file that is read already.
+    """Check the images of a COCO file that has been read already.
 
     Args:
-        tree: what `read_tree` gave.
+        tree: result of `read_tree`.
         url: the file, for messages.
-        root: of the images, as for `list_coco`.
+        root: root of the images, as for `list_coco`.
 
     Raises:
-        InputError: the file lists no images; ids or file names repeat, are malformed, or leave the root; or none of a
-            sample of the files exists under the root.
+        InputError: the file lists no images; ids or file names repeat, are malformed, or leave the root; or no file of
+            a sample exists under the root.
     """
     images = tree.get("images")
     if not isinstance(images, list) or not images:
@@ -128,7 +128,7 @@ def list_tree(tree: dict[str, Any], *, url: str, root: str) -> ImageList:
 
 
 def read_tree(url: str) -> dict[str, Any]:
-    """A COCO file as plain values, whole in memory, not yet checked.
+    """Read a COCO file as plain values, all of it into memory; nothing is checked yet.
 
     Raises:
         InputError: see `open_document`.

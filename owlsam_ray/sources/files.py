@@ -1,4 +1,4 @@
-"""`data.files`: patterns → files, read side by side and taken in their order."""
+"""Expands the patterns of `data.files` to a list of files in a fixed order."""
 
 import inspect
 import itertools
@@ -20,18 +20,18 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def expand_files(patterns: Sequence[str]) -> list[str]:
-    """Paths and URLs that patterns stand for: those of a pattern sorted, each file once, at its first place.
+    """Expand patterns to paths and URLs: the matches of a pattern sorted, each file once, at its first occurrence.
 
-    Braces come first, `{000..127}` (with its leading zeros) and `{train,val}`; then `*`, `?`, `[0-9]` and `**`, as
-    fsspec has them. A name without a pattern is taken as it is, and so is what braces give: whether such a file is
-    there turns out when it is read.
+    Braces are expanded first, `{000..127}` (keeping leading zeros) and `{train,val}`; then `*`, `?`, `[0-9]` and `**`,
+    as in fsspec. A name without a pattern is kept as it is, and so is the result of braces: whether such a file exists
+    is found out when it is read.
 
     Raises:
-        InputError: a pattern matches nothing, or its range falls; names it.
+        InputError: a pattern matches nothing, or its range descends; names the pattern.
     """
     found: dict[str, None] = {}
     for pattern in patterns:
-        # A name that is there is a name, whatever letters it has.
+        # An existing file is taken literally, whatever characters its name has.
         plain = not _GLOB.search(pattern) and not _BRACES.search(pattern)
         if plain or ("://" not in pattern and os.path.exists(pattern)):
             found[pattern] = None
@@ -42,10 +42,10 @@ def expand_files(patterns: Sequence[str]) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names that the braces of a pattern stand for, in the order of the braces.
+    """All names that the braces of a pattern expand to, in the order of the braces.
 
     Raises:
-        InputError: a range falls.
+        InputError: a range descends.
     """
     match = _BRACES.search(pattern)
     if match is None:
@@ -78,7 +78,7 @@ def _glob(pattern: str) -> list[str]:
 
 
 def relative_names(urls: Sequence[str]) -> list[str]:
-    """Each path or URL relative to the folder that all have in common; of a single one its name."""
+    """Each path or URL relative to their common folder; for a single file, its name."""
     paths = [url.split("://", 1)[-1] for url in urls]
     folders = [path.rsplit("/", 1)[0].split("/") if "/" in path else [] for path in paths]
     common = len(
@@ -88,16 +88,16 @@ def relative_names(urls: Sequence[str]) -> list[str]:
 
 
 def ending_of(name: str) -> str:
-    """The ending of a file's name in lower case, as `.txt`; `none` without one."""
+    """The ending of a file's name in lower case, such as `.txt`; `none` if it has none."""
     return os.path.splitext(name)[1].lower() or "none"
 
 
 def tell_left_out(where: str, endings: Mapping[str, int]) -> None:
-    """Log in one line how many files were left out for their endings; nothing when none was.
+    """Log in one line how many files were left out because of their endings; log nothing when there are none.
 
     Args:
-        where: the folder, or the files, that were listed.
-        endings: numbers by ending.
+        where: the folder or the files that were listed.
+        endings: number of files by ending.
     """
     if not endings:
         return
@@ -110,11 +110,11 @@ def tell_left_out(where: str, endings: Mapping[str, int]) -> None:
 
 
 def check_schemes(urls: Iterable[str]) -> None:
-    """These URLs can be opened, as far as their schemes tell; nothing is asked for them.
+    """Check that URLs can be opened, judging by their schemes; no request is made.
 
     Raises:
-        InputError: a scheme is unknown, its package is not installed, or it takes settings that no URL holds; names the
-            first URL with it.
+        InputError: a scheme is unknown, its package is not installed, or it needs settings that a URL cannot hold;
+            names the first URL with it.
     """
     first: dict[str, str] = {}
     for url in urls:

@@ -1,4 +1,4 @@
-"""Every image file under a folder → listing."""
+"""Lists every image file under a folder."""
 
 import logging
 from collections import Counter
@@ -21,21 +21,21 @@ _log = logging.getLogger(__name__)
 _TOLD_EVERY = 100_000
 
 _Found = tuple[str, int | None]
-"""Path below the root, and size in bytes where the storage told it."""
+"""Path below the root, and size in bytes if the storage reported it."""
 
 
 def list_folder(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
     """List image files recursively, ordered by their full relative path.
 
-    Files and folders whose name begins with a dot are left out. Linked folders are not entered, so a loop of links does
-    no harm; linked files are taken.
+    Files and folders whose name begins with a dot are left out. Linked folders are not entered, so link loops do no
+    harm; linked files are listed.
 
-    Names that are not safe are quoted (`row_names`). Files of this machine are read whatever bytes their names have
-    (`Container.ESCAPED`). A key of another storage that cannot be asked for as it stands (`.` or `..` between slashes,
-    NUL, halves of surrogate pairs) is listed as `Container.BAD` with the reason (`bad_name`).
+    Unsafe names are quoted (`row_names`). Local files are read whatever bytes their names have (`Container.ESCAPED`). A
+    key of another storage that cannot be requested literally (`.` or `..` between slashes, NUL, halves of surrogate
+    pairs) is listed as `Container.BAD` with the reason (`bad_name`).
 
     Raises:
-        OSError: a folder cannot be listed; no image is left out for that.
+        OSError: a folder cannot be listed; images are never silently left out.
         InputError: the folder does not exist, or holds no image file.
     """
     root = config.images or ""
@@ -78,7 +78,7 @@ def _tables(found: Sequence[_Found], root: str, *, is_local: bool) -> Iterator[p
 
 
 def _with_rows(table: pa.Table, rows: dict[int, dict[str, Any]]) -> pa.Table:
-    """A table with other rows at some positions."""
+    """Replace the rows of a table at some positions."""
     mask = np.zeros(table.num_rows, np.bool_)
     mask[list(rows)] = True
     others = pa.Table.from_pylist(list(rows.values()), schema=table.schema)
@@ -90,7 +90,7 @@ def _with_rows(table: pa.Table, rows: dict[int, dict[str, Any]]) -> pa.Table:
 
 
 def _odd_row(name: str, size: int | None, root: str, *, is_local: bool) -> dict[str, Any]:
-    """The row of a file whose name is not safe: under a quoted one, or bad."""
+    """The row of a file with an unsafe name: under a quoted name, or bad."""
     safe, error = quoted_name(name), file_name_error(name)
     row: dict[str, Any] = {"file_name": safe, "other_name": told_apart(safe, name), "uri": _joined(root, safe)}
     sized = {"length": size, "num_bytes": size, "quoted": f"{shown(name)}: {error}"}
@@ -104,10 +104,10 @@ def _odd_row(name: str, size: int | None, root: str, *, is_local: bool) -> dict[
 
 
 def _unaddressable(name: str) -> str | None:
-    """Why a storage cannot be asked for a key as it stands; None when it can."""
+    """Why a storage cannot be asked for a key literally; None when it can."""
     if "\0" in name:
         return "holds a NUL"
-    if any(part in (".", "..") for part in name.split("/")):  # clients of stores resolve them, to another key
+    if any(part in (".", "..") for part in name.split("/")):  # store clients resolve them to another key
         return "holds a part . or .."
     return None
 

@@ -1,4 +1,4 @@
-"""The `images` of a COCO-like JSON file → a listing, streamed; `coco`, `lvis` and `objects365` say what differs."""
+"""Streams the `images` of a COCO-like JSON file as a listing; each source's `Dialect` defines what differs."""
 
 import json
 import logging
@@ -33,29 +33,29 @@ WAY_OUT = "Mend the file; ids and file names must be unique."
 
 _TEXT_FOR_ID = re.compile(rb'"id"\s*:\s*"')
 _TEXT_ID = "source_id"
-"""Field of the output's image records that holds an id that is a text."""
+"""Field of the output's image records that holds the source's id if that is a text."""
 _OWN_FIELDS = {"id", "file_name", "height", "width"}
 _COUNTED = 10_000
-"""Problems after which reading on is of no use."""
+"""Number of problems after which reading stops."""
 _BATCH_BYTES = 2 * 2**20
-"""Some thousand image records."""
+"""Holds some thousand image records."""
 _REFERENCES = pa.schema([("image_id", pa.int64()), ("category_id", pa.int64())])
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """An image record with the place of its file."""
+    """An image record with the path of its file."""
 
     image: dict[str, Any]
     path: str | None
-    """Below the root; None: it has none that may be read, and `reason` tells why."""
+    """Below the root; None: it has no readable path, and `reason` says why."""
     name: str
-    """`file_name` of the listing: the path where that is safe."""
+    """`file_name` of the listing: the path if that is safe."""
     position: int
-    """Among `images`."""
+    """Index in `images`."""
     other_name: str | None = None
     quoted: str | None = None
-    """As in `LISTING_SCHEMA`."""
+    """See `LISTING_SCHEMA`."""
     reason: str | None = None
     height: int | None = None
     """As the record states it."""
@@ -63,7 +63,7 @@ class Placed:
 
 
 Inspect = Callable[[Sequence[Placed], PathLayout], set[str]]
-"""Looks at some thousand images at a time that have a path, in order; returns the names that do not belong into the
+"""Inspects the images that have a path, in order, some thousand at a time; returns the names to leave out of the
 listing."""
 
 
@@ -75,24 +75,24 @@ class Dialect:
     split_of: Callable[[dict[str, Any]], str | None]
     """Split of an image record; None: the first folder of its path, if it has one."""
     inspect: Inspect = lambda placed, layout: set()
-    """Made anew for every listing, since it may count."""
+    """Created for each listing, since it may keep counts."""
 
 
 def list_images_of(url: str, root: str, dialect: Dialect) -> Listing:
-    """List the images of a file, in its order; they are read as the tables are asked for.
+    """List the images of a file, in the file's order; they are read while the tables are consumed.
 
     Args:
         url: the JSON file.
-        root: of the images.
-        dialect: of the file.
+        root: root of the images.
+        dialect: format of the file.
 
     Returns:
-        `annotated` does not check that images and categories are in the file (statistics and cleaning tell); None when
-        the file has no `annotations`.
+        The listing. `annotated` does not check that images and categories are in the file (statistics and cleaning do);
+        it is None when the file has no `annotations`.
 
     Raises:
-        InputError: the file cannot be read or is no such file, lists no images, or none of a sample of them exists;
-            from the tables: an id is no integer from 0 to 2^53 (where none is a text), a size is none.
+        InputError: the file cannot be read or is not a COCO file, lists no images, or no image of a sample exists; from
+            the tables: an id is not an integer from 0 to 2^53 (if no id is a text), or a size is invalid.
     """
     with open_document(url) as document:
         head = next((images for _, images in document.batches("images")), [])
@@ -106,7 +106,7 @@ def list_images_of(url: str, root: str, dialect: Dialect) -> Listing:
             "%s: image ids are texts, as %s: they are kept as %r in the image records, and the images are numbered",
             url, shown(text_id), _TEXT_ID,
         )  # fmt: skip
-    # The document stays mapped as long as the listing is held: a remote file is copied once.
+    # The document stays mapped while the listing is in use: a remote file is copied once.
     return Listing(
         tables=_tables(document, root, dialect, layout, has_ids=has_ids),
         has_ids=has_ids,
@@ -126,14 +126,14 @@ def _text_id(document: Document) -> str | None:
 
 
 def _samples(head: Sequence[Any], document: Document) -> Iterator[list[dict[str, Any]]]:
-    """From the first images; then from the whole file, since a user may hold a part of the images only."""
+    """Samples of the first images, then of the whole file, since a user may have only part of the images."""
     yield spread(head)
     batches = [[image] for _, images in document.batches("images") for image in spread(images)]
     yield spread([image for images in batches for image in images])
 
 
 def spread(images: Sequence[Any]) -> list[dict[str, Any]]:
-    """Up to `LOOKED_UP` records, evenly from all."""
+    """Select up to `LOOKED_UP` records, evenly spaced."""
     step = max(1, -(-len(images) // LOOKED_UP))
     return [image for image in images[::step] if isinstance(image, dict)]
 
@@ -158,13 +158,13 @@ def _tables(
 
 
 class Placing:
-    """Image records → where their files lie, and how they are called.
+    """Finds the path and the name of each image record's file.
 
     Args:
-        url: the file that lists them.
-        root: of the images.
-        layout: of the files.
-        has_ids: ids are integers; otherwise texts are taken as well, and the plan numbers the images.
+        url: the file that lists the records.
+        root: root of the images.
+        layout: layout of the files.
+        has_ids: ids must be integers; if false, texts are accepted as well, and the plan numbers the images.
     """
 
     def __init__(self, url: str, root: str, layout: PathLayout, *, has_ids: bool = True) -> None:
@@ -174,13 +174,13 @@ class Placing:
         self._layout, self._has_ids = layout, has_ids
 
     def images(self, images: Iterable[Any], problems: list[str], *, first: int = 0) -> Iterator[Placed]:
-        """Records that can be planned; what is wrong with the others is added to `problems`.
+        """Yield the records that can be planned; add what is wrong with the others to `problems`.
 
-        Repeated ids and names are not looked for.
+        Repeated ids and names are not checked.
 
         Args:
             images: entries of `images`.
-            problems: of this file so far.
+            problems: problems of this file so far.
             first: position of the first entry.
         """
         for position, image in enumerate(images, first):
@@ -203,7 +203,7 @@ class Placing:
             reason = bad_reason("bad_name", value, why)
             return Placed(image, None, name, position, other_name=told_apart(name, self._url), reason=reason)
         name = quoted_name(path)
-        if name == path:  # the same file, written differently
+        if name == path:  # the same path, written differently
             return Placed(image, path, name, position, other_name=quoted_name(given))
         other = told_apart(name, given)
         return Placed(image, path, name, position, other_name=other, quoted=f"{shown(path)}: {file_name_error(path)}")
@@ -222,7 +222,7 @@ def _hint(image: dict[str, Any]) -> str:
 
 
 def other_fields(image: dict[str, Any]) -> dict[str, Any]:
-    """What the output carries over of an image record."""
+    """Fields of an image record that the output carries over."""
     return {key: value for key, value in image.items() if key not in _OWN_FIELDS}
 
 

@@ -1,8 +1,8 @@
-"""LVIS JSON + the image folders of COCO 2017 → listing.
+"""Lists the images of an LVIS JSON file below the image folders of COCO 2017.
 
-LVIS v1 gives no file names: `coco_url` (http://images.cocodataset.org/train2017/000000391895.jpg) says folder and name,
-and its val set lies in val2017 and train2017. v0.5 gives the names of COCO 2014, which `coco_url` overrules.
-`neg_category_ids` and `not_exhaustive_category_ids` are carried along with the image records.
+LVIS v1 gives no file names: `coco_url` (http://images.cocodataset.org/train2017/000000391895.jpg) states folder and
+name, and the images of its val set are in val2017 and train2017. v0.5 gives the names of COCO 2014, which `coco_url`
+overrules. `neg_category_ids` and `not_exhaustive_category_ids` are kept in the image records.
 """
 
 import logging
@@ -37,9 +37,9 @@ _BY_FILE_NAME = PathLayout("<file_name>", lambda image: image.get("file_name"))
 def list_lvis(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
     """List the images of an LVIS file, v1 or v0.5, in the file's order.
 
-    `data.images` is the folder above train2017 and val2017; or one folder that holds the images of all splits in the
-    file. `file_name` is the path below it, and the split is the folder of `coco_url`. A folder of which a few looked-up
-    images are absent gets a warning, and its images become failed rows.
+    `data.images` is the folder above train2017 and val2017, or one folder that holds the images of all splits in the
+    file. `file_name` is the path below it, and the split is the folder of `coco_url`. A few images of each folder are
+    looked up: if they are absent, a warning names the folder, and its images become failed rows.
 
     Raises:
         InputError: see `list_images_of`; or, from the tables, `data.images` is the folder of one split and the file has
@@ -55,7 +55,7 @@ def list_lvis(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing
 
 
 def _look_at_folders(url: str, root: str) -> Inspect:
-    """Looks up a few images of every folder when it first turns up."""
+    """Look up a few images of each folder when it first occurs."""
     known: set[str] = set()
 
     def inspect(placed: Sequence[Placed], layout: PathLayout) -> set[str]:

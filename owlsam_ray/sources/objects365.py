@@ -1,8 +1,8 @@
-"""Objects365 JSON, v1 or v2, + its image folders → listing.
+"""Lists the images of an Objects365 JSON file, v1 or v2, below its image folders.
 
 File names of v2 say `images/v1/patch8/objects365_v1_00420917.jpg`, while the archives unpack to patch8/…, and the usual
-trees are train/patch8/… and val/images/v1/patch8/…. File names of v1 say `obj365_train_000000000001.jpg`, below
-train/ or val/.
+trees are train/patch8/… and val/images/v1/patch8/…. File names of v1 say `obj365_train_000000000001.jpg`, below train/
+or val/.
 
 A few images of the annotation files are in none of the archives. Source of the list: loaders of public projects, among
 them open-mmlab/mmdetection.
@@ -30,7 +30,7 @@ MISSING = frozenset(
         "patch45/objects365_v2_02081009.jpg",
     }
 )
-"""Images that the annotation files list and the archives lack, as patch and name."""
+"""Images that the annotation files list but the archives lack, as patch and name."""
 
 _PATCH = re.compile(r"(?:^|/)(patch\d+)/[^/]+$")
 
@@ -40,9 +40,9 @@ _log = logging.getLogger(__name__)
 def list_objects365(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
     """List the images of an Objects365 file, in the file's order.
 
-    `data.images` is any folder from the root of the data down to the one of the split (or of a single patch), and
-    `file_name` the path below it; the split is the patch. Images of `MISSING` are looked up, and those that are
-    absent are left out of the listing, with a warning that names them.
+    `data.images` is any folder from the root of the data down to the folder of the split (or of a single patch), and
+    `file_name` is the path below it; the split is the patch. Images of `MISSING` are looked up; absent ones are left
+    out of the listing, with a warning that names them.
 
     Raises:
         InputError: see `list_images_of`.

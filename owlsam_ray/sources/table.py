@@ -1,4 +1,4 @@
-"""Rows of Parquet, CSV or JSONL files → listing, column by column."""
+"""Lists the rows of Parquet, CSV or JSONL files as images, column by column."""
 
 import json
 import logging
@@ -23,29 +23,29 @@ from owlsam_ray.sources.table_places import TablePlaces
 _log = logging.getLogger(__name__)
 
 _KINDS = {"id": INTEGER, "file_name": TEXT, "split": TEXT}
-"""Of columns; those that are not here hold sizes."""
+"""Types of columns; columns not listed here hold sizes."""
 _OWN_FIELDS = ("id", "file_name", "height", "width")
-"""Of an image record of the output."""
+"""Fields that every image record of the output has."""
 
 
 def list_table(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
     """List the rows of tables, in the order of the files and of their rows.
 
-    A URI is a URL, or a path below `data.images`: relative, or absolute (also as `file://`) and then below it. The file
-    name is, without a column for it, the path below `data.images`; of other URLs host and path, without user info and
-    query. With `columns.bytes` the image lies in the row, and the name is that of the table with the number of the row.
-    Rows count from 0, without a header.
+    A URI is a URL or a path below `data.images`: relative, or absolute (also as `file://`) and inside that folder.
+    Unless a column gives it, the file name is the path below `data.images`; for other URLs it is host and path, without
+    user info and query. With `columns.bytes` the image is stored in the row, and its name is the name of the table with
+    the number of the row. Rows are counted from 0, without the header.
 
-    Names that are not safe are quoted (`row_names`). A row without a usable URI, or without a name where a column is to
-    give it, is listed as `Container.BAD` with the reason (`bad_uri`, `bad_name`), under the name that the column gives
-    or as `row-<file>-<row>`. Ids that are texts are carried along as a field of the image records.
+    Unsafe names are quoted (`row_names`). A row without a usable URI, or without a name where a column should give it,
+    is listed as `Container.BAD` with the reason (`bad_uri`, `bad_name`), under the name from the column or as
+    `row-<file>-<row>`. Text ids are kept as a field of the image records.
 
-    Files are read one after the other, whatever `options.workers`: a million rows take about a second.
+    Files are read one after another, whatever `options.workers`: a million rows take about a second.
 
     Raises:
-        InputError: a pattern matches nothing, a name is no table's, an extra column has the name of a field that image
-            records have anyway; from the tables: a file cannot be read, lacks a column, or a row has an odd id or size.
-            Names file and row.
+        InputError: a pattern matches nothing, a file name is not that of a table, or an extra column has the name of a
+            field that every image record has; from the tables: a file cannot be read or lacks a column, or a row has an
+            invalid id or size. Names file and row.
     """
     taken = [name for name in config.columns.extra if name in _OWN_FIELDS]
     if taken:
@@ -75,7 +75,7 @@ def list_table(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listin
 
 
 def _keep_ids(wanted: dict[str, Wanted], columns: ColumnsConfig) -> str:
-    """Carry ids that are texts along with the image records; returns the name of their field there."""
+    """Keep text ids as a field of the image records; returns the name of that field."""
     path = wanted.pop("id").path
     if path in columns.extra:
         return path
@@ -92,7 +92,7 @@ def _tables(files: Sequence[str], config: DataConfig, wanted: dict[str, Wanted])
 
 
 class _TableFile:
-    """One file."""
+    """Lists the rows of one file."""
 
     def __init__(self, url: str, name: str, config: DataConfig, wanted: dict[str, Wanted]) -> None:
         self._url, self._name, self._columns = url, name, config.columns
@@ -101,11 +101,11 @@ class _TableFile:
         self._first = 0
 
     def tables(self) -> Iterator[pa.Table]:
-        """Tables of a listing."""
+        """Yield tables of a listing."""
         if self._columns.bytes is not None:
             check_binary(self._url, Wanted("columns.bytes", self._columns.bytes, None))
         for arrays in self._batches():
-            if not len(arrays[0]):  # a part, or a row group, without rows: nothing tells the types of made columns
+            if not len(arrays[0]):  # without rows, computed columns would have no known types
                 continue
             given = dict(zip(self._wanted, arrays, strict=True))
             yield self._table(given, len(arrays[0]))
@@ -115,7 +115,7 @@ class _TableFile:
         if self._wanted:
             yield from read_columns(self._url, list(self._wanted.values()))
             return
-        self._wanted = {"": Wanted("", "", None)}  # nothing but bytes: no column is read, only counted
+        self._wanted = {"": Wanted("", "", None)}  # only bytes are wanted: rows are counted, and no column is read
         for rows in count_rows(self._url):
             yield [pa.nulls(rows)]
 
@@ -151,7 +151,7 @@ class _TableFile:
         return listing_table(columns)
 
     def _given_names(self, names: pa.Array, reasons: dict[int, str]) -> dict[str, Any]:
-        """Names that a column gives; rows without one are bad."""
+        """Names given by a column; rows without a name are bad."""
         without = pc.fill_null(pc.equal(pc.binary_length(names), 0), True)
         for position in pc.indices_nonzero(without).to_pylist():
             word = bad_reason("bad_name", names[position].as_py(), f"in {self._wanted['file_name'].path} is no name")
@@ -159,7 +159,7 @@ class _TableFile:
         return _quoted(names)
 
     def _bad_rows(self, columns: dict[str, Any], reasons: dict[int, str], rows: int) -> dict[str, Any]:
-        """The columns with the rows that have a reason as rows that no image is read by."""
+        """The columns, with the rows that have a reason turned into bad rows."""
         at = sorted(reasons)
         mask = np.zeros(rows, np.bool_)
         mask[at] = True
@@ -187,7 +187,7 @@ class _TableFile:
         return changed | {"offset": pc.replace_with_mask(numbers, pa.array(mask), places)}
 
     def _cells(self, rows: int) -> dict[str, Any]:
-        """Where images lie that are cells of the table itself."""
+        """Addresses of images that are cells of the table itself."""
         return {
             "uri": pa.array([self._url] * rows),
             "container": pa.array([str(Container.PARQUET)] * rows),
@@ -197,24 +197,24 @@ class _TableFile:
 
 
 class _Refused:
-    """Rows of a batch for which the whole file is refused, of every kind."""
+    """Rows of a batch that cause the whole file to be refused, by kind of problem."""
 
     def __init__(self, url: str, first: int) -> None:
         self._url, self._first = url, first
         self._kinds: list[tuple[list[int], list[str]]] = []
 
     def unless(self, fits: pa.Array, values: pa.Array, problem: str) -> None:
-        """Note the rows whose values do not fit."""
+        """Record the rows whose values do not fit."""
         bad = np.flatnonzero(~pc.fill_null(fits, False).to_numpy(zero_copy_only=False)).tolist()
         if bad:
             first = values.take(pa.array(bad[:TOLD], INTEGER)).to_pylist()
             self._kinds.append((bad, [f"{shown(value)} {problem}" for value in first]))
 
     def raise_if_any(self, *, way_out: str) -> None:
-        """Refuse the file; rows of further batches are not looked at.
+        """Refuse the file if any row does not fit; later batches are not checked.
 
         Raises:
-            InputError: some rows do not fit; tells the first of each kind at least.
+            InputError: some rows do not fit; lists at least the first of each kind.
         """
         if not self._kinds:
             return
@@ -226,7 +226,7 @@ class _Refused:
 
 
 def _quoted(names: pa.Array) -> dict[str, Any]:
-    """(N,) names made safe where they are not, as columns of a listing; null and empty ones stay."""
+    """Quote the unsafe ones of (N,) names, and return columns of a listing; null and empty names become null."""
     at = bad_names(names)
     if not len(at):
         return {"file_name": names, "other_name": None, "quoted": None}
@@ -248,7 +248,7 @@ def _texts(column: pa.Array | None, rows: int) -> pa.Array:
 
 
 def wanted_columns(columns: ColumnsConfig) -> dict[str, Wanted]:
-    """What is read of a table, by what it is for."""
+    """Columns to read from a table, by purpose."""
     wanted: dict[str, Wanted] = {}
     if columns.bytes is None:
         wanted["uri"] = Wanted("columns.uri", columns.uri or "uri", TEXT)
@@ -266,7 +266,7 @@ def _between(values: pa.Array, low: int, high: int) -> pa.Array:
 
 
 def _objects(extras: dict[str, pa.Array]) -> pa.Array | None:
-    """JSON texts of each column joined to an object a row."""
+    """Join the JSON texts of all columns to one object per row."""
     pieces: list[Any] = []
     for key, values in extras.items():
         name = json.dumps(key.removeprefix("extra:"))

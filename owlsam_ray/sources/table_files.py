@@ -69,8 +69,7 @@ def read_columns(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]
 
 
 def text_id(urls: Sequence[str], column: Wanted) -> str | None:
-    """The first id that is a text instead of an integer, with its place; None when all tables give integers or other
-    types.
+    """The first id that is a text instead of an integer, with its place; None when no table has one.
 
     Parquet files are checked by their types; in text files the column is read once for this.
 

@@ -314,8 +314,7 @@ class _RepeatedKeyError(ValueError):
 
 
 def _may_repeat(line: bytes) -> bool:
-    """Whether an object of a row may give a key twice: more strings are followed by a colon than there are top-level
-    keys."""
+    """Whether an object of a row may give a key twice: the colons after strings outnumber the top-level keys."""
     try:
         return len(_KEYS.decode(line)) != len(_AFTER_KEY.findall(line))
     except (msgspec.DecodeError, UnicodeDecodeError):
