@@ -1,1 +1,1 @@
-"""COCO files of any size: reading, statistics, cleaning."""
+"""COCO files of any size: reading, statistics and cleaning."""

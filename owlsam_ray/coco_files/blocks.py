@@ -1,6 +1,6 @@
-"""A long JSON array, cut between its elements by looking at brackets, quotes and commas only.
+"""Splits a long JSON array between its elements by scanning only for brackets, quotes and commas.
 
-The text must be valid JSON already: cutting does not check it.
+The text must already be valid JSON: splitting does not check it.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ _NEWLINE, _RETURN, _SPACE = b"\n\r "
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """N ≥ 1 whole elements of an array, one after another."""
+    """N ≥ 1 whole, consecutive elements of an array."""
 
     start: int
-    """First byte of the array's text."""
+    """Offset of the first byte in the array's text."""
     text: NDArray[np.uint8]
-    """Without the brackets of the array, and without a comma at its end. A view."""
+    """A view, without the brackets of the array and without a trailing comma."""
     separators: NDArray[np.int64]
-    """(N - 1,) places in `text` of the commas between elements."""
+    """(N - 1,) positions in `text` of the commas between elements."""
     all_objects: bool
     """Whether all elements are objects."""
 
@@ -34,23 +34,23 @@ class Piece:
 
     @property
     def stop(self) -> int:
-        """Byte of the array's text after the last."""
+        """Offset in the array's text just after the last byte."""
         return self.start + len(self.text)
 
     def lines(self) -> NDArray[np.uint8]:
-        """The same elements as newline-delimited JSON."""
+        """The elements as newline-delimited JSON."""
         lines = self.text.copy()
-        lines[(lines == _NEWLINE) | (lines == _RETURN)] = _SPACE  # no string of valid JSON holds either
+        lines[(lines == _NEWLINE) | (lines == _RETURN)] = _SPACE  # a string of valid JSON contains neither
         lines[self.separators] = _NEWLINE
         return lines
 
 
 def cut_array(text: NDArray[np.uint8], max_bytes: int) -> Iterator[Piece]:
-    """Cut an array into pieces of about `max_bytes`, in order; none when it is empty.
+    """Split an array into pieces of about `max_bytes`, in order; yields nothing for an empty array.
 
     Args:
-        text: what stands between the brackets of the array, valid JSON.
-        max_bytes: a piece is larger only when one element is.
+        text: valid JSON between the brackets of the array.
+        max_bytes: only a piece of a single element may be larger.
     """
     start, wanted = 0, max_bytes
     while start < len(text):
@@ -60,7 +60,7 @@ def cut_array(text: NDArray[np.uint8], max_bytes: int) -> Iterator[Piece]:
             last = 0 if wanted > max_bytes else -1  # the large element alone
             window, separators = window[: separators[last]], separators[:last]
         elif start + wanted < len(text):
-            wanted *= 2  # one element is larger than that
+            wanted *= 2  # a single element is larger
             continue
         elif not window.tobytes().strip():
             return
@@ -70,22 +70,22 @@ def cut_array(text: NDArray[np.uint8], max_bytes: int) -> Iterator[Piece]:
 
 
 def _scan(window: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places of the commas between elements, and of the brackets that open an element which is an object.
+    """Positions of the commas between elements, and of the brackets that open an element that is an object.
 
     The window begins between two elements and may end anywhere.
     """
-    # Brackets, `\` and `|` share all bits but one in two runs of three letters.
+    # `[\]` and `{|}` are runs of three characters, equal but for one bit that the mask clears.
     marks = np.flatnonzero((((window & 0xDF) - _OPEN_LIST) < 3) | (window == _QUOTE))
     letters = window[marks]
     quotes = letters == _QUOTE
     if (letters == _BACKSLASH).any():
         quotes &= ~_after_escape(marks, letters)
-    inside = np.cumsum(quotes, dtype=np.int32) & 1 != 0  # of a string, after each mark
+    inside = np.cumsum(quotes, dtype=np.int32) & 1 != 0  # whether the position after each mark is inside a string
     opening = ((letters == _OPEN_LIST) | (letters == _OPEN_OBJECT)) & ~inside
     closing = ((letters == _CLOSE_LIST) | (letters == _CLOSE_OBJECT)) & ~inside
     depth = np.cumsum(opening.view(np.int8) - closing.view(np.int8), dtype=np.int32)
     between = (depth == 0) & ~inside
-    # Gaps between marks that lie outside all elements, or in one that is a number or a word.
+    # Gaps between marks that are outside all elements, or inside a number or a literal.
     starts = np.concatenate([[0], marks[between] + 1])
     stops = np.concatenate([marks, [len(window)]])[np.concatenate([[0], np.flatnonzero(between) + 1])]
     commas = np.flatnonzero(window == _COMMA)
@@ -96,9 +96,9 @@ def _scan(window: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int6
 
 
 def _after_escape(marks: NDArray[np.int64], letters: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which marks stand directly after a backslash that escapes them: the last of an odd number of backslashes."""
+    """Which marks are escaped, that is, directly follow the last of an odd number of backslashes."""
     backslash = letters == _BACKSLASH
-    follows = np.zeros(len(marks), np.bool_)  # the mark before is the letter before
+    follows = np.zeros(len(marks), np.bool_)  # whether the previous mark is the previous character
     follows[1:] = marks[1:] == marks[:-1] + 1
     heads = backslash.copy()
     heads[1:] &= ~(backslash[:-1] & follows[1:])

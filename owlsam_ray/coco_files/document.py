@@ -1,8 +1,8 @@
-"""A COCO-format JSON file, read in blocks: its arrays are never whole in memory as Python objects.
+"""Reads a COCO-format JSON file in blocks; its arrays are never whole in memory as Python objects.
 
-The file is mapped, its syntax is checked once as a whole, and its top-level arrays are cut between their elements
-(`blocks.py`), some megabytes at a time. A block is decoded, or becomes typed Arrow columns, for which the fields that
-nobody asked for are skipped without making objects of them.
+The file is mapped, its syntax is checked once as a whole, and its top-level arrays are split between elements
+(`blocks.py`), a few megabytes at a time. A block is decoded, or converted to typed Arrow columns, which skips all other
+fields without creating objects for them.
 """
 
 import codecs
@@ -41,17 +41,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """N elements of a top-level array, one after another."""
+    """N consecutive elements of a top-level array."""
 
     url: str
     key: str
-    """Of the array."""
+    """Name of the array."""
     first: int
     """Position of the first element in the array."""
     piece: Piece
-    """Text and commas."""
+    """Text and separator positions."""
     stop: int
-    """Byte of the file after the block."""
+    """Byte offset in the file just after the block."""
 
     def __len__(self) -> int:
         return self.piece.count
@@ -62,25 +62,25 @@ class Block:
         return self.piece.text.tobytes()
 
     def decode(self) -> list[Any]:
-        """The elements as plain values, as `json` gives them."""
+        """Decode the elements to plain values, as `json` does."""
         text = b"[%b]" % self.text
         try:
             return list(msgspec.json.decode(text))
-        except msgspec.MsgspecError:  # a float beyond all floats, which `json` reads as infinite
+        except msgspec.MsgspecError:  # a number beyond the float range, which `json` reads as infinite
             return list(_decode(self.url, self.key, text))
 
     def repeats(self, elements: Sequence[Any]) -> list[str]:
-        """What is wrong with elements of the block that give a key twice, of which `decode` kept only the last value.
+        """Describe the elements of the block that give a key twice; `decode` kept only the last value.
 
         Args:
-            elements: as `decode` gave them.
+            elements: result of `decode`.
 
         Returns:
-            A line for each, as `images[3]: gives "id" twice`.
+            A line for each, such as `images[3]: gives "id" twice`.
         """
         text = self.text
         if sum(len(each) for each in elements if isinstance(each, dict)) == len(_AFTER_KEY.findall(text)):
-            return []  # no key is lost, and no object lies inside another
+            return []  # no key is lost, and no object is nested
         found = []
         for position, raw in enumerate(msgspec.json.decode(b"[%b]" % text, type=list[msgspec.Raw]), self.first):
             repeated: list[str] = []
@@ -90,18 +90,18 @@ class Block:
         return found
 
     def table(self, schema: pa.Schema) -> pa.Table:
-        """N rows of a schema; null where an element does not have the field, or has null.
+        """Convert the elements to N rows of a schema; null where an element lacks the field or has null.
 
         Raises:
-            InputError: an element is no object, or a field is of another type than the schema says; names the element.
+            InputError: an element is not an object, or a field has another type than in the schema; names the element.
         """
         if self.piece.all_objects:
             lines = self.piece.lines()
-            # What is wrong is found below; perhaps nothing is: Arrow refuses 1e999, and a field given twice.
+            # Errors are found below; there may be none: Arrow also refuses 1e999, and a field given twice.
             with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError, OverflowError):
                 table = pa_json.read_json(
                     pa.BufferReader(pa.py_buffer(lines)),
-                    # A line longer than a block would be refused.
+                    # Arrow refuses a line longer than a block.
                     read_options=pa_json.ReadOptions(use_threads=False, block_size=len(lines) + 1),
                     parse_options=pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
                 )
@@ -119,7 +119,7 @@ class Block:
 
 
 class Document:
-    """An open file; made by `open_document`."""
+    """An open file; created by `open_document`."""
 
     def __init__(self, url: str, mapped: mmap.mmap, fields: dict[str, msgspec.Raw]) -> None:
         self.url = url
@@ -128,7 +128,7 @@ class Document:
         self._mapped = mapped
 
     def __len__(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return len(self._bytes)
 
     def names(self) -> list[str]:
@@ -136,23 +136,23 @@ class Document:
         return list(self._fields)
 
     def text(self, key: str) -> bytes:
-        """A top-level value that is there, as the file states it."""
+        """JSON text of an existing top-level value, as in the file."""
         return bytes(memoryview(self._fields[key]))
 
     def raw(self, key: str) -> memoryview:
-        """As `text`, without a copy."""
+        """Like `text`, without a copy."""
         return memoryview(self._fields[key])
 
     def has(self, key: str) -> bool:
-        """Whether a top-level value is there and not null."""
+        """Whether a top-level value exists and is not null."""
         return key in self._fields and bytes(memoryview(self._fields[key])[:4]) != b"null"
 
     def num_bytes(self, key: str) -> int:
-        """Size of a top-level value as text; 0 when it is not there."""
+        """Size of a top-level value's JSON text; 0 when it does not exist."""
         return len(memoryview(self._fields[key])) if key in self._fields else 0
 
     def value(self, key: str, kind: type, default: Any) -> Any:
-        """A small top-level value, decoded; the default when it is not there.
+        """Decode a small top-level value; the default when it is missing or null.
 
         Raises:
             InputError: it is of another type.
@@ -165,14 +165,14 @@ class Document:
         return value
 
     def blocks(self, key: str, *, max_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-        """A top-level array in order; nothing when it is empty or not there (`has` tells).
+        """Yield a top-level array in order; nothing when it is empty or missing (`has` distinguishes these).
 
         Args:
-            key: of the array.
-            max_bytes: of the text of a block, which is larger only when a single element is.
+            key: name of the array.
+            max_bytes: maximum size of a block's text; only a block of a single element may be larger.
 
         Raises:
-            InputError: it is no array.
+            InputError: it is not an array.
         """
         if not self.has(key):
             return
@@ -187,7 +187,7 @@ class Document:
             first += len(block)
 
     def batches(self, key: str, *, max_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, list[Any]]]:
-        """A top-level array, decoded some thousand elements at a time; arguments and errors as `blocks`.
+        """Yield a top-level array, decoded some thousand elements at a time; arguments and errors as for `blocks`.
 
         Yields:
             Position of the first element; the elements.
@@ -196,10 +196,10 @@ class Document:
             yield block.first, block.decode()
 
     def columns(self, key: str, schema: pa.Schema, *, max_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, pa.Table]]:
-        """A top-level array of objects as typed columns; arguments and errors as `blocks` and `Block.table`.
+        """Yield an array of objects as typed columns; arguments and errors as for `blocks` and `Block.table`.
 
         Yields:
-            Position of the first element; a table of the schema with one row an element.
+            Position of the first element; a table of the schema with one row per element.
         """
         for block in self.blocks(key, max_bytes=max_bytes):
             yield block.first, block.table(schema)
@@ -207,19 +207,19 @@ class Document:
 
 @contextlib.contextmanager
 def open_document(url: str) -> Iterator[Document]:
-    """Open a JSON file, and check its syntax to the end; one in remote storage is copied to a temporary file first.
+    """Open a JSON file and check its syntax to the end; a remote file is copied to a temporary file first.
 
-    Halves of surrogate pairs, which no text can hold, are read as U+FFFD, and heights and widths that are NaN as 0,
-    which means that they are not stated; both with a warning. A UTF-8 byte order mark is skipped.
+    Unpaired surrogates, which no text can hold, are read as U+FFFD, and heights and widths that are NaN as 0, which
+    means not stated; both with a warning. A UTF-8 byte order mark is skipped.
 
     Raises:
-        InputError: it cannot be read, is empty, is no UTF-8, no valid JSON (with the byte), or no object, or gives a
-            top-level value twice.
+        InputError: the file cannot be read, is empty, is not UTF-8, is not valid JSON (names the byte), is not an
+            object, or gives a top-level value twice.
     """
     with _local_copy(url) as file:
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:  # what mmap says to a file without bytes
+        except ValueError:  # raised by mmap for an empty file
             raise InputError(f"{url} is empty (0 bytes): was it written, or copied, to its end?") from None
         _check_encoding(url, mapped)
         try:
@@ -233,7 +233,7 @@ def open_document(url: str) -> Iterator[Document]:
                 fields = _top_level(url, mapped)
             except msgspec.DecodeError as second:
                 raise _not_json(url, mapped, second) from None
-        # Never closed: values that a caller keeps may point into it. It goes with the last of them.
+        # Never closed: values that the caller keeps may point into it. It is freed with the last of them.
         yield Document(url, mapped, fields)
 
 
@@ -253,7 +253,7 @@ def _local_copy(url: str) -> Iterator[IO[bytes]]:
 
 
 def _check_encoding(url: str, mapped: mmap.mmap) -> None:
-    """The JSON decoder does not look into texts that it passes over."""
+    """Check that the file is UTF-8; the JSON decoder does not validate the strings that it skips."""
     if mapped[:2] == b"\x1f\x8b":
         raise InputError(f"{url} is compressed with gzip: unpack it first")
     decoder, begun = codecs.getincrementaldecoder("utf-8")(), False
@@ -270,10 +270,10 @@ def _check_encoding(url: str, mapped: mmap.mmap) -> None:
 
 
 def _top_level(url: str, mapped: mmap.mmap) -> dict[str, msgspec.Raw]:
-    """The values of the object that the file holds, as views into it.
+    """The values of the file's top-level object, as views into the file.
 
     Raises:
-        InputError: it is no object, nested too deeply, or a key repeats.
+        InputError: it is not an object, is nested too deeply, or repeats a key.
         msgspec.DecodeError: it is not valid JSON.
     """
     start = len(_BYTE_ORDER_MARK) if mapped[: len(_BYTE_ORDER_MARK)] == _BYTE_ORDER_MARK else 0
@@ -294,7 +294,7 @@ def _begins_list(mapped: mmap.mmap) -> bool:
 
 
 def _check_repeats(url: str, mapped: mmap.mmap, fields: dict[str, msgspec.Raw]) -> None:
-    """Between two values stands nothing but one key: a dictionary keeps only the last of those that repeat."""
+    """Check that exactly one key precedes each value: of repeated keys, a dictionary keeps only the last."""
     base = np.frombuffer(mapped, np.uint8).ctypes.data
     views = [np.frombuffer(memoryview(raw), np.uint8) for raw in fields.values()]
     spans = sorted((view.ctypes.data - base, len(view)) for view in views)
@@ -309,10 +309,10 @@ def _check_repeats(url: str, mapped: mmap.mmap, fields: dict[str, msgspec.Raw]) 
 
 
 def _repaired(url: str, file: IO[bytes], mapped: mmap.mmap) -> mmap.mmap | None:
-    """A private copy of the mapping without what is known not to matter; only the pages that change take memory.
+    """A private copy of the mapping with harmless defects repaired; only the pages that change take memory.
 
     Returns:
-        None where there is nothing of the kind.
+        None where there is nothing to repair.
     """
     changes = [(match.span("half"), rb"\ufffd") for match in _SURROGATES.finditer(mapped) if match["half"]]
     if halves := len(changes):
@@ -333,9 +333,9 @@ def _repaired(url: str, file: IO[bytes], mapped: mmap.mmap) -> mmap.mmap | None:
 def _not_json(url: str, mapped: mmap.mmap, error: msgspec.DecodeError) -> InputError:
     shift = len(_BYTE_ORDER_MARK) if mapped[: len(_BYTE_ORDER_MARK)] == _BYTE_ORDER_MARK else 0
     told = re.fullmatch(r"(?:JSON is malformed: )?(.*) \(byte (\d+)\)", str(error))
-    if told is None:  # it is cut
+    if told is None:  # it is truncated
         return InputError(f"{url} is not valid JSON: it ends too early, at byte {len(mapped)}; was it copied whole?")
-    place = int(told[2]) + shift - told[1].startswith("trailing")  # that one is counted from 1
+    place = int(told[2]) + shift - told[1].startswith("trailing")  # msgspec counts this position from 1
     near = mapped[max(0, place - 20) : place + 20].decode("utf-8", "replace")
     return InputError(f"{url} is not valid JSON: {told[1]} at byte {place}, near {near!r}")
 
@@ -343,12 +343,12 @@ def _not_json(url: str, mapped: mmap.mmap, error: msgspec.DecodeError) -> InputE
 def _decode(url: str, key: str, text: bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:  # an integer of thousands of digits; the syntax is checked
+    except ValueError as error:  # an integer of thousands of digits; the syntax has been checked
         raise InputError(f"{url}: `{key}` cannot be read: {error}") from None
 
 
 def _note_repeats(repeated: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; its keys that repeat are added to `repeated`."""
+    """Build an object, and add its repeated keys to `repeated`."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
@@ -357,5 +357,5 @@ def _note_repeats(repeated: list[str], pairs: list[tuple[str, Any]]) -> dict[str
 
 
 def _null_free(table: pa.Table, schema: pa.Schema) -> bool:
-    """Whether the columns that may hold no null hold none."""
+    """Whether the non-nullable columns hold no null."""
     return all(field.nullable or not table[field.name].null_count for field in schema)

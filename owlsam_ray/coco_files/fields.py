@@ -1,4 +1,4 @@
-"""Plain JSON values against Arrow types, in words for people."""
+"""Checks and converts plain JSON values to Arrow types, with readable error messages."""
 
 import json
 import math
@@ -9,24 +9,24 @@ import pyarrow as pa
 
 NO_FLAG = 2
 _FLAG = {b"owlsam": b"flag"}
-"""Metadata of the field of a schema."""
+"""Metadata that marks a schema field as a flag."""
 _FLAGS = {
     "": False, "0": False, "0.0": False, "false": False, "no": False,
     "1": True, "1.0": True, "true": True, "yes": True,
 }  # fmt: skip
-"""Texts, in small letters."""
+"""Texts in lower case."""
 
 
 def flag_field(name: str) -> pa.Field:
-    """A field of a schema for what `flag_of` reads: 1 or 0, null where it is not stated.
+    """A schema field for values that `flag_of` reads: 1 or 0, null where not stated.
 
-    What is no flag becomes `NO_FLAG`, or stays where it is an integer.
+    A value that is not a flag becomes `NO_FLAG`, or is kept if it is an integer.
     """
     return pa.field(name, pa.int64(), metadata=_FLAG)
 
 
 def values_of(elements: Sequence[dict[str, Any]], field: pa.Field) -> pa.Array:
-    """(N,) the field of N elements in which `misfit` finds nothing wrong."""
+    """(N,) values of a field from N elements in which `misfit` finds nothing wrong."""
     values = (element.get(field.name) for element in elements)
     if field.metadata == _FLAG:
         return pa.array([_flag_code(value) for value in values], field.type)
@@ -39,11 +39,11 @@ def _flag_code(value: Any) -> int | None:
 
 
 def misfit(element: Any, schema: pa.Schema) -> str | None:
-    """What keeps an element of an array from being a row of a schema, as ` (id 3): area "big" is not a number`.
+    """Why an element of an array cannot be a row of a schema, such as ` (id 3): area "big" is not a number`.
 
     Args:
         element: decoded JSON.
-        schema: fields that it lacks, or that are null, fit unless the schema says `nullable=False`.
+        schema: a missing or null field fits unless it has `nullable=False`.
 
     Returns:
         None when it fits.
@@ -63,7 +63,7 @@ def misfit(element: Any, schema: pa.Schema) -> str | None:
 
 
 def _as_kind(value: Any, kind: pa.DataType) -> Any:
-    """A value that fits, as Arrow takes it: where it wants a float, no integer beyond the exact floats."""
+    """Convert a value that fits to what Arrow accepts: where it wants a float, large integers become floats."""
     if value is None:
         return None
     if pa.types.is_floating(kind):
@@ -79,7 +79,7 @@ def _as_kind(value: Any, kind: pa.DataType) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """The JSON kind of a decoded value, with its article."""
+    """The JSON type of a decoded value, with its article."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -92,11 +92,11 @@ def kind_of(value: Any) -> str:
 
 
 def flag_of(value: Any) -> bool | None:
-    """A field that says yes or no, such as `iscrowd`, whichever type a tool gave it. The one rule for all of them.
+    """Read a yes/no field such as `iscrowd`, whatever type a tool gave it. The only rule for all flags.
 
     Returns:
-        Whether it is set; null and an empty text say no. None for what is no flag: other numbers and texts, lists,
-        objects.
+        Whether it is set; null and an empty text mean no. None for a value that is not a flag: other numbers and texts,
+        lists, objects.
     """
     if value is None:
         return False

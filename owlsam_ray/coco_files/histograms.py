@@ -1,4 +1,4 @@
-"""Counts of values in fixed bins, added to block by block."""
+"""Counts values in fixed bins, block by block."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 SIDE_EDGES = np.round(2 ** (np.arange(0, 27) / 2), 2)
 """Square root of an area, px: 1, 1.41, 2, … 8192."""
 RATIO_EDGES = np.round(2 ** (np.arange(-16, 17) / 4), 4)
-"""Width by height: 1/16, … 1, 1.19, 1.41, … 16."""
+"""Width / height: 1/16, … 1, 1.19, 1.41, … 16."""
 SCORE_EDGES = np.round(np.arange(0, 51) / 50, 2)
 """0, 0.02, … 1."""
 
 
 class Histogram:
-    """K bins, half-open but for the last, which holds its right edge as well."""
+    """K bins, half-open except for the last one, which includes its right edge."""
 
     def __init__(self, edges: NDArray[np.float64]) -> None:
         self._edges = edges
@@ -22,7 +22,7 @@ class Histogram:
         self._low, self._high = np.inf, -np.inf
 
     def add(self, values: NDArray[np.float64]) -> None:
-        """Count values, none of which is NaN."""
+        """Count values; none may be NaN."""
         if len(values):
             places = np.searchsorted(self._edges, values, side="right")
             places[values == self._edges[-1]] -= 1
@@ -30,7 +30,7 @@ class Histogram:
             self._low, self._high = min(self._low, float(values.min())), max(self._high, float(values.max()))
 
     def as_dict(self) -> dict[str, Any]:
-        """Edges (K + 1), counts (K), how many lie below and above, least and greatest value (None without values)."""
+        """Edges (K + 1), counts (K), numbers below and above, minimum and maximum value (None without values)."""
         any_value = bool(self._counts.any())
         return {
             "edges": self._edges.tolist(),
@@ -43,7 +43,7 @@ class Histogram:
 
 
 def spread_of(values: NDArray[np.int64]) -> dict[str, Any]:
-    """Least, median, mean and greatest of N values; None without any."""
+    """Minimum, median, mean and maximum of N values; None each when N is 0."""
     if not len(values):
         return dict.fromkeys(("min", "median", "mean", "max"))
     return {
@@ -55,5 +55,5 @@ def spread_of(values: NDArray[np.int64]) -> dict[str, Any]:
 
 
 def share(part: int, whole: int) -> float | None:
-    """A part of 1; None of nothing."""
+    """`part` as a fraction of `whole`; None when `whole` is 0."""
     return part / whole if whole else None

@@ -1,4 +1,4 @@
-"""Fields of the image records of COCO files."""
+"""Validates and reads fields of the image records of COCO files."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from owlsam_ray.schema import MAX_IMAGE_ID
 
 
 def image_error(image: Any, *, has_ids: bool = True) -> str | None:
-    """What is wrong with an image record, but for its name; None when nothing is.
+    """What is wrong with an image record, apart from its name; None when it is valid.
 
     Args:
         image: the record.
-        has_ids: ids have to be integers; otherwise they may be texts.
+        has_ids: ids must be integers; if false, they may be texts.
     """
     if not isinstance(image, dict):
         return f" is a {type(image).__name__}, not an object"
@@ -35,6 +35,6 @@ def text_of(image: dict[str, Any], key: str) -> str | None:
 
 
 def url_parts(image: dict[str, Any]) -> tuple[str, str] | None:
-    """Folder and name that `coco_url` ends in, as ("val2017", "000000000139.jpg"); None without."""
+    """The folder and name at the end of `coco_url`, such as ("val2017", "000000000139.jpg"); None without them."""
     parts = (text_of(image, "coco_url") or "").split("?")[0].split("/")
     return (parts[-2], parts[-1]) if len(parts) >= 4 and parts[-2] and parts[-1] else None

@@ -1,4 +1,4 @@
-"""Boxes and segmentations of COCO files, checked before any C code sees them."""
+"""Validates boxes and segmentations of COCO files before any C code sees them."""
 
 import math
 from dataclasses import dataclass
@@ -12,32 +12,32 @@ Rle = dict[str, Any]
 """{"size": [H, W], "counts": compressed bytes}, column-major."""
 
 _FAR = 1e6
-"""Polygons beyond that many pixels are refused: their edges are walked in steps of a fifth of a pixel."""
+"""Pixels. Polygons with a larger coordinate are refused: their edges are walked in steps of a fifth of a pixel."""
 
 
 class NoOutlineError(ValueError):
-    """A segmentation that is well formed and encloses nothing: no polygon, or none of three or more points."""
+    """A segmentation that is well formed but encloses nothing: it has no polygon of three or more points."""
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """One object of a ground truth, or one prediction."""
+    """A ground truth object or a prediction."""
 
     image_id: int
     category_id: int
     box_xywh: tuple[float, float, float, float]
     """Original pixels."""
     area: float
-    """What COCO's small, medium and large go by."""
+    """Area by which COCO assigns small, medium and large."""
     rle: Rle | None
-    """None where masks are not compared, or where it has none."""
+    """None where masks are not compared, or where the region has none."""
     score: float = 1.0
     is_crowd: bool = False
-    """A region of many objects: predictions inside count neither as right nor as wrong."""
+    """A region of many objects: predictions inside it count as neither right nor wrong."""
 
     @property
     def box_area(self) -> float:
-        """Width × height of the box; an object's side in pixels is its root."""
+        """Width × height of the box; an object's side in pixels is the square root."""
         return self.box_xywh[2] * self.box_xywh[3]
 
 
@@ -47,10 +47,10 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def box_of(value: object) -> tuple[float, float, float, float]:
-    """COCO's [x, y, w, h], checked.
+    """Validate COCO's [x, y, w, h].
 
     Raises:
-        ValueError: says what is wrong with it.
+        ValueError: it is invalid; says why.
     """
     if not isinstance(value, list) or len(value) != 4 or not all(is_number(number) for number in value):
         raise ValueError(f"bbox {_short(value)} is not four finite numbers")
@@ -61,15 +61,15 @@ def box_of(value: object) -> tuple[float, float, float, float]:
 
 
 def rle_of(segmentation: object, size_hw: tuple[int, int] | None) -> Rle:
-    """Polygons, uncompressed or compressed RLE → compressed RLE of the picture's size.
+    """Convert polygons, uncompressed or compressed RLE to compressed RLE of the image's size.
 
     Args:
         segmentation: as in a COCO file. Polygons of fewer than three points cover nothing and are left out.
-        size_hw: (H, W) of the picture.
+        size_hw: (H, W) of the image.
 
     Raises:
-        NoOutlineError: it has only such polygons, or none.
-        ValueError: says what else is wrong with it.
+        NoOutlineError: it has no polygon of three or more points.
+        ValueError: it is invalid in another way; says why.
 
     Source: pycocotools' `COCO.annToRLE`.
     """
@@ -114,7 +114,7 @@ def _from_runs(counts: list[Any], size_hw: tuple[int, int]) -> Rle:
 
 
 def rle_area(rle: Rle) -> float:
-    """Pixels of a mask."""
+    """Number of pixels of a mask."""
     return float(coco_mask.area(rle))
 
 

@@ -1,7 +1,7 @@
-"""Height and width as datasets state them: whole numbers of pixels, whatever type holds them, or not stated.
+"""Reads heights and widths as datasets state them: whole pixels of any numeric type, or not stated.
 
-The one rule for JSON files and tables alike. 96 and 96.0 are 96 pixels. A null, a NaN, 0 and -1 are what exporters
-write for a size that they do not know. Everything else is an error.
+JSON files and tables share this rule. 96 and 96.0 are 96 pixels. Null, NaN, 0 and -1 are what exporters write for an
+unknown size. Everything else is an error.
 """
 
 from typing import TypeGuard
@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 MAX_SIDE = 2**31 - 1
-"""Pixels: what the int32 columns of manifest and predictions hold."""
+"""Pixels: the limit of the int32 columns of manifest and predictions."""
 
 
 def is_unstated(value: object) -> bool:
-    """Whether a decoded JSON value says that a side of an image is not known."""
-    return value is None or (_is_number(value) and (value != value or value in (0, -1)))  # only NaN differs from itself
+    """Whether a decoded JSON value means that a side of an image is not known."""
+    return value is None or (_is_number(value) and (value != value or value in (0, -1)))  # NaN is unequal to itself
 
 
 def stated_side(value: object) -> int | None:
@@ -25,7 +25,7 @@ def stated_side(value: object) -> int | None:
         From 1 to `MAX_SIDE`; None when the side is not stated.
 
     Raises:
-        ValueError: the value is something else: a text, a boolean, a fraction, negative, infinite, too large.
+        ValueError: the value is anything else: a text, a boolean, a fraction, negative, infinite, too large.
     """
     if is_unstated(value):
         return None
@@ -35,16 +35,16 @@ def stated_side(value: object) -> int | None:
 
 
 def stated_sides(values: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """The same rule for N numbers of a column.
+    """Apply the rule to the N numbers of a column.
 
     Args:
         values: (N,) integers or floats.
 
     Returns:
         (N,) int64, null where the side is not stated or the value is wrong; (N,) booleans without nulls: whether the
-        value can be taken.
+        value is accepted.
     """
-    numbers = values.cast(pa.float64(), safe=False)  # whole numbers that this rounds are beyond `MAX_SIDE` anyway
+    numbers = values.cast(pa.float64(), safe=False)  # integers that this rounds exceed `MAX_SIDE` anyway
     zero_or_less = pc.or_(pc.equal(numbers, 0.0), pc.equal(numbers, -1.0))
     unstated = pc.or_(pc.is_null(numbers, nan_is_null=True), pc.fill_null(zero_or_less, False))
     inside = pc.and_(pc.greater_equal(numbers, 1.0), pc.less_equal(numbers, float(MAX_SIDE)))
