@@ -1,7 +1,7 @@
-"""Annotations of a COCO file, counted block by block on columns.
+"""Counts the annotations of a COCO file in columns, block by block.
 
-What grows with the file: 8 bytes for every annotation's id, 8 for every pair of image and category that occurs, and
-16 for every image.
+Memory grows by 8 bytes for each annotation's id, 8 for each pair of image and category that occurs, and 16 for each
+image.
 """
 
 import re
@@ -22,7 +22,7 @@ from owlsam_ray.errors import shown
 from owlsam_ray.ops.arrays import repeats
 
 SIZE_EDGES_PX = (32, 96)
-"""COCO's: below 32² px an object is small, from 96² px on it is large."""
+"""COCO's limits: an object is small below 32² px, and large from 96² px."""
 THRESHOLDS = tuple(round(step / 20, 2) for step in range(20))
 _OUTSIDE_PX = 1.0
 _PAIRS_PENDING = 2**22
@@ -38,18 +38,18 @@ _SCHEMA = pa.schema(
     ]
 )
 _SEGMENTATION = re.compile(rb'"segmentation"\s*:\s*(\[\s*\]|\{|\[|null)')
-"""How its value begins; one that is empty is matched to its end. As a column it would have to be of one type."""
+"""Matches how its value begins, and an empty list completely. As a column it would need a single type."""
 
 
 class Index:
-    """Positions of ids in a list; of those that repeat, the first."""
+    """Finds the positions of ids in a list; of a repeated id, the first."""
 
     def __init__(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
-        """Prepare to look up.
+        """Prepare for look-ups.
 
         Args:
             ids: (N,) in the list's order.
-            positions: (N,) of each in the list.
+            positions: (N,) position of each id in the list.
         """
         self._ids, first = np.unique(ids, return_index=True)
         self._positions = positions[first]
@@ -63,19 +63,19 @@ class Index:
 
 
 class AnnotationCounts:
-    """What is known after some blocks of `annotations`."""
+    """Counts over the blocks of `annotations` added so far."""
 
     def __init__(self, *, images: Index, categories: Index, sizes_wh: NDArray[np.float64], num_categories: int) -> None:
-        """Start from nothing.
+        """Start with no annotations.
 
         Args:
-            images: of the file.
-            categories: of the file.
+            images: images of the file.
+            categories: categories of the file.
             sizes_wh: (M, 2) stated pixels of the images, infinite where a side is not known.
             num_categories: C.
         """
         self._images, self._categories = images, categories
-        # The last row, -1, stands for images that are not known.
+        # The last row, at index -1, represents unknown images.
         self._limits = np.concatenate([sizes_wh, [[np.inf, np.inf]]]) + _OUTSIDE_PX
         self.number = self.crowds = 0
         self.per_image = np.zeros(len(sizes_wh), np.int64)
@@ -94,7 +94,7 @@ class AnnotationCounts:
         """Count a block.
 
         Raises:
-            InputError: an element is no object, or a field is of a wrong type.
+            InputError: an element is not an object, or a field has a wrong type.
         """
         table = block.table(_SCHEMA).combine_chunks()
         self._segmentations.update(_SEGMENTATION.findall(block.text))
@@ -113,22 +113,22 @@ class AnnotationCounts:
         self._add_pairs(image[both] * len(self.per_category) + category[both])
         crowd, _ = rows.integers("iscrowd")
         odd = (crowd != 0) & (crowd != 1)
-        stated = block.decode() if odd.any() else []  # the column holds codes
+        stated = block.decode() if odd.any() else []  # the column holds codes instead of the values
         rows.note(Problem.ODD_CROWD, odd, "iscrowd", lambda row: stated[row]["iscrowd"])
         self.crowds += int(np.count_nonzero(crowd))
         self._add_boxes(rows, image)
         self._add_scores(rows, image)
 
     def images_per_category(self) -> NDArray[np.int64]:
-        """(C,) images that show each category."""
+        """(C,) number of images that contain each category."""
         return np.bincount(self._all_pairs() % max(1, len(self.per_category)), minlength=len(self.per_category))
 
     def categories_per_image(self) -> NDArray[np.int64]:
-        """(M,) categories that each image shows."""
+        """(M,) number of categories that each image contains."""
         return np.bincount(self._all_pairs() // max(1, len(self.per_category)), minlength=len(self.per_image))
 
     def tell_repeats(self, problems: Problems) -> None:
-        """Note annotation ids that repeat."""
+        """Record repeated annotation ids."""
         ids = np.concatenate(self._ids) if self._ids else np.empty(0, np.int64)
         if (ids[1:] > ids[:-1]).all():
             return
@@ -186,7 +186,7 @@ class AnnotationCounts:
             self._all_pairs()
 
     def _all_pairs(self) -> NDArray[np.int64]:
-        """Distinct image position × C + category position."""
+        """Distinct values of image position × C + category position."""
         self._pairs = [np.unique(np.concatenate([*self._pairs, np.empty(0, np.int64)]))]
         return self._pairs[0]
 
@@ -230,23 +230,23 @@ class AnnotationCounts:
 
 
 class _Rows:
-    """The columns of one block as arrays."""
+    """Columns of one block as arrays."""
 
     def __init__(self, table: pa.Table, first: int, problems: Problems) -> None:
         self._table, self._first, self._problems = table, first, problems
 
     def integers(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(N,) values, 0 where there is none; (N,) whether there is one."""
+        """(N,) values, 0 where missing; (N,) whether there is a value."""
         column = self._table[name]
         return pc.fill_null(column, 0).to_numpy(), column.is_valid().to_numpy()
 
     def floats(self, name: str) -> NDArray[np.float64]:
-        """(N,) values, NaN where there is none."""
+        """(N,) values, NaN where missing."""
         values: NDArray[np.float64] = self._table[name].to_numpy()  # null becomes NaN
         return values
 
     def boxes(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """(N, 4) xywh, NaN where it is not four numbers; (N,) whether anything is stated."""
+        """(N, 4) xywh, NaN unless there are four numbers; (N,) whether the box is neither missing nor empty."""
         column = self._table["bbox"]
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
         boxes = np.full((len(lengths), 4), np.nan)
@@ -261,7 +261,7 @@ class _Rows:
         field: str,
         value_of: Callable[[int], Any] | None = None,
     ) -> None:
-        """Count the rows of a problem; its quotes give position, id and one field, of the column or by a function."""
+        """Count the rows with a problem; quotes give position, id and one field, from its column or from `value_of`."""
 
         def quote(row: int) -> str:
             number = self._table["id"][row].as_py()

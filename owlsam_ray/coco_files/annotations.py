@@ -1,4 +1,4 @@
-"""The objects that a COCO file annotates, as columns. Structure is checked here; values are judged by `cleaning.py`."""
+"""Reads the annotations of a COCO file as columns and checks their structure; `cleaning.py` judges values."""
 
 import math
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ _NO_BOX = (math.nan,) * 4
 
 @dataclass(frozen=True, slots=True)
 class Objects:
-    """N annotated objects in the file's order, as the file states them."""
+    """N annotated objects in the file's order, with the file's values."""
 
     ids: NDArray[np.int64]
     """(N,) unique annotation ids."""
     image_index: NDArray[np.int64]
-    """(N,) place of the object's image in the listing."""
+    """(N,) position of the object's image in the listing."""
     labels: NDArray[np.int64]
     """(N,) index into the categories."""
     bboxes: NDArray[np.float64]
@@ -31,24 +31,24 @@ class Objects:
     crowd: NDArray[np.bool_]
     """(N,) whether `iscrowd` is set."""
     segmentations: Sequence[Any]
-    """N times the file's own value; None where there is none."""
+    """N values from the file; None where there is none."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def read_objects(tree: dict[str, Any], *, url: str, image_ids: Sequence[int], category_ids: Sequence[int]) -> Objects:
-    """The `annotations` of a COCO file.
+    """Read the `annotations` of a COCO file.
 
     Args:
-        tree: what `coco.read_tree` gave.
+        tree: result of `coco.read_tree`.
         url: the file, for messages.
-        image_ids: of the listing; their order defines `image_index`.
+        image_ids: ids in the listing; their order defines `image_index`.
         category_ids: their order defines `labels`.
 
     Raises:
-        InputError: `annotations` is no list; an entry's id is odd or given twice, its image or category is not in the
-            file, or a field is of a wrong type. Names the first problems.
+        InputError: `annotations` is not a list; the id of an entry is invalid or occurs twice, its image or category is
+            not in the file, or a field has a wrong type. Names the first problems.
     """
     entries = tree.get("annotations")
     if not isinstance(entries, list):
@@ -80,7 +80,7 @@ def make_objects(
     labels: NDArray[np.int64],
     segmentations: Sequence[Any],
 ) -> Objects:
-    """N entries in which `structure_error` finds nothing wrong, as columns."""
+    """Convert N entries that `structure_error` accepts to columns."""
     boxes = [[as_float(value) for value in entry["bbox"]] if entry.get("bbox") else _NO_BOX for entry in entries]
     areas = [math.nan if entry.get("area") is None else as_float(entry["area"]) for entry in entries]
     return Objects(
@@ -95,7 +95,7 @@ def make_objects(
 
 
 def as_float(value: float) -> float:
-    """A JSON number; infinite when it is an integer beyond all floats."""
+    """Convert a JSON number; infinite when it is an integer beyond the float range."""
     try:
         return float(value)
     except OverflowError:
@@ -103,12 +103,12 @@ def as_float(value: float) -> float:
 
 
 def is_number(value: object) -> bool:
-    """A JSON number; `true` is none."""
+    """Whether a value is a JSON number; `true` is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def structure_error(entry: Any) -> str | None:
-    """What is wrong with one entry by itself; None when nothing is."""
+    """What is wrong with one entry, apart from its references; None when it is valid."""
     if not isinstance(entry, dict):
         return f" is a {type(entry).__name__}, not an object"
     number, bbox, area = entry.get("id"), entry.get("bbox"), entry.get("area")
@@ -128,7 +128,7 @@ def _repeat_error(entry: dict[str, Any], seen: set[int]) -> str | None:
 
 
 def _reference_error(entry: dict[str, Any], image_at: dict[int, int], label_of: dict[int, int]) -> str | None:
-    """Which image or category one entry names in vain; None when both are in the file."""
+    """Which id of one entry refers to an unknown image or category; None when both are in the file."""
     for key, known in (("image_id", image_at), ("category_id", label_of)):
         value = entry.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value not in known:

@@ -1,7 +1,8 @@
-"""A COCO file → the same file without what is wrong, and a table of every entry that was removed or changed.
+"""Writes a cleaned copy of a COCO file, and a table of every entry that was removed or changed.
 
-The file is read twice: once to judge, once to copy. Entries that stay, and all that is neither images nor annotations,
-keep their values and their order. In memory an annotation costs some hundred bytes, whatever its polygons.
+The file is read twice: once to decide, once to copy. Entries that stay, and everything other than images and
+annotations, keep their values and their order. In memory an annotation costs a few hundred bytes, whatever its
+polygons.
 """
 
 import logging
@@ -46,27 +47,27 @@ _log = logging.getLogger(__name__)
 
 
 def clean_file(url: str, out: str, settings: FileCleaning = DEFAULTS, *, removed: str | None = None) -> dict[str, Any]:
-    """Write a cleaned copy of a COCO file, and the table of what is not in it any more.
+    """Write a cleaned copy of a COCO file, and the table of removed and changed entries.
 
     `info` gets a note `cleaned`: version, settings, counts (and `before`, the note of an earlier cleaning). Both files
-    get their names when they are whole; the table first.
+    appear under their names once they are complete; the table first.
 
     Args:
-        url: the file: a path or an fsspec URL.
+        url: the input file, a path or an fsspec URL.
         out: the copy.
-        settings: which rules, how strict.
+        settings: which rules apply, and how strictly.
         removed: the table, ending in .csv or .jsonl; default: `out` with the ending `.removed.csv`.
 
     Returns:
-        Counts as plain JSON values: `images_in`, `images_out`, `images_emptied` (that stay without annotation),
-        `annotations_in`, `annotations_out`; `removed` by rule and `changed` by kind, zero or not, None for those that
-        are off; `out`, `table`.
+        Counts as plain JSON values: `images_in`, `images_out`, `images_emptied` (images that stay but lost all
+        annotations), `annotations_in`, `annotations_out`; `removed` by rule and `changed` by kind, including zeros,
+        None for rules that are off; `out`, `table`.
 
     Raises:
-        InputError: the file cannot be read; it has no annotations; an image or a category has no proper id, or one that
-            is given twice; an image has an odd size, or a category no name; the rules `malformed`, `unknown_image` and
+        InputError: the file cannot be read or has no annotations; the id of an image or a category is invalid or occurs
+            twice; an image has an invalid size, or a category no name; the rules `malformed`, `unknown_image` and
             `unknown_category` would remove every annotation; `out` or the table would overwrite the input or each
-            other, or is no place for a file, or the table has another suffix.
+            other, or cannot be a file; or the table has another suffix.
         OSError: a file cannot be written.
     """
     table = removed or f"{out.removesuffix('.json')}.removed.csv"
@@ -124,7 +125,7 @@ def _read_head(document: Document) -> tuple[References, Names]:
     others: list[str] = []
     for first, images in document.batches("images"):
         for position, image in enumerate(images, first):
-            # Sizes are told apart from ids: another way out.
+            # Sizes are checked separately from ids: the advice differs.
             problem = image_error({"id": image.get("id")} if isinstance(image, dict) else image)
             size = None if problem is not None else _size_error(image)
             if problem is not None:
@@ -177,7 +178,7 @@ def _size(image: dict[str, Any]) -> tuple[float, float]:
 
 
 def _check_something_stays(document: Document, known: References, judged: Judged) -> None:
-    """Rules that hit every annotation show a fault of the file, not of its annotations."""
+    """Refuse a file if all its annotations are malformed or refer to unknown ids: the file itself is at fault."""
     taken = Counter(rule for rule in judged.rules if rule in (MALFORMED, UNKNOWN_IMAGE, UNKNOWN_CATEGORY))
     if not judged.rules or taken.total() < len(judged.rules):
         return
@@ -236,7 +237,7 @@ def _warn(counts: dict[str, Any], url: str) -> None:
 
 
 def cleaning_table(counts: dict[str, Any]) -> RenderableType:
-    """What `clean_file` returned, for people: every rule with its count, or that it is off."""
+    """Format the result of `clean_file` for users: every rule with its count, or that it is off."""
     table = Table(
         title=f"{counts['annotations_out']} of {counts['annotations_in']} annotations and {counts['images_out']} of "
         f"{counts['images_in']} images stay",

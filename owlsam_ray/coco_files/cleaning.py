@@ -1,7 +1,7 @@
-"""The rules by which annotations are fit for training, on columns of plain arrays.
+"""The rules that decide which annotations are fit for training, applied to columns of arrays.
 
-Letters: M images, N objects. An object goes by the first rule of `Rule` that it breaks, in the order given there.
-Boxes are half-open, original pixels.
+Shapes: M images, N objects. An object is removed by the first rule of `Rule` that it violates, in the order given
+there. Boxes are half-open, in original pixels.
 """
 
 from collections import Counter
@@ -20,10 +20,10 @@ from owlsam_ray.config.base import Fraction, Section
 
 
 def false_is_off(value: Any) -> Any:
-    """The setting of a rule that goes by a number, before it is one: YAML's `false` or `off` is None.
+    """Validate the setting of a numeric rule before it is parsed: YAML's `false` or `off` becomes None.
 
     Raises:
-        ValueError: it is true, which says no number, and would count as 1.
+        ValueError: it is true, which gives no number and would count as 1.
     """
     if value is True:
         raise ValueError("true is not a number: give the number, or false (or null) to switch the rule off")
@@ -38,18 +38,18 @@ class CleaningSettings(Section):
     """Which annotations are trained on."""
 
     drop_empty_images: bool = False
-    """Drop images that no annotation is left for, whether they had any or not; false trains on them as background."""
+    """Drop images without remaining annotations, whether they had any or not; false trains on them as background."""
     duplicate_iou: Annotated[Fraction | None, BeforeValidator(false_is_off)] = 0.9
-    """Of two boxes of one category in one image with a greater IoU the one with the lower annotation id stays; null or
-    false keeps all."""
+    """If two boxes of one category in one image have a greater IoU, keep only the one with the lower annotation id;
+    null or false keeps all."""
     min_area: Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_false_is_zero)] = 100.0
-    """Drop objects with fewer square pixels: of the stated `area` or of the box inside the picture, whichever is
+    """Drop objects with a smaller area in square pixels: the stated `area` or the box inside the image, whichever is
     smaller; 0 or false drops none."""
     clip_boxes: bool = True
-    """Cut boxes at the border of the picture; false leaves those that stick out as they are."""
+    """Clip boxes to the image; false leaves boxes that extend beyond it unchanged."""
     drop_bad_masks: bool = True
-    """Drop objects whose segmentation is empty, degenerate or damaged; false keeps their boxes. Objects that state no
-    segmentation are kept, and so are the empty lists of a file in which nothing else is found."""
+    """Drop objects whose segmentation is empty, degenerate or damaged; false keeps their boxes. Objects without a
+    segmentation stay; so do empty lists if the file has no other segmentations."""
 
 
 class Rule(StrEnum):
@@ -64,24 +64,24 @@ class Rule(StrEnum):
     ZERO_AREA = "zero_area"
     """The box has no width or no height, or the stated area is not positive."""
     OUTSIDE = "outside"
-    """The box has no part inside the picture."""
+    """The box is entirely outside the image."""
     SMALL = "small"
     """The area is below `min_area`."""
     BAD_SEGMENTATION = "bad_segmentation"
-    """The segmentation is of no known kind, not finite, or of another size than the picture."""
+    """The segmentation is of an unknown kind, not finite, or of another size than the image."""
     EMPTY_SEGMENTATION = "empty_segmentation"
     """The segmentation encloses nothing: no polygon, only degenerate ones, or an RLE without a pixel."""
     DUPLICATE = "duplicate"
     """An object of the same category with a lower id has nearly the same box."""
     EMPTY_IMAGE = "empty_image"
-    """No annotation is left for the image."""
+    """The image has no remaining annotations."""
 
 
 class Change(StrEnum):
-    """What is mended on an object that stays."""
+    """What is fixed on an object that stays."""
 
     CLIPPED_BOX = "clipped_box"
-    """The box was cut at the border of the picture."""
+    """The box was clipped to the image."""
     DROPPED_POLYGON = "dropped_polygon"
     """Some of its polygons had fewer than 3 points or no area."""
     DROPPED_MASK = "dropped_mask"
@@ -89,7 +89,7 @@ class Change(StrEnum):
 
 
 class Removal(NamedTuple):
-    """One line of the tables of a report."""
+    """One row of a report's tables."""
 
     image_id: int
     annotation_id: int | None
@@ -100,19 +100,19 @@ class Removal(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CleaningReport:
-    """What cleaning did."""
+    """Results of cleaning."""
 
     images_in: int
     images_out: int
     annotations_in: int
     annotations_out: int
     removed: tuple[Removal, ...]
-    """Objects by place in the file, then images."""
+    """Objects by position in the file, then images."""
     changed: tuple[Removal, ...]
-    """What was mended on objects that stay."""
+    """Fixes of objects that stay."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Counts as plain JSON values: every rule and every change, zero or not."""
+        """Counts as plain JSON values, of every rule and every change, including zeros."""
         removed, changed = (Counter(line.rule for line in table) for table in (self.removed, self.changed))
         return {
             "images_in": self.images_in,
@@ -124,7 +124,7 @@ class CleaningReport:
         }
 
     def summary(self) -> str:
-        """One line for people."""
+        """One line for users."""
         counts = self.as_dict()
         parts = [f"{count} {name}" for part in ("removed", "changed") for name, count in counts[part].items() if count]
         return (
@@ -135,16 +135,16 @@ class CleaningReport:
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """What is left: K objects by image, then by annotation id."""
+    """The result: K objects by image, then by annotation id."""
 
     kept: NDArray[np.int64]
-    """(K,) place of each object in the input."""
+    """(K,) position of each object in the input."""
     boxes_xyxy: NDArray[np.float64]
     """(K, 4) original pixels."""
     outlines: Sequence[Outline | None]
-    """K times; None where an object has no mask."""
+    """K entries; None where an object has no mask."""
     images: NDArray[np.int64]
-    """Places of the images that stay, rising."""
+    """Positions of the images that stay, ascending."""
     report: CleaningReport
 
 
@@ -154,10 +154,10 @@ def clean(
     """Apply all rules.
 
     Args:
-        objects: of a COCO file.
-        image_ids: M of them, where `objects.image_index` points to.
+        objects: annotated objects of a COCO file.
+        image_ids: M ids, which `objects.image_index` refers to.
         sizes_hw: (M, 2); infinite where a size is not stated, which leaves the right and bottom border unchecked.
-        settings: which rules, how strict.
+        settings: which rules apply, and how strictly.
     """
     sizes = sizes_hw[objects.image_index].reshape(-1, 2)
     boxes, inside, broken = judge_boxes(objects, sizes, min_area=settings.min_area)
@@ -201,17 +201,17 @@ def clean(
 def judge_boxes(
     objects: Objects, sizes_hw: NDArray[np.float64], *, min_area: float, off: Collection[Rule] = ()
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], list[Rule | None]]:
-    """Apply the rules of boxes, `CROWD` to `SMALL`; segmentations are not looked at.
+    """Apply the rules for boxes, `CROWD` to `SMALL`; segmentations are not checked.
 
     Args:
-        objects: N of them.
-        sizes_hw: (N, 2) of each one's picture; infinite where it is not stated.
-        min_area: of `SMALL`.
-        off: rules that are not applied. Objects that break one of them are judged by the others.
+        objects: N objects.
+        sizes_hw: (N, 2) size of each object's image; infinite where it is not stated.
+        min_area: threshold of `SMALL`.
+        off: rules that are not applied. Objects that violate one of them are judged by the others.
 
     Returns:
-        (N, 4) boxes, original pixels, NaN without one; (N, 4) what of them is inside the picture; N times the first
-        rule that is broken.
+        (N, 4) boxes, original pixels, NaN without one; (N, 4) their parts inside the image; N times the first rule that
+        is violated.
     """
     bboxes, areas = objects.bboxes, objects.areas
     with np.errstate(invalid="ignore", over="ignore"):
@@ -229,7 +229,7 @@ def judge_boxes(
             | (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
             | (areas <= 0),
             Rule.OUTSIDE: (boxes[:, :2] >= limits[:, :2]).any(axis=1) | (boxes[:, 2:] <= 0).any(axis=1),
-            Rule.SMALL: np.fmin(areas, sides[:, 0] * sides[:, 1]) < min_area,  # fmin: a NaN is no statement
+            Rule.SMALL: np.fmin(areas, sides[:, 0] * sides[:, 1]) < min_area,  # fmin ignores NaN: not stated
         }
     first: list[Rule | None] = [None] * len(objects)
     for rule in reversed([rule for rule in broken if rule not in off]):
@@ -245,9 +245,9 @@ def _judge_outlines(
     broken: list[Rule | None],
     changes: list[tuple[int, Change]],
 ) -> list[Outline | None]:
-    """N outlines; adds to `broken` and to `changes`. Objects that go by another rule are not looked at."""
+    """Convert N outlines; adds to `broken` and `changes`. Objects already removed by another rule are skipped."""
     outlines: list[Outline | None] = [None] * len(objects)
-    boxes_only = not any(objects.segmentations)  # nothing but missing and empty ones
+    boxes_only = not any(objects.segmentations)  # all are missing or empty
     for index, segmentation in enumerate(objects.segmentations):
         if broken[index] is not None or segmentation is None or (boxes_only and segmentation == []):
             continue
@@ -269,17 +269,18 @@ def _judge_outlines(
 def find_duplicates(
     objects: Objects, boxes_xyxy: NDArray[np.float64], alive: NDArray[np.bool_], iou: float
 ) -> Iterator[tuple[int, int, float]]:
-    """Objects whose box repeats one of the same image and category that stays.
+    """Find objects whose box repeats that of an object of the same image and category that stays.
 
     Args:
-        objects: N of them.
+        objects: N objects.
         boxes_xyxy: (N, 4) original pixels.
-        alive: (N,) which ones take part; the others neither go nor make others go.
-        iou: boxes that overlap more are the same.
+        alive: (N,) which objects take part; the others are neither duplicates nor cause duplicates.
+        iou: boxes with a greater IoU are duplicates.
 
     Yields:
-        Place of one that goes, place of the one that stays and overlaps it most, their IoU. By rising annotation id, an
-        object goes when its IoU with one that stayed is greater.
+        Position of the duplicate, position of the remaining object that overlaps it most, their IoU. Objects are
+        visited by ascending annotation id; one is a duplicate if its IoU with an object that stayed is greater than
+        `iou`.
     """
     index = np.flatnonzero(alive)
     order = index[np.lexsort((objects.ids[index], objects.labels[index], objects.image_index[index]))]
@@ -289,7 +290,7 @@ def find_duplicates(
         if len(group) < 2:
             continue
         overlaps = _iou_matrix(boxes_xyxy[group])
-        if np.count_nonzero(overlaps > iou) <= len(group):  # each with itself
+        if np.count_nonzero(overlaps > iou) <= len(group):  # each box with itself
             continue
         stays = np.ones(len(group), np.bool_)
         for place in range(1, len(group)):
@@ -301,7 +302,7 @@ def find_duplicates(
 
 
 def _iou_matrix(boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N, N) of (N, 4) boxes with area."""
+    """(N, N) IoU of (N, 4) boxes with area."""
     top_left = np.maximum(boxes_xyxy[:, None, :2], boxes_xyxy[None, :, :2])
     bottom_right = np.minimum(boxes_xyxy[:, None, 2:], boxes_xyxy[None, :, 2:])
     shared = np.clip(bottom_right - top_left, 0, None).prod(axis=2)  # (N, N)

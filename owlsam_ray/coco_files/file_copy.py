@@ -1,4 +1,4 @@
-"""The second reading of a file that is cleaned: what stays is copied as text, what does not is told in a table."""
+"""Second pass of cleaning: copies remaining entries as text, and lists removed and changed ones in a table."""
 
 import contextlib
 import csv
@@ -30,22 +30,23 @@ from owlsam_ray.errors import InputError, shown
 from owlsam_ray.terminal import table_cell
 
 TABLE_COLUMNS = ("action", "image_id", "file_name", "annotation_id", "category", "rule", "detail")
-"""`action` is `removed` or `changed`; an image has no annotation id. Annotations in the file's order, then images."""
+"""`action` is `removed` or `changed`; a row for an image has no annotation id. Annotations in the file's order, then
+images."""
 
 _NO_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
 )  # fmt: skip
-"""What no second try of the same command mends."""
+"""Errors that retrying the same command does not fix."""
 
 _OF_BOXES = (Rule.NON_FINITE, Rule.ZERO_AREA, Rule.OUTSIDE, Rule.SMALL)
 
 
 @contextlib.contextmanager
 def refuse_no_place(option: str, url: str) -> Iterator[None]:
-    """Writing a file inside of it fails as a wrong option where the place is one that cannot be written.
+    """Report a failed write inside this context as a wrong option if the location cannot be written.
 
     Raises:
-        InputError: it is a directory, below a file, read only, …
+        InputError: it is a directory, below a file, read-only, …
     """
     try:
         yield
@@ -56,7 +57,7 @@ def refuse_no_place(option: str, url: str) -> Iterator[None]:
 
 
 class RemovalTable:
-    """Lines of `TABLE_COLUMNS`, as CSV or one JSON object a line."""
+    """Writes rows of `TABLE_COLUMNS`, as CSV or as one JSON object per line."""
 
     def __init__(self, file: IO[bytes], *, as_csv: bool) -> None:
         self._text = io.TextIOWrapper(file, encoding="utf-8", newline="")
@@ -65,20 +66,20 @@ class RemovalTable:
             self._csv.writerow(TABLE_COLUMNS)
 
     def add(self, *values: Any) -> None:
-        """One line: a value for each column."""
+        """Write one row: a value for each column."""
         if self._csv is not None:
             self._csv.writerow(table_cell(value) for value in values)
         else:
             self._text.write(json.dumps(dict(zip(TABLE_COLUMNS, values, strict=True)), ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
-        """Hand over what is still in memory; the file stays open."""
+        """Flush to the file, which stays open."""
         self._text.detach()
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What people call images and categories."""
+    """Names of images and categories, for users."""
 
     images: pa.ChunkedArray
     """(M,) file names."""
@@ -87,22 +88,22 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class FileCopy:
-    """A file, and what becomes of its M images and N annotations."""
+    """A file, and the decisions on its M images and N annotations."""
 
     document: Document
     known: References
     names: Names
     judged: Judged
     drop_image: NDArray[np.bool_]
-    """(M,)"""
+    """(M,) whether the image is removed."""
     table: RemovalTable
 
     def write(self, file: IO[bytes], *, note: dict[str, Any]) -> None:
-        """Write the file, and the lines of the table.
+        """Write the copy and the rows of the table.
 
         Args:
-            file: gets everything; `info` stands first where the input has none.
-            note: goes to `info.cleaned`; the note of an earlier cleaning becomes its `before`.
+            file: the output; `info` comes first if the input has none.
+            note: stored as `info.cleaned`; the note of an earlier cleaning becomes its `before`.
         """
         info = self.document.value("info", dict, {})
         before = {"before": info["cleaned"]} if "cleaned" in info else {}
@@ -145,7 +146,7 @@ class FileCopy:
                     yield text
 
     def _changed(self, index: int, entry: dict[str, Any]) -> dict[str, Any]:
-        """An entry that stays, with what is mended on it."""
+        """An entry that stays, with its changes applied."""
         judged, mended = self.judged, dict(entry)
         if index in judged.clipped:
             mended["bbox"] = judged.clipped[index]
@@ -172,7 +173,7 @@ class FileCopy:
         self.table.add(action, number, name, fields.get("id"), category_name, str(rule), detail)
 
     def _detail(self, index: int, entry: Any, rule: str) -> str:
-        """Why an entry goes, in numbers; empty where the rule says it all."""
+        """Why an entry is removed, in numbers; empty where the rule says everything."""
         if rule in (MALFORMED, Rule.DUPLICATE):
             return self.judged.details[index]
         if rule == UNKNOWN_IMAGE:
@@ -210,7 +211,7 @@ def _write_list(file: IO[bytes], texts: Iterator[bytes]) -> None:
 
 
 def _json(value: Any) -> bytes:
-    """A value; null for numbers beyond all floats, which only the text of the input can hold."""
+    """Encode a value; null for numbers beyond the float range, which only the text of the input can hold."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:

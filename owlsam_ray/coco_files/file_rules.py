@@ -1,7 +1,8 @@
-"""The rules of `owlsam clean`: which entries of a COCO file are wrong, judged in one pass over its annotations.
+"""The rules of `owlsam clean`: finds wrong entries of a COCO file in one pass over its annotations.
 
-Letters: M images, N entries of `annotations`. The rules of fine-tuning (`cleaning.py`) and three more for what
-fine-tuning refuses; each has its own switch. An entry goes by the first rule that it breaks, in the order of `RULES`.
+Shapes: M images, N entries of `annotations`. The rules are those of fine-tuning (`cleaning.py`) and three more for what
+fine-tuning refuses; each can be switched off. An entry is removed by the first rule that it violates, in the order of
+`RULES`.
 """
 
 import itertools
@@ -29,64 +30,63 @@ CROWD_FLAG = "crowd_flag"
 CHANGES: tuple[str, ...] = (Change.CLIPPED_BOX, Change.DROPPED_POLYGON, NEW_ID, CROWD_FLAG)
 
 _MAX_ID = 2**53
-"""Below it every reader holds an integer exactly, floats included."""
+"""Every reader represents integers below this exactly, even as floats."""
 
 _PLAIN, _BAD, _EMPTY, _EMPTY_LIST = range(4)
-"""What a segmentation is: nothing wrong (or none), one of the two rules, or `[]`, which may mean that there is none."""
+"""Codes of a segmentation: valid or missing, violating one of the two rules, or `[]`, which may mean missing."""
 
 
 class FileCleaning(Section):
-    """What `owlsam clean` removes and mends. What a rule that is off would remove stays as it stands."""
+    """What `owlsam clean` removes and fixes. A violation of a rule that is off is kept unchanged."""
 
     malformed: bool = True
-    """Remove entries that are no objects, whose id is no integer, or whose `bbox`, `area`, `iscrowd` or `score` is of
-    a wrong type. An `iscrowd` of true, 1.0, "1" or "true" is written as 1; of false, 0.0, "0", "false" or "" as
+    """Remove entries that are not objects, whose id is not an integer, or whose `bbox`, `area`, `iscrowd` or `score`
+    has a wrong type. An `iscrowd` of true, 1.0, "1" or "true" is written as 1; of false, 0.0, "0", "false" or "" as
     0."""
     unknown_image: bool = True
-    """Remove annotations of an image that is not in the file."""
+    """Remove annotations whose image is not in the file."""
     unknown_category: bool = True
-    """Remove annotations of a category that is not in the file."""
+    """Remove annotations whose category is not in the file."""
     crowd: bool = False
-    """Remove crowd regions (`iscrowd`): evaluation needs them."""
+    """Remove crowd regions (`iscrowd`), which evaluation needs."""
     no_box: bool = True
     """Remove objects without a `bbox`."""
     non_finite: bool = True
-    """Remove objects with numbers beyond all floats in `bbox` or `area`."""
+    """Remove objects with numbers beyond the float range in `bbox` or `area`."""
     zero_area: bool = True
     """Remove objects whose box has no width or height, or whose stated area is not positive."""
     outside: bool = True
-    """Remove objects whose box has no part inside the picture."""
+    """Remove objects whose box is entirely outside the image."""
     min_area: Annotated[Annotated[float, Field(ge=0, allow_inf_nan=False)] | None, BeforeValidator(false_is_off)] = None
-    """Remove objects with fewer square pixels: of the stated `area` or of the box inside the picture, whichever is
+    """Remove objects with a smaller area in square pixels: the stated `area` or the box inside the image, whichever is
     smaller. Default: none."""
     bad_segmentation: bool = True
-    """Remove objects whose segmentation is of no known kind, not finite, or of another size than the picture."""
+    """Remove objects whose segmentation is of an unknown kind, not finite, or of another size than the image."""
     empty_segmentation: bool = True
-    """Remove objects whose segmentation encloses nothing. Objects without a segmentation stay, and so do the empty
-    lists of a file in which nothing else is found."""
+    """Remove objects whose segmentation encloses nothing. Objects without a segmentation stay; so do empty lists if the
+    file has no other segmentations."""
     duplicate_iou: Annotated[Fraction | None, BeforeValidator(false_is_off)] = 0.9
-    """Of two boxes of one category in one image with a greater IoU the one with the lower id stays; null or
-    false: no rule.
-    Crowd regions neither go nor make others go."""
+    """If two boxes of one category in one image have a greater IoU, keep only the one with the lower id; null or false:
+    no rule. Crowd regions are neither removed as duplicates nor cause removals."""
     drop_empty_images: bool = False
-    """Remove images that no annotation is left for, whether they had any or not: they serve as background."""
+    """Remove images without remaining annotations, whether they had any or not: they serve as background."""
     degenerate_polygons: bool = True
-    """Of objects with several polygons, remove those with fewer than 3 points or no area."""
+    """Remove polygons with fewer than 3 points or no area from objects with several polygons."""
     clip_boxes: bool = False
-    """Cut boxes at the border of the picture."""
+    """Clip boxes to the image."""
     new_ids: bool = True
-    """Where an annotation id is given twice, give the later entry a new one, above all others; the lowest free ones
-    where that would be 2^53 or more."""
+    """If an annotation id occurs twice, give the later entry a new id above all others, or the lowest free one if that
+    would be 2^53 or more."""
 
     def is_off(self, rule: str) -> bool:
-        """Whether a rule is not applied."""
+        """Whether a rule is switched off."""
         named = {Rule.SMALL: self.min_area is not None, Rule.DUPLICATE: self.duplicate_iou is not None}
         named[Rule.EMPTY_IMAGE] = self.drop_empty_images
         return not (named[Rule(rule)] if rule in named else getattr(self, rule))
 
 
 class Ids:
-    """Distinct ids, and where each stands."""
+    """Distinct ids and their positions."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.values = np.array(ids, np.int64)
@@ -97,7 +97,7 @@ class Ids:
         return len(self.values)
 
     def places(self, values: Sequence[Any]) -> NDArray[np.int64]:
-        """(N,) where each of N JSON values stands among the ids; -1 for those that do not."""
+        """(N,) positions of N JSON values among the ids; -1 for values that are not among them."""
         fits = np.array([type(value) is int and 0 <= value < 2**63 for value in values], np.bool_)
         if not len(self):
             return np.full(len(values), -1, np.int64)
@@ -109,10 +109,10 @@ class Ids:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """What annotations may name."""
+    """Images and categories that annotations may refer to."""
 
     images: Ids
-    """M of them."""
+    """M ids."""
     sizes_hw: NDArray[np.float64]
     """(M, 2); infinite where a size is not stated."""
     categories: Ids
@@ -120,40 +120,40 @@ class References:
 
 @dataclass(slots=True)
 class Judged:
-    """What becomes of N entries of `annotations`."""
+    """The decision on each of N entries of `annotations`."""
 
     objects: Objects
-    """Of N entries, without segmentations; -1 for an image or a category that is not in the file, and for the id of a
+    """N entries without segmentations; -1 for an image or category that is not in the file, and for the id of a
     malformed entry."""
     rules: list[str | None]
-    """N times the rule by which an entry goes; None: it stays."""
+    """N times the rule that removes the entry; None: it stays."""
     details: dict[int, str]
-    """By place of the entry, where there is more to say."""
+    """Details on the decision, by position of the entry, where there are any."""
     clipped: dict[int, list[float]]
-    """New `bbox` of entries that stay."""
+    """New `bbox` of remaining entries."""
     mended: dict[int, int]
-    """How many polygons an entry that stays loses."""
+    """Number of polygons removed from remaining entries."""
     new_ids: dict[int, int]
-    """New ids of entries that stay."""
+    """New ids of remaining entries."""
     crowd_flags: dict[int, int]
-    """New `iscrowd` of entries that stay."""
+    """New `iscrowd` of remaining entries."""
     had_entries: NDArray[np.bool_]
-    """(M,) whether the image has annotations."""
+    """(M,) whether the image has annotations in the input."""
     has_entries: NDArray[np.bool_]
-    """(M,) whether any of them stays."""
+    """(M,) whether any of its annotations stays."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Survey:
-    """Columns of N entries."""
+    """Columns of N entries, before the rules are applied."""
 
     objects: Objects
     outlines: NDArray[np.int8]
     degenerate: NDArray[np.int32]
-    """Polygons without an area."""
+    """Number of polygons without an area."""
     malformed: dict[int, str]
     crowd_flags: dict[int, int]
-    """What an `iscrowd` that is a flag, but no integer, stands for."""
+    """The integer value of an `iscrowd` that is a flag but not an integer."""
     only_empty_lists: bool
 
 
@@ -163,7 +163,7 @@ def judge_entries(batches: Iterable[tuple[int, list[Any]]], known: References, s
     Args:
         batches: position of the first entry and the entries, in order.
         known: images and categories of the file.
-        settings: which rules, how strict.
+        settings: which rules apply, and how strictly.
     """
     survey = _survey(batches, known)
     objects = survey.objects
@@ -236,7 +236,7 @@ def _survey(batches: Iterable[tuple[int, list[Any]]], known: References) -> _Sur
 
 
 def _sizes_of(image_index: NDArray[np.int64], known: References) -> NDArray[np.float64]:
-    """(N, 2) of each entry's picture; infinite for those without one."""
+    """(N, 2) image size of each entry; infinite for entries without an image."""
     sizes = np.full((len(image_index), 2), np.inf)
     there = image_index >= 0
     sizes[there] = known.sizes_hw[image_index[there]]
@@ -251,7 +251,7 @@ def _score_error(entry: dict[str, Any]) -> str | None:
 
 
 def _hollow(entry: Any) -> dict[str, Any]:
-    """A malformed entry without what no other rule may look at."""
+    """Keep only the fields of a malformed entry that other rules may check."""
     named = {key: entry.get(key) for key in ("image_id", "category_id")} if isinstance(entry, dict) else {}
     return {"id": -1, **named}
 
@@ -259,14 +259,14 @@ def _hollow(entry: Any) -> dict[str, Any]:
 def _joined(parts: Sequence[Objects]) -> Objects:
     none = make_objects(
         [], image_index=np.zeros(0, np.int64), labels=np.zeros(0, np.int64), segmentations=()
-    )  # so that a file without annotations has columns, too
+    )  # so that a file without annotations has columns as well
     names = ("ids", "image_index", "labels", "bboxes", "areas", "crowd")
     columns = {name: np.concatenate([getattr(part, name) for part in (none, *parts)]) for name in names}
     return Objects(**columns, segmentations=())
 
 
 def _judge_segmentation(segmentation: Any, size_hw: list[float]) -> tuple[int, int]:
-    """What it is, and how many of its polygons have no area."""
+    """The code of a segmentation, and its number of polygons without an area."""
     if segmentation is None:
         return _PLAIN, 0
     if segmentation == []:
@@ -280,24 +280,24 @@ def _judge_segmentation(segmentation: Any, size_hw: list[float]) -> tuple[int, i
 
 
 def check_runs(segmentation: Any) -> None:
-    """Whether the text of a compressed RLE fills its size, which `read_outline` leaves open.
+    """Check that the text of a compressed RLE fills its size, which `read_outline` does not.
 
     Args:
-        segmentation: one in which `read_outline` finds nothing wrong.
+        segmentation: a segmentation that `read_outline` accepts.
 
     Raises:
-        BadSegmentationError: a run is negative, or they do not add up.
+        BadSegmentationError: a run is negative, or the runs do not add up.
     """
     if not isinstance(segmentation, dict) or not isinstance(segmentation["counts"], str):
         return
-    # Groups of five bits, the lowest first; 32 is set where more follow, and the last one's 16 is the sign. From the
-    # fourth number on it is the difference to the one two places before.
+    # Groups of five bits, the lowest first; 32 is set where more follow, and 16 of the last group is the sign. From
+    # the fourth number on, each is the difference to the number two places before.
     groups = np.frombuffer(segmentation["counts"].encode(), np.uint8).astype(np.int64) - 48
     last = np.flatnonzero((groups & 0x20) == 0)
     starts = np.concatenate([[0], last[:-1] + 1])
     lengths = last - starts + 1
     height, width = segmentation["size"]
-    if lengths.max() <= 8:  # 40 bits: more than any picture has pixels
+    if lengths.max() <= 8:  # 40 bits: more than any image has pixels
         runs = np.add.reduceat((groups & 0x1F) << (5 * (np.arange(len(groups)) - np.repeat(starts, lengths))), starts)
         runs -= np.where(groups[last] & 0x10, 1 << (5 * lengths), 0)
         runs[1::2] = np.cumsum(runs[1::2])
@@ -333,7 +333,7 @@ def _judge_duplicates(judged: Judged, boxes: NDArray[np.float64], iou: float) ->
 
 
 def _mend(judged: Judged, survey: _Survey, settings: FileCleaning) -> None:
-    """Polygons and ids of what stays."""
+    """Decide the changes to the polygons, flags and ids of remaining entries."""
     judged.clipped = {index: box for index, box in judged.clipped.items() if judged.rules[index] is None}
     if settings.malformed:
         judged.crowd_flags = {i: flag for i, flag in survey.crowd_flags.items() if judged.rules[i] is None}
@@ -353,7 +353,7 @@ def _mend(judged: Judged, survey: _Survey, settings: FileCleaning) -> None:
 
 
 def _free_ids(ids: NDArray[np.int64], count: int) -> Iterable[int]:
-    """At least so many ids that are not among N others."""
+    """At least `count` ids that are not among N others."""
     first = int(ids[ids < _MAX_ID].max(initial=0)) + 1
     if first + count <= _MAX_ID:
         return range(first, first + count)

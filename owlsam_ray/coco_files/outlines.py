@@ -1,4 +1,4 @@
-"""COCO's three kinds of segmentation → one compact form.
+"""Converts COCO's three kinds of segmentation to one compact form.
 
 Polygons are lists of x, y, x, y, … in original pixels; RLE is column-major, uncompressed (a list of run lengths) or
 compressed (a text).
@@ -16,30 +16,31 @@ Outline = tuple[NDArray[np.float64], ...] | bytes
 """Polygons, each (2·P,) with P ≥ 3; or the counts of a compressed RLE."""
 
 _NO_AREA = 1e-6
-"""Square pixels: what rounding leaves of the area of points on a line."""
+"""Square pixels: area that rounding may leave for points on a line."""
 
 _MAX_PIXELS = 2**32 - 1
-"""pycocotools counts in 32 bits."""
+"""pycocotools counts with 32 bits."""
 
 
 class BadSegmentationError(ValueError):
-    """A segmentation that says nothing that could be drawn."""
+    """A segmentation that cannot be drawn."""
 
 
 def read_outline(segmentation: Any, size_hw: tuple[float, float]) -> tuple[Outline | None, int]:
-    """The compact form of one object's segmentation.
+    """Convert one object's segmentation to the compact form.
 
     Args:
         segmentation: the file's value; not None.
-        size_hw: (H, W) of the picture; infinite where it is not stated.
+        size_hw: (H, W) of the image; infinite where it is not stated.
 
     Returns:
-        The outline, None when it encloses nothing (no polygon, only degenerate ones, an RLE without a pixel); and how
-        many polygons were left out because they have fewer than 3 points or no area.
+        The outline, or None when it encloses nothing (no polygon, only degenerate ones, an RLE without a pixel); and
+        the number of polygons left out because they have fewer than 3 points or no area.
 
     Raises:
-        BadSegmentationError: the value is of none of the three kinds, holds what is not a finite number, or is an RLE
-            of another size than the picture. The counts of a compressed RLE are not all checked: who decodes them does.
+        BadSegmentationError: the value is of none of the three kinds, holds a value that is not a finite number, or is
+            an RLE of another size than the image. The counts of a compressed RLE are not fully checked; decoders check
+            them.
     """
     if isinstance(segmentation, list):
         kept = tuple(polygon for polygon in map(_polygon, segmentation) if _has_area(polygon))
@@ -49,10 +50,10 @@ def read_outline(segmentation: Any, size_hw: tuple[float, float]) -> tuple[Outli
 
 
 def proper_polygons(segmentation: list[Any]) -> list[Any]:
-    """The polygons with at least 3 points and an area, as the file states them.
+    """Select the polygons with at least 3 points and an area, as the file states them.
 
     Args:
-        segmentation: a list in which `read_outline` finds nothing wrong.
+        segmentation: a list that `read_outline` accepts.
     """
     return [values for values in segmentation if _has_area(_polygon(values))]
 
@@ -74,13 +75,13 @@ def _signed_area(polygon: NDArray[np.float64]) -> float:
     """Shoelace formula; 0 for fewer than 3 points."""
     if len(polygon) < 6:
         return 0.0
-    # From the first point, so that far from the origin no digits are lost.
+    # Relative to the first point, so that no precision is lost far from the origin.
     x, y = polygon[0::2] - polygon[0], polygon[1::2] - polygon[1]
     return float(x[:-1] @ y[1:] - x[1:] @ y[:-1]) / 2
 
 
 def _rle(segmentation: Any, size_hw: tuple[float, float]) -> bytes:
-    """Counts of a compressed RLE; safe to give to pycocotools."""
+    """Counts of a compressed RLE that are safe to pass to pycocotools."""
     size = segmentation.get("size") if isinstance(segmentation, dict) else None
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         raise BadSegmentationError("neither polygons nor an RLE with a size")
@@ -102,7 +103,7 @@ def _rle(segmentation: Any, size_hw: tuple[float, float]) -> bytes:
 
 
 def _checked_text(counts: str) -> bytes:
-    """Text whose last number ends: pycocotools reads on past the end of one that does not."""
+    """Check that the last number of the text is complete; otherwise pycocotools reads beyond its end."""
     groups = np.frombuffer(counts.encode("utf-8", "replace"), np.uint8).astype(np.int64) - 48
     if len(groups) == 0 or groups.min() < 0 or groups.max() > 0x3F or groups[-1] & 0x20:
         raise BadSegmentationError(f"{counts[:20]!r}… is no compressed RLE")

@@ -1,4 +1,4 @@
-"""What is odd in a file: counted by kind, the first of each kind quoted."""
+"""Counts what is wrong in a file by kind, and quotes the first examples of each kind."""
 
 from collections.abc import Callable
 from enum import StrEnum
@@ -11,70 +11,70 @@ _QUOTED = 5
 
 
 class Problem(StrEnum):
-    """Kinds of oddities. Files with them can be read; what they mean for the numbers is said here."""
+    """Kinds of problems. A file with them can still be read; each description states the effect on the counts."""
 
     NO_IMAGES = "no_images"
     """The file has no list `images`."""
     NO_CATEGORIES = "no_categories"
     """The file has no list `categories`."""
     NO_ANNOTATIONS = "no_annotations"
-    """The file has no list `annotations`, as files of test images have none."""
+    """The file has no list `annotations`, which is normal for files of test images."""
     ODD_CATEGORY = "odd_category"
-    """No integer id, or no name; without an id it is left out."""
+    """The category has no integer id, or no name; without an id it is left out."""
     DUPLICATE_CATEGORY_ID = "duplicate_category_id"
-    """Left out, but for the first."""
+    """All but the first are left out."""
     DUPLICATE_CATEGORY_NAME = "duplicate_category_name"
-    """Counted apart, by their ids."""
+    """Counted separately, by id."""
     IMAGE_WITHOUT_ID = "image_without_id"
     """Counted as an image without annotations."""
     DUPLICATE_IMAGE_ID = "duplicate_image_id"
-    """The first gets the annotations."""
+    """Annotations are assigned to the first image."""
     ODD_IMAGE_SIZE = "odd_image_size"
-    """Height or width is no whole number of pixels, or only one of them is stated; counts among no sizes."""
+    """Height or width is not a whole number of pixels, or only one of them is stated; excluded from the size counts."""
     IMAGE_WITHOUT_SIZE = "image_without_size"
-    """Neither height nor width is stated (null, 0 or -1); counts among no sizes."""
+    """Neither height nor width is stated (null, 0 or -1); excluded from the size counts."""
     ANNOTATION_WITHOUT_ID = "annotation_without_id"
-    """Counted."""
+    """The annotation is counted."""
     DUPLICATE_ANNOTATION_ID = "duplicate_annotation_id"
-    """Counted."""
+    """The annotations are counted."""
     UNKNOWN_IMAGE = "unknown_image"
-    """Not counted in any number by image."""
+    """Excluded from all counts per image."""
     UNKNOWN_CATEGORY = "unknown_category"
-    """Not counted in any number by category."""
+    """Excluded from all counts per category."""
     NO_BOX = "no_box"
-    """`bbox` is not stated, or empty."""
+    """`bbox` is missing or empty."""
     ODD_BOX = "odd_box"
-    """Not four finite numbers, without width or height, or of a shape beyond all floats; has no aspect ratio."""
+    """Not four finite numbers, without width or height, or of a shape beyond the float range; has no aspect ratio."""
     BOX_OUTSIDE = "box_outside"
-    """Leaves its image by more than a pixel."""
+    """The box extends beyond its image by more than a pixel."""
     ODD_AREA = "odd_area"
-    """The stated area is not positive, or not finite, as that of an empty mask; has no size."""
+    """The stated area is not positive or not finite, such as the area of an empty mask; excluded from the sizes."""
     ODD_CROWD = "odd_crowd"
     """`iscrowd` is neither 0 nor 1, nor true or false; counted as a crowd."""
     ODD_SCORE = "odd_score"
-    """Not from 0 to 1; one that is not finite is not counted as a score."""
+    """The score is not from 0 to 1; a score that is not finite is not counted."""
 
 
 class Problems:
-    """Counts and quotes of each kind."""
+    """Counts and quotes of each kind of problem."""
 
     def __init__(self) -> None:
         self._counts = dict.fromkeys(Problem, 0)
         self._quotes: dict[Problem, list[str]] = {problem: [] for problem in Problem}
 
     def add(self, problem: Problem, quote: str) -> None:
-        """Count one."""
+        """Count one problem."""
         self._counts[problem] += 1
         if len(self._quotes[problem]) < _QUOTED:
             self._quotes[problem].append(quote)
 
     def add_many(self, problem: Problem, where: NDArray[np.bool_], quote: Callable[[int], str]) -> None:
-        """Count those of a block.
+        """Count the rows of a block that have a problem.
 
         Args:
             problem: its kind.
-            where: (N,) which rows of the block.
-            quote: what to say of a row; asked for the first ones only.
+            where: (N,) mask of the rows of the block.
+            quote: describes a row; called for the first ones only.
         """
         count = int(np.count_nonzero(where))
         if count:
@@ -83,7 +83,7 @@ class Problems:
             self._quotes[problem] += [quote(int(row)) for row in np.flatnonzero(where)[:wanted]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Count and the first few quotes of every kind, zero or not."""
+        """Count and first quotes of every kind, including zeros."""
         return {
             str(problem): {"count": count, "examples": self._quotes[problem]} for problem, count in self._counts.items()
         }

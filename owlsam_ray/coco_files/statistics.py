@@ -1,4 +1,4 @@
-"""What a COCO-format file holds, counted without an object for every annotation: a ground truth, or a run's output."""
+"""Computes statistics of a COCO-format file (ground truth or output) without an object per annotation."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from owlsam_ray.ops.arrays import repeats
 _IMAGE_SCHEMA = pa.schema([("id", pa.int64()), ("height", pa.float64()), ("width", pa.float64())])
 _FREQUENT_SIZES = 20
 _CELLS = 48
-"""Most bins a side of the map of image sizes."""
+"""Maximum number of bins per side of the map of image sizes."""
 _GROUPS = {"r": 10, "c": 100}
 """LVIS calls a category rare up to 10 images of its training set, common up to 100, frequent above."""
 
@@ -33,25 +33,25 @@ class _Images:
 
     index: Index
     sizes_wh: NDArray[np.float64]
-    """(M, 2); infinite where a size is odd."""
+    """(M, 2); infinite where a size is invalid or not stated."""
 
 
 def statistics(url: str, show: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
-    """Count what a COCO-format file holds.
+    """Count the contents of a COCO-format file.
 
-    Every annotation counts, crowds too. An area is the stated one, or the box's where none is stated. Masks are counted
-    by their text: a key `segmentation` inside of another value would count as one.
+    Every annotation counts, including crowds. An area is the stated one, or the box's area where none is stated. Masks
+    are counted in the JSON text: a key `segmentation` inside another value would count as one.
 
     Args:
         url: path or fsspec URL.
-        show: called with the bytes done and those of the file.
+        show: called with the bytes read so far and the size of the file in bytes.
 
     Returns:
         Plain JSON values: `file`, `bytes`, `images`, `annotations`, `categories`, `frequency_groups` (None without
-        LVIS's fields), `scores` (None without), `problems` (a `Problem` each: count and quotes).
+        LVIS's fields), `scores` (None without scores), `problems` (count and quotes of each `Problem`).
 
     Raises:
-        InputError: the file cannot be read, is no COCO file, or a field is of a wrong type.
+        InputError: the file cannot be read, is not a COCO file, or a field has a wrong type.
     """
     problems = Problems()
     with open_document(url) as document:
@@ -88,7 +88,7 @@ def statistics(url: str, show: Callable[[int, int], None] = lambda done, total: 
 
 
 def _read_categories(document: Document, problems: Problems) -> list[dict[str, Any]]:
-    """Those with an id of their own; each has a name."""
+    """Read the categories that have a unique id; each gets a name."""
     kept: dict[int, dict[str, Any]] = {}
     for position, entry in enumerate(document.value("categories", list, [])):
         number = entry.get("id") if isinstance(entry, dict) else None
@@ -135,7 +135,7 @@ def _read_images(document: Document, problems: Problems) -> _Images:
 def _image_columns(
     table: pa.Table, first: int, problems: Problems
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float64]]:
-    """(B,) ids, (B,) whether there is one, (B, 2) widths and heights, infinite where odd."""
+    """(B,) ids, (B,) whether there is one, (B, 2) widths and heights, infinite where invalid or not stated."""
     known = table["id"].is_valid().to_numpy()
     ids = table["id"].fill_null(0).to_numpy()
     stated = np.stack([table["width"].to_numpy(), table["height"].to_numpy()], axis=1)
@@ -181,7 +181,7 @@ def _size_numbers(sizes_wh: NDArray[np.int64]) -> dict[str, Any]:
     sides = Histogram(SIDE_EDGES)
     sides.add(np.sqrt(sizes_wh.prod(axis=1, dtype=np.float64)))
     greatest = int(sizes_wh.max(initial=1))
-    # The least of 1, 2, 5, 10, 20, … px that needs no more than so many bins.
+    # The smallest of 1, 2, 5, 10, 20, … px that needs at most `_CELLS` bins.
     step = next(
         digit * 10**power for power in range(10) for digit in (1, 2, 5) if greatest <= digit * 10**power * _CELLS
     )
@@ -218,7 +218,7 @@ def _category_numbers(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _frequency_groups(categories: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Numbers by LVIS's groups, and whether the counts that the file states of its categories are its own."""
+    """Counts by LVIS's groups, and whether the counts that the file states for its categories match its content."""
     groups = [_group_of(entry) for entry in categories]
     if not any(groups):
         return None
@@ -240,7 +240,7 @@ def _frequency_groups(categories: list[dict[str, Any]], rows: list[dict[str, Any
 
 
 def _group_of(entry: dict[str, Any]) -> str | None:
-    """As the file states it, or by the number of images that it states."""
+    """The group that the file states, or the group by its stated number of images; None without either."""
     if entry.get("frequency") in ("r", "c", "f"):
         return str(entry["frequency"])
     images = entry.get("image_count")

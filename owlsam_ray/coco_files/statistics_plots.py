@@ -1,4 +1,4 @@
-"""Statistics as one page of plots."""
+"""Draws statistics as one page of plots."""
 
 import io
 import warnings
@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 SHOWN_CATEGORIES = 40
 _NARROW = 0.17
-"""Part of the axis below which a label of two lines would run into its neighbours."""
+"""Fraction of the axis below which a two-line label would run into its neighbours."""
 _BLUE, _DARK, _ORANGE, _GREY, _INK = "#4878a8", "#1f3f60", "#d9822b", "#8a8f98", "#22262b"
 _SHADES = LinearSegmentedColormap.from_list("blues", ["#c9dbee", _BLUE, _DARK])
 PAGE_STYLE: dict[str, Any] = {
@@ -26,7 +26,7 @@ PAGE_STYLE: dict[str, Any] = {
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
 }
-"""Of every page of plots."""
+"""Shared by every page of plots."""
 _STYLE: Any = PAGE_STYLE | {
     "axes.labelsize": 9,
     "axes.labelcolor": _INK,
@@ -41,15 +41,15 @@ _STYLE: Any = PAGE_STYLE | {
 
 
 def draw_statistics(result: dict[str, Any]) -> bytes:
-    """One PNG: categories, annotations per image, areas, aspect ratios, image sizes, and scores where there are some.
+    """Draw one PNG: categories, annotations per image, areas, aspect ratios, image sizes, and scores if there are any.
 
     Args:
-        result: of `statistics`.
+        result: result of `statistics`.
     """
     rows = max(1, min(SHOWN_CATEGORIES, result["categories"]["number"]))
     height = max(10.5, 3.2 + 0.21 * rows)
     with rc_context(_STYLE), warnings.catch_warnings():
-        # Names in scripts that the font does not have are drawn as boxes.
+        # Characters missing from the font are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(15, height), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
         last = "ranks" if result["scores"] is None else "scores"
@@ -103,7 +103,7 @@ def _draw_categories(axes: Axes, categories: dict[str, Any]) -> None:
     without = len(categories["without_objects"])
     label = "number" if len(shown) == len(rows) else f"number; the first {len(shown)} of {len(rows):,} categories"
     axes.set_xlabel(f"{label}; {without:,} of {len(rows):,} have none" if without else label)
-    # Outside of the bars: with balanced categories there is no free corner.
+    # Outside the bars: with balanced categories no corner is free.
     axes.legend(
         loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=2, frameon=False, fontsize=8.5,
         columnspacing=1.2, handlelength=1.4,
@@ -247,7 +247,7 @@ def _draw_scores(axes: Axes, scores: dict[str, Any]) -> None:
 
 
 def _mark_pooled(axes: Axes, histogram: dict[str, Any]) -> None:
-    """Say at the outermost edges that the bars beside them hold everything beyond as well."""
+    """Mark the outermost edges whose bars also include everything beyond."""
     low, high = histogram["edges"][0], histogram["edges"][-1]
     marks = {low: "≤" if histogram["below"] else "", high: "≥" if histogram["above"] else ""}
     left, right = axes.get_xlim()
@@ -272,7 +272,7 @@ def _log_bars(axes: Axes, edges: np.ndarray[Any, Any], counts: np.ndarray[Any, A
 
 
 def _trimmed(histogram: dict[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Edges and counts without the empty bins at both ends; what lies beyond is drawn in the outermost ones."""
+    """Edges and counts without the empty bins at both ends; values beyond are counted in the outermost bins."""
     edges, counts = np.array(histogram["edges"]), np.array(histogram["counts"])
     counts[0] += histogram["below"]
     counts[-1] += histogram["above"]

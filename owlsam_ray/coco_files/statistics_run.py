@@ -1,4 +1,4 @@
-"""`owlsam stats`: count, show, write."""
+"""Runs `owlsam stats`: computes the statistics of a file, prints them, and writes them to a directory."""
 
 import json
 import logging
@@ -25,20 +25,20 @@ _log = logging.getLogger(__name__)
 
 
 def run_statistics(url: str, *, out: str | None, as_json: bool, console: Console) -> dict[str, Any]:
-    """Count what a COCO-format file holds; show it, and write it where `out` says.
+    """Compute the statistics of a COCO-format file, print them, and write them to `out`.
 
     Args:
         url: path or fsspec URL of the file.
         out: directory for `statistics.json` and `statistics.png`, path or URL; None: nothing is written.
-        as_json: return everything, and draw no table.
+        as_json: return all statistics, and print no table.
         console: for progress and table.
 
     Returns:
-        What the last line of the command says.
+        The contents of the command's last output line.
 
     Raises:
-        InputError: the file cannot be read, is no COCO file, or a field is of a wrong type; `out` is a file, or no
-            place for a directory.
+        InputError: the file cannot be read, is not a COCO file, or a field has a wrong type; `out` is a file, or cannot
+            be a directory.
         OSError: `out` cannot be written.
     """
     if out is not None:
@@ -74,11 +74,11 @@ def run_statistics(url: str, *, out: str | None, as_json: bool, console: Console
 
 
 def annotations_of_run(run_url: str) -> str:
-    """The labels of a reduced run.
+    """Path of the labels of a reduced run.
 
     Raises:
         InputError: there is no run.
-        IncompleteError: it is not reduced yet.
+        IncompleteError: the run is not reduced yet, or not to one COCO file.
     """
     annotations = storage.join(run_url, "coco", "annotations.json")
     if storage.exists(annotations):
@@ -98,16 +98,16 @@ def write_statistics(result: dict[str, Any], out: str) -> dict[str, str]:
     """Write `statistics.json` and `statistics.png` into a directory, path or fsspec URL.
 
     Args:
-        result: of `statistics`.
-        out: is made where it is not there.
+        result: result of `statistics`.
+        out: created if it does not exist.
 
     Returns:
-        Both files, by `statistics` and `plots`.
+        Paths of both files, under `statistics` and `plots`.
 
     Raises:
         OSError: it cannot be written.
     """
-    # matplotlib costs half a second, and a run without pictures has no use for it.
+    # Importing matplotlib takes half a second, which is wasted unless plots are drawn.
     from owlsam_ray.coco_files.statistics_plots import draw_statistics
 
     files = {"statistics": storage.join(out, STATISTICS_FILE), "plots": storage.join(out, PLOTS_FILE)}
@@ -119,7 +119,7 @@ def write_statistics(result: dict[str, Any], out: str) -> dict[str, str]:
 
 
 class ByteDisplay:
-    """A bar on a terminal, a log line now and then elsewhere."""
+    """Shows progress as a bar on a terminal, and as occasional log lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self._bar: Progress | None = None
@@ -148,7 +148,7 @@ class ByteDisplay:
             self._bar.stop()
 
     def show(self, done: int, total: int) -> None:
-        """Tell how many bytes are read."""
+        """Report how many bytes have been read."""
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""Statistics for people, in a terminal."""
+"""Formats statistics as tables for a terminal."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,14 +9,14 @@ from rich.table import Table
 from owlsam_ray.terminal import safe_text
 
 MAX_CATEGORIES = 40
-"""More categories than that are left to the JSON file."""
+"""Maximum number of categories in the table; the JSON file has all of them."""
 _UNDEFINED = "–"
 _BAR = 30
 _GROUPS = {"r": "rare", "c": "common", "f": "frequent"}
 
 
 def statistics_table(result: dict[str, Any]) -> RenderableType:
-    """Tables of what `statistics` counted."""
+    """Tables of the result of `statistics`."""
     parts: list[RenderableType] = [_overview(result), _categories(result["categories"])]
     if result["frequency_groups"] is not None:
         parts.append(_groups(result["frequency_groups"]))
