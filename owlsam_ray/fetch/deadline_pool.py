@@ -36,7 +36,7 @@ class DeadlinePool(Generic[T]):
             deadline_s: seconds without progress after which the caller gives up; None: never.
         """
         self._threads, self._deadline_s = max(1, threads), deadline_s
-        self._lock = threading.Lock()  # guards the three counters and the queue below
+        self._lock = threading.Lock()  # guards the attributes below
         self._waiting: deque[Task[T]] = deque()
         self._unfinished = 0
         self._at_work = 0

@@ -25,8 +25,8 @@ _SPLIT_OF_FILE = re.compile(r"(train|val|test|unlabeled)[a-z-]*(20\d\d)")
 def list_coco(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing:
     """List the images of a COCO file, in the file's order.
 
-    `file_name` is the path below `data.images`; it includes the folder of the split if that is below the root. Repeated
-    ids and names are found by the plan.
+    `file_name` is the path below `data.images`; it begins with the folder of the split if `data.images` is the folder
+    above. Repeated ids and names are found by the plan.
 
     Raises:
         InputError: see `list_images_of`.
@@ -128,7 +128,7 @@ def list_tree(tree: dict[str, Any], *, url: str, root: str) -> ImageList:
 
 
 def read_tree(url: str) -> dict[str, Any]:
-    """Read a COCO file as plain values, all of it into memory; nothing is checked yet.
+    """Read a COCO file into memory as plain values; nothing is checked yet.
 
     Raises:
         InputError: see `open_document`.

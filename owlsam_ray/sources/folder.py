@@ -31,11 +31,11 @@ def list_folder(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listi
     harm; linked files are listed.
 
     Unsafe names are quoted (`row_names`). Local files are read whatever bytes their names have (`Container.ESCAPED`). A
-    key of another storage that cannot be requested literally (`.` or `..` between slashes, NUL, halves of surrogate
-    pairs) is listed as `Container.BAD` with the reason (`bad_name`).
+    key of another storage that cannot be requested literally (`.` or `..` between slashes, NUL, unpaired surrogates) is
+    listed as `Container.BAD` with the reason (`bad_name`).
 
     Raises:
-        OSError: a folder cannot be listed; images are never silently left out.
+        OSError: a folder cannot be listed; its images are not silently left out.
         InputError: the folder does not exist, or holds no image file.
     """
     root = config.images or ""

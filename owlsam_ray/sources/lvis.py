@@ -39,7 +39,7 @@ def list_lvis(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listing
 
     `data.images` is the folder above train2017 and val2017, or one folder that holds the images of all splits in the
     file. `file_name` is the path below it, and the split is the folder of `coco_url`. A few images of each folder are
-    looked up: if they are absent, a warning names the folder, and its images become failed rows.
+    looked up: if none exists, a warning names the folder, and its images become failed rows.
 
     Raises:
         InputError: see `list_images_of`; or, from the tables, `data.images` is the folder of one split and the file has

@@ -105,7 +105,7 @@ class _TableFile:
         if self._columns.bytes is not None:
             check_binary(self._url, Wanted("columns.bytes", self._columns.bytes, None))
         for arrays in self._batches():
-            if not len(arrays[0]):  # without rows, computed columns would have no known types
+            if not len(arrays[0]):  # an empty batch leaves the types of computed columns unknown
                 continue
             given = dict(zip(self._wanted, arrays, strict=True))
             yield self._table(given, len(arrays[0]))

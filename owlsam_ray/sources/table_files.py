@@ -47,8 +47,8 @@ def read_columns(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]
         wanted: columns, at least one; a null or missing value is null.
 
     Yields:
-        One array for each wanted column. CSV has no types, so it gives texts for columns of any type, except for
-        columns that are also wanted as integers.
+        One array for each wanted column. CSV has no types: a column of any type holds texts, unless it is also wanted
+        as integers or numbers.
 
     Raises:
         InputError: the file cannot be read, lacks a column, or holds values of another type; names file, column and
