@@ -41,7 +41,7 @@ def read_objects(tree: dict[str, Any], *, url: str, image_ids: Sequence[int], ca
     """Read the `annotations` of a COCO file.
 
     Args:
-        tree: result of `coco.read_tree`.
+        tree: result of `sources.coco.read_tree`.
         url: the file, for messages.
         image_ids: ids in the listing; their order defines `image_index`.
         category_ids: their order defines `labels`.

@@ -43,8 +43,8 @@ class CleaningSettings(Section):
     """If two boxes of one category in one image have a greater IoU, keep only the one with the lower annotation id;
     null or false keeps all."""
     min_area: Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_false_is_zero)] = 100.0
-    """Drop objects with a smaller area in square pixels: the stated `area` or the box inside the image, whichever is
-    smaller; 0 or false drops none."""
+    """Minimum area in square pixels: drop objects whose stated `area` or whose box inside the image is smaller; 0 or
+    false drops none."""
     clip_boxes: bool = True
     """Clip boxes to the image; false leaves boxes that extend beyond it unchanged."""
     drop_bad_masks: bool = True

@@ -58,8 +58,8 @@ class FileCleaning(Section):
     outside: bool = True
     """Remove objects whose box is entirely outside the image."""
     min_area: Annotated[Annotated[float, Field(ge=0, allow_inf_nan=False)] | None, BeforeValidator(false_is_off)] = None
-    """Remove objects with a smaller area in square pixels: the stated `area` or the box inside the image, whichever is
-    smaller. Default: none."""
+    """Minimum area in square pixels: remove objects whose stated `area` or whose box inside the image is smaller.
+    Default: none."""
     bad_segmentation: bool = True
     """Remove objects whose segmentation is of an unknown kind, not finite, or of another size than the image."""
     empty_segmentation: bool = True
