@@ -1,18 +1,18 @@
-"""What fails one image, what stops the run, and the exit codes that a scheduler can act on.
+"""Define all errors, which of them stop the run, and the exit codes that a scheduler can act on.
 
 OwlsamError
 ├── ImageError              fails one image; becomes a row, never stops the run
 ├── ConfigError         2   the run file or the command line
 ├── InputError          2   the dataset, the vocabulary, a path
-│   └── StorageSetupError   no credentials, or no package, to ask a storage with
-├── WeightsError        2   weights that are missing or of another layout
-├── TrainingError       5   a training that cannot go on: a loss that is not finite
+│   └── StorageSetupError   no credentials, or no package, to access a storage
+├── WeightsError        2   weights are missing, or have another layout
+├── TrainingError       5   a training cannot continue: the loss is not finite
 ├── PreflightError      2   the run cannot start on these resources (law 10)
-├── GuardError          3   another fingerprint, layout or numerics on this run directory
-├── AttemptLiveError    4   another attempt works on this run directory
-├── IncompleteError     5   shards missing or corrupt, or the proof does not add up
+├── GuardError          3   the run directory has another fingerprint, layout or numerics
+├── AttemptLiveError    4   another attempt is working on this run directory
+├── IncompleteError     5   shards are missing or corrupt, or the proof does not add up
 ├── FailedImagesError   1   more failed images than `reduce.max_failed`
-└── InterruptedRunError 75  stopped by a signal; the same command goes on
+└── InterruptedRunError 75  stopped by a signal; the same command continues the run
 """
 
 import re
@@ -21,9 +21,9 @@ from enum import IntEnum, StrEnum
 from itertools import islice
 
 _MESSAGE_LIMIT = 8000
-"""Characters of a message, some twenty lines."""
+"""Maximum characters of a message, about twenty lines."""
 _REASON_LIMIT = 1000
-"""Characters of the reason of a failed image."""
+"""Maximum characters of the reason of a failed image."""
 _SHOWN_DEPTH = 4
 """Levels of nested values that a message shows."""
 
@@ -41,23 +41,23 @@ class ExitCode(IntEnum):
 
 
 class FailureClass(StrEnum):
-    """Why a failed image failed, in the way that matters to a retry."""
+    """Why an image failed, as far as it matters for a retry."""
 
     PERMANENT = "permanent"
-    """The bytes cannot be decoded, or the file is not there: the same again tomorrow."""
+    """The bytes cannot be decoded, or the file does not exist: a retry gives the same result."""
     TRANSIENT = "transient"
-    """Storage gave up: worth another try."""
+    """Storage failed after all retries: worth another try."""
     QUARANTINED = "quarantined"
-    """It killed a process."""
+    """The image killed a process."""
 
 
 class OwlsamError(Exception):
-    """Root of all errors that this project raises on purpose."""
+    """Base class of all errors that this project raises on purpose."""
 
     exit_code: ExitCode = ExitCode.USAGE
 
     def __init__(self, *args: object) -> None:
-        """Keep the message, cut: a backstop for values that `shown` was not asked to cut."""
+        """Keep the message, truncated: a backstop for values that were not passed through `shown`."""
         if args and isinstance(args[0], str) and len(args[0]) > _MESSAGE_LIMIT:
             args = (f"{args[0][: _MESSAGE_LIMIT - 1]}…", *args[1:])
         super().__init__(*args)
@@ -67,8 +67,8 @@ class ImageError(OwlsamError):
     """Fails one image.
 
     Args:
-        reason: a short stable word (`truncated`, `missing`, …), then optionally `: ` and details.
-        failure_class: what a retry may expect.
+        reason: a short stable keyword (`truncated`, `missing`, …), then optionally `: ` and details.
+        failure_class: what a retry can expect.
     """
 
     def __init__(self, reason: str, failure_class: FailureClass = FailureClass.PERMANENT) -> None:
@@ -78,7 +78,7 @@ class ImageError(OwlsamError):
         self.failure_class = failure_class
 
     def __reduce__(self) -> tuple[type["ImageError"], tuple[str, FailureClass]]:
-        """Keep both arguments when pickled (threads and actors pass it on)."""
+        """Keep both arguments when pickled (threads and actors pass the error on)."""
         return type(self), (self.reason, self.failure_class)
 
 
@@ -91,7 +91,7 @@ class InputError(OwlsamError):
 
 
 class StorageSetupError(InputError):
-    """No credentials, or no package, to ask a storage with on this machine; no property of a file."""
+    """No credentials, or no package, to access a storage on this machine; the files are not to blame."""
 
 
 class WeightsError(OwlsamError):
@@ -99,7 +99,7 @@ class WeightsError(OwlsamError):
 
 
 class TrainingError(OwlsamError):
-    """A training cannot go on."""
+    """A training cannot continue."""
 
     exit_code = ExitCode.INCOMPLETE
 
@@ -115,7 +115,7 @@ class GuardError(OwlsamError):
 
 
 class AttemptLiveError(OwlsamError):
-    """Another attempt works on the run directory."""
+    """Another attempt is working on the run directory."""
 
     exit_code = ExitCode.ATTEMPT_LIVE
 
@@ -139,14 +139,14 @@ class InterruptedRunError(OwlsamError):
 
 
 def shown(value: object, limit: int = 120) -> str:
-    """A value for a message: as `repr` writes it, cut.
+    """Format a value for a message: as `repr` writes it, truncated.
 
-    Quotes mark texts, control characters and halves of surrogate pairs are escaped. No more of the value is rendered
-    than fits, so a structure of gigabytes, or one with cycles, costs nothing.
+    Text is quoted; control characters and lone surrogates are escaped. Only as much of the value is rendered as fits,
+    so a structure of gigabytes, or one with cycles, costs nothing.
 
     Args:
-        value: anything, from anyone.
-        limit: most characters; what is cut ends with an ellipsis.
+        value: any value, possibly untrusted.
+        limit: maximum number of characters; truncated text ends with an ellipsis.
     """
     text = ""
     for piece in _pieces(value, limit, _SHOWN_DEPTH):
@@ -157,11 +157,11 @@ def shown(value: object, limit: int = 120) -> str:
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """A library's own message for a message of ours: without line breaks and control characters, cut.
+    """Format a library's error message for use in ours: no line breaks or control characters, truncated.
 
     Args:
-        error: an exception or a text; one that says nothing is named by its type.
-        limit: most characters; what is cut ends with an ellipsis.
+        error: an exception or a text; an empty message is replaced by the type's name.
+        limit: maximum number of characters; truncated text ends with an ellipsis.
     """
     text = str(error)
     is_cut = len(text) > 2 * limit
@@ -171,7 +171,7 @@ def one_line(error: object, limit: int = 300) -> str:
 
 
 def _pieces(value: object, limit: int, depth: int) -> Iterator[str]:
-    """The parts of a value's text in order, each not much longer than `limit`."""
+    """Yield the parts of a value's text in order, each not much longer than `limit`."""
     if isinstance(value, str):
         yield str.__repr__(value[: limit + 1])
     elif isinstance(value, bytes | bytearray):
@@ -205,10 +205,10 @@ def _listed(values: Iterable[object], limit: int, depth: int, *, is_mapping: boo
 
 
 def raise_problems(where: str, problems: Sequence[str], way_out: str, *, use: str = "labelled") -> None:
-    """Refuse a file, naming the first problems.
+    """Refuse a file if it has problems, naming the first five.
 
     Raises:
-        InputError: when there is any.
+        InputError: there is at least one problem.
     """
     if problems:
         more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""

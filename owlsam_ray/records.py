@@ -1,7 +1,7 @@
-"""What flows inside the actor.
+"""Records that flow through the actor: encoded images in, detections, masks and predictions out.
 
-Letters: N detections of one image, H W original pixels. Boxes are half-open: x1 and y1 are the right and bottom edges.
-All arrays live on the CPU; pixels and dense masks are not here on purpose, they never leave a stage.
+Shapes: N detections of one image, H W original pixels. Boxes are half-open: x1 and y1 are the right and bottom edges.
+All arrays are on the CPU. Pixels and dense masks are deliberately absent: they never leave a stage.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from owlsam_ray.errors import FailureClass
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """One image as storage gave it: the input of the engine."""
+    """One image as storage returned it: the input of the engine."""
 
     image_id: int
     data: bytes | memoryview | None
     """The file's bytes; None when fetching failed."""
     stated_hw: tuple[int, int] | None = None
-    """(H, W) that the source states, if it does."""
+    """(H, W) as stated by the source; None when it states none."""
     failure: tuple[str, FailureClass] | None = None
     """Reason and class when fetching failed."""
     note: str | None = None
-    """A remark of whoever fetched it, such as a size that the listing contradicts."""
+    """A remark from the fetch, such as a size that contradicts the listing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,13 @@ class Detections:
     scores: NDArray[np.float32]
     """(N,) after suppression (a decayed or merged score may differ from the raw one)."""
     raw_scores: NDArray[np.float32]
-    """(N,) as the detector gave them."""
+    """(N,) as returned by the detector."""
     labels: NDArray[np.int64]
     """(N,) index into the categories."""
     prompt_ids: NDArray[np.int64]
-    """(N,) index into the queries: the one that matched."""
+    """(N,) index into the queries: the query that matched."""
     num_merged: NDArray[np.int64]
-    """(N,) boxes that were fused into this one; 1 without merging."""
+    """(N,) number of boxes merged into this one; 1 without merging."""
 
     def __post_init__(self) -> None:
         n = len(self.scores)
@@ -68,12 +68,12 @@ class Detections:
         )
 
     def moved(self, offset_xy: NDArray[np.float32]) -> "Detections":
-        """The same detections with boxes moved by (2,) pixels."""
+        """The same detections, with the boxes shifted by `offset_xy` (2,) pixels."""
         return replace(self, boxes_xyxy=self.boxes_xyxy + np.concatenate([offset_xy, offset_xy]))
 
     @staticmethod
     def concatenate(parts: Sequence["Detections"]) -> "Detections":
-        """One part after another; no part, no detection. The caller brings them into order."""
+        """Join the parts in order; without parts, the result is empty. The caller sorts the result."""
         if not parts:
             return Detections.empty()
         return Detections(
@@ -82,7 +82,7 @@ class Detections:
 
     @staticmethod
     def empty() -> "Detections":
-        """No detection."""
+        """Zero detections."""
         none = np.zeros(0, np.int64)
         return Detections(
             boxes_xyxy=np.zeros((0, 4), np.float32),
@@ -101,25 +101,25 @@ class Segment:
     rle_counts: bytes
     """COCO RLE of an (H, W) mask, compressed as pycocotools does."""
     area: int
-    """Mask pixels."""
+    """Number of mask pixels."""
     box_xyxy: tuple[int, int, int, int]
     """Tight half-open box; (0, 0, 0, 0) for an empty mask."""
     predicted_iou: float
-    """SAM's own estimate."""
+    """SAM's own estimate of the mask's IoU."""
     stability: float
     """IoU of the mask at logits > +1 with the mask at logits > -1, on the low-resolution logits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the engine says about one image."""
+    """The engine's result for one image."""
 
     image_id: int
     size_hw: tuple[int, int] | None = None
-    """(H, W) of the decoded picture; None when it could not be decoded."""
+    """(H, W) of the decoded image; None when it could not be decoded."""
     detections: Detections = field(default_factory=Detections.empty)
     segments: tuple[Segment | None, ...] = ()
-    """One per detection; None below the mask floor."""
+    """One per detection; None where the score is below the mask floor."""
     failure: tuple[str, FailureClass] | None = None
     """Reason and class when the image failed."""
     note: str | None = None

@@ -1,7 +1,7 @@
-"""What is stored: Arrow schemas of manifest and prediction rows; records ↔ rows.
+"""Arrow schemas of the listing, the manifest and the prediction rows, and the conversion of records to rows.
 
-Prediction rows, version 1: one row per image; the lists are parallel, one entry per detection by falling score, and are
-null for failed images. A detection without a mask has null entries in the mask lists.
+Prediction rows, version 1: one row per image. The lists are parallel, with one entry per detection by falling score,
+and are null for failed images. A detection without a mask has null entries in the mask lists.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field("uri", pa.string(), nullable=False),
         pa.field(
             "container", pa.string()
-        ),  # null: the file is the image; tar or parquet: it lies in one; escaped: its path is no UTF-8; bad: no image
+        ),  # null: the file is the image; tar, parquet: the image is inside; escaped: path is not UTF-8; bad: no image
         pa.field(
             "member", pa.string()
         ),  # tar: name; parquet: column, with dots; escaped: end of `uri`; bad: the reason
         pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet, bad: row of the file, if it has rows
-        pa.field("length", pa.int64()),  # bytes of the image, where the storage told them (tar: always)
+        pa.field("length", pa.int64()),  # bytes of the image, where the storage states them (tar: always)
         pa.field("shard", pa.int64(), nullable=False),
         pa.field("height", pa.int32()),  # as the source states it
         pa.field("width", pa.int32()),
@@ -63,20 +63,20 @@ PREDICTION_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("status", pa.string(), nullable=False),  # ok | empty | failed
-        pa.field("reason", pa.string()),  # of a failure; or a remark on a labelled image
+        pa.field("reason", pa.string()),  # reason of a failure, or a remark on a labelled image
         pa.field("status_class", pa.string()),  # permanent | transient | quarantined
-        pa.field("height", pa.int32()),  # of the decoded picture
+        pa.field("height", pa.int32()),  # size of the decoded image
         pa.field("width", pa.int32()),
         *(pa.field(name, pa.list_(kind)) for name, kind in _DETECTION_FIELDS),
     ]
 )
 
 ROW_GROUP_IMAGES = 64
-"""A row group holds at most this many images, so that a reader's memory is bounded."""
+"""Maximum number of images per row group, which bounds a reader's memory."""
 
 
 def predictions_to_table(predictions: Sequence[Prediction]) -> pa.Table:
-    """Rows of `PREDICTION_SCHEMA`, in the given order."""
+    """Convert predictions to rows of `PREDICTION_SCHEMA`, in the given order."""
     columns: dict[str, list[Any]] = {name: [] for name in PREDICTION_SCHEMA.names}
     for prediction in predictions:
         for name, value in _row(prediction).items():
@@ -93,7 +93,7 @@ def _row(prediction: Prediction) -> dict[str, Any]:
     row: dict[str, Any] = {
         "image_id": prediction.image_id,
         "status": prediction.status,
-        "reason": None if reason is None else masked(reason),  # whoever raised the error may have told a URL
+        "reason": None if reason is None else masked(reason),  # the error's message may contain a URL
         "status_class": str(failure_class) if failure_class else None,
         "height": height,
         "width": width,
@@ -121,50 +121,50 @@ def _row(prediction: Prediction) -> dict[str, Any]:
 
 
 MAX_IMAGE_ID = 2**53
-"""Ids stay below, so that every JSON reader takes them as they are."""
+"""Image ids are below this, so that every JSON reader keeps them exact."""
 
 LISTING_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.int64()),  # null in all rows: the plan numbers the images
         pa.field("file_name", pa.string(), nullable=False),  # full relative path, never a basename
-        pa.field("uri", pa.string(), nullable=False),  # of the file that holds the image
+        pa.field("uri", pa.string(), nullable=False),  # the file that holds the image
         pa.field("container", pa.string()),  # null: the file is the image; or a `Container`
         pa.field(
             "member", pa.string()
         ),  # tar: name; parquet: column, with dots; escaped: end of `uri`; bad: the reason
         pa.field("offset", pa.int64()),  # tar: first byte of the image; parquet, bad: row of the file, if it has rows
-        pa.field("length", pa.int64()),  # bytes of the image, where the storage told them (tar: always)
-        pa.field("num_bytes", pa.int64()),  # encoded size, where the storage or the source tells it
+        pa.field("length", pa.int64()),  # bytes of the image, where the storage states them (tar: always)
+        pa.field("num_bytes", pa.int64()),  # encoded size, where the storage or the source states it
         pa.field("height", pa.int32()),  # as the source states it
         pa.field("width", pa.int32()),
         pa.field("split", pa.string()),  # null: the first folder of the file name, if it has one
         pa.field("extra", pa.string()),  # JSON object: the source's other fields of the image record
-        pa.field("other_name", pa.string()),  # taken where another image of the listing has `file_name`; null: none
-        pa.field("quoted", pa.string()),  # why `file_name` is quoted; null: it is as the source gives it
+        pa.field("other_name", pa.string()),  # used if another image of the listing has `file_name`; null: none
+        pa.field("quoted", pa.string()),  # why `file_name` is quoted; null: it is unchanged from the source
     ]
 )
-"""The last two are for the plan, and are not stored."""
+"""The last two columns are for the plan and are not stored."""
 
 _BYTES_PER_PIXEL = 0.5
-"""Encoded size of a photograph where only its pixels are known: on the safe side of JPEG's usual 0.2 to 0.4."""
+"""Encoded bytes per pixel, for images of unknown file size: on the safe side of JPEG's usual 0.2 to 0.4."""
 
 _UNKNOWN_BYTES = 200_000
 
 
 class Container(StrEnum):
-    """What kind of file an image lies in, when it is no file of its own."""
+    """The kind of file that contains an image which is not a file itself, or why it has none."""
 
     TAR = "tar"
     PARQUET = "parquet"
     ESCAPED = "escaped"
-    """None: a file of this machine whose path is no UTF-8. `uri` ends in `member`, the percent-encoded path below the
-    root of the images; `address_of` undoes that."""
+    """Not a container: a local file whose path is not UTF-8. `uri` ends in `member`, the percent-encoded path below the
+    root of the images; `address_of` decodes it."""
     BAD = "bad"
-    """None: a row of the source (`uri`, `offset`) that no image can be read by. It becomes a failed row."""
+    """Not a container: a row of the source (`uri`, `offset`) without a readable image. It becomes a failed row."""
 
 
 def encoded_bytes(listed: pa.Table) -> NDArray[np.int64]:
-    """(N,) encoded size of N images of a listing: known, or estimated from the pixels, or a usual one."""
+    """(N,) encoded size in bytes of N listed images: known, or estimated from the pixels, or a typical size."""
     pixels = pc.multiply(listed["height"].cast(pa.float64()), listed["width"].cast(pa.float64()))
     estimated = pc.floor(pc.multiply(pixels, _BYTES_PER_PIXEL)).cast(pa.int64())
     sizes = pc.coalesce(listed["num_bytes"], listed["length"], estimated, pa.scalar(_UNKNOWN_BYTES, pa.int64()))

@@ -1,4 +1,4 @@
-"""Text from outside as a terminal, or a spreadsheet, may show it: no escape sequence, no hidden order, no formula."""
+"""Make untrusted text safe to show in a terminal or spreadsheet: no escape sequences, no hidden marks, no formulas."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -9,19 +9,19 @@ from rich.segment import Segment
 from rich.text import Text
 
 _UNSAFE = (
-    "\x00-\x1f\x7f-\x9f"  # controls: escape sequences begin with them
+    "\x00-\x1f\x7f-\x9f"  # control characters, which begin escape sequences
     "\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
-    "\ud800-\udfff"  # halves of pairs, which no encoding takes: bytes of a file name that are not UTF-8
+    "\ud800-\udfff"  # lone surrogates, which no encoding accepts: non-UTF-8 bytes of a file name
 )
-"""Controls, marks that turn the direction of text or cannot be seen, and line separators. The two joiners of Persian
-and of emoji (U+200C, U+200D) are no danger and stay."""
+"""Control characters, marks that change the direction of text or are invisible, and line separators. The two joiners of
+Persian and of emoji (U+200C, U+200D) are harmless and stay."""
 _CHARACTER = re.compile(f"[{_UNSAFE}]")
 
 
 def printable(text: str) -> str:
-    r"""Text with every character that steers a terminal, or hides itself, as an escape (`\x1b`, `\u202e`); in one line.
+    r"""Escape every character that controls a terminal or is invisible (`\x1b`, `\u202e`); the result is one line.
 
-    Everything else stays as it is, whatever its script, so that most texts come back unchanged.
+    All other characters are unchanged, whatever their script, so that most texts come back as they are.
     """
     if text.isprintable():
         return text
@@ -29,9 +29,9 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """The same for a text of several lines. They stay, but all after the first are indented.
+    """Like `printable` for text of several lines: line breaks stay, and all lines after the first are indented.
 
-    So a line end inside a name cannot pass for the begin of a log line.
+    A line break inside a name therefore cannot pass for the start of a log line.
     """
     return "\n  ".join(printable(line.expandtabs()) for line in text.replace("\r\n", "\n").split("\n"))
 
@@ -50,10 +50,10 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def table_cell(value: Any) -> Any:
-    """A value for a CSV file that people open with a spreadsheet.
+    """Prepare a value for a CSV file that users open in a spreadsheet.
 
-    A text that would be taken for a formula gets an apostrophe in front, as is usual, and controls are escaped.
-    Numbers, also as texts, stay numbers.
+    Text that a spreadsheet would take for a formula gets an apostrophe in front, as is customary, and control
+    characters are escaped. Numbers, including numbers as text, are unchanged.
     """
     if not isinstance(value, str):
         return value
@@ -62,15 +62,15 @@ def table_cell(value: Any) -> Any:
 
 
 def safe_text(text: str) -> Text:
-    """A text for a table of rich: no markup, no controls."""
+    """Text for a rich table, without markup and control characters."""
     return Text(printable(text))
 
 
 class SafeConsole(Console):
-    """A console whose tables, bars and lines show nothing that steers the terminal, but for its own colours."""
+    """A console that escapes control characters in tables, bars and lines; only its own colours reach the terminal."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """What is drawn, with controls inside texts escaped."""
+        """Render, with control characters inside the texts escaped."""
         for segment in super().render(renderable, options):
             text = segment.text
             if segment.control is not None or text.isprintable() or text == "\n":
@@ -80,7 +80,7 @@ class SafeConsole(Console):
 
 
 Show = Callable[[str, int, int | None], None]
-"""Called with what is done (`listed`, `verified`, `planned`), how many images, and of how many where that is known."""
+"""Called with what is done (`listed`, `verified`, `planned`), the number of images, and the total if it is known."""
 
 
 def silent(what: str, done: int, total: int | None) -> None:

@@ -1,7 +1,7 @@
-"""stdout and stderr of a command: one for its own lines alone, the other never worth stopping for.
+"""Keep stdout for a command's own lines and keep stderr from ever failing the command.
 
-A log that cannot be written (`2>/dev/full`, a closed pipe) changes neither the work nor the exit code. What libraries
-and their C code print goes to stderr, so that stdout holds the command's lines of JSON and nothing else.
+A log that cannot be written (`2>/dev/full`, a closed pipe) changes neither the work nor the exit code. Output printed
+by libraries and their C code goes to stderr, so that stdout holds the command's JSON lines and nothing else.
 """
 
 import contextlib
@@ -17,24 +17,24 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 
 
 class QuietStream:
-    """A text stream whose errors do not matter; everything else is the stream's."""
+    """A text stream that ignores errors when writing and flushing; all else is passed to the wrapped stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, if that works; returns the number of characters."""
+        """Write the text, ignoring errors; return its number of characters."""
         with contextlib.suppress(OSError, ValueError):  # ValueError: closed
             self._stream.write(text)
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
-        """Write each of them."""
+        """Write each line, ignoring errors."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush, if that works."""
+        """Flush the stream, ignoring errors."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 
@@ -43,23 +43,24 @@ class QuietStream:
 
 
 class Answers:
-    """Where the lines go that a command was called for; any thread may write one."""
+    """Writes the command's output lines to stdout; safe to call from any thread."""
 
     def __init__(self, stream: TextIO | None, descriptor: int | None) -> None:
-        """Prepare.
+        """Take the stream to write to.
 
         Args:
-            stream: Python's stdout; None: it is closed.
-            descriptor: of the same, kept apart from descriptor 1; None: the stream has none.
+            stream: Python's stdout; None when it is closed.
+            descriptor: a duplicate of stdout's file descriptor, separate from descriptor 1; None when the stream has
+                no descriptor.
         """
         self._stream, self._descriptor = stream, descriptor
         self._lock = threading.Lock()
 
     def write(self, line: str) -> None:
-        """Write a line, whole, at once.
+        """Write one whole line at once.
 
         Raises:
-            OSError: it cannot be written, or nobody reads it any more.
+            OSError: the line cannot be written, or the reader has closed its end.
         """
         with self._lock:
             if self._descriptor is not None:
@@ -73,18 +74,18 @@ def _write_all(descriptor: int, data: bytes) -> None:
     while left:
         try:
             left = left[os.write(descriptor, left) :]
-        except BlockingIOError:  # a pipe that another program made so
+        except BlockingIOError:  # another program made the pipe non-blocking
             select.select([], [descriptor], [])
 
 
 @contextlib.contextmanager
 def own_stdout() -> Iterator[Answers]:
-    """Keep stdout for the lines of this command: until the end, whatever else is printed goes to stderr."""
+    """Reserve stdout for this command's lines: inside the block, anything else that is printed goes to stderr."""
     _open_closed_ones()
     python = sys.stdout
     with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: closed
         python.flush()
-    descriptor = os.dup(_STDOUT) if _is_real(python) else None  # no child inherits it
+    descriptor = os.dup(_STDOUT) if _is_real(python) else None  # not inherited by child processes
     if descriptor is not None:
         os.dup2(_STDERR, _STDOUT)
     quiet = QuietStream(sys.stderr) if sys.stderr is not None else None
@@ -100,7 +101,7 @@ def own_stdout() -> Iterator[Answers]:
 
 
 def _is_real(stream: TextIO | None) -> bool:
-    """Whether it is descriptor 1, not a stand-in of a test or of another program."""
+    """Whether the stream is descriptor 1, not a substitute set by a test or by another program."""
     try:
         return stream is not None and stream.fileno() == _STDOUT
     except (OSError, ValueError):
@@ -108,17 +109,17 @@ def _is_real(stream: TextIO | None) -> bool:
 
 
 def _open_closed_ones() -> None:
-    """Descriptors 0 to 2 that the caller has closed: a file of ours that got one would be written into."""
+    """Open those of descriptors 0 to 2 that the caller closed, so that no file of ours gets one and is written into."""
     for number in (_STDIN, _STDOUT, _STDERR):
         try:
             os.fstat(number)
         except OSError as error:
             if error.errno == errno.EBADF:
-                os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+                os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
 
 
 def _forget_what_cannot_be_written(stream: TextIO | None) -> None:
-    """At its end Python flushes both once more, and an error there would replace the exit code by 120."""
+    """Send an unwritable stream to /dev/null: Python flushes at exit, and an error then makes the exit code 120."""
     if stream is None:
         return
     try:

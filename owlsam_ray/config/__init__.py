@@ -1,1 +1,1 @@
-"""The run file: sections and their defaults, layers and overrides, and what decides the labels."""
+"""The run file: its sections and defaults, layers and overrides, and which settings decide the labels."""

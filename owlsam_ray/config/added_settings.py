@@ -1,8 +1,8 @@
-"""Settings that came after runs were stored, marked with `settings.Added`: earlier runs go on all the same.
+"""Keep stored runs valid when new settings are added: fields marked with `Added` are left out of hashes.
 
-A run directory stores its settings and their hash. A setting that is added later must change neither as long as it
-stands at the value that labels as the code did before it existed: it is left out of what is hashed and compared, and
-where stored settings lack it, it has that value.
+A run directory stores its settings and their hash. A setting that is added later must change neither while it has the
+value that labels as the code did before the setting existed. At that value it is left out of hashes and comparisons,
+and stored settings that lack it are read with that value.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,15 +16,15 @@ from owlsam_ray.config.base import Added
 
 
 def marker_of(field: FieldInfo) -> Added | None:
-    """The marker of a field; None when it was there from the first release on."""
+    """The field's marker; None when the field has existed since the first release."""
     return next((each for each in field.metadata if isinstance(each, Added)), None)
 
 
 def without_added(settings: BaseModel, *, exclude: IncEx | None = None) -> dict[str, Any]:
-    """Settings as plain JSON values, without added fields that stand at the value from before.
+    """Settings as plain JSON values, without added fields that have the value from before they existed.
 
     Args:
-        settings: of any depth; sections may stand in lists and mappings.
+        settings: nested to any depth; sections may be inside lists and mappings.
         exclude: further fields to leave out, as `model_dump` takes them.
     """
     tree = settings.model_dump(mode="json", exclude=exclude)
@@ -33,7 +33,7 @@ def without_added(settings: BaseModel, *, exclude: IncEx | None = None) -> dict[
 
 
 def _strip(settings: BaseModel, tree: dict[str, Any]) -> None:
-    """Remove from a dump what `without_added` leaves out, in place."""
+    """Remove from a dump, in place, what `without_added` leaves out."""
     for name, field in type(settings).model_fields.items():
         if name not in tree:
             continue
@@ -58,11 +58,11 @@ def _sections(value: Any, dumped: Any) -> Iterator[tuple[BaseModel, dict[str, An
 
 
 def with_added(kind: type[BaseModel], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored settings, with the value from before for each added field that they lack.
+    """Stored settings, completed with the value from before for each added field that they lack.
 
     Args:
-        kind: of the settings.
-        tree: as they are stored. Sections that stand in lists are left as they are: there the default of an added field
+        kind: the model of the settings.
+        tree: the settings as stored. Sections inside lists are left unchanged: there the default of an added field
             must be its value from before.
     """
     filled = dict(tree)

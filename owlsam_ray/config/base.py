@@ -1,4 +1,4 @@
-"""What every section of the run file is made of."""
+"""Building blocks of all sections of the run file: base class, common types, the marker of added fields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,32 +24,32 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """Frozen, and refuses keys that it does not know."""
+    """A frozen section that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """Marks a field that came after runs were stored: `Annotated[Kind, Added(value)] = default`.
+    """Marks a field that was added after runs were stored: `Annotated[Kind, Added(value)] = default`.
 
-    Every new field that can change labels, or which images there are, needs it (a test walks them): without, all
-    earlier runs would be refused. See `added_settings`.
+    Every new field that can change labels, or the set of images, needs it (a test checks all fields): without the
+    marker, all earlier runs would be refused. See `added_settings`.
     """
 
     as_before: Any
-    """The value that labels as the code did without the field, as plain JSON has it. The default may be another one."""
+    """The value that labels as the code did without the field, in plain JSON. The default may differ from it."""
 
 
 SectionT = TypeVar("SectionT", bound=Section)
 
 KINDS = ("<text>", "<list>", "<mapping>")
-"""Tags of what a value may be: pydantic puts them into the place of an error, where they are no field. No field can be
-called so."""
+"""Tags for the kinds of value that a union accepts. pydantic inserts them into the location of an error, although they
+are not fields. No field can have such a name."""
 
 
 def _by_kind(wanted: str) -> Discriminator:
-    """Which branch of a union a value is meant for, so that only its errors are told; `wanted` if it is for none."""
+    """Choose the branch of a union by a value's kind, so that only its errors are reported; `wanted` if none fits."""
 
     def kind(value: Any) -> str:
         if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Sections `data` and `plan`: which images, and how they are shared out."""
+"""Sections `data` and `plan`: which images are labelled, and how they are listed and divided."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -12,26 +12,26 @@ from owlsam_ray.config.base import Auto, Name, PositiveInt, Section
 
 
 class ColumnsConfig(Section):
-    """Which columns of a table say what. A dot goes into a structure: `image.bytes`."""
+    """Names of a table's columns. A dot reaches into a structure: `image.bytes`."""
 
     uri: Name | None = None
-    """Where the image lies: a URL, or a path below `data.images`. Default: `uri`, unless `bytes` is given."""
+    """Location of the image: a URL, or a path below `data.images`. Default: `uri`, unless `bytes` is given."""
     bytes: Name | None = None
     """The encoded image itself, in Parquet tables only."""
     id: Name | None = None
-    """Integers, unique over all tables; default: images are numbered from 1."""
+    """Integers, unique across all tables; default: images are numbered from 1."""
     file_name: Name | None = None
-    """Name in the output; default: from the URI, or table and row number for `bytes`."""
+    """Name in the output; default: derived from the URI, or from table and row number for `bytes`."""
     height: Name | None = None
     """Pixels; only with `width`."""
     width: Name | None = None
     """Pixels; only with `height`."""
     num_bytes: Name | None = None
-    """Encoded size, which helps to cut shards of equal weight."""
+    """Encoded size in bytes, which helps to make shards of equal weight."""
     split: Name | None = None
     """What `plan.splits` selects by; default: the first folder of the file name."""
     extra: tuple[Name, ...] = ()
-    """Columns that are carried into the image records of the output."""
+    """Columns that are copied into the image records of the output."""
 
     @model_validator(mode="after")
     def _sizes_are_pairs(self) -> Self:
@@ -47,25 +47,25 @@ def _one_or_more(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    """Which images."""
+    """Where the images come from."""
 
     source: Literal["coco", "lvis", "objects365", "folder", "table", "webdataset"]
-    """`coco`, `lvis`, `objects365`: a JSON file lists them; `folder`: every image file under `images`; `table`: rows of
-    Parquet, CSV or JSONL files; `webdataset`: members of tar files."""
+    """`coco`, `lvis`, `objects365`: images listed in a JSON file; `folder`: every image file under `images`; `table`:
+    rows of Parquet, CSV or JSONL files; `webdataset`: members of tar files."""
     images: Name | None = None
-    """Root of the image files: a directory or any fsspec URL. A table with full URLs needs none, tar files neither."""
+    """Root of the image files: a directory or any fsspec URL. Not needed for tables with full URLs or for tar files."""
     annotations: Name | None = None
     """The JSON file of `coco`, `lvis` or `objects365` (its annotations, if any, are not read)."""
     files: Annotated[tuple[Name, ...], BeforeValidator(_one_or_more)] = ()
-    """The tables or tar files: paths or fsspec URLs, with `*`, `?`, `[0-9]`, `**` and `{000..127}`."""
+    """The tables or tar files: paths or fsspec URLs, which may contain `*`, `?`, `[0-9]`, `**` and `{000..127}`."""
     columns: ColumnsConfig = ColumnsConfig()
-    """Of `table`."""
+    """Column names, for `table` only."""
     suffixes: tuple[Name, ...] = (
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".jp2", ".bmp", ".tif", ".tiff", ".gif"),
         *(".ppm", ".pgm", ".pbm", ".pnm", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".apng"),
     )
-    """Endings, in any case, of the files that `folder` takes, and of the members that `webdataset` takes. A run that is
-    planned keeps those it was planned with, unless others are given."""
+    """File endings, case-insensitive, that `folder` takes as image files and `webdataset` as image members. A planned
+    run keeps the ones it was planned with, unless others are given."""
 
     @model_validator(mode="after")
     def _fields_belong_to_the_source(self) -> Self:
@@ -90,31 +90,31 @@ class DataConfig(Section):
 
 
 class PlanConfig(Section):
-    """Which of the images, and how the listing is made. Frozen by `plan`: the layout hash covers what it chose."""
+    """Which of the images are planned, and how they are listed. Frozen by `plan`: the layout hash covers its choice."""
 
     limit: PositiveInt | None = None
-    """The first so many images of the listing."""
+    """Take only the first N images of the listing."""
     sample: PositiveInt | None = None
-    """So many images by chance, in the listing's order. A larger sample with the same seed holds the smaller one."""
+    """Take N random images, in the listing's order. Samples with the same seed are nested."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the sample."""
+    """Seed of the sample."""
     splits: tuple[Name, ...] = ()
-    """Only images of these splits: the first folder of their names (`val2017`, `patch8`), or a table's split column."""
+    """Only images of these splits: first folders of file names (`val2017`, `patch8`), or values of the split column."""
     categories: tuple[Annotated[int, Field(ge=0)] | Name, ...] = ()
-    """Only images with an annotation of one of these categories (names or ids of the dataset's own list)."""
+    """Only images with an annotation of one of these categories (names or ids from the dataset's own list)."""
     verify: Literal["none", "exists", "decode"] = "none"
-    """Look at every image before the layout is frozen: `exists` asks the storage for each, `decode` reads it whole."""
+    """Check every image before the layout is frozen: `exists` asks the storage for each, `decode` reads all of it."""
     duplicates: Literal["refuse", "first"] = "refuse"
-    """What to do with an image that is listed twice: refuse the listing, or keep its first place."""
+    """What to do with an image that is listed twice: refuse the listing, or keep its first occurrence."""
     damaged_files: Literal["refuse", "keep_whole"] = "refuse"
-    """What to do with tar files that are cut or damaged: refuse them, or plan the members before the damage."""
+    """What to do with truncated or damaged tar files: refuse them, or plan the members before the damage."""
     bad_names: Literal["row", "refuse"] = "row"
-    """What to do with rows of tables and COCO files that no image can be read by: make each of them a failed row, or
-    refuse the listing for them, and for names that would have to be quoted."""
+    """What to do with rows of tables and COCO files from which no image can be read: turn each into a failed row
+    (`row`), or refuse the listing (`refuse`, also for names that would have to be quoted)."""
     workers: PositiveInt | Auto = "auto"
     """Processes that list tar files; `auto`: one per CPU."""
     part_images: PositiveInt = 1_000_000
-    """Images in one part of the manifest."""
+    """Images per part of the manifest."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:

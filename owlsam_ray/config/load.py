@@ -1,8 +1,8 @@
-"""The one typed tree that describes a run.
+"""Load and validate a run's configuration from layered YAML files and overrides.
 
 Order of precedence: defaults < YAML files from left to right < `--set a.b=value`. No environment variable is read.
-Sections named in `NON_LABEL_FIELDS` say which images, where and how fast; everything else can change labels and is part
-of the label fingerprint (law 3).
+Sections named in `NON_LABEL_FIELDS` decide which images, where and how fast; everything else can change labels and is
+part of the label fingerprint (law 3).
 """
 
 import os
@@ -25,18 +25,18 @@ from owlsam_ray.config.yaml_text import MAX_BYTES, load_yaml
 from owlsam_ray.errors import ConfigError, one_line, shown
 
 _TOLD = 20
-"""Fields that do not validate and are told one by one."""
+"""Maximum number of invalid fields that are reported one by one."""
 
 
 def load_config(files: Sequence[str | Path], *, overrides: Iterable[str] = (), run: str | None = None) -> RunConfig:
     """Read YAML files, merge them left to right, apply overrides, validate.
 
+    Local paths are made absolute, so that the stored config means the same from any directory.
+
     Args:
         files: at least one; a later file's keys win, sections merge key by key, lists are replaced.
         overrides: `a.b=value`, see `overrides`.
-        run: the run directory, over the files' `run`.
-
-    Local paths are made absolute, so that the stored config means the same from any directory.
+        run: the run directory; replaces the files' `run`.
 
     Raises:
         ConfigError: a file cannot be read or parsed, or the result does not validate; names the file or the key.
@@ -50,7 +50,7 @@ def load_config(files: Sequence[str | Path], *, overrides: Iterable[str] = (), r
 def with_frozen_of(
     stored: RunConfig, files: Sequence[str | Path], *, overrides: Iterable[str] = (), run: str | None = None
 ) -> RunConfig:
-    """As `load_config`, but what a plan freezes and the files do not say is that of a planned run.
+    """Like `load_config`, but frozen settings that the files leave out are taken from a planned run.
 
     Raises:
         ConfigError: as `load_config`.
@@ -62,12 +62,12 @@ def with_frozen_of(
     frozen = stored.model_dump(mode="json", exclude=set(FREE_FIELDS))
     try:
         return with_absolute_paths(validate_tree(RunConfig, _merge(frozen, merged), files))
-    except ConfigError:  # of settings that contradict the run's: the guard tells which, if they are sound by themselves
+    except ConfigError:  # settings that contradict the run's: the guard says which, if they are valid without the run's
         return load_config(files, overrides=overrides, run=run)
 
 
 def _lines(error: ValidationError, prefix: str = "") -> list[str]:
-    """One line for each field that does not validate, of the first ones; values and names are cut."""
+    """One line per invalid field, up to `_TOLD` of them; values and names are shortened."""
     lines = []
     for item in error.errors(include_url=False, include_context=False)[:_TOLD]:
         place = ".".join(one_line(part, 60) for part in item["loc"] if part not in KINDS) or "(run file)"
@@ -78,10 +78,10 @@ def _lines(error: ValidationError, prefix: str = "") -> list[str]:
 
 
 def load_evaluate_settings(overrides: Iterable[str]) -> EvaluateConfig:
-    """The section `evaluate` without a run file: defaults, then overrides `evaluate.field=value`.
+    """Load the section `evaluate` without a run file: defaults, then overrides `evaluate.field=value`.
 
     Raises:
-        ConfigError: an override is of another section, or does not validate; names it.
+        ConfigError: an override belongs to another section, or does not validate; names it.
     """
     merged: dict[str, Any] = {}
     for override in overrides:
@@ -98,10 +98,10 @@ def load_evaluate_settings(overrides: Iterable[str]) -> EvaluateConfig:
 
 
 def load_tree(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """YAML files merged from left to right, then overrides `a.b=value`; not validated yet.
+    """Merge YAML files from left to right, then apply overrides `a.b=value`; the result is not validated yet.
 
-    Paths of inputs that are not found from the working directory are taken from the file's folder, where they are
-    found from there (`run_file_paths`).
+    An input path that does not exist relative to the working directory is resolved against the file's folder if it
+    exists there (`run_file_paths`).
 
     Raises:
         ConfigError: a file or an override cannot be read or parsed.
@@ -117,16 +117,16 @@ def load_tree(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> dic
 def validate_tree(
     kind: type[SectionT], tree: dict[str, Any], files: Sequence[str | Path], *, what: str = "run config"
 ) -> SectionT:
-    """A tree of plain values as a config.
+    """Validate a tree of plain values as a config.
 
     Args:
-        kind: of the whole config.
-        tree: of `load_tree`.
-        files: where it came from, for the message.
-        what: it is, for the message.
+        kind: the model of the whole config.
+        tree: plain values, as from `load_tree`.
+        files: the files it came from, for the message.
+        what: what the config is called in the message.
 
     Raises:
-        ConfigError: names every key that is wrong, and what it got.
+        ConfigError: names every wrong key and the value it got.
     """
     try:
         return kind.model_validate(tree)
@@ -138,7 +138,7 @@ def validate_tree(
 
 
 def config_from_stored(fields: Mapping[str, Any]) -> RunConfig:
-    """The config that a run directory stores; what it lacks, as settings that were added since, is as it was before.
+    """The config that a run directory stores; settings added since then get the value from before they existed.
 
     Raises:
         ConfigError: it was written by a version with other fields.
@@ -171,7 +171,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = load_yaml(data.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read run file {path}: {error.strerror}") from None
-    except ValueError as error:  # also of UTF-8
+    except ValueError as error:  # also invalid UTF-8
         raise ConfigError(f"run file {path} is not valid YAML: {one_line(error)}") from None
     if tree is None:
         return {}
@@ -181,7 +181,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _holds_anchors(key: object) -> bool:
-    """Whether a top-level key is only there for what it holds to be named and reused: `x`, or `x-…`."""
+    """Whether a top-level key, `x` or `x-…`, exists only to hold YAML anchors for reuse."""
     return isinstance(key, str) and (key == "x" or key.startswith("x-"))
 
 
@@ -200,7 +200,7 @@ def _merge(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """A config whose local paths are absolute; URLs and hub names stay."""
+    """The config with its local paths made absolute; URLs and hub names are unchanged."""
     data = config.data.model_copy(
         update={
             "images": absolute(config.data.images) if config.data.images else None,
@@ -241,14 +241,14 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def path_or_hub_name(weights: str) -> str:
-    """A local path made absolute, a hub name as it is.
+    """Make a local path absolute; leave a hub name unchanged.
 
-    A hub name ("org/model") looks like a relative path: it is one when it exists, or when it starts like one.
+    A hub name ("org/model") looks like a relative path: it counts as a path if it exists, or starts with /, . or ~.
     """
     is_path = weights.startswith(("/", ".", "~")) or os.path.exists(weights)
     return absolute(weights) if is_path else weights
 
 
 def absolute(path_or_url: str) -> str:
-    """An fsspec URL as it is; a local path with `~` expanded and made absolute."""
+    """Leave an fsspec URL unchanged; expand `~` in a local path and make it absolute."""
     return path_or_url if "://" in path_or_url else os.path.abspath(os.path.expanduser(path_or_url))

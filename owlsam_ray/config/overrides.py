@@ -1,6 +1,6 @@
-"""`--set a.b=value` → a number, a word that YAML knows, a quoted text, a list or a section; else the text as it is.
+"""Parse `--set a.b=value`: the value is a number, a YAML keyword, quoted text, a list or section, or plain text.
 
-YAML alone would cut `shots #2` at its hash, and read an unset shell variable as null.
+Plain YAML would cut `shots #2` at the hash, and read an unset shell variable as null.
 """
 
 import re
@@ -13,19 +13,19 @@ from owlsam_ray.errors import ConfigError, shown
 
 _KNOWN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")}
 _STRUCTURED = ("[", "{", '"', "'")
-"""What lists, sections and quoted texts begin with."""
+"""Prefixes of lists, sections and quoted text."""
 _COMMENT = re.compile(r"(^|\s)#")
 
 
 def parse_override(text: str, load_yaml: Callable[[str], Any]) -> dict[str, Any]:
-    """The tree that one `--set` stands for: sections down to the field.
+    """The tree that one `--set` describes: sections down to the field.
 
     Args:
         text: `a.b=value`.
-        load_yaml: of a YAML text, its value; raises a ValueError that says what is wrong.
+        load_yaml: returns the value of a YAML text; raises a ValueError that says what is wrong.
 
     Raises:
-        ConfigError: it has no key or no value, or its value is neither plain text nor valid YAML.
+        ConfigError: the key or the value is missing, or the value is neither plain text nor valid YAML.
     """
     key, separator, value = text.partition("=")
     parts = key.strip().split(".")
@@ -50,11 +50,11 @@ def parse_override(text: str, load_yaml: Callable[[str], Any]) -> dict[str, Any]
 
 
 def _value(text: str, load_yaml: Callable[[str], Any]) -> Any:
-    """The value that a text stands for.
+    """Parse the text of a value.
 
     Raises:
-        ValueError: it begins like a list, a section or a quoted text, or has several lines, and is no valid YAML; or
-            YAML would leave out a part of it.
+        ValueError: the text begins like a list, a section or quoted text, or has several lines, and is not valid YAML;
+            or YAML would drop a part of it.
     """
     bare = text.strip()
     if bare.startswith(_STRUCTURED) or "\n" in bare:

@@ -28,28 +28,28 @@ from owlsam_ray.storage.addresses import check_entry
 NON_LABEL_FIELDS = frozenset(
     {"run", "data", "plan", "storage", "resources", "fakes", "reduce", "evaluate", "report", "logging"}
 )
-"""Top-level fields that cannot change the labels of an image. Which images there are, and where, stands in the
-manifest: the layout hash guards it, so that a run can be extended by files that `data` did not name before."""
+"""Top-level fields that cannot change the labels of an image. Which images there are, and where, is in the manifest,
+which the layout hash guards, so that a run can be extended by files that `data` did not name before."""
 
 FREE_FIELDS = NON_LABEL_FIELDS - {"data"}
 """Top-level fields that may change on a planned run."""
 
 
 class StorageConfig(Section):
-    """How storage is asked."""
+    """How requests to storage are made and retried."""
 
     retries: Annotated[int, Field(ge=0)] = 6
-    """Further tries after throttling, a server error, a cut connection or a timeout."""
+    """Retries after throttling, a server error, a cut connection or a timeout."""
     backoff_s: Annotated[float, Field(gt=0)] = 0.5
-    """Seconds before the first further try; doubled each time, with jitter."""
+    """Seconds before the first retry; doubled each time, with jitter."""
     max_backoff_s: Annotated[float, Field(gt=0)] = 30.0
-    """Most seconds between two tries."""
+    """Maximum seconds between two tries."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds until a connection or an answer is given up."""
+    """Seconds until a connection attempt or a pending answer is given up."""
     concurrency: PositiveInt = 64
-    """Open connections of one process."""
+    """Open connections per process."""
     allowed_hosts: tuple[Name, ...] = ()
-    """Hosts that addresses out of data may name although they are link-local (169.254.0.0/16, fe80::/10) or a cloud's
+    """Hosts that addresses found in data may name although they are link-local (169.254.0.0/16, fe80::/10) or a cloud's
     metadata server: names, `*.` before a domain, addresses or networks."""
 
     @field_validator("allowed_hosts")
@@ -58,21 +58,21 @@ class StorageConfig(Section):
         return tuple(check_entry(host) for host in hosts)
 
     def policy(self) -> StoragePolicy:
-        """As `storage.configure` takes it."""
+        """The settings in the form that `storage.configure` takes."""
         return StoragePolicy(**self.model_dump())
 
 
 class LoggingConfig(Section):
-    """What is told to people."""
+    """What is logged and shown."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Level of the log on stderr."""
     progress_s: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds between two looks at the progress."""
+    """Seconds between two updates of the progress."""
 
 
 class RunConfig(Section):
-    """A whole run."""
+    """The configuration of a whole run."""
 
     run: Name | None = None
     """The run directory: a path or an fsspec URL. `--run` replaces it."""
@@ -103,7 +103,7 @@ class RunConfig(Section):
                     f"reduce.{name} {threshold} is below detector.score_floor {floor}: inference did not keep those "
                     "boxes"
                 )
-        if self.reduce.suppress is not None and self.reduce.mapping is None:  # which may join what never met
+        if self.reduce.suppress is not None and self.reduce.mapping is None:  # a mapping may join separate categories
             _check_stricter(self.reduce.suppress, self.suppress)
         return self
 
@@ -117,19 +117,19 @@ class RunConfig(Section):
         return self
 
     def label_fields(self) -> dict[str, Any]:
-        """The part that can change labels, as plain JSON values; without added settings that change nothing."""
+        """The part that can change labels, as plain JSON values, without added settings that change nothing."""
         return without_added(self, exclude=set(NON_LABEL_FIELDS))
 
     def frozen_fields(self) -> dict[str, Any]:
         """The part that a plan freezes: what can change labels, and which images there are.
 
-        Without added settings that change nothing, as `label_fields`.
+        Added settings that change nothing are left out, as in `label_fields`.
         """
         return without_added(self, exclude=set(FREE_FIELDS))
 
 
 def _check_stricter(late: SuppressConfig, early: SuppressConfig) -> None:
-    """Refuse a suppression at reduce that would bring back what the one at inference has removed.
+    """Refuse a suppression at reduce that is looser than the one at inference: removed boxes cannot come back.
 
     Raises:
         ValueError: says what differs.

@@ -1,7 +1,7 @@
-"""Relative paths in a run file: from the working directory, or else from the file's own folder.
+"""Resolve relative input paths of a run file: from the working directory first, then from the file's folder.
 
-Only files and folders that are read: what is written (`run`, `reduce.out`, …) goes by the working directory alone,
-since it need not be there yet.
+This applies only to files and folders that are read. Output paths (`run`, `reduce.out`, …) are always relative to the
+working directory, since they need not exist yet.
 """
 
 import copy
@@ -31,16 +31,16 @@ _INPUTS = (
     ("data", "val", "annotations"),
     ("data", "val", "images"),
 )
-"""Of run files and of files that describe a training."""
+"""Input paths in run files and in files that describe a training."""
 _BRACES = re.compile(r"\{[^{}]*\}")
 
 
 def anchored(tree: dict[str, Any], folder: str) -> dict[str, Any]:
-    """A run file's tree in which paths that are found only from its folder are joined to it.
+    """A run file's tree, with paths that exist only relative to its folder joined to that folder.
 
     Args:
-        tree: as YAML gives it; not validated, so anything may stand anywhere.
-        folder: of the file, relative to the working directory or absolute.
+        tree: the YAML content; not validated, so any value may be anywhere.
+        folder: the run file's folder, relative to the working directory or absolute.
     """
     if not folder:
         return tree
@@ -52,7 +52,7 @@ def anchored(tree: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def _places(tree: Any, keys: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
-    """(list or mapping, its index or key) of every text at a place."""
+    """(list or mapping, its index or key) of every text at the place `keys`."""
     holder, rest = tree, keys
     while isinstance(holder, dict) and len(rest) > 1:
         holder, rest = holder.get(rest[0]), rest[1:]
@@ -75,9 +75,9 @@ def _anchored(path: str, folder: str) -> str:
 
 
 def _is_there(path: str, *, root: str = "") -> bool:
-    """Whether a file or folder is there, or one that a pattern matches."""
+    """Whether the file or folder exists, or the pattern matches one."""
     if os.path.exists(path):
         return True
-    tail = path[len(root) :]  # a folder's own name is no pattern
+    tail = path[len(root) :]  # a folder's own name is not a pattern
     pattern = glob.escape(root) + _BRACES.sub("*", tail)
     return glob.has_magic(pattern) and next(glob.iglob(pattern, recursive=True), None) is not None

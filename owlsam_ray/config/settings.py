@@ -1,7 +1,8 @@
-"""Settings that can change labels: what to look for, in which images, with which models and choices.
+"""Sections that can change labels: image decoding, detector, tiling, suppression and segmentation.
 
-The rest of a run, where and how fast, stands in `config`. Two settings that contradict each other are refused, never
-resolved silently. A default of None stands for a value that only some choices use; the field's text names it.
+The rest of a run, where and how fast, is in the other modules of `config`. Settings that contradict each other are
+refused, never resolved silently. A default of None means a value that only some choices use; the field's docstring
+names it.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -18,54 +19,54 @@ Grey16 = Literal["full", "auto", 8, 9, 10, 11, 12, 13, 14, 15, 16]
 
 
 class DecodeConfig(Section):
-    """Bytes to pixels."""
+    """Decoding of image files to pixels."""
 
     max_pixels: PositiveInt = 200_000_000
     """Larger images fail with the reason `too_large` before their pixels are read."""
     max_file_mb: PositiveInt = 512
     """Larger files fail with the reason `too_large` and are not read to their end."""
     grey16: Annotated[Grey16, Added("full")] = "full"
-    """What stands for white in pictures of 16-bit grey: `full`: 65535; 8 to 16: the largest value of so many bits, as
-    cameras of 12 bits need it; `auto`: of as many bits as the picture uses. A remark in the row says where much is
-    dark, where values are cut, and what `auto` chose."""
+    """White point of 16-bit greyscale images: `full`: 65535; 8 to 16: the largest value of that many bits, as needed
+    for 12-bit cameras; `auto`: the largest value of as many bits as the image uses. A remark in the row reports images
+    that are mostly dark, clipped values, and what `auto` chose."""
 
 
 def _without_weights(fields: Any) -> Any:
-    """A fake's `weights` are given by its name."""
+    """Fill in the `weights` of a fake model, which its name implies."""
     if isinstance(fields, dict) and fields.get("model") == "fake":
         return {"weights": "fake"} | fields
     return fields
 
 
 class DetectorConfig(Section):
-    """Prompts to boxes."""
+    """Detection of boxes from prompts."""
 
     model: Literal["owlvit", "owlv2", "fake"] = "owlvit"
-    """Architecture; `fake`: a stand-in that computes boxes from the pixels without a model, for tests of scale."""
+    """Architecture; `fake`: computes boxes from the pixels without a model, for tests at scale."""
     weights: Name
-    """A directory in Hugging Face layout (safetensors), or a hub name, `org/model` or `org/model@revision`. A fake
-    needs none."""
+    """A directory in Hugging Face layout (safetensors), or a hub name, `org/model` or `org/model@revision`. Not needed
+    for a fake."""
     preprocess: Literal["hf", "scenic"] = "hf"
-    """`hf`: as the installed transformers prepares pictures for this model (OwlViT's are squashed to a square, OWLv2's
-    padded to one); `scenic`: as the original code does, padded right and below for both."""
+    """`hf`: as the installed transformers prepares images for this model (squashed to a square for OwlViT, padded to
+    one for OWLv2); `scenic`: as the original code does, padded on the right and at the bottom for both."""
     pad_value: Fraction | None = None
-    """Grey of scenic's padding, 0 (as its evaluator; the default) to 1; its training used 0.5."""
+    """Grey level of scenic's padding, from 0 (the default, as in its evaluator) to 1; its training used 0.5."""
     image_size: PositiveInt | None = None
-    """Side of the square input in pixels, a multiple of the patch size; default: the model's own. Others interpolate
-    the position embeddings."""
+    """Side of the square input in pixels, a multiple of the patch size; default: the model's own. For other sizes the
+    position embeddings are interpolated."""
     objectness: Literal["ignore", "multiply"] = "ignore"
-    """OWLv2's estimate that a box holds any object at all: unused, as transformers and scenic have it, or a factor of
+    """OWLv2's estimate that a box holds any object at all: ignored, as in transformers and scenic, or multiplied into
     every score."""
     score_floor: Fraction = 0.05
     """Boxes are kept when their score is greater. Low on purpose: `reduce` decides."""
     labels: Literal["multi", "best"] = "multi"
     """`multi`: every label above the floor makes a detection; `best`: only the best label of a box."""
     max_candidates: PositiveInt = 1000
-    """Best detections of an image (or tile) that enter suppression."""
+    """Maximum number of detections of an image (or tile) that enter suppression, by score."""
     max_detections: PositiveInt = 100
-    """Best detections of an image that are kept after suppression."""
+    """Maximum number of detections of an image that are kept after suppression, by score."""
     clip_boxes: bool = True
-    """Cut boxes at the image border; what has no area left is dropped."""
+    """Clip boxes to the image border; boxes with no area left are dropped."""
 
     _fake_has_no_weights = model_validator(mode="before")(_without_weights)
 
@@ -82,16 +83,16 @@ class DetectorConfig(Section):
 
 
 class TilingConfig(Section):
-    """Large images in overlapping tiles, so that small objects are seen at their own size."""
+    """Splitting of large images into overlapping tiles, so that small objects are seen at full resolution."""
 
     size: Annotated[int, Field(ge=32)] | None = None
-    """Side of a tile in original pixels; default: no tiles. Images that fit one tile are not cut."""
+    """Side of a tile in original pixels; default: no tiles. Images that fit into one tile are not split."""
     overlap: Annotated[float, Field(ge=0.0, le=0.9, allow_inf_nan=False)] = 0.25
-    """Share of a tile's side that neighbours have in common, at least: more than the largest object that only tiles can
-    find. Of a piece that a tile's border cuts and the whole object, nms with `suppress.overlap: ios` leaves the one
-    that scores higher; with `iou` both often stay."""
+    """Minimum share of a tile's side that neighbours have in common; choose it larger than the largest object that only
+    tiles can find. If a tile border cuts an object, nms with `suppress.overlap: ios` keeps the higher-scoring one of
+    the piece and the whole object; with `iou` both often remain."""
     full_image: bool = True
-    """Look at the whole image as well: large objects do not fit a tile."""
+    """Also run on the whole image: large objects do not fit into a tile."""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
@@ -103,24 +104,24 @@ class TilingConfig(Section):
 
 
 class SuppressConfig(Section):
-    """Overlapping boxes."""
+    """Suppression of overlapping boxes."""
 
     strategy: Literal["nms", "soft_nms", "merge", "none"] = "nms"
-    """`nms`: the best box stays, those that overlap it more than the threshold go; `soft_nms`: their scores decay;
-    `merge`: they become one box, weighted by score; `none`: all stay."""
+    """`nms`: the best box stays, boxes that overlap it more than the threshold are removed; `soft_nms`: their scores
+    decay; `merge`: they become one box, weighted by score; `none`: all stay."""
     overlap: Literal["iou", "ios"] = "iou"
-    """Intersection over union, or over the smaller of the two boxes (for parts and tiles)."""
+    """Intersection over union, or intersection over the smaller of the two boxes (for parts and tiles)."""
     threshold: Fraction | None = None
-    """Overlap above which two boxes are taken for one object; default 0.7. Exponential decay needs none."""
+    """Overlap above which two boxes are taken for one object; default 0.7. Not used by exponential decay."""
     thresholds: dict[Name, Fraction] = Field(default_factory=dict)
-    """Thresholds of single categories, by name, over `threshold`."""
+    """Thresholds of single categories, by name; they take precedence over `threshold`."""
     across_labels: bool = False
-    """Boxes of different labels compete as well: one object, one name. Default: each label by itself."""
+    """Boxes of different labels compete as well: one object gets one label. Default: each label separately."""
     decay: Literal["exponential", "linear"] | None = None
-    """Of soft_nms: `exponential` (the default): score · exp(-overlap² / sigma); `linear`: score · (1 - overlap) above
-    the threshold. What falls to detector.score_floor goes."""
+    """For soft_nms: `exponential` (the default): score · exp(-overlap² / sigma); `linear`: score · (1 - overlap) above
+    the threshold. Boxes whose score falls to detector.score_floor are dropped."""
     sigma: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    """Of exponential decay; default 0.5. Smaller decays more."""
+    """For exponential decay; default 0.5. Smaller values decay more."""
 
     @field_validator("thresholds", mode="before")
     @classmethod
@@ -162,23 +163,23 @@ class SuppressConfig(Section):
 
 
 class SegmentConfig(Section):
-    """Boxes to masks."""
+    """Segmentation of boxes into masks."""
 
     model: Literal["mobile_sam", "sam", "fake"] = "mobile_sam"
-    """Architecture; `sam`: ViT-B, L or H; `fake`: a stand-in without a model, for tests of scale."""
+    """Architecture; `sam`: ViT-B, L or H; `fake`: computes masks without a model, for tests at scale."""
     weights: Name
     """MobileSAM: `mobile_sam.pt`, a `.safetensors` file of the same layout, or a directory with `config.json` and
-    `model.safetensors`. SAM: a directory in Hugging Face layout (safetensors), or a hub name. A fake needs none."""
+    `model.safetensors`. SAM: a directory in Hugging Face layout (safetensors), or a hub name. Not needed for a fake."""
     score_floor: Fraction = 0.0
     """Boxes get a mask when their score is at least this."""
     prompt: Literal["box", "box_and_center"] = "box"
-    """What the model is given: the box, or the box and its centre as a point of the object."""
+    """The prompt: the box, or the box and its centre as a foreground point."""
     masks: Literal["single", "best_of_three", "most_stable"] = "single"
-    """SAM's single mask; or one of its three: with the highest predicted IoU, or the most stable one."""
+    """SAM's single mask, or one of its three: the one with the highest predicted IoU, or the most stable one."""
     min_area: Annotated[int, Field(ge=0)] = 0
-    """Detections whose mask has fewer pixels are dropped for good; `reduce.min_mask_area` decides late instead."""
+    """Detections whose mask has fewer pixels are dropped for good; `reduce.min_mask_area` decides later instead."""
     fill_holes: Annotated[int, Field(ge=0)] = 0
-    """Holes of a mask with fewer pixels are filled."""
+    """Holes in a mask with fewer pixels are filled."""
     remove_islands: Annotated[int, Field(ge=0)] = 0
     """Parts of a mask with fewer pixels are removed; its largest part always stays."""
 
@@ -186,9 +187,9 @@ class SegmentConfig(Section):
 
 
 class FakesConfig(Section):
-    """What the models called `fake` do besides labelling: for tests. Changes no labels."""
+    """Side effects of the models called `fake`, for tests. They change no labels."""
 
     delay_s: Annotated[float, Field(ge=0)] = 0.0
     """Seconds that each call of the detector sleeps."""
     poison: bool = False
-    """Pictures whose first pixel says so kill the process, as a broken decoder would: see `models/fakes.py`."""
+    """Images whose first pixel says so kill the process, as a broken decoder would: see `models/fakes.py`."""

@@ -1,4 +1,4 @@
-"""Section `vocabulary`: what to look for, and in which words."""
+"""Section `vocabulary`: which categories to look for, and with which texts and exemplar images."""
 
 import difflib
 from collections.abc import Mapping
@@ -18,27 +18,27 @@ from owlsam_ray.config.base import Finite, Name, Section, _by_kind
 BuiltinVocabulary = Literal["coco", "lvis", "objects365"]
 
 MappingName = Literal["lvis_to_coco", "coco_to_lvis", "objects365_to_coco"]
-"""From the categories of one built-in list to those of another."""
+"""Direction of a mapping from one built-in list's categories to another's."""
 
 Frequency = Literal["r", "c", "f"]
 """LVIS's groups of categories by number of training images: rare (up to 10), common (up to 100), frequent."""
 
 
 class Category(Section):
-    """One thing to look for."""
+    """One category to look for."""
 
     id: Annotated[int, Field(ge=0, lt=2**53, strict=True)]
     """`category_id` in the output; below 2^53, so that every JSON reader keeps it."""
     name: Name
-    """Name in the output, and what the templates are filled with."""
+    """Name in the output, and the text that fills the templates."""
     supercategory: str = ""
-    """Carried into the output."""
+    """Copied into the output."""
     synonyms: tuple[Name, ...] = ()
-    """Other names of the same thing, asked for as well."""
+    """Other names of the category, which are queried as well."""
     prompts: tuple[Name, ...] = ()
-    """Texts that are asked as they stand, instead of name and synonyms in the templates."""
+    """Texts that are queried verbatim, instead of name and synonyms in the templates."""
     frequency: Frequency | None = None
-    """LVIS's group, carried into the output: AP by group needs it."""
+    """LVIS's frequency group, copied into the output: AP per group needs it."""
 
     @model_validator(mode="after")
     def _prompts_replace_names(self) -> Self:
@@ -51,14 +51,14 @@ class Category(Section):
 
 
 class Exemplar(Section):
-    """A picture of the thing to look for, asked beside texts or instead of them."""
+    """An image of the object to look for, used as a query in addition to texts or instead of them."""
 
     category: Name
-    """Name of the category that it shows."""
+    """Name of the category that the image shows."""
     image: Name
     """Path or fsspec URL of an image file."""
     box: tuple[Finite, Finite, Finite, Finite] | None = None
-    """[x0, y0, x1, y1] of the thing in pixels of the upright picture; default: all of it."""
+    """[x0, y0, x1, y1] of the object in pixels of the upright image; default: the whole image."""
 
     @field_validator("box")
     @classmethod
@@ -69,10 +69,10 @@ class Exemplar(Section):
 
 
 def check_template(template: str) -> None:
-    """One hole for the name, and no other brace.
+    """Check that a template has exactly one `{}` for the name, and no other brace.
 
     Raises:
-        ValueError: it has none, or more.
+        ValueError: it does not.
     """
     if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
         raise ValueError(f"template {template!r:.120} must contain {{}} exactly once and no other brace")
@@ -95,7 +95,7 @@ def _check_list_or_file(value: str) -> str:
 
 
 VOCABULARIES = (*get_args(BuiltinVocabulary), "dataset")
-"""Lists of categories that go by a word."""
+"""Category lists that are chosen by name."""
 
 
 def is_vocabulary_file(categories: object) -> bool:
@@ -104,7 +104,7 @@ def is_vocabulary_file(categories: object) -> bool:
 
 
 class VocabularyConfig(Section):
-    """What to look for."""
+    """The categories and how they are queried."""
 
     categories: Annotated[
         Annotated[Name, AfterValidator(_check_list_or_file), Tag("<text>")]
@@ -112,31 +112,32 @@ class VocabularyConfig(Section):
         _by_kind("`coco`, `lvis`, `objects365`, `dataset`, a text file, or a list of names or {id, name, …}"),
     ] = "dataset"
     """`coco` (80), `lvis` (v1, 1203) or `objects365` (v2, 365): built in, with the dataset's ids; `dataset`: the
-    source's own list; a list of names (ids from 1) or of {id, name, synonyms, prompts}; or a text file, a URL or a path
-    with a `/` or `.txt`: one name a line (ids from 1), then a tab and synonyms, if any; `#` begins a comment line."""
+    source's own list; a list of names (ids from 1) or of {id, name, synonyms, prompts}; or a text file, given as a URL
+    or as a path that contains `/` or ends in `.txt`: one name per line (ids from 1), optionally followed by a tab and
+    synonyms; `#` begins a comment line."""
     only: tuple[int | Name, ...] | None = None
     """Names or ids of the categories to look for; default: all. They keep their ids."""
     frequency: tuple[Frequency, ...] | None = None
-    """Groups of LVIS to look for: r(are), c(ommon), f(requent); default: all."""
+    """LVIS frequency groups to look for: r(are), c(ommon), f(requent); default: all."""
     templates: Annotated[
         Annotated[Literal["none", "photo", "clip_best7"], Tag("<text>")] | Annotated[tuple[Name, ...], Tag("<list>")],
         _by_kind("`none`, `photo`, `clip_best7`, or a list of texts with a {}"),
     ] = "photo"
     """Sentences around a name: `none`: the bare name; `photo`: "a photo of a {}"; `clip_best7`: the seven of OWL-ViT's
-    evaluation; or your own, `{}` becomes the name. Several are averaged, see `ensemble`."""
+    evaluation; or your own, where `{}` becomes the name. Several templates are averaged, see `ensemble`."""
     ensemble: Literal["embeddings", "logits"] = "embeddings"
-    """How the templates of one name become one query: by averaging text embeddings, or the logits that each gives (as
-    OWL-ViT's evaluation does). Both cost the same."""
+    """How the templates of one name become one query: by averaging the text embeddings, or the logits of each (as in
+    OWL-ViT's evaluation). Both cost the same."""
     canonical: bool | None = Field(default=None, validate_default=True)
-    """Lower case, and spaces for what is no letter, digit, hyphen or hash: as OWL-ViT's evaluation has it. Default:
-    true for `lvis`, whose names have underscores and brackets, else false."""
+    """Lower-case the names and replace everything but letters, digits, hyphens and hashes by spaces, as OWL-ViT's
+    evaluation does. Default: true for `lvis`, whose names have underscores and brackets, otherwise false."""
     synonyms: bool = False
-    """Ask also for the synonyms that the list `lvis` or the dataset's own categories give. Those of a text file and of
-    a list in the run file are asked anyway."""
+    """Also query the synonyms that the list `lvis` or the dataset's own categories give. Synonyms in a text file or in
+    a list in the run file are always queried."""
     exemplars: tuple[Exemplar, ...] = ()
-    """Pictures as queries: {category, image, box}."""
+    """Images as queries: {category, image, box}."""
     exemplars_replace_text: bool = False
-    """Categories that have exemplars are not asked for by text."""
+    """Categories that have exemplars are not queried by text."""
 
     @field_validator("templates", mode="before")
     @classmethod
@@ -179,7 +180,7 @@ class VocabularyConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _synonyms_had_another_name(cls, value: Any) -> Any:
-        # What earlier runs have stored stays readable.
+        # Settings that earlier runs stored under the old name stay readable.
         if isinstance(value, Mapping) and "dataset_synonyms" in value and "synonyms" not in value:
             return {"synonyms" if key == "dataset_synonyms" else key: each for key, each in value.items()}
         return value

@@ -1,7 +1,7 @@
-"""YAML of run files, which may come from anyone: plain values, or one sentence that says what is wrong and where.
+"""Load YAML from untrusted run files: plain values, or one sentence that says what is wrong and where.
 
-Beyond YAML's own rules, a key given twice, a list as a key, deep nesting, integers of hundreds of digits, and aliases
-that unfold to much more than was written are refused. Merge keys (`<<`) work.
+Beyond YAML's own rules, these are refused: duplicate keys, lists as keys, deep nesting, integers of hundreds of digits,
+and aliases that expand to much more than was written. Merge keys (`<<`) work.
 """
 
 from typing import Any
@@ -13,20 +13,20 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 from owlsam_ray.errors import one_line, shown
 
 MAX_BYTES = 16 * 2**20
-"""Size of a run file."""
+"""Maximum size of a run file."""
 _MAX_DEPTH = 64
 _MAX_UNFOLDED = 100_000
-"""Values that aliases stand for, all together: a thousand aliases of a section of a hundred values."""
+"""Maximum number of values that all aliases together expand to: a thousand aliases of a section of a hundred values."""
 _MAX_NUMBER = 100
-"""Characters of a number."""
+"""Maximum number of characters in a number."""
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text; None when it holds none.
+    """The value of a YAML text; None when the text is empty.
 
     Raises:
-        ValueError: it is not valid, or more than a run file may be; says what and where, in one line.
+        ValueError: it is not valid, or exceeds the limits of a run file; says what and where, in one line.
     """
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
@@ -38,18 +38,18 @@ def load_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(one_line(error)) from None
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        # PyYAML's own code on a tag that does not fit its value: `!!omap 3`.
+        # Raised by PyYAML itself for a tag that does not fit its value: `!!omap 3`.
         raise ValueError(f"a value does not fit its tag: {one_line(error)}") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses what PyYAML takes without a word, or does not end on."""
+    """A SafeLoader that refuses what PyYAML accepts silently, or never finishes on."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._depth = self._unfolded = 0
         self._sizes: dict[Node, int] = {}
-        """Values of each node, with what its aliases stand for."""
+        """Number of values below each node, including what its aliases expand to."""
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -83,7 +83,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def construct_number(self, node: ScalarNode) -> Any:
-        """An integer, a float or a date."""
+        """Construct an integer, a float, a bool or a date."""
         kind = node.tag.rsplit(":", 1)[-1]
         if len(str(node.value)) > _MAX_NUMBER:
             raise _error(f"a value of {len(node.value)} characters is no {kind} that can be meant", node.start_mark)

@@ -1,6 +1,6 @@
-"""The lists of categories that come with the package: COCO's, LVIS v1's and Objects365 v2's, as tables of facts.
+"""Read the category lists that ship with the package: COCO, LVIS v1 and Objects365 v2, as tables of facts.
 
-They stand in `data/`, one file each, which names where it comes from. No definitions, no counts.
+They are in `data/`, one file per list, and each file names its source. No definitions, no counts.
 """
 
 from dataclasses import dataclass
@@ -19,27 +19,27 @@ class BuiltinCategory:
     """One line of a list."""
 
     id: int
-    """The dataset's own: 1…90 with gaps (COCO), 1…1203 (LVIS v1), 1…365 (Objects365 v2)."""
+    """The dataset's own id: 1…90 with gaps (COCO), 1…1203 (LVIS v1), 1…365 (Objects365 v2)."""
     name: str
-    """As the dataset's file has it; Objects365's with its typos corrected."""
+    """The name in the dataset's file; typos in Objects365's names are corrected."""
     raw_name: str
-    """The dataset's own spelling, mostly the same."""
+    """The dataset's own spelling, usually equal to `name`."""
     supercategory: str = ""
-    """COCO's; else empty."""
+    """COCO's supercategory; otherwise empty."""
     synonyms: tuple[str, ...] = ()
-    """Of LVIS, without the name itself."""
+    """LVIS's synonyms, without the name itself; otherwise empty."""
     frequency: Frequency | None = None
-    """Of LVIS."""
+    """LVIS's frequency group; otherwise None."""
     synset: str | None = None
-    """WordNet sense, of COCO and LVIS."""
+    """WordNet sense, for COCO and LVIS; otherwise None."""
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """The name, and the dataset's own spelling where it is another one."""
+        """The name, and the dataset's own spelling if it differs."""
         return (self.name,) if self.raw_name == self.name else (self.name, self.raw_name)
 
     def category(self, *, with_synonyms: bool) -> Category:
-        """As a category to look for."""
+        """The entry as a category to look for."""
         return Category(
             id=self.id,
             name=self.name,
@@ -51,12 +51,12 @@ class BuiltinCategory:
 
 @cache
 def builtin(name: BuiltinVocabulary) -> tuple[BuiltinCategory, ...]:
-    """A list, by rising id."""
+    """A built-in list, by rising id."""
     return tuple(_category(row) for row in read_table(f"{name}.tsv"))
 
 
 def read_table(file_name: str) -> list[dict[str, str]]:
-    """A file of `data/`: one mapping a line, from the names of the columns; what a line leaves out is empty."""
+    """Read a file of `data/`: one mapping per line, from column name to cell; cells that a line omits are empty."""
     text = resources.files("owlsam_ray.vocabulary").joinpath("data", file_name).read_text(encoding="utf-8")
     lines = [line.split("\t") for line in text.splitlines() if not line.startswith(_COMMENT)]
     columns = lines[0]
@@ -64,7 +64,7 @@ def read_table(file_name: str) -> list[dict[str, str]]:
 
 
 def split_list(cell: str) -> tuple[str, ...]:
-    """The entries of a cell that holds a list; none of an empty one."""
+    """The entries of a cell that holds a list; an empty cell has none."""
     return tuple(cell.split(_LIST_SEPARATOR)) if cell else ()
 
 

@@ -1,4 +1,4 @@
-"""Which categories: of a built-in list, the dataset, a text file or the run file; all or some of them."""
+"""Collect the categories from a built-in list, the dataset, a text file or the run file; all or some of them."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,12 +18,12 @@ def resolve_categories(config: VocabularyConfig, source_categories: Sequence[dic
     """The categories that a config names, in the order of their list.
 
     Args:
-        config: the section of the run file.
+        config: the section `vocabulary` of the run file.
         source_categories: the dataset's own list, for `categories: dataset`.
 
     Raises:
-        InputError: there are none, a name or an id repeats, the dataset's list or the text file is not usable, or
-            `only` or `frequency` ask for what the list lacks.
+        InputError: there are no categories, a name or an id repeats, the dataset's list or the text file is not usable,
+            or `only` or `frequency` name something that the list lacks.
     """
     entries = {each.id: each for each in _builtin_entries(config)}
     synonyms: dict[int, Sequence[str]] = {each.id: each.synonyms for each in entries.values()}
@@ -93,9 +93,9 @@ def _from_source(source_categories: Sequence[dict[str, Any]], *, with_synonyms: 
     categories = []
     for position, entry in enumerate(source_categories):
         try:
-            # Null means: not stated.
+            # A null value means: not stated.
             fields = {key: entry[key] for key in wanted if entry.get(key) is not None}
-            # Other datasets may mean other things by that key.
+            # Other datasets may use that key for something else.
             if entry.get("frequency") in get_args(Frequency):
                 fields["frequency"] = entry["frequency"]
             categories.append(Category.model_validate(fields))

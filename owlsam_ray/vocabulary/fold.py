@@ -1,11 +1,11 @@
-"""When two names are the same."""
+"""Fold names for comparison: when two names count as the same."""
 
 
 def fold(text: str) -> str:
-    """Two texts with the same fold are the same to CLIP's tokenizer: case and runs of spaces do not count."""
+    """Fold case and runs of spaces: texts with the same fold are the same to CLIP's tokenizer."""
     return " ".join(text.lower().split())
 
 
 def fold_loosely(text: str) -> str:
-    """Underscores do not count either: `aerosol can` is LVIS's `aerosol_can`."""
+    """Fold underscores to spaces as well: `aerosol can` equals LVIS's `aerosol_can`."""
     return fold(text.replace("_", " "))

@@ -1,21 +1,21 @@
-"""One dataset's categories in terms of another's, so that labels in the one can be scored on the other.
+"""Map the categories of one dataset to another's, so that labels of one can be scored on the other.
 
-**COCO and LVIS** meet where their categories have the same WordNet synset: 79 of COCO's 80 (there is no `hot dog` in
-LVIS v1), one to one. The sense is the same, what was annotated as it may differ: LVIS's `flowerpot` is COCO's
-`potted plant`, and what LVIS gives a narrower name (`minivan`, `polar_bear`) may be a COCO `car` or `bear`, and has
-no counterpart here.
+**COCO and LVIS** categories are matched if they have the same WordNet synset: 79 of COCO's 80 (LVIS v1 has no
+`hot dog`), one to one. The sense is the same, but what was annotated as it may differ: LVIS's `flowerpot` is COCO's
+`potted plant`, and objects with a narrower name in LVIS (`minivan`, `polar_bear`) may be a COCO `car` or `bear`, and
+have no counterpart here.
 
-**Objects365 → COCO** goes by a table of names, `data/objects365_to_coco.tsv`, made by reading both lists. Every COCO
-class has the Objects365 class of the same meaning, and beside it the kinds of it that Objects365 lists apart (`SUV` is
-a `car`, `Swan` a `bird`, `Bow Tie` a `tie`, `Soccer`, the ball, a `sports ball`): 104 become COCO's 80. Where it draws
-a wider circle, the nearest there is was taken: `Handbag/Satchel`, `Bowl/Basin`, `Orange/Tangerine`, `Monitor/TV`,
-`Luggage` (suitcase), `Stuffed Toy` (teddy bear). Left out, since their objects may be of several COCO classes or of
-none: `Van`, `Ambulance` and `Machinery Vehicle` (car, truck), `Scooter`, `Chicken` (or a dish), `Billards` (balls, or
-the table), `Stool`, `Wheelchair`, `Desk`, `Coffee Table`, `Side Table`, `Urinal`, `Gas stove`, `Watch`, `Briefcase`,
-`Wallet/Purse`.
+**Objects365 → COCO** uses a table of names, `data/objects365_to_coco.tsv`, made by reading both lists. Every COCO class
+gets the Objects365 class of the same meaning, plus the kinds of it that Objects365 lists separately (`SUV` is a `car`,
+`Swan` a `bird`, `Bow Tie` a `tie`, `Soccer`, the ball, a `sports ball`): 104 classes map to COCO's 80. Where an
+Objects365 class is wider, the nearest one was taken: `Handbag/Satchel`, `Bowl/Basin`, `Orange/Tangerine`,
+`Monitor/TV`, `Luggage` (suitcase), `Stuffed Toy` (teddy bear). Left out, since their objects may belong to several
+COCO classes or to none: `Van`, `Ambulance` and `Machinery Vehicle` (car, truck), `Scooter`, `Chicken` (or a dish),
+`Billards` (balls, or the table), `Stool`, `Wheelchair`, `Desk`, `Coffee Table`, `Side Table`, `Urinal`, `Gas stove`,
+`Watch`, `Briefcase`, `Wallet/Purse`.
 
-Where several categories become one, an object that was found under two of them is there twice afterwards: nothing
-suppresses across them, and all but one count as false.
+Where several categories map to one, an object that was detected as two of them appears twice afterwards: nothing
+suppresses across them, and all but one count as false positives.
 """
 
 from collections.abc import Mapping
@@ -30,41 +30,41 @@ ENDS: Mapping[MappingName, tuple[BuiltinVocabulary, BuiltinVocabulary]] = {
     "coco_to_lvis": ("coco", "lvis"),
     "objects365_to_coco": ("objects365", "coco"),
 }
-"""The lists that a mapping starts from and leads to."""
+"""Source and target list of each mapping."""
 
 
 @dataclass(frozen=True, slots=True)
 class CategoryMapping:
-    """From the ids of one built-in list to those of another."""
+    """A mapping from the ids of one built-in list to the ids of another."""
 
     name: MappingName
     source: tuple[BuiltinCategory, ...]
     target: tuple[BuiltinCategory, ...]
     ids: Mapping[int, int]
-    """Source id → target id. Ids that are not keys have no counterpart; several may have the same one."""
+    """Source id → target id. Ids that are not keys have no counterpart; several ids may map to the same one."""
 
     @property
     def unmatched_source(self) -> tuple[str, ...]:
-        """Names that have no counterpart, in the list's order."""
+        """Names of source categories without a counterpart, in the list's order."""
         return tuple(each.name for each in self.source if each.id not in self.ids)
 
     @property
     def unmatched_target(self) -> tuple[str, ...]:
-        """Names that nothing is a counterpart of, in the list's order."""
+        """Names of target categories to which no source category is mapped, in the list's order."""
         reached = set(self.ids.values())
         return tuple(each.name for each in self.target if each.id not in reached)
 
 
 @cache
 def category_mapping(name: MappingName) -> CategoryMapping:
-    """A mapping, by its name."""
+    """The mapping with this name."""
     source, target = (builtin(end) for end in ENDS[name])
     ids = _by_table(source, target) if name == "objects365_to_coco" else _by_synset(source, target)
     return CategoryMapping(name, source, target, ids)
 
 
 def _by_synset(source: tuple[BuiltinCategory, ...], target: tuple[BuiltinCategory, ...]) -> dict[int, int]:
-    """Within both lists, a synset stands once."""
+    """Match by synset, which is unique within each of the two lists."""
     of_synset = {each.synset: each.id for each in target}
     return {each.id: of_synset[each.synset] for each in source if each.synset in of_synset}
 

@@ -1,26 +1,26 @@
-"""Categories of two lists are the same by their names, so that ids may differ."""
+"""Match the categories of two lists by name, so that their ids may differ."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 
 def fold_category(name: str) -> str:
-    """Equal for names that differ in case, spaces and underscores only."""
+    """Fold a name: equal for names that differ only in case, spaces and underscores."""
     return " ".join(name.casefold().replace("_", " ").split())
 
 
 def by_name(
     theirs: Mapping[int, str], ours: Mapping[int, Sequence[str]], *, fold: Callable[[str], str]
 ) -> dict[int, int]:
-    """Their ids → ours.
+    """Map their ids to ours by name.
 
     Args:
         theirs: names by id.
-        ours: names by id, several for one thing if need be; of a name that repeats, the first id counts, unless the ids
-            agree as well.
-        fold: names are the same when this makes them equal.
+        ours: names by id, several per category if needed; if a name repeats, the first id wins, unless another id of
+            ours with that name equals theirs.
+        fold: two names are the same if this makes them equal.
 
     Returns:
-        Without those that have no partner, and without empty names that only their ids could tell.
+        Their id → our id, without ids that have no match, and without empty names, which only equal ids could match.
     """
     first: dict[str, int] = {}
     for each, names in ours.items():

@@ -1,4 +1,4 @@
-"""Categories → queries."""
+"""Turn the categories into queries for the detector."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -17,24 +17,24 @@ from owlsam_ray.vocabulary.templates import fill
 _log = logging.getLogger(__name__)
 
 _NAMED = 5
-"""As many offenders a message names."""
+"""Number of entries that a message names at most."""
 
 
 class Query(BaseModel):
-    """What the class head is asked: the prompts of one name, averaged, or one exemplar."""
+    """One input of the class head: the averaged prompts of one name, or one exemplar."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     label: int
-    """Index of its category in the vocabulary."""
+    """Index of the query's category in the vocabulary."""
     prompts: tuple[str, ...]
-    """As the tokenizer gets them; none for an exemplar."""
+    """Texts as passed to the tokenizer; empty for an exemplar."""
     exemplar: Exemplar | None = None
-    """The picture that asks instead."""
+    """The image that replaces the text."""
 
     @property
     def text(self) -> str:
-        """For people: the first prompt and how many more, or the picture and the box in it."""
+        """Short description for messages: the first prompt and how many more, or the image and the box in it."""
         if self.exemplar is not None:
             box = self.exemplar.box
             where = "" if box is None else f" [{', '.join(f'{edge:g}' for edge in box)}]"
@@ -45,32 +45,32 @@ class Query(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What is looked for, and the queries that look for it."""
+    """The categories to look for, and the queries for them."""
 
     categories: tuple[Category, ...]
     queries: tuple[Query, ...]
-    """By rising label, so that the queries of one label stand side by side: name, synonyms, exemplars."""
+    """By rising label, so that the queries of one label are adjacent: name, synonyms, exemplars."""
 
     @property
     def query_labels(self) -> tuple[int, ...]:
-        """Index into `categories` of each query."""
+        """Index into `categories`, per query."""
         return tuple(query.label for query in self.queries)
 
 
 def resolve_vocabulary(config: VocabularyConfig, source_categories: Sequence[dict[str, Any]]) -> Vocabulary:
     """The categories that a config names, each with its queries.
 
-    Of queries of one category that come out the same but for case and spaces, the first stays. The same query in two
-    categories gets a warning, since their scores are always equal.
+    If queries of one category differ only in case and spaces, the first is kept. The same query in two categories gets
+    a warning, since their scores are always equal.
 
     Args:
-        config: the section of the run file.
-        source_categories: the dataset's own list, for `categories: dataset`; other keys than `id`, `name`,
+        config: the section `vocabulary` of the run file.
+        source_categories: the dataset's own list, for `categories: dataset`; keys other than `id`, `name`,
             `supercategory`, `synonyms` and `frequency` are not read.
 
     Raises:
-        InputError: the categories are not usable, see `resolve_categories`; an exemplar shows none of them; nothing is
-            left of a name in canonical form.
+        InputError: the categories are not usable, see `resolve_categories`; an exemplar's category is not among them;
+            a name is empty in canonical form.
     """
     categories = resolve_categories(config, source_categories)
     exemplars = _by_label(config.exemplars, categories)
@@ -91,7 +91,7 @@ def resolve_vocabulary(config: VocabularyConfig, source_categories: Sequence[dic
 def _texts(category: Category, config: VocabularyConfig) -> list[tuple[str, ...]]:
     """The prompts of each text query of a category."""
     if category.prompts:
-        return [(prompt,) for prompt in category.prompts]  # as they stand: neither templates nor canonical form
+        return [(prompt,) for prompt in category.prompts]  # verbatim: neither templates nor canonical form
     filled = []
     for name in (category.name, *category.synonyms):
         prompts = fill(config.templates, name)
@@ -124,7 +124,7 @@ def _by_label(exemplars: Iterable[Exemplar], categories: Sequence[Category]) -> 
 
 
 def _key(query: Query) -> Any:
-    """Equal for queries whose embeddings are equal."""
+    """A key that is equal for queries with equal embeddings."""
     exemplar = query.exemplar
     shown = None if exemplar is None else (exemplar.image, exemplar.box)
     return (*(fold(prompt) for prompt in query.prompts), shown)

@@ -1,4 +1,4 @@
-"""A part of the categories, by name, id or frequency group."""
+"""Select some of the categories by name, id or frequency group."""
 
 import difflib
 import logging
@@ -12,7 +12,7 @@ from owlsam_ray.vocabulary.fold import fold, fold_loosely
 
 _log = logging.getLogger(__name__)
 _SUGGESTED = 3
-"""As many names a message suggests."""
+"""Number of names that a message suggests at most."""
 
 
 def select_categories(
@@ -23,15 +23,15 @@ def select_categories(
     spellings: Mapping[int, Sequence[str]],
     synonyms: Mapping[int, Sequence[str]],
 ) -> list[Category]:
-    """Those that are wanted, in the order of the list and with its ids.
+    """Select categories; they keep the list's order and ids.
 
     Args:
         categories: the whole list.
-        only: names or ids; None takes all. Case, runs of spaces and underscores of a name do not count, unless two
+        only: names or ids; None selects all. Case, runs of spaces and underscores in a name are ignored, unless two
             categories differ in nothing else.
-        frequency: groups; None takes all. With `only`, both must hold.
-        spellings: other names that are as good as the category's own, by id.
-        synonyms: names that an unknown one may have meant, by id; they select nothing.
+        frequency: groups; None selects all. With `only`, both conditions must hold.
+        spellings: other names that are equivalent to the category's own, by id.
+        synonyms: names that an unknown entry may have meant, by id; used for hints only.
 
     Raises:
         InputError: a name or an id is not in the list, or fits several; a category has no group; nothing is left.
@@ -95,7 +95,7 @@ def _index(names: Mapping[int, Sequence[str]], key: Callable[[str], str]) -> dic
 
 
 def _hint(entry: str, names: Mapping[int, Sequence[str]], synonyms: Mapping[int, Sequence[str]]) -> str:
-    """The category that goes by that synonym, or names that look like it."""
+    """Name the category that has the entry as a synonym, or suggest similar names."""
     for each, given in synonyms.items():
         if fold_loosely(entry) in {fold_loosely(synonym) for synonym in given}:
             return f". It is a synonym of {shown(names[each][0])}"
@@ -111,7 +111,7 @@ def _hint(entry: str, names: Mapping[int, Sequence[str]], synonyms: Mapping[int,
 
 
 def _without_bracket(name: str) -> str:
-    """LVIS tells senses apart in brackets: `bus_(vehicle)`."""
+    """Remove the brackets with which LVIS distinguishes senses: `bus_(vehicle)`."""
     return fold_loosely(re.sub(r"\([^()]*\)", " ", name))
 
 

@@ -1,4 +1,4 @@
-"""Sentences around a name."""
+"""Prompt templates: sentences with a place for a category's name."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a photo of the small {}.",
     ),
 }
-"""By the name that `vocabulary.templates` gives them.
+"""Templates by the name that `vocabulary.templates` uses.
 
 `clip_best7`: the seven that CLIP's authors chose on ImageNet (openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet),
 which OWL-ViT's LVIS evaluation averages (google-research/scenic, projects/owl_vit/evaluator.py).
@@ -25,11 +25,11 @@ which OWL-ViT's LVIS evaluation averages (google-research/scenic, projects/owl_v
 
 
 def fill(templates: str | Sequence[str], name: str) -> tuple[str, ...]:
-    """One prompt per template, in the templates' order; braces in a name mean nothing.
+    """One prompt per template, in the templates' order; braces in a name have no meaning.
 
     Args:
         templates: a key of `TEMPLATES`, or the sentences.
-        name: what becomes of the hole.
+        name: the text that replaces the hole.
     """
     sentences = TEMPLATES[templates] if isinstance(templates, str) else templates
     return tuple(sentence.replace(HOLE, name) for sentence in sentences)

@@ -1,4 +1,4 @@
-"""Categories from a text file: one name a line."""
+"""Read categories from a text file: one name per line."""
 
 import logging
 import unicodedata
@@ -13,18 +13,18 @@ _log = logging.getLogger(__name__)
 
 
 def read_text_file(url: str) -> list[Category]:
-    """Categories of a UTF-8 text file, with the ids 1, 2, … in the order of its lines.
+    """Read categories from a UTF-8 text file, with ids 1, 2, … in the order of its lines.
 
-    A line is a name, or a name, a tab and synonyms with commas between them, which are asked for as well. Empty lines
-    and lines that begin with `#` are skipped and take no id; spaces at the ends do not count. A name may hold commas,
-    but the first that does gets a warning.
+    A line is a name, or a name, a tab and comma-separated synonyms, which are queried as well. Empty lines and lines
+    that begin with `#` are skipped and take no id; spaces at the ends are ignored. A name may contain commas, but the
+    first such line gets a warning.
 
     Args:
         url: path or fsspec URL.
 
     Raises:
-        InputError: the file cannot be read or names nothing, or a line is not UTF-8, has no name, an empty synonym or
-            several tabs, or repeats a name; names the line.
+        InputError: the file cannot be read or holds no name, or a line is not UTF-8, contains control characters, has
+            no name, an empty synonym or several tabs, or repeats a name; names the line.
     """
     try:
         data = storage.read_bytes(url)
