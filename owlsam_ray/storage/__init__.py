@@ -1,9 +1,9 @@
-"""Files that exist whole or not at all, on a disk or any fsspec URL, asked again when storage is busy.
+"""Read and write files, whole or not at all, on local disks and any fsspec URL, with retries when storage is busy.
 
-Every request to a remote store is repeated after throttling, server errors, cut connections and timeouts, as
-`configure` says. What fails for good leaves as an `OSError` (`FileNotFoundError` for 404, `PermissionError` for 403,
-`TimeoutError`) that names URL, host, answer and tries; without credentials as a `StorageSetupError`, with a URL that no
-library takes as an `InputError`. Listings are never taken from a cache.
+Every request to a remote store is repeated after throttling, server errors, cut connections and timeouts, as set by
+`configure`. A request that fails for good raises an `OSError` (`FileNotFoundError` for 404, `PermissionError` for 403,
+`TimeoutError`) that names URL, host, answer and number of tries; without credentials a `StorageSetupError`; for a URL
+that no library accepts an `InputError`. Listings are never taken from a cache.
 """
 
 from owlsam_ray.storage.answers import Body

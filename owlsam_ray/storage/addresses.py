@@ -1,8 +1,8 @@
-"""Which hosts an address that comes from data may name: none that only this machine, or its cloud, should be asked as.
+"""Check the hosts that URLs in data name: refuse link-local addresses and the metadata servers of clouds.
 
-The cloud hands out credentials at link-local addresses to whoever asks from the machine. A table of images that names
-such an address, a host name that leads there, or a redirect to it, must not make a worker ask. Loopback and private
-networks are left alone: clusters keep their images there.
+Clouds hand out credentials at link-local addresses to any process on the machine. A table of images that names such an
+address, a host name that resolves to one, or a redirect to one, must not make a worker send a request there. Loopback
+and private networks are allowed: clusters keep their images there.
 """
 
 import ipaddress
@@ -20,7 +20,7 @@ _METADATA = tuple(
     for network in (
         "100.100.100.200/32",  # Alibaba Cloud
         "168.63.129.16/32",  # Azure
-        "192.0.0.192/32",  # Oracle Cloud, of old
+        "192.0.0.192/32",  # Oracle Cloud, formerly
         "fd00:ec2::/32",  # Amazon
         "fd20:ce::254/128",  # Google
     )
@@ -32,7 +32,7 @@ _METADATA_NAMES = {
     "metadata.google.internal",
     "metadata.tencentyun.com",
 }
-"""They lead to such addresses; by name they matter where a proxy does the looking up."""
+"""Host names that resolve to such addresses; checked by name because a proxy may do the look-up."""
 _HOLDS_IPV4_LAST = tuple(
     ipaddress.ip_network(network)
     for network in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")
@@ -41,14 +41,14 @@ _6TO4 = ipaddress.ip_network("2002::/16")
 _TEREDO = ipaddress.ip_network("2001::/32")
 
 _WITH_HOST = frozenset({"dav", "ftp", "hdfs", "jlab", "jupyter", "sftp", "smb", "ssh", "webhdfs", "webHDFS"})
-"""Schemes besides http whose URLs name the host that is asked."""
+"""Schemes besides http whose URLs name the host that is contacted."""
 _CHAINING = frozenset(
     {
         "archive", "async_wrapper", "asyncwrapper", "blockcache", "cached", "dask", "dir", "filecache", "generic",
         "git", "libarchive", "reference", "simplecache", "tar", "zip",
     }
 )  # fmt: skip
-"""Schemes behind which another file system, or another machine's, is opened by what the rest of the URL says."""
+"""Schemes that open another file system, possibly on another machine, named by the rest of the URL."""
 
 
 class ForbiddenHostError(InputError):
@@ -57,13 +57,13 @@ class ForbiddenHostError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class HostRules:
-    """Hosts that data may name all the same."""
+    """Decides which hosts data may name, given the hosts that the user allows."""
 
     allowed: tuple[str, ...] = ()
-    """Names, `*.` before a domain for all names in it, addresses and networks (`169.254.7.0/24`)."""
+    """Host names, `*.` before a domain for all names in it, addresses and networks (`169.254.7.0/24`)."""
 
     def allows_name(self, host: str) -> bool:
-        """Whether a host is allowed by its name, wherever that leads."""
+        """Whether a host is allowed by its name, whatever it resolves to."""
         name = _plain(host)
         return any(
             name == entry or (entry.startswith("*.") and name.endswith(entry[1:]))
@@ -71,17 +71,17 @@ class HostRules:
         )
 
     def forbids(self, address: Address) -> bool:
-        """Whether an address is one that data may not name."""
+        """Whether data may not name this address."""
         if not any(is_of_the_machine(each) for each in meanings(address)):
             return False
         networks = (_network(entry) for entry in self.allowed)
         return not any(network is not None and each in network for network in networks for each in meanings(address))
 
     def check_host(self, host: str, url: str) -> None:
-        """The host of a URL, as far as its text tells.
+        """Check the host of a URL by its text alone, without a look-up.
 
         Raises:
-            ForbiddenHostError: it is an address, in any notation, or a well-known name that data may not name.
+            ForbiddenHostError: it is a forbidden address, in any notation, or a well-known forbidden name.
         """
         if self.allows_name(host):
             return
@@ -90,10 +90,10 @@ class HostRules:
             raise self.refusal(host, str(address or host), url)
 
     def choose(self, host: str, found: Sequence[str]) -> list[int]:
-        """Of the addresses that a host's name leads to, the places of those that may be asked.
+        """Indices of the addresses in `found`, to which a host name resolves, that may be contacted.
 
         Raises:
-            ForbiddenHostError: there is none.
+            ForbiddenHostError: there are addresses, and all of them are forbidden.
         """
         if self.allows_name(host):
             return list(range(len(found)))
@@ -108,7 +108,7 @@ class HostRules:
 
     @staticmethod
     def refusal(host: str, address: str, url: str) -> ForbiddenHostError:
-        """For messages."""
+        """The error for a forbidden host."""
         where = f"leads to {address}" if address != host else "is an address"
         return ForbiddenHostError(
             f"cannot open {url}: the host {host} {where} where machines ask for their own credentials (link-local); "
@@ -117,7 +117,7 @@ class HostRules:
 
 
 def check_entry(entry: str) -> str:
-    """An entry of `HostRules.allowed`.
+    """Check an entry of `HostRules.allowed`, and return it.
 
     Raises:
         ValueError: it is neither a name nor an address or a network.
@@ -129,17 +129,17 @@ def check_entry(entry: str) -> str:
 
 
 def is_of_the_machine(address: Address) -> bool:
-    """Whether an address is link-local, or one where a cloud tells a machine about itself."""
+    """Whether an address is link-local, or one where a cloud serves metadata about the machine itself."""
     return address.is_link_local or any(
         address in network for network in _METADATA if network.version == address.version
     )
 
 
 def meanings(address: Address) -> list[Address]:
-    """An address, and the IPv4 addresses that it stands for: mapped, translated (NAT64), or at the end of a tunnel."""
+    """The address and the IPv4 addresses embedded in it: mapped, translated (NAT64), or at the end of a tunnel."""
     found: list[Address] = [address]
     if isinstance(address, ipaddress.IPv6Address):
-        plain = ipaddress.IPv6Address(int(address))  # without the name of an interface
+        plain = ipaddress.IPv6Address(int(address))  # without the scope id (interface)
         if any(plain in network for network in _HOLDS_IPV4_LAST):
             found.append(ipaddress.IPv4Address(int(plain) & 0xFFFFFFFF))
         if plain in _6TO4:
@@ -151,7 +151,7 @@ def meanings(address: Address) -> list[Address]:
 
 
 def address_of(host: str) -> Address | None:
-    """The address that a host is, in any notation that a resolver takes (`0xa9fea9fe`, `2852039166`); None: a name."""
+    """Parse a host as an address, in any notation that resolvers accept (`0xa9fea9fe`, `2852039166`); None: a name."""
     text = _plain(host)
     try:
         return ipaddress.ip_address(text)
@@ -166,11 +166,11 @@ def address_of(host: str) -> Address | None:
 
 
 def data_uri_error(uri: str, rules: HostRules) -> str | None:
-    """Why a URI that data names is not opened; None when it may be. Nothing is looked up.
+    """Why a URI found in data is refused; None when it may be opened. Nothing is looked up.
 
     Args:
         uri: path or URL of an image.
-        rules: hosts that are allowed.
+        rules: decides which hosts are allowed.
     """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.\-]*)://", uri)
     if scheme is None:
@@ -188,10 +188,10 @@ def data_uri_error(uri: str, rules: HostRules) -> str | None:
 
 
 def container_error(uri: str, rules: HostRules) -> str | None:
-    """Why a tar or Parquet file that a manifest names is not opened; None when it may be.
+    """Why a tar or Parquet file named by a manifest is refused; None when it may be opened.
 
     Users may name such files through a chain of file systems (`simplecache::s3://…`). No link of the chain may lead to
-    a host that data may not name. The hosts of a chain are looked up: the clients inside it check nothing themselves.
+    a host that data may not name. The hosts of a chain are looked up, since the clients inside it check nothing.
     """
     chain = uri.split("::") if "://" in uri else [uri]
     for link in chain:
@@ -212,15 +212,15 @@ def container_error(uri: str, rules: HostRules) -> str | None:
 
 
 def needs_look_up(uri: str) -> bool:
-    """Whether the client of a URL cannot be told which address to ask, so that the name is to be checked before."""
+    """Whether the URL's client cannot be given the address to contact, so that the name must be checked beforehand."""
     return uri.partition("://")[0] in _WITH_HOST
 
 
 def check_by_look_up(uri: str, rules: HostRules) -> None:
-    """The host of a URL, by the addresses that its name has just now.
+    """Check the host of a URL by the addresses to which its name currently resolves.
 
     Raises:
-        ForbiddenHostError: one of them is none that data may name.
+        ForbiddenHostError: data may not name one of them.
     """
     host = host_of(uri)
     if not host or rules.allows_name(host):
@@ -228,7 +228,7 @@ def check_by_look_up(uri: str, rules: HostRules) -> None:
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError):
-        return  # whoever opens it will find the same
+        return  # opening the URL will fail in the same way
     for text in found:
         address = address_of(text)
         if address is not None and rules.forbids(address):
@@ -236,7 +236,7 @@ def check_by_look_up(uri: str, rules: HostRules) -> None:
 
 
 def host_of(url: str) -> str:
-    """The host in a URL, without brackets; empty where there is none."""
+    """The host in a URL, without brackets; empty if there is none."""
     authority = re.split(r"[/?#\\]", url.partition("://")[2], maxsplit=1)[0].rpartition("@")[2]
     if authority.startswith("["):
         return authority[1:].partition("]")[0]

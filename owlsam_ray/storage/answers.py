@@ -1,7 +1,7 @@
-"""The answer to one read: taken as it comes, given up when it trickles, refused when it is cut.
+"""Receive the answer to one read: stream it, give up when it is too slow, refuse it when it is truncated.
 
-An answer is cut when it holds less than its own `Content-Range` or `Content-Length` says. Of an answer that was
-unpacked on the way (`Content-Encoding`, or the decompressive transcoding of GCS) these headers count other bytes.
+An answer is truncated if it is shorter than its own `Content-Range` or `Content-Length` states. If an answer was
+decompressed on the way (`Content-Encoding`, or the decompressive transcoding of GCS), these headers count other bytes.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from owlsam_ray.storage.clients import Client
 from owlsam_ray.storage.faults import CutError, TooLargeError, TrickleTimeoutError, understand
 
 CHUNK = 2**18
-"""Bytes that are taken from a connection at once."""
+"""Bytes taken from a connection at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is read of a file."""
+    """The part of a file to read: `length` bytes from byte `start` on."""
 
     start: int
     length: int
@@ -33,14 +33,14 @@ class Wanted:
 
     @property
     def range_header(self) -> str:
-        """As HTTP asks for it."""
+        """Value of the HTTP header `Range`."""
         return f"bytes={self.start}-{self.start + self.length - 1}"
 
     def check_size(self, size: int) -> None:
         """Refuse a file that is too large, before it is read.
 
         Raises:
-            TooLargeError: it is.
+            TooLargeError: the whole file is wanted, and it has `length` bytes or more.
         """
         if self.is_whole and size >= self.length:
             raise TooLargeError(errno.EFBIG, f"{size} bytes, and {self.length - 1} are the most")
@@ -48,26 +48,26 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What came."""
+    """The bytes that were received."""
 
     data: bytes
     size: int | None
-    """Bytes of the whole file as it is stored, where the answer tells them."""
+    """Size of the whole file in bytes as stored; None where the answer does not state it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Status, headers with names in lower case, and the body in chunks."""
+    """Status, headers with lower-case names, and the body in chunks."""
 
     status: int
     headers: Mapping[str, str]
     chunks: AsyncIterator[bytes]
     unpacks: bool
-    """Whether the client unpacks a body with a `Content-Encoding`."""
+    """Whether the client decompresses a body with a `Content-Encoding`."""
 
     @property
     def is_unpacked(self) -> bool:
-        """Whether the headers count other bytes than those of the chunks."""
+        """Whether the body was decompressed, so that the headers do not count the bytes of the chunks."""
         coded = [self.headers.get("x-goog-stored-content-encoding", "identity")]
         if self.unpacks:
             coded.append(self.headers.get("content-encoding", "identity"))
@@ -76,7 +76,7 @@ class Answer:
 
     @property
     def content_range(self) -> tuple[int, int, int | None] | None:
-        """(first byte, byte behind the last one, bytes of the file) of a part; None when it is none, or not told."""
+        """(first byte, byte after the last, bytes of the file) of a partial answer; None: whole, or not stated."""
         match = re.fullmatch(r"\s*bytes\s+(\d+)-(\d+)/(\d+|\*)\s*", self.headers.get("content-range", ""))
         if self.status != 206 or match is None:
             return None
@@ -84,30 +84,30 @@ class Answer:
 
     @property
     def content_length(self) -> int | None:
-        """Bytes of the body; None when not told."""
+        """Bytes of the body; None when not stated."""
         told = self.headers.get("content-length", "")
         return int(told) if told.isascii() and told.isdigit() else None
 
 
 class Pace:
-    """How long an answer may take: a while, and more with every byte that has come.
+    """The time limit of an answer, which grows with every byte received.
 
-    So a server that sends a byte a second is given up as soon as one that sends nothing, whatever size it promised.
+    A server that sends one byte per second is given up as soon as one that sends nothing, whatever size it promised.
     """
 
     def __init__(self, client: Client, timer: asyncio.Timeout, begin: float) -> None:
         self._client, self._timer, self._begin = client, timer, begin
         self._received = 0
         self.expected: int | None = None
-        """Bytes, where the answer tells them."""
+        """Number of bytes that the answer states; None when it states none."""
 
     def came(self, num_bytes: int) -> None:
-        """So many more."""
+        """Count received bytes, and move the deadline accordingly."""
         self._received += num_bytes
         self._timer.reschedule(self._begin + self._client.deadline_s(self._received))
 
     def describe(self) -> str:
-        """What came in which time."""
+        """Bytes received and the time allowed, for a message."""
         seconds = self._client.deadline_s(self._received)
         whole = "" if self.expected is None else f" of {self.expected}"
         return f"{self._received}{whole} bytes in {seconds:.3g} s"
@@ -115,10 +115,10 @@ class Pace:
 
 @contextlib.asynccontextmanager
 async def paced(client: Client) -> AsyncIterator[Pace]:
-    """Time for one request.
+    """Limit the time of one request.
 
     Raises:
-        TrickleTimeoutError: it took longer.
+        TrickleTimeoutError: the answer was too slow.
     """
     begin = asyncio.get_running_loop().time()
     timer = asyncio.timeout_at(begin + client.deadline_s())
@@ -133,16 +133,16 @@ async def paced(client: Client) -> AsyncIterator[Pace]:
 
 
 async def receive(answer: Answer, wanted: Wanted, pace: Pace, *, most_skipped: int | None = None) -> Body:
-    """Take the body of an answer.
+    """Receive the body of an answer.
 
     Args:
-        answer: with a good status.
-        wanted: what was asked for; a server may send the whole file instead.
-        pace: of the request.
-        most_skipped: bytes before the start that are read for nothing, at most.
+        answer: an answer with a success status.
+        wanted: what was requested; a server may send the whole file instead.
+        pace: the request's time limit.
+        most_skipped: maximum number of bytes before the start that may be read and discarded; None: no limit.
 
     Raises:
-        CutError: it holds less than it says, or another part than was asked for.
+        CutError: the body is shorter than the answer states, or is another part than requested.
         TooLargeError: the file is larger than wanted.
         OSError: (EOPNOTSUPP) the server sends whole files only.
     """
@@ -161,7 +161,7 @@ async def receive(answer: Answer, wanted: Wanted, pace: Pace, *, most_skipped: i
         received += len(chunk)
         data += chunk[skip:]
         skip = max(0, skip - len(chunk))
-        # A part is read to its end, where checksums are compared, unless it is longer than it may be.
+        # A part is read to its end, where checksums are compared, unless it is longer than wanted.
         if len(data) > wanted.length or (len(data) == wanted.length and answer.status != 206):
             is_whole = received == expected
             break
@@ -174,7 +174,7 @@ async def receive(answer: Answer, wanted: Wanted, pace: Pace, *, most_skipped: i
 
 
 def _told(answer: Answer, part: tuple[int, int, int | None] | None) -> tuple[int | None, int | None]:
-    """Bytes of the body, and of the file, as the headers say."""
+    """Bytes of the body and of the file, as stated by the headers; None where they do not say."""
     if answer.is_unpacked:
         return None, None
     if part is not None:
@@ -183,7 +183,7 @@ def _told(answer: Answer, part: tuple[int, int, int | None] | None) -> tuple[int
 
 
 def _check_part(part: tuple[int, int, int | None] | None, wanted: Wanted) -> None:
-    """Refuse a part of the file that is not the one that was asked for."""
+    """Refuse a part of the file that is not the one requested."""
     if part is None:
         return
     start, end, size = part
@@ -193,16 +193,16 @@ def _check_part(part: tuple[int, int, int | None] | None, wanted: Wanted) -> Non
 
 
 def read_foreign(client: Client, path: str, wanted: Wanted, *, listed: int | None = None) -> Body:
-    """The same of a file system that shows no answers: what it says about the file's size takes their place.
+    """Read from a file system that does not expose its answers: its statement of the file's size replaces the headers.
 
     Args:
-        client: of the file system.
-        path: inside it.
-        wanted: what is read.
-        listed: size in a listing, as far as that is known; where it is right, the size is not asked for.
+        client: client of the file system.
+        path: path inside the file system.
+        wanted: the part to read.
+        listed: size from a listing, if known; if it is right, the size is not requested again.
 
     Raises:
-        CutError: there came less than the file system says that there is.
+        CutError: fewer bytes arrived than the file system states.
         TooLargeError: the file is larger than wanted.
     """
     filesystem = client.filesystem
@@ -223,16 +223,16 @@ def check_end(client: Client, path: str, end: int, *, told: int | None = None) -
     """Refuse a read that stopped before the end of the file.
 
     Args:
-        client: of a file system that shows no answers.
-        path: inside it.
-        end: where the read stopped.
-        told: what is thought to be the size of the file.
+        client: client of a file system that does not expose its answers.
+        path: path inside the file system.
+        end: position at which the read stopped.
+        told: presumed size of the file.
 
     Returns:
-        Size of the file, where the file system tells it.
+        Size of the file; None where the file system does not state it.
 
     Raises:
-        CutError: the file goes on there.
+        CutError: the file continues there.
     """
     if told == end:
         return end
@@ -246,10 +246,10 @@ def check_end(client: Client, path: str, end: int, *, told: int | None = None) -
 
 
 def told_size(client: Client, path: str) -> int | None:
-    """Size of a file, where its file system tells it.
+    """Size of a file; None where its file system does not state it.
 
     Raises:
-        Exception: it may tell the size in a while.
+        Exception: the request may succeed later.
     """
     try:
         size = client.filesystem.info(path).get("size")
@@ -261,7 +261,7 @@ def told_size(client: Client, path: str) -> int | None:
 
 
 def time_option(client: Client, num_bytes: int) -> dict[str, Any]:
-    """As fsspec's asynchronous file systems take the time of a whole request; others know none."""
+    """The argument for a request's total time in fsspec's asynchronous file systems; others do not have it."""
     filesystem = client.filesystem
     is_asynchronous = isinstance(filesystem, AsyncFileSystem) and filesystem.async_impl
     is_mirrored = is_asynchronous and type(filesystem).cat_file is AbstractFileSystem.cat_file

@@ -1,8 +1,8 @@
-"""Arrow files that others may have written: their types are looked at before their values are.
+"""Check the types in untrusted Arrow and Parquet files before any value is read.
 
-A column's extension type names a class that makes Python objects of its values, and a class may do anything: that of
-Ray Data unpickles them, in every process that has imported ray.data. Whoever reads a Parquet or Arrow file from outside
-therefore compares its schema first, with the one that the file must have (`misfit_of`), or refuses extension types by
+A column's extension type names a class that makes Python objects of its values, and such a class can run any code: Ray
+Data's unpickles them, in every process that has imported ray.data. Code that reads a Parquet or Arrow file from outside
+therefore first compares its schema with the one that the file must have (`misfit_of`), or refuses extension types by
 name (`extension_of`).
 """
 
@@ -14,7 +14,7 @@ from owlsam_ray.errors import shown
 
 _NAME = b"ARROW:extension:name"
 _OF_ARROW = frozenset({"arrow.bool8", "arrow.fixed_shape_tensor", "arrow.json", "arrow.opaque", "arrow.uuid"})
-"""Types that Arrow itself has, in C++, and whose values it makes plain without code of others."""
+"""Arrow's own extension types, implemented in C++, whose values are converted without foreign code."""
 _OF_RAY = (
     "ray.data.arrow_pickled_object",
     "ray.data.arrow_tensor",
@@ -24,25 +24,25 @@ _OF_RAY = (
 
 
 def forget_ray_types() -> None:
-    """Take back the extension types that importing ray.data has registered; nothing of ours uses them.
+    """Unregister the extension types that importing ray.data has registered; nothing here uses them.
 
     Every module that imports ray.data calls this right afterwards, so that it holds in the driver, in Ray's tasks and
     in its actors: a column of such a type is plain binary there.
     """
     for name in _OF_RAY:
-        with contextlib.suppress(pa.ArrowKeyError):  # it is not there
+        with contextlib.suppress(pa.ArrowKeyError):  # not registered
             pa.unregister_extension_type(name)
 
 
 def extension_of(field: pa.Field) -> str | None:
-    """Name of an extension type that a column has, or holds at any depth; None when its values are plain.
+    """Name of an extension type that a column has or contains at any depth; None when its values are plain.
 
-    Types that this process does not know, which Arrow reads as what they are stored as, count as well: whether a file
-    is read must not depend on what else a process has imported. Arrow's own types (JSON, UUID, …) are plain.
+    Types unknown to this process, which Arrow reads as their storage type, count as well: whether a file is read must
+    not depend on what else the process has imported. Arrow's own types (JSON, UUID, …) are plain.
     """
     kind = field.type
     if isinstance(kind, pa.BaseExtensionType):
-        # Whatever is written in Python has this class.
+        # All extension types written in Python have this class.
         if isinstance(kind, pa.ExtensionType) or kind.extension_name not in _OF_ARROW:
             return str(kind.extension_name)
         return extension_of(pa.field("", kind.storage_type))
@@ -55,13 +55,13 @@ def extension_of(field: pa.Field) -> str | None:
 
 
 def misfit_of(found: pa.Schema, wanted: pa.Schema, *, may_lack: tuple[str, ...] = ()) -> str | None:
-    """What keeps a file's columns from being those of a schema, for a message; None when they are.
+    """Why a file's columns do not match a schema, for a message; None when they match.
 
-    Names, their order and types have to be equal; what is nullable, and metadata, do not count.
+    Names, their order and types must be equal; nullability and metadata are ignored.
 
     Args:
-        found: of the file.
-        wanted: that it must have.
+        found: the file's schema.
+        wanted: the schema that the file must have.
         may_lack: columns that files of older versions do not have.
     """
     lacks = [name for name in may_lack if name not in found.names]
@@ -77,13 +77,13 @@ def misfit_of(found: pa.Schema, wanted: pa.Schema, *, may_lack: tuple[str, ...] 
 
 
 def holds_bytes(field: pa.Field) -> bool:
-    """Whether each value of a column is one text of bytes, in whatever layout Arrow keeps it."""
+    """Whether each value of a column is a byte string, in any of Arrow's layouts."""
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     checks = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
     return extension_of(field) is None and any(check(kind) for check in checks)
 
 
 def shown_type(field: pa.Field) -> str:
-    """A column's type for a message: the name of an extension type, or Arrow's own words."""
+    """A column's type for a message: the name of an extension type, or Arrow's own notation."""
     extension = extension_of(field)
     return f"the extension type {shown(extension)}" if extension is not None else f"{field.type!s:.200}"

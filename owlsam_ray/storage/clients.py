@@ -1,8 +1,8 @@
-"""The client libraries of object stores and web servers: how they are opened.
+"""Open the client libraries of object stores and web servers, with their own retries disabled.
 
-s3fs, botocore and gcsfs try again by themselves, each with waits of its own, and fsspec's HTTP never does. Here they
-are told not to, so that the tries of `asking` are the only ones and do not multiply. Only uploads in parts are left to
-them (`in_parts`): they repeat a part, `asking` could only repeat the whole file.
+s3fs, botocore and gcsfs retry on their own, each with its own waits, and fsspec's HTTP never does. Their retries are
+disabled, so that the tries of `retrying` are the only ones and do not multiply. Only multipart uploads are left to the
+libraries (`in_parts`): they repeat a single part, `retrying` could only repeat the whole file.
 """
 
 import functools
@@ -15,7 +15,7 @@ from owlsam_ray.storage.addresses import HostRules
 
 Kind = Literal["s3", "gs", "http", "other"]
 KINDS: dict[str, Kind] = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
-"""By URL scheme; the file systems that are asked over a network in a way that is known here."""
+"""Kind by URL scheme, for the network file systems whose requests are known here."""
 _SLOWEST_BYTES_PER_S = 100_000
 
 
@@ -26,20 +26,20 @@ class Client:
     kind: Kind
     filesystem: Any
     errors: tuple[type[Exception], ...]
-    """What its operations may raise besides programming errors."""
+    """Errors that its operations may raise, besides programming errors."""
     timeout_s: float = 0.0
 
     def deadline_s(self, num_bytes: int = 0) -> float:
-        """Seconds that a whole request may take, with so many bytes in or out.
+        """Seconds that a whole request may take, with `num_bytes` sent or received.
 
-        The libraries watch for silence only, and not always: aiohttp waits for ever for a `100 Continue`, and for what
-        should come after one that comes late.
+        The libraries detect only silence, and not always: aiohttp waits forever for a `100 Continue`, and for the rest
+        after one that comes late.
         """
         return 2 * self.timeout_s + num_bytes / _SLOWEST_BYTES_PER_S
 
     @property
     def host(self) -> str | None:
-        """Its endpoint, where that is not part of the URL and not the provider's own."""
+        """The endpoint, unless it is part of the URL or the provider's own."""
         if self.kind == "s3":
             endpoint = getattr(getattr(getattr(self.filesystem, "_s3", None), "meta", None), "endpoint_url", None)
         else:
@@ -56,15 +56,15 @@ def open_client(
     in_parts: bool = False,
     allowed_hosts: tuple[str, ...] = (),
 ) -> Client:
-    """The file system of a URL scheme. The same one for the same arguments, except with `in_parts`.
+    """The file system of a URL scheme. The same object for the same arguments, except with `in_parts`.
 
     Args:
         protocol: URL scheme.
-        timeout_s: until a connection, or an answer, is given up.
-        concurrency: connections that may be open at once.
-        tries: of one request; only taken up with `in_parts`.
-        in_parts: for a large upload: every part is repeated by itself.
-        allowed_hosts: of web servers, although they are link-local.
+        timeout_s: seconds until a connection attempt or a pending answer is given up.
+        concurrency: maximum number of open connections.
+        tries: tries per request; used only with `in_parts`.
+        in_parts: for a large upload: each part is retried separately.
+        allowed_hosts: web servers that are allowed although they are link-local.
 
     Raises:
         ValueError, ImportError: the scheme is unknown, or its package is not installed.
@@ -76,7 +76,7 @@ def open_client(
         return _open_gs(protocol, timeout_s, concurrency, in_parts)
     if kind == "http":
         return _open_http(protocol, timeout_s, concurrency, allowed_hosts)
-    return Client(kind, fsspec.filesystem(protocol), (Exception,), timeout_s)  # nobody knows what it raises
+    return Client(kind, fsspec.filesystem(protocol), (Exception,), timeout_s)  # its errors are not known
 
 
 def _open_s3(protocol: str, timeout_s: float, concurrency: int, tries: int | None) -> Client:
@@ -107,11 +107,11 @@ def _open_gs(protocol: str, timeout_s: float, concurrency: int, in_parts: bool) 
     from google.auth.exceptions import GoogleAuthError
 
     filesystem = implementation(use_listings_cache=False, skip_instance_cache=in_parts)
-    # As an argument a timeout would have to be seconds for a whole request; None, its default, is no timeout at all.
+    # A timeout argument would be seconds for a whole request; None, the default, means no timeout at all.
     filesystem.requests_timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
     if filesystem.session is None and not filesystem.session_kwargs:
         filesystem.session_kwargs = fsspec.asyn.sync(filesystem.loop, _gs_session_options, concurrency)
-    # Its six tries cannot be set: the function below them is called. A release without it keeps its own tries.
+    # Its six tries cannot be configured, so the undecorated function is called. A release without it keeps its tries.
     single = getattr(implementation._request, "__wrapped__", None)
     if single is not None and not in_parts:
         filesystem._request = functools.partial(single, filesystem)
@@ -129,11 +129,11 @@ def _open_http(protocol: str, timeout_s: float, concurrency: int, allowed_hosts:
 
 
 _AIOHTTP_CONNECTIONS = 100
-"""Its own limit."""
+"""aiohttp's default limit."""
 
 
 async def _gs_session_options(concurrency: int) -> dict[str, Any]:
-    """Of a session with Google, or with an endpoint of the user's: proxies are used, hosts are not judged."""
+    """Options for a session with Google or a user's endpoint: proxies are used, hosts are not checked."""
     import aiohttp
 
     from owlsam_ray.storage.web import ProxiedRequest

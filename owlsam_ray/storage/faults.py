@@ -1,4 +1,4 @@
-"""What the errors of client libraries mean: worth another try, or not, and which of Python's own errors they are."""
+"""Classify the errors of client libraries: worth a retry or not, and which of Python's own errors they become."""
 
 import logging
 import os
@@ -24,25 +24,25 @@ _ANONYMOUS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"
 _ANONYMOUS |= {"NoAuthTokenError", "SSOTokenLoadError", "TokenRetrievalError", "UnauthorizedSSOTokenError"}
 _BAD_REQUEST = {"InvalidURL", "NonHttpUrlClientError", "ParamValidationError", "ValueError"}
 _OF_THE_URL = {"TypeError", "AttributeError", "LookupError", "NotImplementedError"}
-"""What a foreign library stumbles over in a URL, besides."""
+"""Further errors that foreign libraries raise for a URL they cannot handle."""
 _REFUSED = {"ClientConnectorCertificateError", "NonRetryableError", "SSLCertVerificationError"}
 _BUSY_NAMES = {"ClientError", "ConnectionError", "CredentialRetrievalError", "HTTPClientError", "TransportError"}
 _BUSY_NAMES |= {"HTTPError", "HttpError", "IncompleteReadError", "RefreshError", "RequestException", "TimeoutError"}
 _BUSY_NAMES |= {"ResponseParserError", "ResponseStreamingError", "GoogleAPIError", "gaierror", "SSLError"}
-# Less came than was promised, or something else: http.client, google-resumable-media, huggingface_hub, ours.
+# Truncated or wrong data, as raised by http.client, google-resumable-media, huggingface_hub and this package.
 _BUSY_NAMES |= {"CutError", "DataCorruption", "IncompleteRead", "ConsistencyError", "TrickleTimeoutError"}
 _BUSY_NAMES |= {"EOFError", "BadGzipFile"}
-# There is no such file in a cache, and nobody could be asked: a FileNotFoundError that says nothing about the file.
+# A file is not in the cache, and the server could not be reached: a FileNotFoundError that says nothing about the file.
 _BUSY_NAMES |= {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}
 _IS_WRONG_CONTENT = re.compile(r"checksum|crc|md5|^JSONDecodeError$", re.IGNORECASE)
-"""The name of an error of botocore, gcsfs, … about bytes that do not fit their sum, or an answer that is cut or a page
-of a proxy; some are a `ValueError` as well."""
+"""Error names of botocore, gcsfs, … for bytes that do not match their checksum, or an answer that is truncated or is a
+proxy's page; some are also a `ValueError`."""
 _MASKED_AT_MOST = 20_000
-"""Characters of a message that are looked through; the rest is not shown anyway."""
+"""Maximum characters of a message that are searched for secrets; the rest is not shown anyway."""
 
 
 class CutError(OSError):
-    """Storage sent less than it said, or another part of the file."""
+    """Storage sent less than it stated, or another part of the file."""
 
 
 class TrickleTimeoutError(OSError):
@@ -55,7 +55,7 @@ class TooLargeError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What an error of a client library comes to."""
+    """The meaning of a client library's error."""
 
     kind: FaultKind
     what: str
@@ -63,18 +63,18 @@ class Fault:
 
     @property
     def is_worth_a_retry(self) -> bool:
-        """Whether the same request may succeed in a while."""
+        """Whether the same request may succeed later."""
         return self.kind == "busy"
 
 
 def understand(error: BaseException, *, is_foreign: bool = False) -> Fault:
-    """The kind of an error that a client library raised, whichever that was.
+    """Classify an error raised by any client library.
 
-    By names and attributes, so that no library is imported for it.
+    Errors are recognised by names and attributes, so that no library needs to be imported.
 
     Args:
-        error: of any class.
-        is_foreign: of a file system that is not known here.
+        error: an error of any class.
+        is_foreign: whether it comes from a file system that is not known here.
     """
     status, code, message = _http_facts(error)
     if status is not None:
@@ -92,7 +92,7 @@ def understand(error: BaseException, *, is_foreign: bool = False) -> Fault:
 
 
 def _names(error: BaseException | None) -> set[str]:
-    """Of an error's class and those above."""
+    """Names of an error's class and its base classes."""
     return {kind.__name__ for kind in type(error).__mro__}
 
 
@@ -115,19 +115,19 @@ def _kind_of_names(names: set[str], is_foreign: bool) -> FaultKind:
 
 
 def described(error: BaseException, limit: int = 300) -> str:
-    """Kind and message in one line, masked and cut, whatever the class of the error does when it is asked for a text.
+    """Class and message of an error in one line, masked and truncated, even if converting it to text fails.
 
     Args:
-        error: of any class.
-        limit: most characters.
+        error: an error of any class.
+        limit: maximum number of characters.
     """
     name = type(error).__name__
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 (the class is anyone's)
+    except Exception:  # noqa: BLE001 (foreign code may raise anything)
         return name
     text = f"{name}: {text}" if text else name
-    # Masked before it is cut: half of a URL shows no secrets to look for.
+    # Mask before truncating: in half a URL, secrets cannot be recognised.
     return one_line(masked(text[: max(_MASKED_AT_MOST, 10 * limit)]), limit)
 
 
@@ -135,11 +135,12 @@ _told: set[tuple[str, str]] = set()
 
 
 def tell_once(where: str, error: BaseException) -> None:
-    """One line of the log for an error that nobody expected, with the place that it comes from, however often it comes.
+    """Log an unexpected error once, with the place where it was raised, however often it occurs.
 
     Args:
-        where: what fails. With the class of the error it makes a kind, of which the first is logged by this process.
-        error: of a foreign library.
+        where: what fails. Together with the class of the error it defines a kind; this process logs only the first
+            error of a kind.
+        error: an error of a foreign library.
     """
     kind = where, type(error).__name__
     if kind in _told:
@@ -162,14 +163,14 @@ def _kind_of_status(status: int, code: str, message: str) -> FaultKind:
 
 
 def _http_facts(error: BaseException) -> tuple[int | None, str, str]:
-    """Status, error code and message of the answer behind an error; no status when there was no answer."""
+    """Status, error code and message of the answer behind an error; the status is None when there was no answer."""
     for each in (error, error.__cause__):
         response = getattr(each, "response", None)
-        if isinstance(response, dict):  # botocore's ClientError; s3fs hides it behind another
+        if isinstance(response, dict):  # botocore's ClientError, which s3fs chains to another error
             told = response.get("Error", {})
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return status, str(told.get("Code", "")), str(told.get("Message", ""))
-        # requests and httpx (the libraries of most foreign file systems); azure's errors have it themselves
+        # requests and httpx, which most foreign file systems use; azure's errors carry the status themselves
         status = getattr(response if response is not None else each, "status_code", None)
         if isinstance(status, int) and status >= 400:
             return status, "", str(getattr(each, "message", None) or getattr(each, "reason", None) or "")
@@ -180,6 +181,6 @@ def _http_facts(error: BaseException) -> tuple[int | None, str, str]:
         return int(getattr(error, "status", 0)), "", str(getattr(error, "message", ""))
     if name == "OSError" and getattr(error, "errno", None) is None and str(error).startswith("Forbidden"):  # gcsfs
         return 403, "", str(error).partition("\n")[2]
-    if name == "ProxyError" and not str(error):  # gcsfs's word for it
+    if name == "ProxyError" and not str(error):  # gcsfs's name for it
         return 502, "", ""
     return None, "", ""

@@ -1,4 +1,4 @@
-"""What a directory holds. Never from a cache."""
+"""List directories, never from a cache."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def _pages(client: Client, url: str, bucket: str, prefix: str, *, deep: bool) -> Iterator[Any]:
-    """Pages of a listing, each tried again by itself."""
+    """Pages of a listing, each retried separately."""
     token = None
     while True:
         page = ask(client, url, partial(list_page, client, bucket, prefix, deep=deep, token=token))
@@ -29,7 +29,7 @@ def _bucket_and_prefix(client: Client, path: str) -> tuple[str, str]:
 
 
 def list_names(url: str) -> list[str]:
-    """Sorted base names of what a directory holds; none when it does not exist. Temporary files are left out."""
+    """Sorted base names of a directory's entries; none when it does not exist. Temporary files are left out."""
     client, path = open_url(url)
     found: list[str] = []
     with contextlib.suppress(FileNotFoundError):
@@ -49,7 +49,7 @@ def _fresh_names(filesystem: Any, path: str) -> list[Any]:
 
 
 def glob_files(pattern: str) -> list[str]:
-    """Sorted paths or URLs of the files that a pattern of fsspec's (`*`, `?`, `[0-9]`, `**`) matches.
+    """Sorted paths or URLs of the files that match an fsspec pattern (`*`, `?`, `[0-9]`, `**`).
 
     Raises:
         OSError: a directory cannot be listed.
@@ -69,13 +69,13 @@ def glob_files(pattern: str) -> list[str]:
 
 
 def walk_files(url: str) -> Iterator[tuple[str, int | None]]:
-    """Every file below a directory: path relative to it, and size in bytes where that is known.
+    """Every file below a directory: its relative path, and its size in bytes where known.
 
-    Names that begin with a dot are left out, files and directories; linked directories are not entered, linked files
-    are taken. In no order on a disk; on an object store in the order of the keys' bytes, a page a request.
+    Files and directories whose names begin with a dot are left out; linked directories are not entered, linked files
+    are included. On a disk in no particular order; on an object store in byte order of the keys, one page per request.
 
     Raises:
-        OSError: the directory, or one below it, cannot be listed; nothing is left out for that.
+        OSError: the directory, or one below it, cannot be listed; such a directory is never skipped.
     """
     client, path = open_url(url)
     if client.kind not in ("s3", "gs"):
@@ -90,7 +90,7 @@ def walk_files(url: str) -> Iterator[tuple[str, int | None]]:
 
 
 def _walk_foreign(client: Client, url: str, root: str) -> Iterator[tuple[str, int | None]]:
-    """Relative path and size of every file of a file system with real directories; each is tried again by itself."""
+    """Relative path and size of every file in a file system with real directories; each folder is retried on its own."""
     client.filesystem.invalidate_cache(root)
     waiting = [""]
     while waiting:

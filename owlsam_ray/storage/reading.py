@@ -1,4 +1,4 @@
-"""Whole files, parts of them, and whether they are there."""
+"""Read whole files and byte ranges, and check what exists."""
 
 import errno
 import io
@@ -13,12 +13,12 @@ from owlsam_ray.storage.retrying import ask, is_local, open_url
 from owlsam_ray.storage.secrets import masked_url
 
 _CHUNK = 64 * 2**20
-"""Larger files are read in pieces of so many bytes, each tried again by itself."""
+"""Larger files are read in pieces of this many bytes, each retried separately."""
 _READ_AHEAD = 2**18
 
 
 def exists(url: str) -> bool:
-    """Whether a file or directory is there."""
+    """Whether a file or directory exists."""
     client, path = open_url(url)
     if client.kind == "other":
         return _entry_type(client, url, path) is not None
@@ -30,7 +30,7 @@ def exists(url: str) -> bool:
 
 
 def is_directory(url: str) -> bool:
-    """Whether a directory is there; on an object store, a bucket or a prefix of keys that ends in a slash."""
+    """Whether a directory exists; on an object store, a bucket or a key prefix that ends in a slash."""
     client, path = open_url(url)
     if client.kind == "http":
         return False
@@ -46,7 +46,7 @@ def is_directory(url: str) -> bool:
 
 
 def _entry_type(client: Client, url: str, path: str) -> str | None:
-    """`file` or `directory`; None when there is nothing. fsspec's own `exists` says so of every error as well."""
+    """`file` or `directory`; None when there is nothing. fsspec's own `exists` also returns False for any error."""
     filesystem = client.filesystem
     if is_local(filesystem):
         return "directory" if os.path.isdir(path) else "file" if os.path.exists(path) else None
@@ -57,20 +57,20 @@ def _entry_type(client: Client, url: str, path: str) -> str | None:
 
 
 def num_bytes(url: str) -> int:
-    """Size of a file.
+    """Size of a file in bytes.
 
     Raises:
-        FileNotFoundError, OSError: there is none; it cannot be asked.
+        FileNotFoundError, OSError: it does not exist; the size cannot be requested.
     """
     client, path = open_url(url)
     return ask(client, url, lambda: file_size(client, path))
 
 
 def read_bytes(url: str) -> bytes:
-    """A whole file.
+    """Content of a whole file.
 
     Raises:
-        FileNotFoundError, OSError: there is none; it cannot be read.
+        FileNotFoundError, OSError: it does not exist; it cannot be read.
     """
     client, path = open_url(url)
     if is_local(client.filesystem):
@@ -90,16 +90,16 @@ def _read_foreign_file(client: Client, path: str) -> bytes:
 
 
 def read_whole(url: str, *, limit: int, listed: int | None = None) -> Body:
-    """A whole file that is not too large, and its size, where storage tells it. One request.
+    """Content of a whole file of limited size, and its size where storage states it. One request.
 
     Args:
-        url: of the file.
-        limit: bytes; a larger file is not read.
-        listed: its size in a listing of the storage, if there was one.
+        url: path or URL of the file.
+        limit: maximum size in bytes; a larger file is not read.
+        listed: size of the file from a listing of the storage, if there was one.
 
     Raises:
-        TooLargeError: it is larger.
-        FileNotFoundError, OSError: there is none; it cannot be read, or only a part of it comes.
+        TooLargeError: the file is larger.
+        FileNotFoundError, OSError: it does not exist; it cannot be read, or only a part of it arrives.
     """
     client, path = open_url(url)
     wanted = Wanted(0, limit + 1, is_whole=True)
@@ -118,15 +118,15 @@ def read_whole(url: str, *, limit: int, listed: int | None = None) -> Body:
 
 
 def _is_beyond(client: Client, error: OSError) -> bool:
-    """Whether the file ends before the range that was asked for."""
+    """Whether the file ends before the requested range."""
     return error.errno == errno.EINVAL and client.kind != "other"
 
 
 def read_range(url: str, start: int, length: int) -> bytes:
-    """Bytes `start` … `start + length` of a file; fewer, or none, where it ends before. One request.
+    """Bytes `start` … `start + length` of a file; fewer or none if the file ends earlier. One request.
 
     Raises:
-        FileNotFoundError, OSError: there is none; it cannot be read, or only a part of it comes.
+        FileNotFoundError, OSError: it does not exist; it cannot be read, or only a part of the range arrives.
     """
     client, path = open_url(url)
     if is_local(client.filesystem):
@@ -143,10 +143,10 @@ def read_range(url: str, start: int, length: int) -> bytes:
 
 
 def open_input(url: str) -> IO[bytes]:
-    """A file for reading with seeks, as Parquet and tar readers want it. Every read of a remote one is tried again.
+    """Open a seekable file, as Parquet and tar readers need it. Every read of a remote file is retried.
 
     Raises:
-        FileNotFoundError, OSError: there is none; it cannot be read.
+        FileNotFoundError, OSError: it does not exist; it cannot be read.
     """
     client, path = open_url(url)
     if is_local(client.filesystem):
@@ -155,7 +155,7 @@ def open_input(url: str) -> IO[bytes]:
 
 
 class _Ranges(io.RawIOBase):
-    """A remote file as ranges of it."""
+    """A remote file, read in ranges."""
 
     def __init__(self, url: str, size: int) -> None:
         self._url, self._size, self._position = url, size, 0

@@ -1,4 +1,4 @@
-"""Single requests, where fsspec's common interface needs several, goes by a cache, or hides an error."""
+"""Make single requests where fsspec's common interface needs several, uses a cache, or hides an error."""
 
 import errno
 import logging
@@ -18,10 +18,10 @@ _SKIPPED_AT_MOST = 16 * 2**20
 
 
 def read(client: Client, path: str, wanted: Wanted, *, listed: int | None = None) -> Body:
-    """A part of a file; less where the file ends. One request, but for file systems that show no answers.
+    """Read a part of a file; less if the file ends earlier. One request, except for file systems that hide answers.
 
     Raises:
-        CutError, TrickleTimeoutError: worth another try.
+        CutError, TrickleTimeoutError: worth a retry.
         TooLargeError: the file is larger than wanted.
     """
     if wanted.length <= 0:
@@ -30,19 +30,19 @@ def read(client: Client, path: str, wanted: Wanted, *, listed: int | None = None
     if client.kind == "other":
         return read_foreign(client, path, wanted, listed=listed)
     reader = {"s3": _read_s3, "gs": _read_gs, "http": _read_web}[client.kind]
-    # The deadline is for a loop that stands still: the pace of an answer is watched inside.
+    # This deadline is for an event loop that hangs: the pace of an answer is watched inside.
     deadline = client.deadline_s(wanted.length)
     body: Body = fsspec.asyn.sync(filesystem.loop, reader, client, path, wanted, timeout=deadline)
     return body
 
 
 async def _read_s3(client: Client, path: str, wanted: Wanted) -> Body:
-    """A range also for a whole file: its answer tells the size of the file, even when a proxy cut it."""
+    """Request a range even for a whole file: the answer then states the file's size, even if a proxy truncated it."""
     filesystem = client.filesystem
     bucket, key, version = filesystem.split_path(path)
     options = {"VersionId": version} if version else {}
     await filesystem.set_session()
-    await filesystem.get_s3(bucket)  # the first one loads much
+    await filesystem.get_s3(bucket)  # the first call loads a lot
     async with paced(client) as pace:
         told = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, Range=wanted.range_header, **options)
         body, facts = told["Body"], told["ResponseMetadata"]
@@ -55,7 +55,7 @@ async def _read_s3(client: Client, path: str, wanted: Wanted) -> Body:
 
 
 async def _read_gs(client: Client, path: str, wanted: Wanted) -> Body:
-    """As gcsfs asks for a file, but taken as it comes. Stored compressed, files are sent whole and unpacked."""
+    """Request a file as gcsfs does, but stream it. Files stored compressed are sent whole and decompressed."""
     from gcsfs.retry import validate_response
 
     filesystem = client.filesystem
@@ -72,7 +72,7 @@ async def _read_gs(client: Client, path: str, wanted: Wanted) -> Body:
 
 
 async def _read_web(client: Client, url: str, wanted: Wanted) -> Body:
-    """A range is only asked for where it does not begin the file: not every server knows ranges."""
+    """Request a range only if it does not start at byte 0: not every server supports ranges."""
     session = await client.filesystem.set_session()
     headers = {"Accept-Encoding": "identity"}
     if wanted.start:
@@ -83,27 +83,27 @@ async def _read_web(client: Client, url: str, wanted: Wanted) -> Body:
 
 
 def _web_answer(response: Any) -> Answer:
-    """Of aiohttp."""
+    """An answer from aiohttp's response."""
     headers = {name.lower(): str(value) for name, value in response.headers.items()}
     return Answer(response.status, headers, response.content.iter_chunked(CHUNK), unpacks=True)
 
 
 _PAGE_BYTES = 2**20
-"""A page of a listing is no larger, about."""
+"""Approximate maximum size of a page of a listing."""
 
 
 def _encoded(url: str) -> Any:
-    """A URL as aiohttp takes it. One that needs no quoting goes out as it is: it may be signed."""
+    """A URL as aiohttp takes it. A URL that needs no quoting is sent unchanged: it may be signed."""
     import yarl
 
     return yarl.URL(url, encoded=re.search(r"""[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]""", url) is None)
 
 
 def file_size(client: Client, path: str) -> int:
-    """Bytes of a file; one request.
+    """Size of a file in bytes; one request, or two for web servers that refuse HEAD.
 
     Raises:
-        FileNotFoundError: there is none; a directory is none.
+        FileNotFoundError: there is no file; a directory does not count as one.
     """
     filesystem = client.filesystem
     if client.kind == "http":
@@ -130,7 +130,7 @@ async def _web_size(filesystem: Any, url: str) -> int:
     async with session.head(_encoded(url), headers=headers, allow_redirects=True) as response:
         if response.status < 400 and "Content-Length" in response.headers:
             return int(response.headers["Content-Length"])
-    # Some servers answer GET only.
+    # Some servers answer only GET.
     async with session.get(_encoded(url), headers=headers) as response:
         response.raise_for_status()
         if response.content_length is not None:
@@ -140,17 +140,17 @@ async def _web_size(filesystem: Any, url: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A part of a listing, as an object store gives it."""
+    """One page of an object store's listing."""
 
     files: list[tuple[str, int]]
-    """Keys in the bucket, and bytes."""
+    """(key in the bucket, size in bytes)."""
     folders: list[str]
-    """Prefixes in the bucket that end in a slash."""
+    """Key prefixes in the bucket that end in a slash."""
     next_token: str | None
 
 
 def list_page(client: Client, bucket: str, prefix: str, *, deep: bool, token: str | None, limit: int = 1000) -> Page:
-    """One page of the keys that begin with a prefix, `deep` or only up to the next slash; one request."""
+    """One page of the keys that begin with a prefix, all of them (`deep`) or only up to the next slash; one request."""
     deadline = client.deadline_s(_PAGE_BYTES)
     if client.kind == "s3":
         options: dict[str, Any] = client.filesystem.req_kw | ({} if deep else {"Delimiter": "/"})
@@ -183,7 +183,7 @@ def list_page(client: Client, bucket: str, prefix: str, *, deep: bool, token: st
 
 
 def walk_disk(root: str) -> Iterator[tuple[str, int | None]]:
-    """Relative path and size of every file below a directory of this machine; see `walk_files`."""
+    """Relative path and size of every file below a local directory; see `walk_files`."""
     waiting, links = [""], list[str]()
     while waiting:
         below = waiting.pop()
@@ -201,12 +201,12 @@ def walk_disk(root: str) -> Iterator[tuple[str, int | None]]:
 
 
 def _look_at(entry: "os.DirEntry[str]") -> tuple[bool, int | None]:
-    """Whether an entry is a directory, or leads to one, and its size; None of a link that leads nowhere.
+    """Whether an entry is a directory or a link to one, and its size; None for a broken link.
 
     Raises:
-        OSError: it cannot be asked for, and is no link. A link fails by its target: one that is gone, one below a file,
-            in a loop, with a name that is too long, or in a place that may not be read. It is listed all the same, and
-            reading it tells.
+        OSError: its status cannot be read, and it is not a link. A link fails because of its target: a missing one, one
+            below a file, in a loop, with a name that is too long, or in a place that may not be read. Such a link is
+            listed nevertheless, and reading it reports the error.
     """
     try:
         return entry.is_dir(), entry.stat().st_size
@@ -219,7 +219,7 @@ def _look_at(entry: "os.DirEntry[str]") -> tuple[bool, int | None]:
 
 
 def folder_page(filesystem: Any, folder: str) -> tuple[list[str], dict[str, int | None]]:
-    """Names of the folders, and names and sizes of the files, in a folder of a file system that fsspec knows."""
+    """Names of the folders, and names and sizes of the files, in a folder of any fsspec file system."""
     folders: list[str] = []
     files: dict[str, int | None] = {}
     for entry in filesystem.ls(folder, detail=True):

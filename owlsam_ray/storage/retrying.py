@@ -1,4 +1,4 @@
-"""How storage is asked: which client, how many at a time, how often again, and what leaves when it fails for good."""
+"""Send requests to storage: choose the client, limit concurrency, retry, and translate the final error."""
 
 import contextlib
 import errno
@@ -24,24 +24,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StoragePolicy:
-    """How remote storage is asked."""
+    """How remote storage is accessed and retried."""
 
     retries: int = 6
-    """Further tries after throttling, a server error, a cut connection or a timeout."""
+    """Retries after throttling, a server error, a cut connection or a timeout."""
     backoff_s: float = 0.5
-    """Seconds before the first further try; doubled each time. A random part of up to a half is taken off."""
+    """Seconds before the first retry; doubled each time. A random part of up to half is subtracted."""
     max_backoff_s: float = 30.0
-    """Most seconds between two tries."""
+    """Maximum seconds between two tries."""
     timeout_s: float = 60.0
-    """Seconds until a connection, or an answer, is given up."""
+    """Seconds until a connection attempt or a pending answer is given up."""
     concurrency: int = 64
-    """Requests of one process at a time."""
+    """Concurrent requests of one process."""
     allowed_hosts: tuple[str, ...] = ()
-    """Hosts that an address out of data may name although they are link-local; see `addresses.HostRules`."""
+    """Hosts that an address found in data may name although they are link-local; see `addresses.HostRules`."""
 
 
 class _State:
-    """What holds for all threads of a process."""
+    """State shared by all threads of a process."""
 
     def __init__(self, policy: StoragePolicy) -> None:
         self.policy = policy
@@ -50,7 +50,7 @@ class _State:
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
-        """One of the requests at a time. A signal handler may interrupt a thread that waits for, or holds, one."""
+        """Hold one of the request slots. Reentrant: a signal handler may interrupt a thread that has or awaits one."""
         if getattr(self.mine, "busy", False):
             yield
             return
@@ -66,19 +66,19 @@ _state = _State(StoragePolicy())
 
 
 def configure(policy: StoragePolicy) -> None:
-    """Set how all threads of this process ask storage, from their next request on."""
+    """Set how all threads of this process access storage, from their next request on."""
     global _state
     if policy != _state.policy:
         _state = _State(policy)
 
 
 def policy() -> StoragePolicy:
-    """How this process asks storage, for others to do the same."""
+    """How this process accesses storage, so that other processes can do the same."""
     return _state.policy
 
 
 def _start_anew() -> None:
-    """A forked process must not wait for slots that its parent's threads hold."""
+    """Reset the slots in a forked process, which must not wait for slots held by its parent's threads."""
     global _state
     _state = _State(_state.policy)
 
@@ -94,7 +94,7 @@ def forget_clients() -> None:
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path inside it. Its own methods try nothing again.
+    """The fsspec file system of a path or URL, and the path inside it. Its own methods do not retry.
 
     Raises:
         InputError: the scheme is unknown.
@@ -114,7 +114,7 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
     if "\0" in url:
         raise InputError(f"cannot open {shown(masked_url(url), 500)}: it holds a NUL")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
-    # `url_to_fs` takes `::` in the name of a file for a chain of file systems: only when it comes first it is one.
+    # `url_to_fs` takes any `::` in a file name for a chain of file systems; it is one only if it comes before `://`.
     if "://" not in url or (scheme is not None and scheme[1] in ("file", "local")):
         return Client("other", LocalFileSystem(), ()), LocalFileSystem._strip_protocol(url)
     policy, is_opening = _state.policy, False
@@ -134,14 +134,14 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
             allowed_hosts=policy.allowed_hosts,
         )
         is_opening = False
-        if scheme[1] == "memory":  # it takes a name with `::` for a chain as well
+        if scheme[1] == "memory":  # it also takes a name with `::` for a chain
             return client, "/" + url.removeprefix("memory://").strip("/")
         return client, str(client.filesystem._strip_protocol(url))
     except ImportError as error:
         raise StorageSetupError(f"cannot open {shown(masked_url(url), 500)}: {masked(str(error))}") from None
     except OwlsamError:
         raise
-    except Exception as error:  # noqa: BLE001 (of any class: a plugin that does not load, or wants settings)
+    except Exception as error:  # noqa: BLE001 (any class: a plugin that does not load, or needs settings)
         if isinstance(error, TypeError) or (isinstance(error, ValueError) and not is_opening):
             raise InputError(f"cannot open {shown(masked_url(url), 500)}: {masked(str(error))}") from None
         tell_once(url.partition("://")[0] + "://", error)
@@ -149,7 +149,7 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
 
 
 class _FaultError(Exception):
-    """Carries what went wrong from a try to the decision about the next."""
+    """Passes the error of one try to the decision about the next."""
 
     def __init__(self, fault: Fault, error: Exception) -> None:
         super().__init__(fault.what)
@@ -158,10 +158,10 @@ class _FaultError(Exception):
 
 
 def ask(client: Client, url: str, request: Callable[[], T]) -> T:
-    """Do one request, and again while that is worth it.
+    """Make one request, retrying while that is worthwhile.
 
     Raises:
-        OSError, InputError: as the module says.
+        OSError, InputError: as the package `storage` documents.
     """
     if is_local(client.filesystem) or not client.errors:
         return request()
@@ -220,7 +220,7 @@ _CREDENTIALS = {
 
 
 def is_local(filesystem: Any) -> bool:
-    """Whether files can be synced and renamed."""
+    """Whether the file system is the local one, where files can be synced and renamed."""
     return isinstance(filesystem, LocalFileSystem)
 
 

@@ -1,7 +1,8 @@
-"""What a URL may hold that nobody else shall read: user info, and signatures or tokens in its query.
+"""Remove secrets from URLs: user info, and signatures or tokens in the query.
 
-A manifest keeps URLs whole, since images are read by them. What is shown (reasons of failed images, logs, the line of
-JSON) goes through `masked`, and what the source itself has published and label files carry on through `published`.
+A manifest keeps URLs whole, since images are read with them. Everything that is shown (reasons of failed images, logs,
+the JSON line) goes through `masked`. URLs that the source itself has published and that label files copy go through
+`published`.
 """
 
 import re
@@ -16,26 +17,26 @@ _WITH_SPACES = re.compile(rf"""({_SCHEME}//[^\s/?#@"'<>:]*:)(?!\d+[\s,;)])[^/?#@
 """User info with a space in the password."""
 _BEFORE_AT = re.compile(r"""(?<![^\s"'/@])[^\s"'/@]+@(?=[\w\[])""")
 _NO_SCHEME = re.compile(r"""(?:^|(?<=[(=,\[]))[^()/:@=,\[]+:(?=.)""")
-"""`user:password@host`, as it stands when somebody forgot the scheme. In two steps: one alone would take the square of
-the length of a text that has many such begins and no end."""
+"""`user:password@host` without a scheme. Matched in two steps: a single pattern would take quadratic time on a text
+with many possible beginnings and no end."""
 _PARAMETER = re.compile(
     r"""(?P<name>[?&;](?:[\w.\-]*(?:signature|credential|token|secret|password|passwd|api[_-]?key|access[_-]?key(?:id)?)"""
     r"""|sig|se|sp|sv|sr|key|auth|pwd|policy|key-pair-id)=)[^\s&;"'<>]+""",
     re.IGNORECASE,
 )
-"""Of a query without its URL: some libraries tell only the path that they asked for."""
+"""A secret in a query without its URL: some libraries report only the path of the request."""
 _BEARER = re.compile(r"""\b(Bearer|Authorization:(?:\s*\w+)?)\s+[A-Za-z0-9._~+/=\-]{8,}""", re.IGNORECASE)
 _CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")
-"""Schemes of Azure, where a container stands before the `@`: no secret."""
+"""Azure's schemes, where a container comes before the `@`: not a secret."""
 _TAIL = "'\")]}>,.;:!…"
-"""What may follow a URL in a sentence; it is left as it is where the end of the URL is masked."""
+"""Characters that may follow a URL in a sentence; they are kept where the end of the URL is masked."""
 
 
 def masked(text: str) -> str:
     """A text without the secrets of the URLs in it.
 
-    User info becomes `***@`, and so does the query of a web address, and that of any other URL as soon as it looks like
-    one (`?name=value`; elsewhere a `?` may be part of a name or of a pattern). Masking twice changes nothing more.
+    User info becomes `***@`. The query of a web address is masked; that of any other URL is masked if it looks like one
+    (`?name=value`; elsewhere a `?` may be part of a name or a pattern). Masking twice changes nothing more.
     """
     if "//" in text:
         text = _URL.sub(_mask_match, _WITH_SPACES.sub(rf"\1{MASK}@", text))
@@ -47,13 +48,13 @@ def masked(text: str) -> str:
 
 
 def masked_url(url: str) -> str:
-    """The same for a text that is one URL, or path, as a whole: also where it holds spaces or quotes."""
+    """Like `masked`, for a text that is one whole URL or path: works even if it contains spaces or quotes."""
     parts = _parts(url)
     return masked(url if parts is None else f"{parts[0]}//{_mask_rest(*parts)}")
 
 
 def masked_tree(value: Any, how: Callable[[str], str] = masked) -> Any:
-    """A tree of JSON's kinds with every text masked, keys too."""
+    """A tree of JSON values with every text masked, including keys."""
     if isinstance(value, str):
         return how(value)
     if isinstance(value, Mapping):
@@ -64,13 +65,13 @@ def masked_tree(value: Any, how: Callable[[str], str] = masked) -> Any:
 
 
 SUSPECT = r"(?s)//.*@|[?&;][^=]*="
-"""What a text with anything for `published` to change matches at least, for RE2 and for Python."""
+"""Matches every text that `published` would change, and some others; valid for RE2 and for Python."""
 
 
 def published(text: str) -> str:
-    """A text without the user info of the URLs in it, and with `***` for signatures and tokens; queries stay.
+    """A text without the user info of its URLs, and with `***` for signatures and tokens; queries stay.
 
-    So the page of an image (`…/photo?id=17`) can still be opened.
+    Queries stay so that the page of an image (`…/photo?id=17`) can still be opened.
     """
     if "//" in text:
         text = _URL.sub(_without_user, _WITH_SPACES.sub(rf"\1{MASK}@", text))
@@ -78,10 +79,9 @@ def published(text: str) -> str:
 
 
 def without_query(url: str) -> str:
-    """A URL without user info, and without what follows the path of a web address; for names.
+    """A URL without user info, and, for a web address, without anything after the path; used for names.
 
-    In the path of an object store, or of a disk, `?` and `#` are characters like any other, and stay, unless a
-    signature comes after them.
+    In paths of object stores and disks, `?` and `#` are ordinary characters and stay, unless a signature follows.
     """
     parts = _parts(url)
     if parts is None:
@@ -97,7 +97,7 @@ def without_query(url: str) -> str:
 
 
 def _parts(url: str) -> tuple[str, str] | None:
-    """The scheme with its colon (nothing where it is left out), and what follows the slashes; None: it is a path."""
+    """The scheme with its colon (empty if omitted), and the text after the slashes; None for a path."""
     scheme, slashes, rest = url.partition("//")
     return (scheme, rest) if slashes and re.fullmatch(rf"(?:{_SCHEME}:*)*", scheme) else None
 
@@ -110,7 +110,7 @@ def _mask_match(match: re.Match[str]) -> str:
 
 def _mask_before_at(match: re.Match[str]) -> str:
     text = match[0][:-1]
-    # What stands behind a slash, or another @, is the middle of something else.
+    # A match after a slash, or after another @, is the middle of something else.
     is_begin = match.start() == 0 or match.string[match.start() - 1] not in "/@"
     found = next((each for each in _NO_SCHEME.finditer(text) if is_begin or each.start()), None)
     return match[0] if found is None else f"{text[: found.start()]}{MASK}@"
@@ -124,14 +124,14 @@ def _without_user(match: re.Match[str]) -> str:
 
 
 def _mask_rest(scheme: str, rest: str) -> str:
-    """Of a URL, what follows the two slashes."""
+    """Mask the part of a URL after the two slashes."""
     authority, path = _split(rest)
     is_web = re.search("https?:(//|$)|^ftp:$", scheme + rest if "://" in rest else scheme, re.IGNORECASE) is not None
     return _mask_user(scheme, authority) + _mask_query(path, is_web=is_web)
 
 
 def _split(rest: str) -> tuple[str, str]:
-    """The authority, and what follows it. A password with a slash in it belongs to the authority all the same."""
+    """The authority, and the rest. A password that contains a slash still belongs to the authority."""
     end = next((place for place, character in enumerate(rest) if character in "/?#"), len(rest))
     authority = rest[:end]
     _, colon, port = authority.partition(":")

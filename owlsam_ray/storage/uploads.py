@@ -1,7 +1,7 @@
-"""Files of any size to an object store, without a copy on this machine's disk.
+"""Write files of any size to an object store, without a local copy where the store is S3.
 
-S3 takes an object in parts, and shows it only when it is told that these are all. An upload that is killed leaves parts
-that no listing shows (a lifecycle rule of the bucket removes them); one that fails takes its parts back. Elsewhere the
+S3 takes an object in parts, and shows it only once the upload is completed. An upload that is killed leaves parts that
+no listing shows (a lifecycle rule of the bucket removes them); one that fails deletes its parts. For other stores the
 file is spooled to the disk first.
 """
 
@@ -17,14 +17,14 @@ from owlsam_ray.storage.writing import open_atomic, write_atomic
 
 _PART = 32 * 2**20
 _GROWS_EVERY = 1000
-"""Parts after which they grow: S3 takes 10,000 of them, which are 1.7 TB then."""
+"""Number of parts after which the part size grows: S3 allows 10,000 parts, which then hold 1.7 TB."""
 
 
 @contextlib.contextmanager
 def open_stream(url: str) -> Iterator[IO[bytes]]:
-    """A binary file for output of any size that gets its name only when the block ends without an error.
+    """Open a binary file for output of any size; it gets its name only when the block ends without an error.
 
-    As `open_atomic`, but for S3 it holds no more than one part in memory and nothing on the disk; it cannot seek.
+    Like `open_atomic`, but for S3 it holds at most one part in memory and nothing on the disk; it cannot seek.
 
     Raises:
         OSError: storage refused; nothing appears under the name.
@@ -44,7 +44,7 @@ def open_stream(url: str) -> Iterator[IO[bytes]]:
 
 
 class _Upload(io.BufferedIOBase):
-    """Bytes on their way to S3, a part at a time."""
+    """An upload to S3, sent part by part."""
 
     def __init__(self, client: Client, url: str, path: str) -> None:
         self._client, self._url = client, url
@@ -56,11 +56,11 @@ class _Upload(io.BufferedIOBase):
         self._sent = 0
 
     def writable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def write(self, data: Any) -> int:
-        """Take some bytes; sends them once a part is full."""
+        """Append bytes; a part is sent once it is full."""
         view = memoryview(data).cast("B")
         position = 0
         while position < len(view):
@@ -72,7 +72,7 @@ class _Upload(io.BufferedIOBase):
         return len(view)
 
     def finish(self) -> None:
-        """Send what is left, and let the object appear."""
+        """Send the remaining bytes, and complete the upload so that the object appears."""
         if self._id is None:
             write_atomic(self._url, bytes(self._buffer))
             return
@@ -80,12 +80,12 @@ class _Upload(io.BufferedIOBase):
             self._send()
         try:
             self._call("complete_multipart_upload", UploadId=self._id, MultipartUpload={"Parts": self._parts})
-        except FileNotFoundError:  # no such upload: a first try may have been done, and its answer lost
+        except FileNotFoundError:  # no such upload: an earlier try may have succeeded and its answer got lost
             if num_bytes(self._url) != self._sent:
                 raise
 
     def abort(self) -> None:
-        """Take back what was sent, if storage still answers."""
+        """Delete the parts sent so far, if storage still answers."""
         if self._id is not None:
             with contextlib.suppress(OSError):
                 self._call("abort_multipart_upload", UploadId=self._id)

@@ -1,8 +1,7 @@
-"""Requests to web servers: through the proxies that the environment names, and to no host that data may not name.
+"""Send requests to web servers through the environment's proxies, and never to a host that data may not name.
 
-Both are decided for each request anew, also for those that a redirect leads to. A name is looked up once: the address
-that was checked is the one that is connected to. Where a proxy is asked it looks names up by itself, so that only
-addresses in the URL can be checked.
+Both are decided for each request, including redirects. A name is looked up once: the address that was checked is the
+one that is connected to. A proxy looks names up itself, so that with a proxy only addresses in the URL can be checked.
 """
 
 import ipaddress
@@ -19,10 +18,10 @@ from owlsam_ray.storage.secrets import masked_url
 
 
 def proxy_for(url: yarl.URL) -> yarl.URL | None:
-    """The proxy that the environment names for a URL: `http_proxy`, `https_proxy`, `all_proxy`, but for `no_proxy`.
+    """The proxy that the environment names for a URL: `http_proxy`, `https_proxy`, `all_proxy`, except for `no_proxy`.
 
-    In small letters or capitals, as urllib reads them; besides, `no_proxy` may list networks (`10.0.0.0/8`). Proxies of
-    other kinds than http and https are not used.
+    Lower or upper case, as urllib reads them; in addition, `no_proxy` may list networks (`10.0.0.0/8`). Proxies of
+    kinds other than http and https are not used.
     """
     proxies = getproxies()
     text = proxies.get(url.scheme) or proxies.get("all")
@@ -46,8 +45,8 @@ def proxy_for(url: yarl.URL) -> yarl.URL | None:
 class ProxiedRequest(aiohttp.ClientRequest):
     """A request that goes through the environment's proxy.
 
-    aiohttp's own `trust_env` would also send passwords of the user's `.netrc` to hosts that data names, and it fails
-    where one stands for a host that is asked with a token.
+    aiohttp's own `trust_env` would also send passwords from the user's `.netrc` to hosts named by data, and it fails
+    where `.netrc` has an entry for a host that is accessed with a token.
     """
 
     def __init__(self, method: str, url: yarl.URL, *, proxy: yarl.URL | None = None, **options: Any) -> None:
@@ -59,7 +58,7 @@ class ProxiedRequest(aiohttp.ClientRequest):
 
 
 def checked_request(rules: HostRules) -> type[ProxiedRequest]:
-    """A kind of request that is made to no host that data may not name, as far as the URL tells."""
+    """A request class that refuses hosts that data may not name, as far as the URL's text shows."""
 
     class CheckedRequest(ProxiedRequest):
         def __init__(self, method: str, url: yarl.URL, **options: Any) -> None:
@@ -70,7 +69,7 @@ def checked_request(rules: HostRules) -> type[ProxiedRequest]:
 
 
 class CheckedResolver(AbstractResolver):
-    """Addresses of a name, without those that data may not name."""
+    """Resolves names to addresses, without those that data may not name."""
 
     def __init__(self, rules: HostRules, resolver: AbstractResolver | None = None) -> None:
         self._rules = rules
@@ -82,7 +81,7 @@ class CheckedResolver(AbstractResolver):
         """Look up a name.
 
         Raises:
-            ForbiddenHostError: it leads only to addresses that data may not name.
+            ForbiddenHostError: all its addresses are forbidden.
         """
         found = await self._resolver.resolve(host, port, family)
         if host in _proxy_hosts():  # the user's choice
@@ -90,7 +89,7 @@ class CheckedResolver(AbstractResolver):
         return [found[place] for place in self._rules.choose(host, [entry["host"] for entry in found])]
 
     async def close(self) -> None:
-        """Close the resolver below."""
+        """Close the wrapped resolver."""
         await self._resolver.close()
 
 

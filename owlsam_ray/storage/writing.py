@@ -1,4 +1,4 @@
-"""Files that get their name only when they are whole.
+"""Write files atomically: a file gets its name only when it is complete.
 
 On a local file system a file is written under a temporary name, synced and renamed; on an object store it is one PUT,
 which is atomic there. Nothing is renamed on an object store: a rename there is a copy and a delete, and a crash between
@@ -23,13 +23,13 @@ from owlsam_ray.storage.retrying import ask, is_local, join, open_filesystem, op
 from owlsam_ray.storage.secrets import masked_url
 
 _LARGE = 50 * 2**20
-"""From here on gcsfs, and from twice as much s3fs, uploads in parts."""
+"""Bytes from which gcsfs uploads in parts; s3fs does from twice as much."""
 
 
 def make_directory(url: str) -> None:
-    """Make a directory and its parents where the file system has such a thing; on an object store nothing happens.
+    """Make a directory and its parents where the file system has directories; on an object store, do nothing.
 
-    A bucket is never made: it would be one in a wrong place, or for a misspelled name.
+    A bucket is never created: it would be in the wrong place, or have a misspelled name.
     """
     client, path = open_url(url)
     if client.kind == "other":
@@ -40,7 +40,7 @@ def try_writing(url: str) -> None:
     """Make a directory, and write and delete a file in it.
 
     Raises:
-        OSError: that does not work.
+        OSError: that fails.
     """
     probe = join(url, f"{TEMPORARY_PREFIX}probe")
     make_directory(url)
@@ -49,17 +49,17 @@ def try_writing(url: str) -> None:
 
 
 def remove(url: str) -> None:
-    """Delete a file; nothing happens when it is not there."""
+    """Delete a file, if it exists."""
     client, path = open_url(url)
     with contextlib.suppress(FileNotFoundError):
         ask(client, url, lambda: client.filesystem.rm_file(path, **_deadline(client)))
 
 
 def move(url: str, to: str) -> None:
-    """Give a file another name in the same storage. On an object store it is copied first: a crash leaves both.
+    """Rename a file within one storage. On an object store it is copied first: a crash leaves both.
 
     Raises:
-        FileExistsError: there is a file of that name, which stays as it is.
+        FileExistsError: a file of the new name exists; it is not changed.
         FileNotFoundError, OSError: there is no file at `url`; it cannot be moved.
     """
     if exists(to):
@@ -91,7 +91,7 @@ def write_atomic(url: str, data: bytes | memoryview) -> None:
 
 
 def _deadline(client: Client, num_bytes: int = 0) -> dict[str, float]:
-    """As fsspec's file systems over networks take it."""
+    """The request's time limit as an argument for fsspec's network file systems."""
     return {} if client.kind == "other" else {"timeout": client.deadline_s(num_bytes)}
 
 
@@ -104,7 +104,7 @@ def _open_for(url: str, *, num_bytes: int) -> tuple[Client, str]:
 
 @contextlib.contextmanager
 def open_atomic(url: str) -> Iterator[IO[bytes]]:
-    """A binary file for streaming output that gets its name only when the block ends without an error.
+    """Open a binary file for streaming output; it gets its name only when the block ends without an error.
 
     For an object store the bytes are spooled to a local temporary file first.
     """
@@ -134,7 +134,7 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
 
 
 def _sync_directory(directory: str) -> None:
-    """Make a rename survive a power cut; some network file systems refuse, and then their own rules hold."""
+    """Make a rename survive a power cut. Some network file systems refuse; then their own guarantees apply."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -144,7 +144,7 @@ def _sync_directory(directory: str) -> None:
 
 
 def temporary_files(url: str) -> list[str]:
-    """Sorted names of the temporary files in a local directory: of a writer at work, or left by a killed one."""
+    """Sorted names of the temporary files in a local directory, of an active writer or left by a killed one."""
     filesystem, path = open_filesystem(url)
     if not is_local(filesystem) or not os.path.isdir(path):
         return []
@@ -152,9 +152,9 @@ def temporary_files(url: str) -> list[str]:
 
 
 def remove_stale_temporaries(url: str, *, older_than_s: float = 3600.0) -> int:
-    """Delete temporary files that a killed writer left in a local directory; returns how many.
+    """Delete temporary files that a killed writer left in a local directory; return how many.
 
-    Young ones are left alone: another attempt may be writing them.
+    Recent ones are kept: another attempt may be writing them.
     """
     filesystem, path = open_filesystem(url)
     if not is_local(filesystem) or not os.path.isdir(path):
