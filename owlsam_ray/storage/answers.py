@@ -238,7 +238,7 @@ def check_end(client: Client, path: str, end: int, *, told: int | None = None) -
         return end
     size = told_size(client, path)
     if size is not None and end < size:
-        client.filesystem.invalidate_cache()  # what it says may be old
+        client.filesystem.invalidate_cache()  # the size may come from a stale cache
         size = told_size(client, path)
         if size is not None and end < size:
             raise CutError(f"storage sent {end} of {size} bytes")

@@ -90,7 +90,7 @@ def walk_files(url: str) -> Iterator[tuple[str, int | None]]:
 
 
 def _walk_foreign(client: Client, url: str, root: str) -> Iterator[tuple[str, int | None]]:
-    """Relative path and size of every file in a file system with real directories; each folder is retried on its own."""
+    """Relative path and size of every file in a file system with real directories; each folder is retried alone."""
     client.filesystem.invalidate_cache(root)
     waiting = [""]
     while waiting:
