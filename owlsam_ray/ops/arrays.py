@@ -1,4 +1,4 @@
-"""Searches in long arrays."""
+"""Search long arrays for repeated values."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def repeats(values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions whose value stands at an earlier position as well, rising, and for each of them the first position."""
+    """Positions, rising, whose value also occurs at an earlier position, and the value's first position for each."""
     order = np.argsort(values, kind="stable")
     again = np.concatenate([[False], values[order[1:]] == values[order[:-1]]]) if len(order) else np.zeros(0, np.bool_)
     heads = np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))

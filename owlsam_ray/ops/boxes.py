@@ -1,4 +1,4 @@
-"""Box geometry on (N, 4) float32 xyxy arrays, half-open: x1 and y1 are the right and bottom edges."""
+"""Compute overlaps and areas of boxes: (N, 4) xyxy arrays, half-open: x1 and y1 are the right and bottom edges."""
 
 from typing import Any, Literal
 
@@ -6,17 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SWEEP_PAIRS = 1 << 14
-"""Pairs that the sweep compares at a time (or one box's, if more): what fits a core's cache."""
+"""Pairs that the sweep compares at a time (or one box's pairs, if more): what fits a core's cache."""
 
 
 def clip_boxes(boxes_xyxy: NDArray[np.float32], size_hw: tuple[int, int]) -> NDArray[np.float32]:
-    """(N, 4) boxes cut at the border of a picture of (H, W); those outside become empty."""
+    """(N, 4) boxes clipped to an image of (H, W); boxes outside become empty."""
     height, width = size_hw
     return np.clip(boxes_xyxy, 0, np.array([width, height, width, height], np.float32))
 
 
 def has_area(boxes_xyxy: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """(N,) whether a box is wider and higher than nothing."""
+    """(N,) whether a box has positive width and height."""
     wide: NDArray[np.bool_] = boxes_xyxy[:, 2] > boxes_xyxy[:, 0]
     return wide & (boxes_xyxy[:, 3] > boxes_xyxy[:, 1])
 
@@ -24,7 +24,7 @@ def has_area(boxes_xyxy: NDArray[np.float32]) -> NDArray[np.bool_]:
 def pair_overlaps(
     boxes_xyxy: NDArray[np.floating[Any]], others_xyxy: NDArray[np.floating[Any]], kind: Literal["iou", "ios"]
 ) -> NDArray[np.float64]:
-    """How much the two boxes of each pair have in common, in float64.
+    """Overlap of the two boxes of each pair, in float64.
 
     Args:
         boxes_xyxy: (..., 4).
@@ -32,8 +32,8 @@ def pair_overlaps(
         kind: `iou`: intersection over union; `ios`: intersection over the smaller of the two areas.
 
     Returns:
-        (...) in [0, 1], the same for both orders of a pair. A box without area has nothing in common with any box, not
-        even with itself. Never NaN.
+        (...) in [0, 1], the same for both orders of a pair. A box without area has overlap 0 with every box, even with
+        itself. Never NaN.
     """
     x0, y0, x1, y1 = np.moveaxis(np.asarray(boxes_xyxy, np.float64), -1, 0)
     u0, v0, u1, v1 = np.moveaxis(np.asarray(others_xyxy, np.float64), -1, 0)
@@ -42,7 +42,7 @@ def pair_overlaps(
     common = np.maximum(width, 0.0) * np.maximum(height, 0.0)
     area, other = (x1 - x0) * (y1 - y0), (u1 - u0) * (v1 - v0)
     whole = area + other - common if kind == "iou" else np.minimum(area, other)
-    # Only boxes with area have anything in common, so nothing is divided by zero.
+    # Only boxes with area have an intersection, so nothing is divided by zero.
     result: NDArray[np.float64] = np.divide(common, whole, out=np.zeros_like(common), where=common > 0)
     return result
 
@@ -54,10 +54,10 @@ def overlapping_pairs(
     *,
     above: NDArray[np.float64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """All pairs of boxes of one group that overlap by more than a limit.
+    """All pairs of boxes of the same group that overlap by more than a limit.
 
-    A sweep along x: a box is compared with those of its group that begin before it ends. Memory grows with the number
-    of pairs that are found (24 bytes each, at most N · (N - 1) / 2 of them), not with N².
+    A sweep along x: a box is compared with the boxes of its group that begin before it ends. Memory grows with the
+    number of pairs found (24 bytes each, at most N · (N - 1) / 2 of them), not with N².
 
     Args:
         boxes_xyxy: (N, 4).
@@ -70,7 +70,7 @@ def overlapping_pairs(
     """
     count = len(boxes_xyxy)
     _, ranks = np.unique(boxes_xyxy[:, [0, 2]], return_inverse=True)
-    # A group's begins and ends on a stretch of integers of its own.
+    # The begins and ends of each group get a separate range of integers.
     spans = ranks.reshape(count, 2) + 2 * count * groups[:, None]
     order = np.argsort(spans[:, 0], kind="stable")
     begins, ends = spans[order].T
@@ -91,7 +91,7 @@ def overlapping_pairs(
 
 
 def concatenated_ranges(starts: NDArray[np.integer[Any]], lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """The integers from each start on, as many as its length, one range after another."""
+    """For each start, as many consecutive integers as its length says, one range after another."""
     ends = np.cumsum(lengths)
     result: NDArray[np.int64] = np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
     return result

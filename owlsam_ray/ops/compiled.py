@@ -1,6 +1,6 @@
-"""Loops over bytes that neither numpy nor Arrow has, compiled by numba: rows of text from columns, sums over RLEs.
+"""Loops over bytes, compiled by numba, that numpy and Arrow lack: rows of text from columns, sums over RLEs.
 
-Compiled at the first call, and kept on disk where that can be written.
+Compiled at the first call, and cached on disk if that is writable.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,38 +17,38 @@ _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """By numba, at the first call."""
+    """Compile a function by numba, at its first call."""
     try:
         return numba.njit(function, cache=True, nogil=True)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+    except RuntimeError:  # neither the package's folder nor the user's cache is writable
         return numba.njit(function, nogil=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of every row: text before, a value, text behind. Where the value is null, nothing of it stands there."""
+    """A part of every row: text before, a value, text behind. Where the value is null, the whole piece is left out."""
 
     before: str
     values: pa.Array
-    """(N,) text or bytes, or numbers: integers in digits, float32 as the shortest decimal that gives the same float
+    """(N,) text or bytes, or numbers: integers in decimal, float32 as the shortest decimal that gives the same float
     back, without `.0` (100, 0.25, 1.2e-7)."""
     behind: str = ""
     quoted: bool = False
-    """The value is ASCII in a JSON string: `"` and backslashes get a backslash."""
+    """The value is ASCII inside a JSON string: `"` and backslashes are escaped by a backslash."""
 
 
 _TEXT, _INTEGER, _FLOAT = 0, 1, 2
 
 
 def join_rows(pieces: Sequence[Piece], num_rows: int) -> pa.LargeStringArray:
-    """Rows of text, each its pieces one behind the other.
+    """Rows of text, each the concatenation of its pieces.
 
     Args:
-        pieces: of every row.
+        pieces: the pieces of every row, in order.
         num_rows: N.
 
     Returns:
-        (N,) texts without null.
+        (N,) texts without nulls.
     """
     kinds = [_kind_of(piece.values.type) for piece in pieces]
     places = [kinds[:row].count(kind) for row, kind in enumerate(kinds)]
@@ -76,7 +76,7 @@ def join_rows(pieces: Sequence[Piece], num_rows: int) -> pa.LargeStringArray:
         digits,
         lengths.astype(np.uint64),
     )
-    # An upper bound: the letters that need a backslash are not counted yet. What is not written to takes no memory.
+    # An upper bound: how many characters need a backslash is not known yet. Pages that are not written take no memory.
     quoted = sum(
         int(bounds[place, -1] - bounds[place, 0]) for place, piece in zip(places, pieces, strict=True) if piece.quoted
     )
@@ -100,7 +100,7 @@ def _stacked(arrays: list[NDArray[Any]], num_rows: int) -> NDArray[np.int64]:
 
 
 def _joined(columns: Sequence[pa.Array], num_rows: int) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
-    """Bytes of all text columns, and (columns, N + 1) where each row's begin in them."""
+    """Bytes of all text columns, and (columns, N + 1) the position in them where each row's text begins."""
     datas, bounds, position = [np.zeros(0, np.uint8)], np.zeros((len(columns), num_rows + 1), np.uint64), 0
     for row, values in enumerate(columns):
         if not (pa.types.is_large_string(values.type) or pa.types.is_large_binary(values.type)):
@@ -115,28 +115,29 @@ def _joined(columns: Sequence[pa.Array], num_rows: int) -> tuple[NDArray[np.uint
 
 
 def text_bytes(texts: pa.LargeStringArray) -> memoryview:
-    """All texts of an array one behind the other, without a copy."""
+    """All texts of an array, concatenated, without a copy."""
     _, offsets, data = texts.buffers()
     ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
     return memoryview(data or b"")[ends[0] : ends[-1]] if len(texts) else memoryview(b"")
 
 
 _WIDTH = 32
-"""Bytes that hold any number's text: whole blocks."""
+"""Bytes that hold any number's text; a multiple of `_BLOCK`."""
 
 
 def float_texts(values: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The shortest decimals that give the same float32 back, the nearest of equally short ones, as Arrow's cast.
+    """Shortest decimals that give the same float32 back, the nearest of equally short ones, like Arrow's cast.
 
-    Most are found here, in about half of Arrow's time: the decimals between the middles to both neighbours are integers
-    once the number is scaled to nine digits, and as many of their last digits are dropped as leave one in between. Very
-    large and small numbers, and those where the scaled double is too near a border to tell, are left to Arrow.
+    Most are computed here, in about half of Arrow's time. Once a number is scaled to nine digits, the decimals between
+    the midpoints to both neighbours are integers, and as many last digits are dropped as leave at least one candidate
+    in between. Very large and small numbers, and numbers whose scaled double is too near a border to decide, are left
+    to Arrow.
 
     Args:
         values: (N,) finite.
 
     Returns:
-        (N, 32) ASCII at the left end of each row, and (N,) lengths.
+        (N, 32) ASCII, left-aligned in each row, and (N,) lengths.
     """
     data, lengths = np.empty((len(values), _WIDTH), np.uint8), np.empty(len(values), np.int64)
     _write_floats(values, data, lengths)
@@ -144,7 +145,7 @@ def float_texts(values: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray
 
 
 def _write_floats(values: NDArray[np.float32], data: NDArray[np.uint8], lengths: NDArray[np.int64]) -> None:
-    """`float_texts`, into arrays that are there."""
+    """Like `float_texts`, into existing arrays."""
     values = np.ascontiguousarray(values)
     bits = values.view(np.uint32)
     _float_texts(values, bits, (bits - 1).view(np.float32), (bits + 1).view(np.float32), _TENS, _PAIRS, data, lengths)
@@ -160,12 +161,12 @@ _TENS = np.array([float(f"1e{exponent}") for exponent in range(_SMALLEST, 24)])
 
 
 _PAIRS = np.frombuffer("".join(f"{number:02d}" for number in range(100)).encode(), np.uint8).copy()
-"""`00` to `99`: two digits are one division."""
+"""`00` to `99`: two digits per division."""
 
 
 @compiled
 def _float_texts(values, bits, below, above, tens, pairs, data, lengths):  # type: ignore[no-untyped-def]
-    """Digits at the left end of each row; -1 as the length where Arrow is to be asked.
+    """Write digits left-aligned in each row; the length is -1 where Arrow must decide.
 
     Numbers of nine digits fit 32 bits, and unsigned ones are divided by a constant in the fewest steps.
     """
@@ -179,7 +180,7 @@ def _float_texts(values, bits, below, above, tens, pairs, data, lengths):  # typ
         if not (1e-5 <= value < 1e7):
             lengths[row] = -1
             continue
-        # log10 from the binary exponent, one too small at most.
+        # log10 from the binary exponent, at most one too small.
         exponent = (((np.int64(bits[row]) >> 23) & 255) - 127) * 1233 >> 12
         exponent += value >= tens[exponent + 1 - _SMALLEST]
         scale = 8 - exponent  # nine digits before the point
@@ -198,7 +199,7 @@ def _float_texts(values, bits, below, above, tens, pairs, data, lengths):  # typ
             if shorter * (step * ten) < first:
                 break
             step, dropped = step * ten, dropped + 1
-        # The multiple of `step` that is nearest, among those in between.
+        # The nearest multiple of `step` among the candidates in between.
         quotient = value * factor * tens[-dropped - _SMALLEST] + 0.5
         digits = np.uint32(np.int64(quotient))
         rest = quotient - digits
@@ -234,7 +235,7 @@ def _float_texts(values, bits, below, above, tens, pairs, data, lengths):  # typ
             end -= 1
             data[row, end] = 46
         else:
-            for _ in range(-decimals):  # zeros before the point that are no digits
+            for _ in range(-decimals):  # trailing zeros before the point that are not among the digits
                 end -= 1
                 data[row, end] = 48
         while end > place:
@@ -244,14 +245,14 @@ def _float_texts(values, bits, below, above, tens, pairs, data, lengths):  # typ
 
 
 _BLOCK = 16
-"""Bytes that are copied at once: a number that the compiler knows makes them one instruction."""
+"""Bytes that are copied at once: a compile-time constant makes the copy one instruction."""
 _SLACK = 2 * _BLOCK
-"""Bytes behind what is read and written."""
+"""Spare bytes after what is read and written."""
 
 
 @compiled
 def _put(out, position, source, start, length):  # type: ignore[no-untyped-def]
-    """Copy in whole blocks, beyond the end too: what stands there is written later."""
+    """Copy in whole blocks, also beyond the end: those bytes are overwritten later."""
     done = np.uint64(0)
     while done < length:
         for letter in range(_BLOCK):
@@ -261,7 +262,7 @@ def _put(out, position, source, start, length):  # type: ignore[no-untyped-def]
 
 @compiled
 def _specials(data, start, length):  # type: ignore[no-untyped-def]
-    """Letters that need a backslash."""
+    """Number of characters that need a backslash."""
     count = np.uint64(0)
     for letter in range(start, start + length):
         count += np.uint64((data[letter] == _QUOTE) | (data[letter] == _BACKSLASH))
@@ -270,7 +271,7 @@ def _specials(data, start, length):  # type: ignore[no-untyped-def]
 
 @compiled
 def _fill_rows(table, valid, literals, ends, data, bounds, integers, floats, float_ends, pairs, out, row_ends):  # type: ignore[no-untyped-def]
-    """Write the rows, and where each ends. With signed positions, which may count from the end, loops would be slow."""
+    """Write the rows, and where each ends. Positions are unsigned: signed ones may be negative and slow the loops."""
     position, one, two, ten, hundred = np.uint64(0), np.uint64(1), np.uint64(2), np.uint64(10), np.uint64(100)
     for row in range(valid.shape[1]):
         for piece in range(table.shape[1]):
@@ -332,7 +333,7 @@ def rle_sums(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.
 
 @compiled
 def _rle_sums(data, offsets, sums):  # type: ignore[no-untyped-def]
-    """One mask after the other, one number after the other; most numbers are a single byte."""
+    """Sum mask by mask, number by number; most numbers are a single byte."""
     one = np.uint64(1)
     for mask in range(len(sums)):
         place, end = np.uint64(offsets[mask]), np.uint64(offsets[mask + 1])
@@ -346,7 +347,7 @@ def _rle_sums(data, offsets, sums):  # type: ignore[no-untyped-def]
             if more:
                 run = np.int64(0)
             while more:
-                if (group & ~63) != 0 or shift == 40:  # no letter of it, or a number of more than 40 bits
+                if (group & ~63) != 0 or shift == 40:  # not a valid character, or a number of more than 40 bits
                     bad = True
                     break
                 run |= (group & 31) << shift
@@ -354,7 +355,7 @@ def _rle_sums(data, offsets, sums):  # type: ignore[no-untyped-def]
                 if (group & 32) == 0:
                     run -= ((group & 16) >> 4) << shift
                     break
-                if place == end:  # cut
+                if place == end:  # truncated
                     bad = True
                     break
                 group = np.int64(data[place]) - 48

@@ -1,7 +1,7 @@
-"""Low-resolution mask logits → RLE; bool mask ↔ RLE, area, tight box; holes and islands.
+"""Turn low-resolution mask logits into RLE; convert bool masks to and from RLE; areas, boxes, holes and islands.
 
-Letters: N masks, m side of the low-resolution logits, H W original pixels, S side of the sam frame, h' w' what the
-picture fills of it. RLE is COCO's, column-major, compressed as pycocotools does. Boxes are half-open.
+Shapes: N masks, m side of the low-resolution logits, H W original pixels, S side of the sam frame, h' w' the part of it
+that the image fills. RLE is COCO's, column-major, compressed as pycocotools does. Boxes are half-open.
 """
 
 import math
@@ -20,16 +20,16 @@ from owlsam_ray.records import Segment
 _BAND = 64
 """Rows of a mask that are transposed together."""
 
-cv2.setNumThreads(1)  # Masks are made in the engine's threads; more were no faster.
+cv2.setNumThreads(1)  # Masks are made in the engine's threads; more threads were not faster.
 
 
 def upsample_logits(low_res: Tensor, *, size_hw: tuple[int, int], input_hw: tuple[int, int], image_size: int) -> Tensor:
-    """Logits at the original size, as SAM's `postprocess_masks` makes them: two bilinear steps with a crop between.
+    """Logits at the original size, as in SAM's `postprocess_masks`: two bilinear steps with a crop between.
 
     Args:
         low_res: (N, m, m) float32.
-        size_hw: (H, W) of the original picture.
-        input_hw: (h', w') that the picture fills in the sam frame; the rest is padding.
+        size_hw: (H, W) of the original image.
+        input_hw: (h', w') that the image fills in the sam frame; the rest is padding.
         image_size: S.
 
     Returns:
@@ -45,12 +45,12 @@ def upsample_logits(low_res: Tensor, *, size_hw: tuple[int, int], input_hw: tupl
 def logits_to_masks(
     low_res: Tensor, *, size_hw: tuple[int, int], input_hw: tuple[int, int], image_size: int
 ) -> Iterator[NDArray[np.bool_]]:
-    """Masks at the original size, one after another, so that only one is in memory.
+    """Yield masks at the original size, one after another, so that only one is in memory.
 
     Args:
         low_res: (N, m, m) float32.
-        size_hw: (H, W) of the original picture.
-        input_hw: (h', w') that the picture fills in the sam frame; the rest is padding.
+        size_hw: (H, W) of the original image.
+        input_hw: (h', w') that the image fills in the sam frame; the rest is padding.
         image_size: S.
 
     Yields:
@@ -58,7 +58,7 @@ def logits_to_masks(
     """
     for index in range(len(low_res)):
         one = low_res[index : index + 1]
-        # No name for the full-size logits: it would keep them alive while the next ones are made.
+        # The full-size logits get no variable: it would keep them alive while the next ones are made.
         yield _above_zero(upsample_logits(one, size_hw=size_hw, input_hw=input_hw, image_size=image_size))
 
 
@@ -68,17 +68,17 @@ def _above_zero(logits: Tensor) -> NDArray[np.bool_]:
 
 
 def mask_area(mask: NDArray[np.bool_]) -> int:
-    """Pixels of an (H, W) mask."""
+    """Number of pixels in an (H, W) mask."""
     return int(np.count_nonzero(mask))
 
 
 def encode_rle(mask: NDArray[np.bool_]) -> bytes:
-    """(H, W) bool to the counts of its compressed RLE; safe in many threads at once."""
+    """(H, W) bool to the counts of its compressed RLE; thread-safe."""
     return bytes(coco_mask.encode(_column_major(mask))["counts"])
 
 
 def _column_major(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """(H, W) uint8 in Fortran order, copied in bands of rows that fit the cache: a quarter of the plain copy's time."""
+    """(H, W) uint8 in Fortran order, copied in bands of rows that fit the cache: a quarter of a plain copy's time."""
     columns = np.empty(mask.shape, np.uint8, order="F")
     for top in range(0, len(mask), _BAND):
         columns[top : top + _BAND] = mask[top : top + _BAND]
@@ -88,7 +88,7 @@ def _column_major(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 def decode_rle(counts: bytes, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
     """Counts of a compressed RLE to its (H, W) bool mask, in Fortran order.
 
-    Not by pycocotools: its `decode` trusts the counts, and warns with numpy 2.
+    Does not use pycocotools: its `decode` trusts the counts, and warns with numpy 2.
 
     Raises:
         ValueError: the counts are damaged, or belong to a mask of another size.
@@ -114,25 +114,25 @@ def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 def clean_mask(mask: NDArray[np.bool_], *, fill_holes: int, remove_islands: int) -> NDArray[np.bool_]:
     """Fill small holes, then remove small islands.
 
-    Pixels that touch at a side or a corner are connected, in islands and in holes alike, as in the source. There, a
-    small piece of background that the picture's border cuts off counts as a hole too; here it does not: a hole has mask
-    all around.
+    Pixels that touch at a side or a corner are connected, in islands and in holes alike, as in the source. The source
+    also counts a small piece of background at the image border as a hole; here it is not one: a hole is enclosed by
+    mask.
 
     Args:
         mask: (H, W); not changed.
         fill_holes: holes with fewer pixels are filled; 0 fills none.
         remove_islands: connected parts with fewer pixels are removed, but never the largest (of equally large ones the
-            first by rows); 0 removes none. Filled holes count.
+            first in row order); 0 removes none. Filled holes count towards a part's pixels.
 
     Returns:
-        (H, W); the mask itself where nothing is to be done.
+        (H, W); the mask itself if there is nothing to do.
 
     Source: segment-anything, `remove_small_regions` and `postprocess_small_regions`.
     """
     x0, y0, x1, y1 = tight_box(mask) if fill_holes or remove_islands else (0, 0, 0, 0)
     if x0 == x1:
         return mask
-    # A ring of background around the tight box, so that all background that is no hole is one component: the ring's.
+    # A ring of background around the tight box connects all background that is not a hole into one component.
     part = np.zeros((y1 - y0 + 2, x1 - x0 + 2), np.uint8)
     part[1:-1, 1:-1] = mask[y0:y1, x0:x1]
     if fill_holes:
@@ -145,7 +145,7 @@ def clean_mask(mask: NDArray[np.bool_], *, fill_holes: int, remove_islands: int)
 
 
 def _fill_holes(part: NDArray[np.uint8], threshold: int) -> None:
-    """Set holes of fewer pixels in a mask of 0 and 1 whose outermost rows and columns are 0."""
+    """Fill holes with fewer pixels, in a mask of 0 and 1 whose outermost rows and columns are 0."""
     labels, stats = _components(1 - part)
     small = stats[:, cv2.CC_STAT_AREA] < threshold
     small[[0, labels[0, 0]]] = False
@@ -153,12 +153,12 @@ def _fill_holes(part: NDArray[np.uint8], threshold: int) -> None:
 
 
 def _remove_islands(part: NDArray[np.uint8], threshold: int) -> None:
-    """Clear connected parts of fewer pixels in a mask of 0 and 1 with a 1 somewhere, but not the largest."""
+    """Clear connected parts with fewer pixels, but not the largest, in a mask of 0 and 1 that has at least one 1."""
     labels, stats = _components(part)
     areas = stats[:, cv2.CC_STAT_AREA]
     areas[0] = 0
     largest = np.flatnonzero(areas == areas.max())
-    # Of equally large ones the first by rows stays, whatever order the labels have.
+    # Of equally large parts the first in row order stays, whatever order the labels have.
     kept = largest[0] if len(largest) == 1 else labels.ravel()[np.isin(labels, largest).argmax()]
     small = areas < threshold
     small[[0, kept]] = False
@@ -166,7 +166,7 @@ def _remove_islands(part: NDArray[np.uint8], threshold: int) -> None:
 
 
 def _components(part: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """(H, W) component of each pixel that is not 0, from 1 on; (L, 5) left, top, width, height, pixels of each."""
+    """(H, W) component of each nonzero pixel, from 1 on; (L, 5) left, top, width, height, pixels of each component."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(part, connectivity=8)
     return labels, stats
 
@@ -178,7 +178,7 @@ def _paint(
     labels: NDArray[np.int32],
     stats: NDArray[np.int32],
 ) -> None:
-    """Set components to a value, each inside its box: small ones in a large mask cost next to nothing."""
+    """Set components to a value, each within its box: small ones in a large mask cost next to nothing."""
     for label in which.tolist():
         left, top, width, height, _ = stats[label].tolist()
         box = (slice(top, top + height), slice(left, left + width))
@@ -186,11 +186,11 @@ def _paint(
 
 
 def stability_score(low_res: Tensor, *, input_hw: tuple[int, int], image_size: int, offset: float = 1.0) -> Tensor:
-    """IoU of each mask at a higher and at a lower threshold.
+    """IoU of each mask at a higher threshold with the mask at a lower one.
 
     Args:
         low_res: (N, m, m) float32 logits.
-        input_hw: (h', w') that the picture fills in the sam frame; only that part counts.
+        input_hw: (h', w') that the image fills in the sam frame; only that part counts.
         image_size: S.
         offset: thresholds are +offset and -offset.
 
@@ -217,18 +217,18 @@ def segments_from_logits(
     fill_holes: int = 0,
     remove_islands: int = 0,
 ) -> list[Segment]:
-    """Masks of one image, cleaned and encoded; predicted IoU and stability are those of the logits.
+    """Clean and encode the masks of one image; predicted IoU and stability are those of the logits.
 
-    One mask at a time: a picture of 108 megapixels needs 0.5 GB for each, and a result must not depend on its mates.
+    One mask at a time: an image of 108 megapixels needs 0.5 GB for each, and a result must not depend on other masks.
 
     Args:
         low_res: (N, m, m) float32 logits.
         predicted_iou: (N,) float32.
-        size_hw: (H, W) of the original picture.
-        input_hw: (h', w') that the picture fills in the sam frame.
+        size_hw: (H, W) of the original image.
+        input_hw: (h', w') that the image fills in the sam frame.
         image_size: S.
-        fill_holes: see `clean_mask`; so `remove_islands`.
-        remove_islands: see there.
+        fill_holes: see `clean_mask`.
+        remove_islands: see `clean_mask`.
 
     Returns:
         N segments in the order of `low_res`; none for N = 0.

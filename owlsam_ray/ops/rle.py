@@ -1,6 +1,6 @@
-"""COCO's compressed RLE read as numbers, without drawing a mask: of one mask, or of many at once.
+"""Read COCO's compressed RLE as numbers, without drawing a mask, for one mask or many at once.
 
-Letters: N masks. A number is stored in groups of five bits, the lowest first: byte = 48 + bits + 32 if more follow,
+Shapes: N masks. A number is stored in groups of five bits, the lowest first: byte = 48 + bits + 32 if more follow,
 two's complement. From the fourth number on it is the difference to the one two places before.
 """
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from owlsam_ray.ops.compiled import rle_sums
 
 _MOST_GROUPS = 8
-"""Longest number that is taken for a run: 40 bits."""
+"""Maximum groups of a number that is accepted as a run: 40 bits."""
 
 
 def rle_runs(counts: bytes) -> NDArray[np.int64]:
-    """Lengths of the runs of a compressed RLE, zeros first, without drawing the mask.
+    """Lengths of the runs of a compressed RLE, starting with zeros, without drawing the mask.
 
     Raises:
-        ValueError: the text is no compressed RLE.
+        ValueError: the text is not a compressed RLE.
     """
     groups = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
     if len(groups) == 0:
@@ -38,13 +38,13 @@ def rle_runs(counts: bytes) -> NDArray[np.int64]:
 
 
 def rle_areas(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Pixels of many compressed RLEs: what `rle_runs` gives for each, summed, at a hundredth of the time.
+    """Areas of many compressed RLEs: the sums of `rle_runs` for each, in a hundredth of the time.
 
     Args:
-        data: the texts, one behind the other.
-        offsets: (N + 1,) where each begins, and where the last one ends.
+        data: the texts, concatenated.
+        offsets: (N + 1,) where each text begins, and where the last one ends.
 
     Returns:
-        (N, 2): all pixels, and those of the mask; -1 in both where the text is no compressed RLE, or a run is negative.
+        (N, 2): all pixels, and the mask's pixels; -1 in both if the text is not a compressed RLE or a run is negative.
     """
     return rle_sums(data, offsets)

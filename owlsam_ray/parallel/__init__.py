@@ -1,1 +1,1 @@
-"""Processes and Ray: worker pools, a private Ray, signals, what a lost process leaves."""
+"""Processes and Ray: worker pools, a private Ray instance, signals, and how the loss of a process is handled."""

@@ -1,4 +1,4 @@
-"""What a run gets of the machine, and whether it can start at all (law 10). Plain arithmetic, no Ray."""
+"""Decide what a run gets of the machine, and whether it can start at all (law 10). Plain arithmetic, no Ray."""
 
 import math
 import os
@@ -15,7 +15,7 @@ _MOST_OF_A_NODE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """`resources` with every `auto` decided."""
+    """`resources` with every `auto` resolved."""
 
     device: str
     """`cpu` or `cuda`."""
@@ -25,26 +25,26 @@ class Allocation:
     detector_batch: int
     segmenter_batch: int
     decoder_batch: int
-    """A multiple of 8: in other calls a CPU's result depends on where in the batch a box stands."""
+    """A multiple of 8: otherwise a CPU's result depends on a box's position in the batch."""
     threads: int
-    """Decode and encode threads of an actor."""
+    """Decoding and encoding threads per actor."""
     torch_threads: int
-    """Threads of one model call on a CPU. The same for any number of actors: with others, last bits differ."""
+    """Threads of one model call on a CPU. The same for any number of actors: other values change the last bits."""
 
 
 def allocate(
     resources: ResourcesConfig, *, num_cpus: float, num_gpus: float, segmenter: str = "mobile_sam"
 ) -> Allocation:
-    """Decide every `auto` for a cluster, and check that the result fits it.
+    """Resolve every `auto` for a cluster, and check that the result fits it.
 
     Args:
-        resources: the settings.
+        resources: the section `resources`.
         num_cpus: CPUs that Ray sees.
         num_gpus: GPUs that Ray sees.
         segmenter: `segment.model`.
 
     Raises:
-        PreflightError: actors, fetch and write do not fit together: Ray would wait for ever, without a word.
+        PreflightError: actors, fetch and write do not fit together: Ray would wait forever, silently.
     """
     device = _device(resources, num_gpus)
     gpus = resources.gpus_per_actor if resources.gpus_per_actor != "auto" else (1.0 if device == "cuda" else 0.0)
@@ -59,7 +59,7 @@ def allocate(
         cpus_per_actor=cpus,
         gpus_per_actor=gpus,
         detector_batch=_or(resources.detector_batch, 32 if on_gpu else 4),
-        # SAM's global attention holds gigabytes of position bias for each image.
+        # SAM's global attention holds gigabytes of position bias per image.
         segmenter_batch=_or(resources.segmenter_batch, (4 if segmenter == "sam" else 16) if on_gpu else 2),
         decoder_batch=math.ceil(_or(resources.decoder_batch, 128 if on_gpu else 16) / 8) * 8,
         threads=_or(resources.decode_threads, max(2, math.floor(cpus))),
@@ -75,15 +75,15 @@ def check_object_store(
     """Refuse a run whose shards in flight overflow the object store.
 
     Args:
-        allocation: of `allocate`.
-        resources: the settings.
+        allocation: the result of `allocate`.
+        resources: the section `resources`.
         shard_bytes: encoded bytes of the largest shard.
-        store_bytes: Ray's object store memory over the cluster.
+        store_bytes: Ray's object store memory, summed over the cluster.
 
     Raises:
-        PreflightError: with the sizes, and the settings that change them.
+        PreflightError: states the sizes and the settings that change them.
     """
-    blocks = allocation.actors * resources.shards_in_flight + 2  # and what fetch has ready
+    blocks = allocation.actors * resources.shards_in_flight + 2  # plus what fetch has ready
     needed = blocks * shard_bytes
     if needed > store_bytes:
         raise PreflightError(
@@ -94,14 +94,14 @@ def check_object_store(
 
 
 def check_nodes(allocation: Allocation, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Refuse actors that no single node can hold, however large the cluster is.
+    """Refuse actors that do not fit on single nodes, however large the cluster is.
 
     Args:
-        allocation: of `allocate`.
-        nodes: resources of each node that lives, as Ray names them (`CPU`, `GPU`).
+        allocation: the result of `allocate`.
+        nodes: resources of each live node, named as in Ray (`CPU`, `GPU`).
 
     Raises:
-        PreflightError: with what an actor wants, and what the largest node has.
+        PreflightError: states what an actor needs and what the nodes have.
     """
     cpus, gpus = allocation.cpus_per_actor, allocation.gpus_per_actor
     fitting = sum(_times(node.get("CPU", 0.0), cpus, node.get("GPU", 0.0), gpus) for node in nodes)
@@ -114,16 +114,16 @@ def check_nodes(allocation: Allocation, nodes: Sequence[Mapping[str, float]]) ->
 
 
 def _times(cpus: float, cpus_each: float, gpus: float, gpus_each: float) -> int:
-    """How many actors one node can hold."""
+    """Number of actors that one node can hold."""
     by_cpu = math.floor(cpus / cpus_each + 1e-6)
     return by_cpu if gpus_each == 0 else min(by_cpu, math.floor(gpus / gpus_each + 1e-6))
 
 
 def actor_memory_bytes(resources: ResourcesConfig) -> int | None:
-    """What an actor on this node may take of its memory before it is ended; None where nobody can tell.
+    """Bytes of memory that an actor on this node may use before it is ended; None if the node's memory is unknown.
 
-    A process that takes most of a node is out of control: one picture alone may have done it. Below that, Ray and the
-    kernel choose whom to end, and may choose the wrong one.
+    A process that uses most of a node's memory is out of control: a single image can cause that. Below this limit, Ray
+    and the kernel choose which process to end, and may choose the wrong one.
     """
     if resources.actor_memory_gb != "auto":
         return round(resources.actor_memory_gb * 10**9)
@@ -132,8 +132,8 @@ def actor_memory_bytes(resources: ResourcesConfig) -> int | None:
 
 
 def export_ray_environment(auth_mode: str) -> None:
-    """Set the environment variables that Ray reads, some of them already when it is imported."""
-    # Left to the environment, or to a token file of some earlier run, actors die at once without a useful word.
+    """Set the environment variables that Ray reads, some of them as early as its import."""
+    # If it were left to the environment, or to an earlier run's token file, actors would die at once without a reason.
     os.environ["RAY_AUTH_MODE"] = auth_mode
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -156,11 +156,11 @@ def _device(resources: ResourcesConfig, num_gpus: float) -> str:
 
 
 def _share_of_cpus(resources: ResourcesConfig, *, num_cpus: float, actors: int, most: float) -> float:
-    """CPUs of one actor when nothing is asked for: what fetch and write leave, in whole CPUs or quarters."""
+    """CPUs of one actor for `auto`: what fetch and write leave, in whole CPUs or quarters."""
     left = min(most, (num_cpus - resources.fetch_cpus - resources.write_cpus) / actors)
-    # Ray takes fractions below one CPU only.
+    # Ray accepts fractions only below one CPU.
     share = float(math.floor(left)) if left >= 1 else max(0.05, math.floor(left * 4) / 4)
-    # Equal requests would be fused into one process.
+    # Ray would fuse equal requests into one process.
     return share - 0.1 if share == resources.fetch_cpus and share > 0.15 else share
 
 
@@ -195,7 +195,7 @@ def _check_fits(allocation: Allocation, resources: ResourcesConfig, *, num_cpus:
 
 
 def _power_of_two(most: float) -> int:
-    """The largest one that is not greater, at least 1."""
+    """The largest power of two that is not greater, at least 1."""
     return 1 << max(0, math.floor(math.log2(most)))
 
 

@@ -1,8 +1,8 @@
-"""An orderly end of this process from any thread, when the main thread can no longer bring it about.
+"""End this process in an orderly way from any thread, when the main thread no longer can.
 
-Ray's C++ code ends a process without a word, with exit code 1, some seconds after a part of Ray has died. Whoever
-notices that first calls `end_process`: what was registered with `before_end` is done, each within a short time, and
-the process ends with the exit code of the error.
+Ray's C++ code ends a process silently, with exit code 1, some seconds after a part of Ray has died. The thread that
+notices this first calls `end_process`: every act registered with `before_end` is run, each within a short time, and the
+process ends with the exit code of the error.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from owlsam_ray.errors import OwlsamError
 
 Act = Callable[[OwlsamError], None]
 _ACT_S = 1.5
-"""Seconds that each act may take: storage that does not answer must not keep the process."""
+"""Seconds that each act may take: storage that does not answer must not keep the process alive."""
 _acts: list[Act] = []
 _begun = threading.Lock()
 _log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def before_end(act: Act) -> Iterator[None]:
-    """While this context lasts, `end_process` calls the act, the latest first; in a thread of its own."""
+    """Register an act for this context: `end_process` calls it in a separate thread, the latest act first."""
     _acts.append(act)
     try:
         yield
@@ -35,15 +35,15 @@ def before_end(act: Act) -> Iterator[None]:
 def end_process(
     explain: Callable[[], OwlsamError], otherwise: OwlsamError, *, at_last: Callable[[], None] = lambda: None
 ) -> NoReturn:
-    """End the process with the exit code of an error, after everything that was registered.
+    """Run all registered acts, then end the process with an error's exit code.
 
     Args:
-        explain: makes the error; may ask storage.
-        otherwise: the error when that takes too long, or fails.
+        explain: makes the error; may access storage.
+        otherwise: the error to use if `explain` takes too long or fails.
         at_last: called after everything else.
     """
     if not _begun.acquire(blocking=False):
-        threading.Event().wait()  # another thread does
+        threading.Event().wait()  # another thread is ending the process
     found: list[OwlsamError] = []
     _within_a_time(lambda: found.append(explain()))
     error = found[0] if found else otherwise
@@ -57,7 +57,7 @@ def _within_a_time(act: Callable[[], None]) -> None:
     def run() -> None:
         try:
             act()
-        except Exception:  # noqa: BLE001 (the process ends; the other acts, and its exit code, matter more)
+        except Exception:  # noqa: BLE001 (the process ends; the other acts and the exit code matter more)
             _log.debug("an act before the end failed", exc_info=True)
 
     thread = threading.Thread(target=run, name="owlsam-last-act", daemon=True)

@@ -1,4 +1,4 @@
-"""Who does the chunks of a reduce: this process, others on this machine, or tasks of a Ray cluster. Always in order."""
+"""Run a function over many items in order: in this process, in a local pool, or in tasks of a Ray cluster."""
 
 import os
 import signal
@@ -22,18 +22,18 @@ _ADVICE = "Most often memory is short: give the job more, or lower reduce.worker
 
 
 def num_workers(setting: int | str, *, num_images: int, small: int, executor: Executor) -> int:
-    """Workers for a run.
+    """Resolve the number of workers.
 
     Args:
         setting: a number, or `auto`.
-        num_images: of the run.
-        small: images up to which `auto` starts no process.
-        executor: of the workers.
+        num_images: number of images in the run.
+        small: number of images up to which `auto` starts no process.
+        executor: where the workers run.
     """
     if not isinstance(setting, str):
         return setting
     if executor == "ray":
-        return _MOST_TASKS  # cut down to the CPUs of the cluster, which is not there yet
+        return _MOST_TASKS  # reduced later to the CPUs of the cluster, which is not connected yet
     if num_images <= small:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -47,18 +47,18 @@ def map_in_order(
     resources: ResourcesConfig,
     losses: LossCount | None = None,
 ) -> Iterator[ResultT]:
-    """Results of a function in the order of its arguments, of which a few are worked on at once.
+    """Yield the results of a function in the order of its arguments, working on a few at once.
 
     Args:
-        function: of a module, since other processes look it up by its name.
+        function: a module-level function, since other processes look it up by name.
         items: its arguments.
-        workers: at a time.
-        executor: `local` with one worker calls the function here.
-        resources: which Ray.
-        losses: how often Ray was lost before; None: not counted.
+        workers: maximum number of concurrent calls.
+        executor: `local` with one worker calls the function in this process.
+        resources: which Ray to use.
+        losses: counts how often in a row Ray was lost; None: not counted.
 
     Raises:
-        Whatever the function raises, at its place.
+        Any error that the function raises, at that item's place.
     """
     if executor == "local":
         yield from in_order(function, items, workers)
@@ -72,13 +72,13 @@ def map_in_order(
 
     handler = signal.getsignal(signal.SIGTERM)
     started = start_ray(resources, level="info")
-    if handler is interrupt:  # of the command; Ray has put its own in place
+    if handler is interrupt:  # the command's handler, which Ray has replaced by its own
         as_interrupts()
     try:
         with watch_ray(None if losses is None else lambda cause: losses.count(cause, advice=_ADVICE)):
             yield from _ray_in_order(ray, function, items, workers)
     finally:
-        if losses is not None:  # no loss: that does not come back here
+        if losses is not None:  # Ray was not lost: a loss ends the process before this point
             losses.clear()
         if started:
             stop_ray()
@@ -100,7 +100,7 @@ def _ray_in_order(
         while waiting:
             yield _result(ray, waiting.popleft())
     finally:
-        for reference in waiting:  # the cluster may be others' too
+        for reference in waiting:  # the cluster may be shared with others
             ray.cancel(reference)
 
 
@@ -110,7 +110,7 @@ def _call(function: Callable[[Any], Any], item: Any, policy: storage.StoragePoli
 
 
 def _result(ray: Any, reference: Any) -> Any:
-    """The result of a task; its error as it was raised there."""
+    """The result of a task; an error is raised as it was in the task."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

@@ -1,4 +1,4 @@
-"""Log lines that may be published, and shown on a terminal: without secrets of URLs, without escape sequences."""
+"""Make log lines safe to publish and to show on a terminal: no secrets of URLs, no escape sequences."""
 
 import logging
 import sys
@@ -9,11 +9,11 @@ from owlsam_ray.terminal import printable_lines
 
 _MOST_LINES = 400
 _LONGEST_LINE = 10_000
-"""Characters: a message of ours, which is cut before, with what a log line has in front of it."""
+"""Characters: one of our messages, which are already limited, plus the prefix of a log line."""
 
 
 def safe_lines(text: str) -> str:
-    """A text from anywhere, an error message or a traceback, as a log or a terminal takes it: masked, escaped, cut."""
+    """Mask, escape and shorten untrusted text, such as an error message or a traceback, for a log or a terminal."""
     lines = text.splitlines() if len(text) > _LONGEST_LINE else [text]
     if len(lines) > _MOST_LINES:
         half = _MOST_LINES // 2
@@ -24,10 +24,10 @@ def safe_lines(text: str) -> str:
 
 
 class SafeFormatter(logging.Formatter):
-    """A formatter whose result is safe whatever the message, its arguments and a traceback hold."""
+    """A formatter whose result is safe whatever the message, its arguments and a traceback contain."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as text, of several lines where the message or a traceback has some."""
+        """The record as text, of several lines if the message has several or there is a traceback."""
         return safe_lines(super().format(record))
 
 
@@ -39,11 +39,11 @@ def stderr_handler(form: str | None = None, date_form: str | None = None) -> log
 
 
 def log_safely_by_default() -> None:
-    """Make what Python does with records that nobody takes, as in Ray's workers, write safe lines."""
+    """Make Python's handler of last resort, used in Ray's workers, write safe lines."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(SafeFormatter())
 
 
 def print_traceback() -> None:
-    """The traceback of the error at hand to stderr, in safe lines."""
+    """Print the traceback of the current error to stderr, in safe lines."""
     print(safe_lines(traceback.format_exc()), file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""How often in a row Ray was lost without any progress, so that no scheduler calls again for ever.
+"""Count how often in a row Ray was lost without progress, so that a scheduler does not retry forever.
 
-One small file for each slice of a run (or each training, each reduce): how far the work was, and how many calls in a
-row have ended so since. Progress by anyone makes the count start anew.
+There is one small file per slice of a run (or per training, per reduce). It holds how far the work was, and how many
+consecutive calls have ended with a loss since then. Progress made by any call resets the count.
 """
 
 import json
@@ -14,27 +14,27 @@ from owlsam_ray.errors import IncompleteError, InterruptedRunError, OwlsamError
 from owlsam_ray.parallel.signals import was_asked
 
 MOST_LOSSES = 3
-"""The last of so many calls in a row says that calling again does not help."""
+"""After this many losses in a row, the error says that calling again does not help."""
 _SIGNAL_S = 0.2
-"""Until the main thread has taken notice of a signal that has ended a part of Ray as well."""
+"""Seconds until the main thread has noticed a signal that has also ended a part of Ray."""
 SUFFIX = ".lost-ray"
-"""How the names of these files end."""
+"""Suffix of these files' names."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LossCount:
-    """The count of one piece of work."""
+    """The number of losses of one piece of work."""
 
     url: str
-    """Its file."""
+    """The file that holds the count."""
     progress: Callable[[], int]
     """A number that rises with progress: finished shards, steps."""
     state: Callable[[], str]
     """How far the work is, for a message: `3 of 20 shards are done`. Called after `progress`."""
 
     def losses(self, progress: int) -> int:
-        """Calls in a row that ended so, with this progress; 0 where nobody can tell."""
+        """Consecutive calls that lost Ray at this progress; 0 if the file is missing or unreadable."""
         try:
             seen = json.loads(storage.read_bytes(self.url))
             return int(seen["losses"]) if seen["progress"] == progress else 0
@@ -42,16 +42,16 @@ class LossCount:
             return 0
 
     def count(self, cause: str, *, advice: str) -> OwlsamError:
-        """Count one more, unless somebody has asked this call to stop: then Ray was ended along with it.
+        """Count one more loss, unless this call was asked to stop: then Ray was ended along with it.
 
         Args:
-            cause: what happened, the start of a sentence.
-            advice: what may help when it happens again and again, a sentence.
+            cause: what happened, as the start of a sentence.
+            advice: what may help when it happens again and again, as a sentence.
 
         Returns:
-            What this call is to end with: call again, or, after `MOST_LOSSES` without progress, do not.
+            The error that this call ends with: call again, or, after `MOST_LOSSES` without progress, do not.
         """
-        progress = self.progress()  # once: it may be a listing, and there is little time
+        progress = self.progress()  # called once: it may be a listing, and time is short
         if was_asked(_SIGNAL_S):
             return InterruptedRunError(f"asked to stop ({cause}): {self.state()}; call the same command again")
         losses = self.losses(progress) + 1
@@ -67,7 +67,7 @@ class LossCount:
         )
 
     def clear(self) -> None:
-        """Count anew: this call has ended otherwise."""
+        """Reset the count: this call has ended without a loss."""
         try:
             if storage.exists(self.url):
                 storage.remove(self.url)

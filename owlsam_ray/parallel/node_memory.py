@@ -1,4 +1,4 @@
-"""Memory of this machine, or of the part of it that a container or a job may use, and whom the kernel ended for it."""
+"""Read the memory limit of this machine, container or job, and how many processes the kernel has killed for it."""
 
 import contextlib
 import os
@@ -10,25 +10,25 @@ _PROC = Path("/proc")
 
 
 def memory_limit(*, cgroups: Path = _CGROUPS, proc: Path = _PROC) -> int | None:
-    """Bytes that the processes of this job may hold together; None where nobody can tell.
+    """Bytes of memory that the processes of this job may use together; None if unknown.
 
-    The smallest of what the machine has and of the limits of this process's control groups, version 1 and 2, up to
-    their root: a scheduler sets the limit at a job's group, and ours may lie deeper.
+    The minimum of the machine's memory and of the limits of this process's control groups, version 1 and 2, up to their
+    root: a scheduler sets the limit at a job's group, and this process may be in a group further down.
     """
     found = []
     with contextlib.suppress(OSError, ValueError):
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for folder, version in _groups(cgroups, proc):
         name = "memory.max" if version == 2 else "memory.limit_in_bytes"
-        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        with contextlib.suppress(OSError, ValueError):  # "max" means no limit
             found.append(int((folder / name).read_text(encoding="ascii")))
     return min(found, default=None)
 
 
 def memory_kills(*, cgroups: Path = _CGROUPS, proc: Path = _PROC) -> int | None:
-    """How many processes the kernel has ended so far in this process's control group, for want of memory.
+    """Number of processes that the kernel has killed so far in this process's control group for lack of memory.
 
-    Of the whole machine where the group does not count; None where nobody can tell.
+    For the whole machine if the group does not count; None if unknown.
     """
     for folder, version in _groups(cgroups, proc):
         found = _entry(folder / ("memory.events" if version == 2 else "memory.oom_control"), "oom_kill")
@@ -38,7 +38,7 @@ def memory_kills(*, cgroups: Path = _CGROUPS, proc: Path = _PROC) -> int | None:
 
 
 def _entry(file: Path, name: str) -> int | None:
-    """The number after a name, in a file of such lines."""
+    """The number after a name, in a file of such lines; None if there is none."""
     with contextlib.suppress(OSError, ValueError):
         for line in file.read_text(encoding="ascii").splitlines():
             key, _, value = line.partition(" ")
@@ -48,7 +48,7 @@ def _entry(file: Path, name: str) -> int | None:
 
 
 def _groups(cgroups: Path, proc: Path) -> Iterator[tuple[Path, int]]:
-    """Folders of the memory controller that hold for this process, from its own group up to the root; the version."""
+    """(folder, version) of the memory control groups that hold for this process, from its own up to the root."""
     try:
         lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -61,7 +61,7 @@ def _groups(cgroups: Path, proc: Path) -> Iterator[tuple[Path, int]]:
     for root, version in ((cgroups, 2), (cgroups / "unified", 2), (cgroups / "memory", 1)):
         if root.is_dir():
             folder = root / own.get(version, "/").lstrip("/")
-            # In a container the path may be the host's, and its root this group's.
+            # In a container the path may be the host's, and the container's root may be this group.
             while folder != root and root in folder.parents:
                 if folder.is_dir():
                     yield folder, version

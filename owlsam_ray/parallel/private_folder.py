@@ -1,7 +1,7 @@
-"""Folders that only this user can enter, for as long as this process lives: Ray's sockets, logs and spilled blocks.
+"""Make folders that only this user can enter, for Ray's sockets, logs and spilled blocks; removed with the process.
 
-A process holds a lock in its folder, which the system gives back however the process ends. What killed processes left
-is so told from what is in use.
+A process holds a lock in its folder, which the system releases however the process ends. The lock distinguishes folders
+in use from what killed processes left.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ _LOCK = "lock"
 _RANDOM = 8
 """Characters that `tempfile.mkdtemp` adds to a name."""
 _WITHOUT_LOCK_S = 3600.0
-"""A folder without a lock is one that is being made, or whose maker was killed at that moment."""
+"""A folder without a lock that is younger may still be in the making; an older one was left by a killed process."""
 _REMOVALS = 10
 _PAUSE_S = 0.2
 _LONGEST_SOCKET = 107
-"""Bytes of a path that a socket may have; macOS takes three less."""
+"""Maximum bytes of a socket's path; macOS allows three fewer."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrivateFolder:
-    """A folder of mode 0700 that is removed at the end, and by the next call when this process is killed."""
+    """A folder of mode 0700 that is removed at the end, or by the next call if this process is killed."""
 
     path: Path
     lock: int
@@ -40,13 +40,13 @@ class PrivateFolder:
 
     @classmethod
     def make(cls, root: Path) -> Self:
-        """Make one.
+        """Create a folder below `root`.
 
         Raises:
-            OSError: the root is not there, not writable, full, or knows no locks.
+            OSError: the root does not exist, is not writable, is full, or does not support locks.
         """
         while True:
-            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))  # of mode 0700, whatever the umask
+            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))  # mode 0700, whatever the umask
             lock = -1
             try:
                 lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -54,7 +54,7 @@ class PrivateFolder:
                 if path.exists():
                     return cls(path, lock)
             except (BlockingIOError, FileNotFoundError):
-                pass  # another process has just taken it for an abandoned one
+                pass  # another process has just mistaken it for an abandoned folder
             except OSError:
                 shutil.rmtree(path, ignore_errors=True)
                 if lock >= 0:
@@ -64,18 +64,18 @@ class PrivateFolder:
                 os.close(lock)
 
     def remove(self) -> None:
-        """Remove it, whatever still writes into it; without a word where that fails: the next call tries again."""
+        """Remove the folder even while others still write into it; failures are silent: the next call tries again."""
         _remove(self.path)
         with contextlib.suppress(OSError):
             os.close(self.lock)
 
 
 def make_short_folder(inside: int, *, roots: Iterable[Path]) -> tuple[PrivateFolder, PrivateFolder | None]:
-    """A folder in which sockets can have a path, and one where the user wants large files when that is elsewhere.
+    """A folder with room for socket paths, and one where the user wants large files if that is elsewhere.
 
     Args:
         inside: bytes of the longest path of a socket inside the folder, with its leading slash.
-        roots: where to make it, the user's wish first.
+        roots: where to make the folder, the user's choice first.
 
     Raises:
         PreflightError: no root is writable and short enough.
@@ -101,17 +101,17 @@ def make_short_folder(inside: int, *, roots: Iterable[Path]) -> tuple[PrivateFol
 
 
 def temporary_roots() -> list[Path]:
-    """Where to look for a place: what Ray would take, then what is short on every system."""
+    """Candidate roots: what Ray would take, then paths that are short on every system."""
     wanted = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
     named = [wanted, "/tmp", os.environ.get("XDG_RUNTIME_DIR"), "/var/tmp", tempfile.gettempdir()]  # noqa: S108
     return list(dict.fromkeys(Path(os.path.abspath(name)) for name in named if name))
 
 
 def remove_abandoned(roots: Iterable[Path]) -> list[Path]:
-    """Remove what killed processes of this user left; nothing of a process that lives, and nothing of others.
+    """Remove what killed processes of this user left; nothing of a live process, and nothing of other users.
 
     Args:
-        roots: where such folders may lie.
+        roots: where such folders may be.
 
     Returns:
         The folders that were removed.
@@ -128,7 +128,7 @@ def remove_abandoned(roots: Iterable[Path]) -> list[Path]:
 
 def _remove_if_abandoned(path: Path) -> bool:
     try:
-        found = path.lstat()  # a link is none of ours
+        found = path.lstat()  # a link is not one of our folders
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
             return False
         lock = os.open(path / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

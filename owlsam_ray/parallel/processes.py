@@ -1,4 +1,4 @@
-"""Work on many items in several processes, with the results in order."""
+"""Work on many items in several processes, and yield the results in order."""
 
 import itertools
 import multiprocessing
@@ -23,23 +23,24 @@ ResultT = TypeVar("ResultT")
 def in_order(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, *, apart: bool = True
 ) -> Iterator[ResultT]:
-    """Results of a function in the order of its arguments, of which a few are worked on at once.
+    """Yield the results of a function in the order of its arguments, working on a few at once.
 
     Args:
-        function: of a module, since other processes look it up by its name. They ask storage as this one does.
+        function: a module-level function, since other processes look it up by name. They use this process's storage
+            policy.
         items: its arguments.
-        workers: processes; with 1, or one item, it is called here.
-        apart: whether other processes can do it; `memory://` is in this one alone.
+        workers: number of processes; with 1, or with one item, the function is called in this process.
+        apart: whether other processes can do the work; `memory://` exists in this process alone.
 
     Raises:
         IncompleteError: a process was killed.
-        Whatever the function raises, at its place.
+        Any error that the function raises, at that item's place.
     """
     workers = min(workers, len(items)) if apart else 1
     if workers <= 1:
         yield from map(function, items)
         return
-    # Not forked: the threads of this process may hold locks.
+    # Spawned, not forked: the threads of this process may hold locks.
     context = multiprocessing.get_context("spawn")
     left = iter(items)
     with without_working_directory():  # the pool and its first item start all processes
@@ -61,7 +62,7 @@ def in_order(
 
 
 def _begin(policy: storage.StoragePolicy) -> None:
-    """Ask storage as the parent does; and end with it, which a parent that is killed cannot ask for."""
+    """Use the parent's storage policy, and exit when the parent does, even if it is killed."""
     storage.configure(policy)
     parent = multiprocessing.parent_process()
     if parent is not None:

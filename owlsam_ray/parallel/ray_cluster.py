@@ -1,8 +1,8 @@
-"""Ray itself: started on this machine for the time of an attempt, or joined where it runs.
+"""Start a private Ray on this machine for the duration of an attempt, or join an existing cluster.
 
-A Ray that is started here is nobody else's: it listens on loopback alone, every request must bring a random token, its
-sockets, logs and spilled blocks lie in a folder that only this user can enter, and its workers do not import from the
-working directory. `stop_ray` takes all of it away again.
+A Ray that is started here is private: it listens on loopback alone, every request must carry a random token, its
+sockets, logs and spilled blocks are in a folder that only this user can enter, and its workers do not import from the
+working directory. `stop_ray` removes all of it.
 """
 
 import atexit
@@ -30,12 +30,12 @@ from owlsam_ray.parallel.child_imports import child_variables, children_find_pac
 from owlsam_ray.parallel.private_folder import PrivateFolder, make_short_folder, remove_abandoned, temporary_roots
 
 _RAY = "r"
-"""Ray gives its folder away to everybody (mode 0777), so it lies inside the private one."""
+"""Ray opens its folder to all users (mode 0777), so it is placed inside the private one."""
 _LONGEST_SOCKET = f"/{_RAY}/session_2000-01-01_00-00-00_000000_{{pid}}/sockets/plasma_store"
 _OOM_RETRIES = "5"
-"""Of a task that Ray's own memory monitor ends, whoever started Ray: the driver counts. The default is for ever."""
+"""Retries of a task that Ray's memory monitor ends (default: forever). The driver's value applies in any cluster."""
 _TOO_SLOW = ("timed out", "timeout", "failed to start gcs", "deadline exceeded", "failed to connect", "unavailable")
-"""In the words of Ray: a part of it did not come up in time."""
+"""Ray's phrases for a part of it that did not come up in time."""
 _log = logging.getLogger(__name__)
 
 
@@ -48,22 +48,22 @@ class RaySettings(Protocol):
 
     @property
     def num_cpus(self) -> int | None:
-        """CPUs of the one that is started."""
+        """CPUs of a Ray that is started here."""
 
     @property
     def object_store_mb(self) -> int | None:
-        """Object store of the one that is started."""
+        """Object store size, in MiB, of a Ray that is started here."""
 
     @property
     def auth_mode(self) -> str:
-        """Ray's RAY_AUTH_MODE of an existing cluster."""
+        """RAY_AUTH_MODE of an existing cluster."""
 
 
 class _OwnImports(JobConfig):
     """A job whose workers do not get the driver's working directory and script directory first on their path."""
 
     def _runtime_env_has_working_dir(self) -> bool:
-        """Whether workers have a directory of their own: what Ray asks before it adds the driver's."""
+        """Whether workers have their own directory: Ray asks this before it adds the driver's."""
         return True
 
 
@@ -73,9 +73,9 @@ class _Session:
 
     folder: PrivateFolder
     spill: PrivateFolder | None
-    """Where blocks go that memory cannot hold, when that is another place than the sockets'."""
+    """Folder for blocks that do not fit in memory, if it differs from the sockets' folder."""
     before: dict[str, str | None]
-    """Environment variables as they were."""
+    """Previous values of the environment variables."""
 
     @property
     def folders(self) -> list[PrivateFolder]:
@@ -86,15 +86,15 @@ _session: _Session | None = None
 
 
 def start_ray(resources: RaySettings, *, level: str) -> bool:
-    """Connect to a cluster, or start Ray on this machine; False when this process already had one.
+    """Connect to a cluster, or start Ray on this machine; False if this process already had one.
 
-    Whoever gets True calls `stop_ray` at the end.
+    A caller that gets True must call `stop_ray` at the end.
 
     Raises:
-        PreflightError: no place for Ray's files, or settings that Ray refuses.
+        PreflightError: there is no place for Ray's files, or Ray refuses the settings.
         IncompleteError: no cluster answers at `ray_address`, or Ray does not start.
-        InterruptedRunError: Ray did not come up in time; another call may do better.
-        SystemExit: SIGTERM came meanwhile, for which Ray has a handler of its own.
+        InterruptedRunError: Ray did not come up in time; another call may succeed.
+        SystemExit: SIGTERM arrived meanwhile, for which Ray has its own handler.
     """
     if ray.is_initialized():
         return False
@@ -111,15 +111,15 @@ def start_ray(resources: RaySettings, *, level: str) -> bool:
 
 
 def stop_ray() -> None:
-    """Leave the cluster; end a Ray that was started here, with its files."""
+    """Leave the cluster; end a Ray that was started here, and remove its files."""
     try:
-        ray.shutdown(wait_for_processes=_session is not None)  # files are removed once nobody writes them any more
+        ray.shutdown(wait_for_processes=_session is not None)  # files are removed once no process writes them
     finally:
         _clear_away()
 
 
 def remove_files() -> None:
-    """Remove the files of a Ray that was started here, whose processes are dead; the rest of it is as it was."""
+    """Remove the files of a Ray that was started here and whose processes are dead; leave everything else unchanged."""
     if _session is not None:
         for folder in _session.folders:
             folder.remove()
@@ -129,7 +129,7 @@ def _start_here(resources: RaySettings, options: dict[str, Any]) -> None:
     global _session
     roots = temporary_roots()
     if os.environ.get("RAY_TMPDIR"):
-        with contextlib.suppress(OSError):  # which is told with the other places
+        with contextlib.suppress(OSError):  # reported later together with the other places
             roots[0].mkdir(parents=True, exist_ok=True)  # as Ray does
     for path in remove_abandoned(roots):
         _log.debug("removed %s, which a killed process of yours left", path)
@@ -156,26 +156,26 @@ def _start_here(resources: RaySettings, options: dict[str, Any]) -> None:
 
 
 def _variables_of_own(folder: Path) -> dict[str, str | None]:
-    """Environment variables for Ray's processes; None: to be unset."""
+    """Environment variables for Ray's processes; None: unset the variable."""
     variables: dict[str, str | None] = {
         "RAY_AUTH_MODE": "token",
-        # Other users can read command lines, but no environment.
+        # Other users can read command lines, but not the environment.
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_AUTH_TOKEN_PATH": None,
         "RAY_REDIS_ADDRESS": None,
-        # Numbers for anyone who asks, without a token.
+        # Metrics would be served to anyone, without a token.
         "RAY_enable_metrics_collection": "0",
         "RAY_task_oom_retries": _OOM_RETRIES,
         **child_variables(folder),
     }
     if any(name == "lo" for _, name in socket.if_nameindex()):
-        # Workers of a training talk to each other past Ray.
+        # Workers of a training communicate directly, bypassing Ray.
         variables |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return variables
 
 
 def _set_variables(before: dict[str, str | None], variables: dict[str, str | None]) -> None:
-    """Set environment variables, remember what they were, and have Ray read them anew."""
+    """Set environment variables, store their previous values, and make Ray read them again."""
     for name, value in variables.items():
         before[name] = os.environ.get(name)
         if value is None:
@@ -194,7 +194,7 @@ def _clear_away() -> None:
         return
     atexit.unregister(_clear_away)
     with contextlib.suppress(Exception):
-        ray.shutdown()  # does nothing where that was done
+        ray.shutdown()  # does nothing if already done
     for folder in session.folders:
         folder.remove()
     _set_variables({}, session.before)
@@ -202,9 +202,9 @@ def _clear_away() -> None:
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Have Ray take the address of loopback for that of this machine, as it does on macOS.
+    """Make Ray use the loopback address as this machine's address, as it does on macOS.
 
-    An address that it is given is no way: it replaces 127.0.0.1 by that of an interface.
+    Passing the address does not work: Ray replaces 127.0.0.1 by the address of an interface.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -216,7 +216,7 @@ def _on_loopback() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told_rightly() -> Iterator[None]:
-    """What Ray raises while it starts, as errors of ours: it raises nearly every kind, OSError too."""
+    """Translate what Ray raises while it starts into this project's errors: it raises almost any kind, even OSError."""
     try:
         yield
     except OwlsamError:
@@ -238,7 +238,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _end_processes_of(folder: Path) -> None:
-    """End the parts of a Ray that was started by halves: nobody else knows of them."""
+    """End the processes of a Ray that was only partly started: nothing else knows of them."""
     if not sys.platform.startswith("linux"):
         return
     wanted = os.fsencode(f"{folder}/")
@@ -254,7 +254,7 @@ def _join(address: str, auth_mode: str, options: dict[str, Any]) -> None:
     Config.initialize("")  # an earlier start in this process may have read another mode
     AuthenticationTokenLoader.instance().reset_cache()
     if not address.startswith("ray://"):
-        # On the nodes the package is found as it is here, or where it lies here.
+        # The nodes find the package where it is installed, as here, or else at the same path as here.
         paths = [] if children_find_package() else [str(package_root())]
         options["job_config"] = _OwnImports(_py_driver_sys_path=paths)
     try:
@@ -267,14 +267,14 @@ def _join(address: str, auth_mode: str, options: dict[str, Any]) -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself tries for minutes.
+    """Check that something listens at the address, since Ray itself would try for minutes.
 
     Raises:
-        IncompleteError: nobody answers.
+        IncompleteError: nothing answers.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        return  # "auto"
+        return  # the address is "auto"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:

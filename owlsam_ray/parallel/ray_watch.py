@@ -1,7 +1,7 @@
-"""A watch on the processes that Ray lives by: the raylet of this machine, and GCS.
+"""Watch the processes that Ray depends on, the local raylet and the GCS, and end this process if one dies.
 
-When one of them dies there is no way on for the driver, and Ray's C++ code ends it with exit code 1 as soon as it
-notices (seconds later for the raylet, a minute for GCS), without a word to the code above. The watch notices first, and
+If one of them dies, the driver cannot continue, and Ray's C++ code ends it with exit code 1 as soon as it notices
+(seconds later for the raylet, a minute for the GCS), without notice to the Python code. The watch notices first, and
 ends the process in an orderly way (see `ending`).
 """
 
@@ -27,19 +27,19 @@ _NAMES = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}
 _LOOK_S = 0.1
 _ASK_GCS_S = 5.0
 _GCS_PATIENCE_S = 40.0
-"""A GCS that is restarted elsewhere is back by then; 20 seconds later Ray itself gives up."""
+"""Seconds in which a GCS that is restarted elsewhere is back; 20 seconds later Ray itself gives up."""
 
 
 @dataclass(slots=True)
 class _Process:
-    """A process of Ray that must live."""
+    """A process of Ray that must stay alive."""
 
     name: str
     pid: int
     popen: "subprocess.Popen[bytes] | None" = None
-    """None: somebody else started it."""
+    """None: another process started it."""
     pidfd: int = -1
-    """-1: this system has none, and one looks now and then."""
+    """-1: this system has no pidfd, and the process is polled."""
 
     def is_dead(self) -> bool:
         if self.popen is not None:
@@ -53,7 +53,7 @@ class _Process:
         return False
 
     def how(self) -> str:
-        """What ended it, as far as one can tell."""
+        """How it ended, as far as is known."""
         code = self.popen.poll() if self.popen is not None else None
         if code is None:
             return "died"
@@ -68,7 +68,7 @@ class _Process:
 class _Watch:
     processes: list[_Process]
     gcs_address: tuple[str, int] | None
-    """Of a GCS that is none of our processes."""
+    """Address of a GCS that is not one of our processes."""
     on_death: Callable[[str], None]
     also: Callable[[], str | None] = lambda: None
     stop: threading.Event = field(default_factory=threading.Event)
@@ -78,7 +78,7 @@ class _Watch:
     def run(self) -> None:
         poll = select.poll()
         for process in self.processes:
-            with contextlib.suppress(OSError, AttributeError):  # gone already; no such call here
+            with contextlib.suppress(OSError, AttributeError):  # already gone; or no such call on this system
                 process.pidfd = os.pidfd_open(process.pid)
                 poll.register(process.pidfd, select.POLLIN)
         while not self.stop.is_set():
@@ -89,7 +89,7 @@ class _Watch:
                 os.close(process.pidfd)
 
     def look(self, ended: Collection[int] = ()) -> None:
-        """Tell of a death; `ended` are descriptors of processes that have ended."""
+        """Report a death; `ended`: descriptors of processes that have ended."""
         for process in self.processes:
             if process.pidfd in ended or process.is_dead():
                 self.on_death(f"{_NAMES[process.name]} (process {process.pid}) {process.how()}")
@@ -109,18 +109,19 @@ class _Watch:
 def watch_ray(
     explain: Callable[[str], OwlsamError] | None = None, *, also: Callable[[], str | None] = lambda: None
 ) -> Iterator[None]:
-    """End this process in an orderly way when Ray dies while this context lasts.
+    """End this process in an orderly way if Ray dies while this context lasts.
 
-    To be left before `ray.shutdown`. When Ray is found dead at the end, this context does not return either: whatever
-    error has led there is a consequence.
+    Leave this context before `ray.shutdown`. If Ray is found dead at the end, the context does not return either: any
+    error that led there is a consequence.
 
     Args:
-        explain: the cause → the error that the process ends with; may ask storage. Default: interrupted, call again.
-        also: called now and then; a cause ends the process as well.
+        explain: makes the error that the process ends with from the cause; may access storage. Default: interrupted,
+            call again.
+        also: called at regular intervals; if it returns a cause, the process ends as well.
     """
 
     def on_death(cause: str) -> None:
-        # It would print the last lines of the raylet's log.
+        # Ray would print the last lines of the raylet's log.
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
         otherwise = InterruptedRunError(f"{cause}: call the same command again")
         end_process(lambda: explain(cause) if explain is not None else otherwise, otherwise, at_last=_kill_ours)
@@ -138,7 +139,7 @@ def watch_ray(
 
 
 def _processes() -> list[_Process]:
-    """Raylet and GCS, as far as they are processes of this machine."""
+    """Raylet and GCS, if they are processes of this machine."""
     node = getattr(ray._private.worker, "_global_node", None)
     started = getattr(node, "all_processes", {})
     found = [_Process(name, info.process.pid, info.process) for name in _NAMES for info in started.get(name, ())]
@@ -150,7 +151,7 @@ def _processes() -> list[_Process]:
 
 
 def _listener(path: str | None) -> int | None:
-    """The process that listens on a socket of this machine; None where nobody can tell."""
+    """The process that listens on a local socket; None if unknown."""
     if path is None or not hasattr(socket, "SO_PEERCRED"):
         return None
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as asking:
@@ -167,7 +168,7 @@ def _foreign_gcs(processes: list[_Process]) -> tuple[str, int] | None:
     try:
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         return host.strip("[]"), int(port)
-    except (AttributeError, RuntimeError, ValueError):  # a Ray client: it has none
+    except (AttributeError, RuntimeError, ValueError):  # a Ray client, which has no GCS address
         return None
 
 
@@ -180,7 +181,7 @@ def _answers(address: tuple[str, int]) -> bool:
 
 
 def _kill_ours() -> None:
-    """End what is left of a Ray that this process started, and remove its files; workers end without a raylet."""
+    """Kill what is left of a Ray that this process started, and remove its files; workers end without a raylet."""
     node = getattr(ray._private.worker, "_global_node", None)
     for started in getattr(node, "all_processes", {}).values():
         for info in started:

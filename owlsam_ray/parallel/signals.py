@@ -1,4 +1,4 @@
-"""Signals that ask an attempt to stop: no shard is begun any more, and those in hand get some time to finish."""
+"""Handle signals that stop an attempt: no new shard is started, and shards in progress get time to finish."""
 
 import contextlib
 import logging
@@ -10,17 +10,17 @@ from types import FrameType
 from owlsam_ray import storage
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 is what schedulers are often told to send some time before the end."""
+"""Schedulers are often configured to send SIGUSR1 some time before the end."""
 _asked = threading.Event()
 _log = logging.getLogger(__name__)
 
 
 class GraceOverError(Exception):
-    """Raised in the main thread when shards in hand did not finish in time, or somebody asked twice."""
+    """Raised in the main thread when shards in progress did not finish in time, or at the second signal."""
 
 
 def as_interrupts() -> None:
-    """Make each of the signals what Ctrl-C is: until there is work to finish, a scheduler's stop is no failure."""
+    """Handle each of the signals like Ctrl-C: before there is work to finish, a scheduler's stop is not a failure."""
     _asked.clear()
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
@@ -28,7 +28,7 @@ def as_interrupts() -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Handle a signal as Ctrl-C is.
+    """Handle a signal like Ctrl-C.
 
     Raises:
         KeyboardInterrupt: always.
@@ -38,25 +38,25 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def was_asked(wait_s: float = 0.0) -> bool:
-    """Whether one of the signals came since `as_interrupts`; for other threads, which may wait for it a little.
+    """Whether one of the signals arrived since `as_interrupts`; other threads may wait for it a little.
 
-    A scheduler often sends it to all processes of a job at once, Ray's own among them.
+    A scheduler often sends it to all processes of a job at once, including Ray's own.
     """
     return _asked.wait(wait_s)
 
 
 @contextlib.contextmanager
 def stop_on_signals(stop_url: str, grace_s: float) -> Iterator[Callable[[], bool]]:
-    """Write `stop_url` at the first signal, which every process of the attempt looks for; remove it at the end.
+    """At the first signal, write `stop_url`, which every process of the attempt checks; remove it at the end.
 
-    To be entered after `ray.init`, which puts its own SIGTERM handler in place.
+    Enter this context after `ray.init`, which installs its own SIGTERM handler.
 
     Args:
         stop_url: the file.
         grace_s: seconds from the first signal until `GraceOverError` is raised.
 
     Returns:
-        Whether somebody asked.
+        A function that says whether a signal has arrived.
     """
     asked = threading.Event()
 
@@ -69,11 +69,11 @@ def stop_on_signals(stop_url: str, grace_s: float) -> Iterator[Callable[[], bool
         signal.setitimer(signal.ITIMER_REAL, max(grace_s, 0.01))
         try:
             storage.write_atomic(stop_url, b"")
-        except OSError as error:  # a full disk is no reason to go on
+        except OSError as error:  # a full disk is not a reason to continue
             _log.warning("cannot tell the actors to stop: %s", error)
 
     def grace_is_over(number: int, frame: FrameType | None) -> None:
-        # Raised in the middle of Ray, it would be called a bug of Ray's, with a page of traceback.
+        # If it were raised inside Ray, Ray would report a bug of its own, with a page of traceback.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         raise GraceOverError
 

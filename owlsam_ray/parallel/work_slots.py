@@ -1,4 +1,4 @@
-"""What the threads of a process work on, in a file that outlives the process."""
+"""Record what the threads of a process work on, in a file that outlives the process."""
 
 import contextlib
 import mmap
@@ -24,7 +24,7 @@ _IDS = struct.Struct(f"<{_MOST_IDS}q")
 _SLOT_BYTES = _HEADER.size + _IDS.size
 
 SLOT_FILES = "owlsam-watch-"
-"""How the names of these files begin."""
+"""Prefix of these files' names."""
 
 
 @dataclass(slots=True)
@@ -35,13 +35,13 @@ class _Slot:
 
 
 class WorkSlots:
-    """Slots for the threads of a process."""
+    """Slots in which the threads of a process note their work."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Make the file.
+        """Create the file.
 
         Args:
-            folder: for the file; default: the system's for temporary files.
+            folder: folder of the file; default: the system's temporary folder.
         """
         self._folder = folder
         self.renew()
@@ -50,7 +50,7 @@ class WorkSlots:
         self._lock = threading.Lock()
 
     def renew(self) -> None:
-        """Make another file, for the work that begins from now on."""
+        """Create another file, for work that begins from now on."""
         descriptor, name = tempfile.mkstemp(prefix=SLOT_FILES, dir=self._folder)
         self.path = Path(name)
         with os.fdopen(descriptor, "r+b") as file:
@@ -58,22 +58,22 @@ class WorkSlots:
             self._map = mmap.mmap(file.fileno(), _SLOTS * _SLOT_BYTES)
 
     def remove_file(self) -> None:
-        """Remove the file: nothing is worked on, and the process may be ended at any time from now on."""
+        """Remove the file: no work is in progress, and the process may be ended at any time from now on."""
         self.path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def busy(self, kind: str, image_ids: Sequence[int]) -> Iterator[None]:
-        """While this context lasts the calling thread works on some images.
+        """Record, while this context lasts, that the calling thread works on some images.
 
         Args:
             kind: one of `KINDS`.
-            image_ids: of the images; of more than 64 the first ones are noted in the file.
+            image_ids: ids of the images; only the first 64 are noted in the file.
         """
         work = _Slot(kind, image_ids, time.monotonic())
         with self._lock:
             slot = self._free.pop() if self._free else -1
             self._slots[slot] = work
-        noted = self._map  # a later file may take its place meanwhile
+        noted = self._map  # `renew` may replace it meanwhile
         if slot >= 0:
             _note(noted, slot, kind, image_ids[:_MOST_IDS])
         try:
@@ -93,27 +93,27 @@ class WorkSlots:
             return tuple(sorted({image_id for slot in self._slots.values() for image_id in slot.image_ids}))
 
     def overdue(self, deadline_s: float) -> tuple[int, ...]:
-        """Ids of the images of work that began more than so many seconds ago, rising."""
+        """Ids of images whose work began more than `deadline_s` seconds ago, rising."""
         latest = time.monotonic() - deadline_s
         with self._lock:
             found = {image_id for slot in self._slots.values() if slot.since < latest for image_id in slot.image_ids}
         return tuple(sorted(found))
 
     def close(self) -> None:
-        """Remove the file."""
+        """Unmap and remove the file."""
         self._map.close()
         self.path.unlink(missing_ok=True)
 
 
 def _note(notes: mmap.mmap, slot: int, kind: str, image_ids: Sequence[int]) -> None:
-    """Write the ids first and the kind last: a slot that is half written counts as free."""
+    """Write the ids first and the kind last: a half-written slot counts as free."""
     start = slot * _SLOT_BYTES
     struct.pack_into(f"<{len(image_ids)}q", notes, start + _HEADER.size, *image_ids)
     _HEADER.pack_into(notes, start, len(image_ids), 1 + KINDS.index(kind))
 
 
 def read_slots(path: Path) -> list[tuple[str, list[int]]]:
-    """What a process, dead or alive, had in its slots: kind and image ids.
+    """Kind and image ids in each slot of a process, dead or alive.
 
     Raises:
         OSError: the file cannot be read.
