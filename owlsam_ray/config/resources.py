@@ -51,7 +51,7 @@ class ResourcesConfig(Section):
     num_cpus: PositiveInt | None = None
     """CPUs of the Ray instance started here; default: the machine's."""
     object_store_mb: PositiveInt | None = None
-    """Object store size of the Ray instance started here, in MB; default: Ray's own."""
+    """Object store size of the Ray instance started here, in MiB (2²⁰ bytes); default: Ray's own."""
     ray_address: Name | None = None
     """An existing cluster (`auto`, `ip:port`, `ray://…`); default: start one on this machine."""
     auth_mode: Literal["disabled", "token"] = "disabled"

@@ -1,1 +1,1 @@
-"""Models behind two protocols, and the weights they load."""
+"""Detectors and segmenters behind two protocols, and the weights they load."""

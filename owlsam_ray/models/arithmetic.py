@@ -1,15 +1,15 @@
-"""What a process sets before it calls a model, so that results are the same in every process."""
+"""Set up torch in a process so that a model gives the same results in every process."""
 
 import torch
 
 
 def fix_arithmetic(torch_threads: int) -> None:
-    """Set this process's torch up for results that can be had again.
+    """Set up this process's torch for reproducible results.
 
     Args:
-        torch_threads: of one model call on a CPU; part of the numerics id.
+        torch_threads: threads of one model call on a CPU; part of the numerics id.
     """
     torch.set_num_threads(torch_threads)
-    # fp32 means fp32 (TF32 keeps ten bits of it), and a convolution must not be another one from call to call.
+    # fp32 must be fp32 (TF32 keeps only ten bits of mantissa), and a convolution must use one algorithm in every call.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True

@@ -1,9 +1,9 @@
-"""Stand-ins for both models: boxes and masks computed from the pixels, for tests of scale and of what kills processes.
+"""Fake models for tests: boxes and masks computed from the pixels, and images that kill their process.
 
-A picture's checksum decides everything: how many boxes, where, of which label, with which score. So rows are as
-reproducible as a model's, at the cost of almost nothing. Letters as in `protocols`; u are numbers in [0, 1).
+An image's checksum decides everything: the number of boxes, their places, labels and scores. Rows are therefore as
+reproducible as a real model's, at almost no cost. Shapes as in `protocols`; u are numbers in [0, 1).
 
-With `fakes.poison` a picture whose first pixel is one of `POISON` does to its process what a broken decoder would.
+With `fakes.poison`, an image whose first pixel is one of `POISON` does to its process what a broken decoder would.
 """
 
 import ctypes
@@ -22,23 +22,23 @@ _IMAGE_SIZE = 32
 _MASK_SIDE = 16
 _DIMENSIONS = 16
 _BITS = 11
-"""Of a checksum in one float32, which holds them exactly."""
+"""Bits of a checksum in one float32, which holds them exactly."""
 SEGFAULT, ALLOCATE, HANG, HANG_MODEL = 251, 252, 253, 254
 POISON = {(255, 0, blue): blue for blue in (SEGFAULT, ALLOCATE, HANG, HANG_MODEL)}
-"""First pixel (R, G, B) → what happens: a segmentation fault, memory without end, no end of decoding, or no end of a
-model call that the picture is part of."""
+"""First pixel (R, G, B) → what happens: a segmentation fault, unlimited memory use, decoding that never ends, or a
+model call that never ends, if the image is part of it."""
 _CPU = torch.device("cpu")
 
 
 class FakeDetector:
-    """A detector of up to six boxes a picture; one picture in seven has none."""
+    """A detector of up to six boxes per image; one image in seven has none."""
 
     def __init__(self, *, delay_s: float = 0.0, poison: bool = False) -> None:
-        """Prepare.
+        """Create the detector.
 
         Args:
             delay_s: seconds that each call sleeps.
-            poison: whether pictures may kill the process.
+            poison: whether images may kill the process.
         """
         self._delay_s, self._poison = delay_s, poison
 
@@ -76,7 +76,7 @@ class FakeDetector:
         return torch.from_numpy(boxes), torch.from_numpy(scores)
 
     def unscale(self, boxes_cxcywh: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """As of a picture that is squashed to a square."""
+        """Scale boxes as for an image that is squashed to a square."""
         boxes = boxes_cxcywh.numpy()
         centres, halves = boxes[:, :2], boxes[:, 2:] / 2
         scale = np.array([size_hw[1], size_hw[0]] * 2, np.float32)
@@ -93,15 +93,15 @@ class FakeSegmenter:
 
     @property
     def image_size(self) -> int:
-        """32: masks are small."""
+        """32, so that masks are small."""
         return _IMAGE_SIZE
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """(H, W, 3) RGB uint8 to (3, 1, 1): masks depend on boxes alone."""
+        """(H, W, 3) RGB uint8 to (3, 1, 1) zeros: masks depend on boxes alone."""
         return torch.zeros(3, 1, 1)
 
     def encode(self, batch: Tensor) -> Tensor:
-        """(B, 3, 1, 1) as it is."""
+        """Return (B, 3, 1, 1) unchanged."""
         return batch
 
     def decode(
@@ -113,7 +113,7 @@ class FakeSegmenter:
         multimask: bool,
         center_point: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """See `protocols.Segmenter`; of the three masks the first is the largest."""
+        """See `protocols.Segmenter`; the first of the three masks is the largest."""
         places = (torch.arange(_MASK_SIDE, dtype=torch.float32) + 0.5) * (_IMAGE_SIZE / _MASK_SIDE)
         centres = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
         radii = ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]) / 2).clamp_min(1.0)
@@ -127,7 +127,7 @@ class FakeSegmenter:
 
 
 def fake_query(texts: Sequence[str]) -> Tensor:
-    """(16,) float32 of length 1 that stands for some prompts, or for an exemplar."""
+    """(16,) float32 of length 1 that represents some prompts, or an exemplar."""
     digest = hashlib.sha256("\0".join(texts).encode()).digest()
     vector = np.frombuffer(digest[:_DIMENSIONS], np.uint8).astype(np.float32) - 127.5
     return torch.from_numpy(vector / np.linalg.norm(vector))
@@ -141,14 +141,14 @@ def _checksum(pixels: NDArray[np.uint8]) -> Tensor:
 
 
 def _numbers(batch: Tensor) -> NDArray[np.uint64]:
-    """(B, 3, 1, 1) of `_checksum` back to (B,) integers."""
+    """(B, 3, 1, 1) from `_checksum` back to (B,) integers."""
     parts = batch[:, :, 0, 0].numpy().astype(np.uint64)
     joined: NDArray[np.uint64] = parts[:, 0] | parts[:, 1] << np.uint64(_BITS) | parts[:, 2] << np.uint64(2 * _BITS)
     return joined
 
 
 def _random(seeds: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
-    """(B, 1) seeds to (B, count) numbers in [0, 1), each of its own.
+    """(B, 1) seeds to (B, count) numbers in [0, 1), different for each seed and position.
 
     Source: the output function of SplitMix64 (Steele, Lea, Flood 2014).
     """
@@ -163,7 +163,7 @@ def _random(seeds: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
 
 
 def _misbehave(what: int) -> None:
-    """Never comes back, but for 0."""
+    """Crash, allocate or hang, and never return; return at once only for 0."""
     if what == SEGFAULT:
         ctypes.string_at(0)
     held = []

@@ -1,4 +1,4 @@
-"""Where the weights of a model in Hugging Face layout lie: a directory here, or the hub's cache."""
+"""Find the weights of a model in Hugging Face layout: a local directory, or the hub's cache."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ from owlsam_ray.errors import WeightsError, shown
 
 
 def resolve_weights(weights: str, *, setting: str) -> Path:
-    """A local directory as it is; a hub name through the hub's cache.
+    """The local directory of some weights: a directory unchanged, a hub name resolved through the hub's cache.
 
     Args:
-        weights: as the run file names them: a directory, `org/model`, or `org/model@revision`.
-        setting: where it does so (`detector.weights`), for messages.
+        weights: as in the run file: a directory, `org/model`, or `org/model@revision`.
+        setting: name of the setting that holds it (`detector.weights`), for messages.
 
     Raises:
-        WeightsError: there is no such directory, and the hub cannot be reached or knows no such name; or the hub's
-            files hold no safetensors.
+        WeightsError: there is no such directory, and the hub cannot be reached or does not know the name; or the hub
+            has no safetensors for it.
     """
     path = Path(weights)
     if path.is_dir():
@@ -26,7 +26,7 @@ def resolve_weights(weights: str, *, setting: str) -> Path:
         raise WeightsError(f"{setting} {weights} is not a directory in Hugging Face layout")
     name, _, revision = weights.partition("@")
     try:
-        # A pickle is not even downloaded: it may hold code.
+        # Pickles are not even downloaded: they may contain code.
         found = Path(
             snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.txt", "*.safetensors"])
         )

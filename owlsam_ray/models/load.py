@@ -1,6 +1,6 @@
-"""Which class holds which model: from settings to a detector and a segmenter.
+"""Find and load the detector and the segmenter that the settings describe.
 
-Each is imported when it is asked for: transformers and timm take seconds, and a fake needs neither.
+Model classes are imported only when needed: transformers and timm take seconds, and a fake needs neither.
 """
 
 from pathlib import Path
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from owlsam_ray.models.protocols import Detector, Segmenter
 
 FAKES = Path(__file__).parent / "fakes.py"
-"""What stands for the weights of a fake."""
+"""File that takes the place of a fake's weights."""
 _FAKES_SHA256 = "d315f962bdf96aab2284ce30306e1e03b3842a5d6f9f1c7fc0d79d8dab358d24"
-"""Of its first version. It takes another value when a fake labels otherwise, not when its text is edited: earlier runs
-are to go on."""
+"""Hash of the file's first version. It is changed when a fake labels differently, not when its text is edited, so that
+earlier runs can continue."""
 
 
 def weights_sha256(path: Path) -> str:
-    """Hex SHA-256 that the label fingerprint has of weights that `find_models` found.
+    """Hex SHA-256 in the label fingerprint for weights that `find_models` found.
 
     Raises:
         WeightsError: they cannot be read.
@@ -35,7 +35,7 @@ def find_models(detector: DetectorConfig, segment: SegmentConfig) -> ModelPaths:
 
     Raises:
         WeightsError: something is missing, damaged, or does not fit the settings.
-        ConfigError: `detector.image_size` is no multiple of the model's patch size.
+        ConfigError: `detector.image_size` is not a multiple of the model's patch size.
     """
     return ModelPaths(_find_detector(detector), _find_segmenter(segment))
 
@@ -77,7 +77,7 @@ def load_detector(
     dtype: "torch.dtype",
     fakes: FakesConfig = FakesConfig(),  # noqa: B008 (frozen)
 ) -> "Detector":
-    """The detector that the settings describe, without its text tower.
+    """Load the detector that the settings describe, without its text encoder.
 
     Raises:
         WeightsError: weights and settings do not fit.
@@ -92,7 +92,7 @@ def load_detector(
 
 
 def load_segmenter(settings: SegmentConfig, path: Path, *, device: "torch.device", dtype: "torch.dtype") -> "Segmenter":
-    """The segmenter that the settings describe.
+    """Load the segmenter that the settings describe.
 
     Raises:
         WeightsError: weights and settings do not fit.

@@ -1,6 +1,6 @@
-"""MobileSAM: timm's TinyViT with SAM's neck; prompts and masks are those of `sam_decoder`.
+"""MobileSAM: timm's TinyViT with SAM's neck; prompts and masks are handled by `sam_decoder`.
 
-Loads the official `mobile_sam.pt` layout strictly, from a pickle without code or from safetensors. Letters as in
+Loads the official `mobile_sam.pt` layout strictly, from a pickle without code or from safetensors. Shapes as in
 `protocols`; the sam frame is that of `sam_frame`.
 
 Source: ChaoningZhang/MobileSAM (Apache-2.0); tests compare with outputs of that code.
@@ -51,12 +51,12 @@ _HINT = (
 
 
 class MobileSam(BoxDecoder):
-    """The segmenter of `protocols.Segmenter`."""
+    """MobileSAM as a `protocols.Segmenter`."""
 
     def __init__(
         self, modules: MobileSamModules, config: MobileSamConfig, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Take over loaded modules; see `load`."""
+        """Take loaded modules; see `load`."""
         self._config, self._dtype = config, dtype
         self._modules = modules.to(device).requires_grad_(False)
         for part in (modules.encoder, modules.neck):
@@ -69,13 +69,13 @@ class MobileSam(BoxDecoder):
         """Load weights strictly.
 
         Args:
-            weights: a file in the official layout (`.pt`, `.pth`, `.safetensors`), or a directory that
-                `save_mobile_sam` wrote.
+            weights: a file in the official layout (`.pt`, `.pth`, `.safetensors`), or a directory written by
+                `save_mobile_sam`.
             device: where to run.
-            dtype: of the image encoder; prompt encoder and mask decoder stay in float32.
+            dtype: dtype of the image encoder; prompt encoder and mask decoder stay in float32.
 
         Raises:
-            WeightsError: the file is missing, damaged, holds code, or its tensors do not fit (names the first).
+            WeightsError: the file is missing, damaged, contains code, or its tensors do not fit (names the first).
         """
         config, state = read_mobile_sam(Path(weights))
         modules = MobileSamModules(config)
@@ -88,22 +88,22 @@ class MobileSam(BoxDecoder):
 
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
-        """(B, 3, S, S) as `preprocess` gives it to image embeddings (B, C, h, w) float32, h = w = S / 16.
+        """(B, 3, S, S) from `preprocess` to image embeddings (B, C, h, w) float32, h = w = S / 16.
 
-        Runs in the model's dtype and gives float32 on the model's device.
+        Runs in the model's dtype and returns float32 on the model's device.
         """
         features = self._modules.encoder.forward_features(batch.to(self.device, self._dtype))
         embeddings: Tensor = self._modules.neck(features).float()
         return embeddings
 
     def export(self, directory: Path) -> None:
-        """Write a directory that `load` takes; of a bf16 model the encoder has lost the digits that bf16 drops."""
+        """Write a directory that `load` accepts; for a bf16 model the encoder lacks the digits that bf16 drops."""
         state = {official_name(name): tensor for name, tensor in self._modules.state_dict().items()}
         save_mobile_sam(state, self._config, directory)
 
 
 def check_weights(weights: str) -> None:
-    """Refuse what `load` would refuse.
+    """Refuse weights that `load` would refuse.
 
     Raises:
         WeightsError: see `load`.
@@ -112,12 +112,12 @@ def check_weights(weights: str) -> None:
 
 
 def save_mobile_sam(state: Mapping[str, Tensor], config: MobileSamConfig, directory: Path) -> None:
-    """Write a directory that `load` takes.
+    """Write a directory that `load` accepts.
 
     Args:
         state: tensors under their official names, on any device; floating ones are written as float32.
-        config: the sizes.
-        directory: made when it does not exist.
+        config: the model's sizes.
+        directory: created if it does not exist.
 
     Raises:
         WeightsError: the tensors do not fit the sizes; nothing is written.
@@ -127,16 +127,16 @@ def save_mobile_sam(state: Mapping[str, Tensor], config: MobileSamConfig, direct
         name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in state.items()
     }
-    # The config last: without it a loader refuses the directory, so a half-written one is never taken for whole.
+    # The config is written last: without it a loader refuses the directory, so a half-written one is never used.
     write_atomic(str(directory / WEIGHTS_FILE), save(tensors))
     write_atomic(str(directory / CONFIG_FILE), (config.model_dump_json(indent=1) + "\n").encode())
 
 
 def read_mobile_sam(path: Path) -> tuple[MobileSamConfig, dict[str, Tensor]]:
-    """Sizes and tensors under their official names, checked against each other.
+    """Read sizes and tensors, the latter under their official names, and check them against each other.
 
     Args:
-        path: what `MobileSam.load` takes.
+        path: a file or directory that `MobileSam.load` accepts.
 
     Raises:
         WeightsError: see `MobileSam.load`.
@@ -156,7 +156,7 @@ def read_mobile_sam(path: Path) -> tuple[MobileSamConfig, dict[str, Tensor]]:
 
 
 def _check_state(state: Mapping[str, Tensor], config: MobileSamConfig, *, source: str) -> list[str]:
-    """Check names and shapes; returns the batch counters of the model, which inference does not read."""
+    """Check names and shapes; return the names of the model's batch counters, which inference does not read."""
     with refused_as_weights(Path(source), "is described by sizes that no model can have"):
         shapes = official_shapes(config)
     counters = [name for name in shapes if name.endswith(".num_batches_tracked")]
@@ -190,7 +190,7 @@ def _read_config(path: Path) -> MobileSamConfig:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    read_safetensors_shapes(path)  # refuses the usual damage in clearer words
+    read_safetensors_shapes(path)  # refuses the usual damage with clearer messages
     with refused_as_weights(path, "is not a safetensors file, export the weights again"):
         return dict(load_file(path))
 
@@ -207,7 +207,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         ) from None
     except MemoryError:
         raise
-    except Exception as error:  # torch has no common base for what it raises on a damaged file
+    except Exception as error:  # torch has no common base class for its errors on a damaged file
         raise WeightsError(
             f"{path} is not a weight file: {type(error).__name__}: {one_line(error)}. {_HINT}"
         ) from error
@@ -217,7 +217,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def image_to_sam_frame(pixels: NDArray[np.uint8], *, image_size: int) -> Tensor:
-    """(H, W, 3) RGB uint8 to (3, S, S) float32: long side to S, normalised, zeros right and below.
+    """(H, W, 3) RGB uint8 to (3, S, S) float32: long side resized to S, normalised, zeros at the right and bottom.
 
     Source: segment-anything, `ResizeLongestSide.apply_image` (bilinear on uint8) and `Sam.preprocess`.
     """

@@ -1,7 +1,7 @@
-"""What a MobileSAM is made of: sizes, parts, and the tensor names of the official `mobile_sam.pt`.
+"""Layout of MobileSAM: sizes, modules, and the tensor names of the official `mobile_sam.pt`.
 
-The encoder is timm's TinyViT with the last downsampling left out and SAM's neck; prompt encoder and mask decoder are
-those of transformers' SAM. Names are translated in both directions.
+The encoder is timm's TinyViT without the last downsampling, plus SAM's neck; prompt encoder and mask decoder are those
+of transformers' SAM. Names are translated in both directions.
 """
 
 import re
@@ -17,7 +17,7 @@ from transformers.models.sam.modeling_sam import SamLayerNorm, SamMaskDecoder, S
 Positive = Annotated[int, Field(ge=1)]
 FourSizes = tuple[Positive, Positive, Positive, Positive]
 Window = Annotated[int, Field(ge=1, le=64)]
-"""Side of an attention window: building one takes time with its fourth power."""
+"""Side of an attention window; limited because the time to build one grows with its fourth power."""
 
 
 class MobileSamConfig(BaseModel):
@@ -27,7 +27,7 @@ class MobileSamConfig(BaseModel):
 
     model_type: Literal["mobile_sam"] = "mobile_sam"
     image_size: Positive = 1024
-    """Side of the sam frame: a multiple of 16."""
+    """Side of the sam frame in pixels, a multiple of 16."""
     embed_dims: FourSizes = (64, 128, 160, 320)
     depths: FourSizes = (2, 2, 6, 2)
     num_heads: FourSizes = (2, 4, 5, 10)
@@ -52,7 +52,7 @@ class MobileSamConfig(BaseModel):
 
 
 class MobileSamModules(nn.Module):
-    """The parts, under the names that `module_name` gives, with random weights."""
+    """The modules, named as `module_name` returns, with random weights."""
 
     def __init__(self, config: MobileSamConfig) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class MobileSamModules(nn.Module):
             window_sizes=config.window_sizes,
         )
         self.encoder.head = nn.Identity()
-        # SAM wants a stride of 16: the last stage keeps its resolution.
+        # SAM needs a stride of 16: the last stage keeps its resolution.
         self.encoder.stages[3].downsample.conv2.conv.stride = (1, 1)
         dim = config.prompt_dim
         self.neck = nn.Sequential(
@@ -91,7 +91,7 @@ class MobileSamModules(nn.Module):
         self.mask_decoder = SamMaskDecoder(sam.mask_decoder_config)
 
 
-# Heads of the encoder's own classification training: in every official file, used by nobody.
+# Heads of the encoder's own classification training: in every official file, never used.
 UNUSED = (
     "image_encoder.norm_head.weight",
     "image_encoder.norm_head.bias",
@@ -124,7 +124,7 @@ _SAM_PARTS = (
 
 
 def module_name(official: str) -> str:
-    """Name in our modules (`encoder.…`, `neck.…`, `prompt_encoder.…`, `mask_decoder.…`) of an official tensor."""
+    """Name of an official tensor in our modules (`encoder.…`, `neck.…`, `prompt_encoder.…`, `mask_decoder.…`)."""
     part, _, rest = official.partition(".")
     if part == "image_encoder":
         if rest.startswith("neck."):
@@ -154,7 +154,7 @@ _ENCODER_RULES_BACK = (
 
 
 def official_name(ours: str) -> str:
-    """The official name of a tensor of our modules: `module_name` backwards."""
+    """Official name of a tensor in our modules: the inverse of `module_name`."""
     if ours.startswith("neck."):
         return f"image_encoder.{ours}"
     if ours.startswith("encoder."):

@@ -1,7 +1,7 @@
-"""OwlViT and OWLv2 through transformers: image tower and heads, without the text tower.
+"""OwlViT and OWLv2 through transformers: image encoder and heads, without the text encoder.
 
 Tests compare with the whole model of the installed transformers and its `post_process_grounded_object_detection`.
-Letters as in `protocols`; S is the detector's square input, D the channels of a query.
+Shapes as in `protocols`; S is the detector's square input, D the channels of a query.
 
 Source: Minderer et al., Simple Open-Vocabulary Object Detection with Vision Transformers (2022) and Scaling
 Open-Vocabulary Object Detection (2023); google/owlvit-*, google/owlv2-*.
@@ -22,7 +22,7 @@ from owlsam_ray.models.owl_weights import OwlModel, backbone, check_weights, loa
 
 
 class Owl:
-    """The detector of `protocols.Detector`, of both families."""
+    """Either family as a `protocols.Detector`."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Owl:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Take over a loaded model; see `load`."""
+        """Take a loaded model; see `load`."""
         self._device, self._dtype = device, dtype
         self._preprocessing = preprocessing
         self._multiply_objectness = objectness
@@ -42,7 +42,7 @@ class Owl:
         towers.text_projection = None
         _fit_image_size(model, preprocessing.side)
         self._model = model.eval().requires_grad_(False).to(device)
-        # Heads and box decoding stay in float32: they cost little, and boxes need the bits.
+        # Heads and box decoding stay in float32: they cost little, and boxes need the precision.
         self._vision: Any = towers.vision_model.to(dtype)
 
     @property
@@ -52,17 +52,17 @@ class Owl:
 
     @staticmethod
     def load(path: Path, settings: DetectorConfig, *, device: torch.device, dtype: torch.dtype) -> "Owl":
-        """Load image tower and heads; the text tower is not kept.
+        """Load image encoder and heads; the text encoder is not kept.
 
         Args:
             path: a directory in Hugging Face layout.
             settings: `model`, `preprocess`, `pad_value`, `image_size` and `objectness` are read.
             device: where to run.
-            dtype: of the image tower.
+            dtype: dtype of the image encoder.
 
         Raises:
             WeightsError: something is missing, or does not fit.
-            ConfigError: `image_size` is no multiple of the patch size.
+            ConfigError: `image_size` is not a multiple of the patch size.
         """
         check_weights(path, settings.model)
         return Owl(
@@ -78,12 +78,12 @@ class Owl:
         return self._preprocessing(pixels)
 
     def unscale(self, boxes_cxcywh: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """(N, 4) boxes of `detect` to xyxy float32 in original pixels, not clipped."""
+        """(N, 4) boxes from `detect` to xyxy float32 in original pixels, not clipped."""
         return self._preprocessing.unscale(boxes_cxcywh, size_hw)
 
     @torch.inference_mode()
     def detect(self, batch: Tensor, query_embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Run image tower and heads; see `protocols.Detector`."""
+        """Run image encoder and heads; see `protocols.Detector`."""
         patches = self._patches(batch)
         logits = class_logits(self._model.class_head, patches, query_embeddings.to(self._device))
         scores = logits.sigmoid()
@@ -94,14 +94,14 @@ class Owl:
 
     @torch.inference_mode()
     def class_embeddings(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the patches of pictures look like to the class head, so that one of them can become a query.
+        """Class embeddings of the patches of images, so that one of them can become a query.
 
         Args:
-            batch: (B, 3, S, S) as `preprocess` gives it, on any device.
+            batch: (B, 3, S, S) from `preprocess`, on any device.
 
         Returns:
             embeddings: (B, P, D) float32 on the CPU, of any length.
-            boxes_cxcywh: (B, P, 4) float32 on the CPU, as of `detect`.
+            boxes_cxcywh: (B, P, 4) float32 on the CPU, as from `detect`.
             objectness: (B, P) float32 logits on the CPU; None for OwlViT.
         """
         patches = self._patches(batch)
@@ -110,7 +110,7 @@ class Owl:
         return embeddings.cpu(), self._boxes(patches).cpu(), None if objectness is None else objectness.cpu()
 
     def _patches(self, batch: Tensor) -> Tensor:
-        """(B, 3, S, S) to (B, P, hidden) float32, what the heads read."""
+        """(B, 3, S, S) to (B, P, hidden) float32, the input of the heads."""
         hidden = self._vision(pixel_values=batch.to(self._device, self._dtype)).last_hidden_state
         embeddings = self._vision.post_layernorm(hidden)
         # The class token scales every patch token.
@@ -129,22 +129,22 @@ class Owl:
 
 
 def class_logits(head: nn.Module, patches: Tensor, queries: Tensor) -> Tensor:
-    """The class head of transformers for queries that are ready, so that it does not normalise them.
+    """Class head of transformers for queries that are already normalised, so that it does not normalise them again.
 
-    Shift and scale of a logit depend on the patch alone. The logit of the mean of several ready queries is therefore
-    the mean of their logits.
+    Shift and scale of a logit depend on the patch alone. The logit of the mean of several normalised queries is
+    therefore the mean of their logits.
 
     Args:
         head: `class_head` of either family.
         patches: (B, P, hidden).
-        queries: (Q, D), as `owl_weights.ready` gives them or shorter.
+        queries: (Q, D), as returned by `owl_weights.ready`, or shorter.
 
     Returns:
         (B, P, Q).
     """
     layers: Any = head
     embeddings = ready(layers.dense0(patches))
-    # One product per image: a row's bits must not depend on its batch mates.
+    # One product per image: a row's bits must not depend on the rest of its batch.
     cosines = torch.bmm(embeddings, queries.T.expand(len(patches), -1, -1))
     logits: Tensor = (cosines + layers.logit_shift(patches)) * (layers.elu(layers.logit_scale(patches)) + 1)
     return logits
@@ -152,7 +152,7 @@ def class_logits(head: nn.Module, patches: Tensor, queries: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _fit_image_size(model: OwlModel, side: int) -> None:
-    """Let the image tower take squares of `side` pixels, from the position embeddings of its own size.
+    """Make the image encoder accept squares of `side` pixels, by interpolating its position embeddings.
 
     Source: transformers' `interpolate_pos_encoding`, once instead of in every call: bicubic, without the class token.
     """

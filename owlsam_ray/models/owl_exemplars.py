@@ -1,9 +1,10 @@
-"""A picture as a query: OwlViT's image-guided detection.
+"""Turn an example image into a query: OwlViT's image-guided detection.
 
-The class head compares boxes with queries in one space, so the class embedding of a box in one picture can be the query
-for others. Every patch proposes a box and has an embedding; the work is to choose the patch that stands for the object.
+The class head compares boxes with queries in one space, so the class embedding of a box in one image can be the query
+for other images. Every patch proposes a box and has an embedding; the task is to choose the patch that represents the
+object.
 
-Letters: P patches, D channels of a query.
+Shapes: P patches, D channels of a query.
 """
 
 import numpy as np
@@ -20,25 +21,25 @@ _SHARE_OF_BEST = 0.8
 def exemplar_embedding(
     detector: Owl, pixels: NDArray[np.uint8], box_xyxy: tuple[float, float, float, float] | None
 ) -> Tensor:
-    """The embedding of what a box shows, or of what a whole picture shows.
+    """The embedding of the object in a box, or of the object that fills a whole image.
 
-    With a box, and for OwlViT without one (the box is then the whole picture): of the patches whose proposed boxes have
-    at least 80 % of the best IoU with the box, the one whose embedding is least similar to the mean over all patches.
-    Training matches one patch with an object and calls the others background, so the odd one is the good one. When no
-    proposed box overlaps, the one with the best generalised IoU counts.
+    With a box, and for OwlViT without one (the box is then the whole image): among the patches whose proposed boxes
+    have at least 80 % of the best IoU with the box, the one whose embedding is least similar to the mean over all
+    patches. Training matches one patch with an object and treats the others as background, so the outlier is the right
+    one. If no proposed box overlaps, the one with the best generalised IoU is taken.
 
     For OWLv2 without a box: the patch with the highest objectness, wherever it is.
 
-    IoU is taken in the detector's square. Where the preprocessing pads, a whole picture is only a part of the square,
+    IoU is computed in the detector's square. Where the preprocessing pads, a whole image is only a part of the square,
     and the patches of the padding count in the mean, as in the original, which always pads.
 
     Args:
-        detector: the model that will be asked with the result.
+        detector: the model for which the query is made.
         pixels: (H, W, 3) RGB uint8.
-        box_xyxy: original pixels, inside the picture; None: all of it.
+        box_xyxy: original pixels, inside the image; None: the whole image.
 
     Returns:
-        (D,) float32 on the CPU, as the class head gives it: not of length 1.
+        (D,) float32 on the CPU, as the class head computes it: not of length 1.
 
     Source: google-research/scenic, projects/owl_vit/notebooks/inference.py (`embed_image_query`, with a box);
     transformers' `OwlViTForObjectDetection.embed_image_query` and `Owlv2ForObjectDetection.embed_image_query` (without
@@ -56,7 +57,7 @@ def exemplar_embedding(
 
 
 def choose_patch(embeddings: Tensor, proposed: Tensor, wanted: Tensor) -> int:
-    """The patch that stands for a box; see `exemplar_embedding`.
+    """Choose the patch that represents a box; see `exemplar_embedding`.
 
     Args:
         embeddings: (P, D) of the patches, P at least 1.
@@ -64,13 +65,13 @@ def choose_patch(embeddings: Tensor, proposed: Tensor, wanted: Tensor) -> int:
         wanted: (1, 4) xyxy, in the same units.
 
     Returns:
-        Index of a patch, the first of equal ones.
+        Index of a patch, the first of equally good ones.
     """
     overlap = box_iou(wanted, proposed)[0]  # (P,)
     if not overlap.any():
         overlap = generalized_box_iou(wanted, proposed)[0]
     best = overlap.max()
-    # Generalised IoU can be negative, and 80 % of it more than the best: then only the best box is left.
+    # Generalised IoU can be negative, and 80 % of it above the best: then only the best box remains.
     candidates = torch.nonzero(overlap >= torch.minimum(best, best * _SHARE_OF_BEST))[:, 0]
     similarity = embeddings[candidates] @ embeddings.mean(dim=0)
     return int(candidates[similarity.argmin()])

@@ -1,9 +1,9 @@
-"""Pictures to the square input of OwlViT and OWLv2, and boxes back; inference and training share it.
+"""Turn images into the square input of OwlViT and OWLv2, and boxes back; shared by inference and training.
 
-Three ways exist, and a model's accuracy depends on taking the one that it was made for: transformers squashes pictures
-for OwlViT and pads them for OWLv2, the original code pads them for both.
+Three ways exist, and a model's accuracy depends on using the one it was made for: transformers squashes images for
+OwlViT and pads them for OWLv2, the original code pads them for both.
 
-Letters: H, W the picture, S the side of the square.
+Shapes: H, W the image, S the side of the square.
 """
 
 from abc import ABC, abstractmethod
@@ -35,11 +35,11 @@ _INTERPOLATION = {
     3: InterpolationMode.BICUBIC,
 }
 _COLUMNS_PER_STEP = 1024
-"""Bounds the memory of large pictures."""
+"""Columns resampled at a time, which bounds the memory for large images."""
 
 
 class Preprocessing(ABC):
-    """Pixels → model input, and boxes of the model → pixels. Called from many threads at once."""
+    """Converts pixels to model input, and boxes from the model to pixels. Called from many threads at once."""
 
     def __init__(self, processor: Processor, side: int) -> None:
         self.side = side
@@ -53,14 +53,14 @@ class Preprocessing(ABC):
 
     @abstractmethod
     def frame_hw(self, size_hw: tuple[int, int]) -> tuple[int, int]:
-        """(H, W) in original pixels that the whole square stands for."""
+        """(H, W) in original pixels that the whole square covers."""
 
     def unscale(self, boxes_cxcywh: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """Boxes of the model to boxes in the picture.
+        """Convert boxes from the model to boxes in the image.
 
         Args:
             boxes_cxcywh: (N, 4) in units of the square.
-            size_hw: (H, W) of the picture.
+            size_hw: (H, W) of the image.
 
         Returns:
             (N, 4) xyxy float32 in original pixels, not clipped.
@@ -71,12 +71,12 @@ class Preprocessing(ABC):
 
 
 class Squashed(Preprocessing):
-    """transformers' OwlViT: both sides to S, whatever the picture's shape; the same bits as its processor."""
+    """transformers' OwlViT: both sides resized to S, whatever the aspect ratio; bitwise equal to its processor."""
 
     def __init__(self, processor: OwlViTImageProcessor, side: int) -> None:
         super().__init__(processor, side)
         self._interpolation = _INTERPOLATION[int(processor.resample)]
-        # One step for rescale and normalisation, on the values of bytes.
+        # Rescaling and normalisation become one step on the byte values.
         scale = processor.rescale_factor if processor.do_rescale else 1.0
         self._mean, self._std = self._mean * (1.0 / scale), self._std * (1.0 / scale)
 
@@ -87,16 +87,16 @@ class Squashed(Preprocessing):
         return (resized.float() - self._mean) / self._std
 
     def frame_hw(self, size_hw: tuple[int, int]) -> tuple[int, int]:
-        """The picture itself."""
+        """The image itself."""
         return size_hw
 
 
 class Padded(Preprocessing):
-    """transformers' OWLv2: zeros right and below make a square, a Gaussian blurs it if it shrinks, bilinear resizes it.
+    """transformers' OWLv2: zeros at right and bottom make a square, blurred by a Gaussian if it shrinks, then resized.
 
-    Both steps (bilinear is without antialiasing) are linear and work on rows and columns apart, so they become one
-    sparse matrix per axis that reads only what the picture has. Equal to the processor, which blurs in two dimensions
-    at full size, up to rounding (1e-5).
+    The resize is bilinear without antialiasing. Both steps are linear and separable into rows and columns, so they
+    become one sparse matrix per axis that reads only the image's own pixels. Equal to the processor, which blurs in two
+    dimensions at full size, up to rounding (1e-5).
     """
 
     def __init__(self, processor: Owlv2ImageProcessor, side: int) -> None:
@@ -112,22 +112,22 @@ class Padded(Preprocessing):
         return (values - self._mean) / self._std
 
     def frame_hw(self, size_hw: tuple[int, int]) -> tuple[int, int]:
-        """The square that the longer side makes."""
+        """The square whose side is the longer side of the image."""
         return max(size_hw), max(size_hw)
 
 
 class Scenic(Preprocessing):
-    """The original code: bilinear without antialiasing to fit into the square, then grey right and below.
+    """The original code: bilinear without antialiasing to fit into the square, then grey at the right and bottom.
 
-    The order matters: the grey is not blended into the picture's border. Values are in 0…1 so far; then comes CLIP's
-    normalisation (from the processor's file, which has CLIP's values for every published model), of the grey as well.
-    Its evaluator pads with 0, its training with 0.5. The fitting sides are computed in float32 and cut to integers
-    there, so that even the longer one comes out a pixel short for some sizes (640 becomes 960, but 130 becomes 959 of
-    960); so it does here. Boxes are in units of the whole square all the same.
+    The order matters: the grey is not blended into the image's border. Values are in 0…1 up to here; then CLIP's
+    normalisation is applied (from the processor's file, which has CLIP's values for every published model), to the grey
+    as well. The original evaluator pads with 0, its training with 0.5. It computes the fitted sides in float32 and
+    truncates them to integers, so that even the longer one is a pixel short for some sizes (640 becomes 960, but 130
+    becomes 959 of 960); this code does the same. Boxes are in units of the whole square nevertheless.
 
     Source: google-research/scenic 4a38d475, projects/owl_vit: `ResizeWithPad` in preprocessing/image_ops.py,
     `get_dataset` and `unpad_box` in evaluator.py, `normalize_image` in clip/model.py. Its notebooks pad first and
-    resize with scikit-image; that is not this.
+    resize with scikit-image, which is different.
     """
 
     def __init__(self, processor: Processor, side: int, pad_value: float) -> None:
@@ -144,27 +144,27 @@ class Scenic(Preprocessing):
         return (square - self._mean) / self._std
 
     def fit_hw(self, size_hw: tuple[int, int]) -> tuple[int, int]:
-        """(H, W) of a picture in the square, at least one pixel each."""
+        """(H, W) of an image inside the square, at least one pixel each."""
         side = np.float32(self.side)
         height, width = (np.float32(size) for size in size_hw)
         ratio = max(height / side, width / side)
         return max(1, int(min(height / ratio, side))), max(1, int(min(width / ratio, side)))
 
     def frame_hw(self, size_hw: tuple[int, int]) -> tuple[int, int]:
-        """The square that the longer side makes."""
+        """The square whose side is the longer side of the image."""
         return max(size_hw), max(size_hw)
 
 
 def make_preprocessing(path: Path, settings: DetectorConfig) -> Preprocessing:
-    """What `detector.preprocess` names, for a model.
+    """The preprocessing that `detector.preprocess` names, for a model.
 
     Args:
         path: a directory in Hugging Face layout.
         settings: `preprocess`, `pad_value` and `image_size` are read.
 
     Raises:
-        WeightsError: there is no processor file, or it asks for something else than the model's preprocessing.
-        ConfigError: `image_size` is no multiple of the patch size.
+        WeightsError: there is no processor file, or it asks for something other than the model's preprocessing.
+        ConfigError: `image_size` is not a multiple of the patch size.
     """
     processor = load_processor(path)
     vision = load_config(path).vision_config
@@ -181,15 +181,15 @@ def make_preprocessing(path: Path, settings: DetectorConfig) -> Preprocessing:
 
 
 def hf_preprocessing(processor: Processor, side: int) -> Preprocessing:
-    """What the installed transformers does for the model that the processor belongs to, to squares of `side` pixels."""
+    """What the installed transformers does for the processor's model, to squares of `side` pixels."""
     return Padded(processor, side) if isinstance(processor, Owlv2ImageProcessor) else Squashed(processor, side)
 
 
 def load_processor(path: Path) -> Processor:
-    """The processor of a model. Its size is not used, the model's own is.
+    """The processor of a model. Its size is ignored in favour of the model's own.
 
     Raises:
-        WeightsError: there is no such file, or it asks for what is not done here.
+        WeightsError: there is no such file, or it asks for something that is not supported here.
     """
     owlv2 = family_of(path) == "owlv2"
     for file in (path / name for name in _PROCESSOR_FILES):
@@ -198,7 +198,7 @@ def load_processor(path: Path) -> Processor:
                 fields: dict[str, Any] = read_json(file)
                 kind = Owlv2ImageProcessor if owlv2 else OwlViTImageProcessor
                 processor: Processor = kind(**fields.get("image_processor", fields))
-            except Exception as error:  # transformers has no common base for what it raises
+            except Exception as error:  # transformers has no common base class for its errors
                 raise WeightsError(f"{file} describes no image processor: {one_line(error)}") from error
             check_statistics(file, processor.image_mean, processor.image_std)
             if processor.do_center_crop:
@@ -211,9 +211,9 @@ def load_processor(path: Path) -> Processor:
 
 
 def _bilinear_taps(size: int, side: int) -> tuple[Tensor, Tensor]:
-    """Which pixels a resized axis reads: index (side, 2) int64 and weight (side, 2) float32.
+    """Pixels that a resized axis reads: index (side, 2) int64 and weight (side, 2) float32.
 
-    Half-pixel centres, no antialiasing. Places are rounded as torch rounds them, once, in float32: on long axes this
+    Half-pixel centres, no antialiasing. Positions are rounded as torch rounds them, once, in float32: on long axes this
     shifts weights by 1e-5 to 1e-4.
     """
     scale = torch.tensor(float(size)) / torch.tensor(float(side))
@@ -224,7 +224,7 @@ def _bilinear_taps(size: int, side: int) -> tuple[Tensor, Tensor]:
 
 
 def _blurred_taps(size: int, side: int) -> tuple[Tensor, Tensor]:
-    """As `_bilinear_taps` of an axis that a Gaussian blurred first, as transformers' OWLv2 does when it shrinks.
+    """Like `_bilinear_taps`, for an axis first blurred by a Gaussian, as transformers' OWLv2 does when it shrinks.
 
     Deviation (size / side - 1) / 2, cut off at three deviations, reflected at both ends without repeating the last
     pixel.
@@ -243,7 +243,7 @@ def _blurred_taps(size: int, side: int) -> tuple[Tensor, Tensor]:
 
 
 def _matrix(index: Tensor, weight: Tensor, size: int) -> Any:
-    """Taps as a sparse (side, size) float32 matrix; what lies beyond `size` is zero."""
+    """Taps as a sparse (side, size) float32 matrix; taps beyond `size` are dropped, which equals zero padding."""
     row = torch.arange(len(index))[:, None].expand_as(index)
     inside = index < size
     values = weight[inside].numpy()

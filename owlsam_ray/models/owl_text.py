@@ -1,6 +1,6 @@
-"""The text tower: prompts → embeddings, once per run.
+"""Run the text encoder: prompts → embeddings, once per run.
 
-Letters: T prompts, L tokens that the text tower takes, D channels of a query.
+Shapes: T prompts, L tokens that the text encoder takes, D channels of a query.
 """
 
 from collections.abc import Sequence
@@ -21,20 +21,20 @@ _PROMPTS_PER_CALL = 64
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], limit: int, *, way_out: str = WAY_OUT) -> tuple[Tensor, Tensor]:
-    """Prompts to what the text tower reads.
+    """Tokenize prompts for the text encoder.
 
     Args:
-        tokenizer: CLIP's.
+        tokenizer: CLIP's tokenizer.
         prompts: T texts.
-        limit: L, with start and end.
-        way_out: what the message for a prompt that is too long suggests.
+        limit: L, including start and end.
+        way_out: suggestion in the message for a prompt that is too long.
 
     Returns:
         ids: (T, L) int64, filled up with the tokenizer's padding.
-        mask: (T, L) int64, 1 where a token is, 0 where padding is.
+        mask: (T, L) int64, 1 for tokens, 0 for padding.
 
     Raises:
-        InputError: a prompt has more than L tokens; it is never cut.
+        InputError: a prompt has more than L tokens; prompts are never truncated.
     """
     ids = torch.full((len(prompts), limit), tokenizer.pad_token_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -51,7 +51,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], limit: int, *, way_out: str
 
 
 def embed_texts(path: Path, prompts: Sequence[str], *, device: torch.device | None = None) -> Tensor:
-    """Run the text tower on every distinct prompt, once.
+    """Run the text encoder once on every distinct prompt.
 
     Args:
         path: a directory in Hugging Face layout.
@@ -59,11 +59,11 @@ def embed_texts(path: Path, prompts: Sequence[str], *, device: torch.device | No
         device: where to run; default: the CPU.
 
     Returns:
-        (T, D) float32 on the CPU, of length 1 each, in the order of `prompts`.
+        (T, D) float32 on the CPU, each of length 1, in the order of `prompts`.
 
     Raises:
-        InputError: a prompt has more tokens than the text tower takes; it is never cut.
-        WeightsError: there is no readable `config.json`, or the tokenizer is damaged or of another model.
+        InputError: a prompt has more tokens than the text encoder takes; prompts are never truncated.
+        WeightsError: there is no readable `config.json`, or the tokenizer is damaged or belongs to another model.
     """
     rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     config = load_config(path)
@@ -84,7 +84,7 @@ def embed_texts(path: Path, prompts: Sequence[str], *, device: torch.device | No
 
 @torch.inference_mode()
 def _forward(model: OwlModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """(T, L) ids and mask to (T, D) float32: the only place that calls the text tower for inference."""
+    """(T, L) ids and mask to (T, D) float32: the only place that calls the text encoder for inference."""
     towers: Any = backbone(model)
     device = towers.text_projection.weight.device
     pooled = towers.text_model(input_ids=ids.to(device), attention_mask=mask.to(device)).pooler_output

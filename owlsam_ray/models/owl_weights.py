@@ -1,7 +1,7 @@
-"""Weights of OwlViT and OWLv2: which directory, whether it fits, the whole model and its tokenizer.
+"""Weights of OwlViT and OWLv2: find the family, check that files fit, load the whole model and its tokenizer.
 
-Both families have the same towers and heads under other names; OWLv2 has an objectness head more. Nothing else in
-this project tells them apart by the classes of transformers.
+Both families have the same encoders and heads under different names; OWLv2 also has an objectness head. No other module
+distinguishes the families by transformers' classes.
 """
 
 from pathlib import Path
@@ -45,7 +45,7 @@ def family_of(path: Path) -> Family:
 
 
 def load_config(path: Path) -> OwlConfig:
-    """Sizes of both towers, from `config.json`.
+    """Sizes of both encoders, from `config.json`.
 
     Raises:
         WeightsError: there is no readable `config.json`, or it describes another model.
@@ -60,7 +60,7 @@ def check_weights(path: Path, model: Family) -> None:
 
     Args:
         path: a directory in Hugging Face layout.
-        model: the family that is asked for, `detector.model`.
+        model: the expected family, `detector.model`.
 
     Raises:
         WeightsError: files are missing, the directory holds the other family, or tensors do not fit (names the first).
@@ -87,7 +87,7 @@ def check_weights(path: Path, model: Family) -> None:
 
 
 def load_model(path: Path) -> OwlModel:
-    """The whole model, text tower included, in float32 on the CPU; `check_weights` comes first."""
+    """Load the whole model, including the text encoder, in float32 on the CPU; call `check_weights` first."""
     model = _build_empty(path)
     optional = _optional(family_of(path))
     with refused_as_weights(path / _WEIGHTS, "cannot be loaded"):
@@ -98,10 +98,10 @@ def load_model(path: Path) -> OwlModel:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of the text tower, from a directory that `check_weights` accepts.
+    """The tokenizer of the text encoder, from a directory that `check_weights` accepts.
 
     Raises:
-        WeightsError: it is damaged, or has no token to fill up with.
+        WeightsError: it is damaged, or has no padding token.
     """
     with refused_as_weights(path, "holds no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -112,12 +112,12 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def backbone(model: OwlModel) -> nn.Module:
-    """The two towers and their projections."""
+    """The two encoders and their projections."""
     return model.owlv2 if isinstance(model, Owlv2ForObjectDetection) else model.owlvit
 
 
 def ready(queries: Tensor) -> Tensor:
-    """(…, D) queries as `protocols.Detector.detect` takes them: divided by length + 1e-6, as the class head does it."""
+    """(…, D) queries as `protocols.Detector.detect` takes them: divided by length + 1e-6, as in the class head."""
     return queries / (torch.linalg.norm(queries, dim=-1, keepdim=True) + _NORM_FLOOR)
 
 
@@ -130,20 +130,20 @@ def _read_config(path: Path) -> tuple[Family, dict[str, Any]]:
 
 
 def _build_empty(path: Path) -> OwlModel:
-    """The model without values."""
+    """The model without values, on the meta device."""
     family, config = family_of(path), load_config(path)
     with refused_as_weights(path / "config.json", f"describes no {family} that can be built"), torch.device("meta"):
         return _FAMILIES[family][1](config)
 
 
 def _optional(family: Family) -> tuple[str, ...]:
-    """Remembered positions and what follows from the sizes: old files have them."""
+    """Tensors that old files contain although they follow from the sizes: position ids and box bias."""
     towers = (f"{family}.{tower}_model.embeddings.position_ids" for tower in ("text", "vision"))
     return (*towers, "box_bias")
 
 
 def _materialise_buffers(model: OwlModel) -> None:
-    """Buffers that are computed, not stored, have no values after building on the meta device."""
+    """Compute the buffers that are not stored: after building on the meta device they have no values."""
     towers: Any = backbone(model)
     grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
     model.box_bias = nn.Buffer(model.compute_box_bias(grid, grid), persistent=False)

@@ -1,7 +1,7 @@
 """SAM ViT-B, L and H through transformers, from directories in Hugging Face layout.
 
 Preprocessing is that of the installed transformers; tests compare with its `SamModel` and `SamProcessor`. Prompts and
-masks are those of `sam_decoder`. Letters as in `protocols`; the sam frame is that of `sam_frame`.
+masks are handled by `sam_decoder`. Shapes as in `protocols`; the sam frame is that of `sam_frame`.
 
 Source: Kirillov et al., Segment Anything (2023); facebook/sam-vit-base, -large, -huge.
 """
@@ -35,19 +35,19 @@ from owlsam_ray.models.weights import (
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-# One tensor under two names; files hold one of them, or both.
+# One tensor under two names; files contain one of them, or both.
 _FREQUENCIES = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
 
 
 class Sam(BoxDecoder):
-    """The segmenter of `protocols.Segmenter`."""
+    """SAM as a `protocols.Segmenter`."""
 
     def __init__(
         self, model: SamModel, processor: SamImageProcessor, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Take over a loaded model; see `load`."""
+        """Take a loaded model; see `load`."""
         self._dtype = dtype
-        # One step for rescale and normalisation, on the values of bytes.
+        # Rescaling and normalisation become one step on the byte values.
         scale = processor.rescale_factor if processor.do_rescale else 1.0
         self._mean = torch.tensor(processor.image_mean)[:, None, None] * (1.0 / scale)
         self._std = torch.tensor(processor.image_std)[:, None, None] * (1.0 / scale)
@@ -62,7 +62,7 @@ class Sam(BoxDecoder):
         Args:
             path: a directory in Hugging Face layout.
             device: where to run.
-            dtype: of the image encoder; prompt encoder and mask decoder stay in float32.
+            dtype: dtype of the image encoder; prompt encoder and mask decoder stay in float32.
 
         Raises:
             WeightsError: see `check_weights`.
@@ -76,7 +76,7 @@ class Sam(BoxDecoder):
         return Sam(model, _load_processor(path, model.config), device=device, dtype=dtype)
 
     def preprocess(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """(H, W, 3) RGB uint8 to (3, S, S) float32: long side to S, normalised, zeros right and below.
+        """(H, W, 3) RGB uint8 to (3, S, S) float32: long side resized to S, normalised, zeros at the right and bottom.
 
         Source: transformers' `SamImageProcessor` (bilinear on uint8, by torchvision).
         """
@@ -89,16 +89,16 @@ class Sam(BoxDecoder):
 
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
-        """(B, 3, S, S) as `preprocess` gives it to image embeddings (B, C, h, w) float32, h = w = S / 16.
+        """(B, 3, S, S) from `preprocess` to image embeddings (B, C, h, w) float32, h = w = S / 16.
 
-        Runs in the model's dtype and gives float32 on the model's device.
+        Runs in the model's dtype and returns float32 on the model's device.
         """
         embeddings: Tensor = self._vision(batch.to(self.device, self._dtype)).last_hidden_state.float()
         return embeddings
 
 
 def check_weights(path: Path) -> None:
-    """Refuse what `load` would refuse, by names and shapes of the file's tensors, without reading them.
+    """Refuse weights that `load` would refuse, by the names and shapes of the file's tensors, without reading them.
 
     Raises:
         WeightsError: files are missing or damaged, the directory holds another model, or tensors do not fit (names the
@@ -116,7 +116,7 @@ def check_weights(path: Path) -> None:
 
 
 def _build_empty(path: Path) -> SamModel:
-    """The model without values."""
+    """The model without values, on the meta device."""
     config = _load_config(path)
     with refused_as_weights(path / _CONFIG, "describes no SAM that can be built"), torch.device("meta"):
         return SamModel(config)
@@ -139,7 +139,7 @@ def _load_config(path: Path) -> SamConfig:
 
 
 def _check_sizes(config: SamConfig, file: Path) -> None:
-    """The three parts must fit each other, and the stages around them."""
+    """Check that the three parts fit each other and the stages around them."""
     vision, prompts, decoder = config.vision_config, config.prompt_encoder_config, config.mask_decoder_config
     width = vision.output_channels
     for name, value, wanted in (
@@ -158,7 +158,7 @@ def _check_sizes(config: SamConfig, file: Path) -> None:
 
 
 def _load_processor(path: Path, config: SamConfig) -> SamImageProcessor:
-    """How pictures become model inputs: as a processor's file in the directory says, else as SAM's own."""
+    """How images become model inputs: from the directory's processor file if there is one, else SAM's own settings."""
     side = config.vision_config.image_size
     for name in _PROCESSOR_FILES:
         file = path / name

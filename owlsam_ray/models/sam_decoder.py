@@ -1,6 +1,6 @@
-"""SAM's prompt encoder and mask decoder on box prompts: the part that MobileSAM and SAM have in common.
+"""SAM's prompt encoder and mask decoder on box prompts: the part that MobileSAM and SAM share.
 
-The modules are those of transformers and run in float32. Letters as in `protocols`; S is the side of the sam frame.
+The modules are those of transformers and run in float32. Shapes as in `protocols`; S is the side of the sam frame.
 
 Source: Kirillov et al., Segment Anything (2023); tests compare with transformers' `SamModel` and with outputs of
 MobileSAM's official code.
@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers.models.sam.modeling_sam import SamMaskDecoder, SamPromptEncoder
 
 UPSCALING = 4
-"""Cells of the logits along a cell of the embedding grid: m = 4 h."""
+"""Logit cells per cell of the embedding grid, along each axis: m = 4 h."""
 
 
 class BoxDecoder:
-    """What every `protocols.Segmenter` of the family is but for its picture side: `preprocess` and `encode`."""
+    """Base of the segmenters: all of `protocols.Segmenter` except `preprocess` and `encode`."""
 
     def __init__(self, prompt_encoder: SamPromptEncoder, mask_decoder: SamMaskDecoder, *, image_size: int) -> None:
-        """Take over modules that are in float32, in evaluation mode, and on their device."""
+        """Take modules that are in float32, in evaluation mode, and on their device."""
         self._prompt_encoder, self._mask_decoder = prompt_encoder, mask_decoder
         self._image_size = image_size
         with torch.inference_mode():
@@ -44,19 +44,19 @@ class BoxDecoder:
         multimask: bool,
         center_point: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """See `protocols.Segmenter.decode`; m = 4 h. No box, no call.
+        """See `protocols.Segmenter.decode`; m = 4 h. Without boxes the model is not called.
 
         The centre of a box goes before its corners, as in SAM's own order of points and boxes.
         """
         device = self.device
-        if len(boxes_xyxy) == 0:  # nothing to reshape by
+        if len(boxes_xyxy) == 0:  # the modules cannot reshape an empty batch
             count, side = 3 if multimask else 1, UPSCALING * self._positions.shape[-1]
             return torch.zeros(0, count, side, side, device=device), torch.zeros(0, count, device=device)
         image_index, boxes_xyxy = image_index.to(device), boxes_xyxy.to(device)
         points = labels = None
         if center_point:
             points = ((boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2)[:, None, None]
-            labels = torch.ones(len(boxes_xyxy), 1, 1, dtype=torch.int64, device=device)  # 1: of the object
+            labels = torch.ones(len(boxes_xyxy), 1, 1, dtype=torch.int64, device=device)  # 1: foreground
         sparse, dense = self._prompt_encoder(points, labels, boxes_xyxy[:, None], None)
         masks, quality = self._mask_decoder(
             image_embeddings=embeddings[image_index],

@@ -1,13 +1,13 @@
-"""The sam frame: a square of side S whose origin is the picture's top left corner; the padding is right and below."""
+"""The sam frame: a square of side S with its origin at the image's top left corner, padded at the right and bottom."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def input_size_hw(size_hw: tuple[int, ...], image_size: int) -> tuple[int, int]:
-    """(h', w') that a picture of (H, W) fills in the sam frame: the long side becomes `image_size`.
+    """(h', w') that an image of (H, W) fills in the sam frame: the long side becomes `image_size`.
 
-    At least 1 each, so that a hairline picture still has a row or column.
+    At least 1 each, so that a hairline image still has a row or column.
     Source: segment-anything, `ResizeLongestSide.get_preprocess_shape`.
     """
     scale = image_size / max(size_hw)
@@ -18,7 +18,7 @@ def input_size_hw(size_hw: tuple[int, ...], image_size: int) -> tuple[int, int]:
 def boxes_to_sam_frame(
     boxes_xyxy: NDArray[np.float32], *, size_hw: tuple[int, int], image_size: int
 ) -> NDArray[np.float32]:
-    """(N, 4) float32 boxes in original pixels to float32 in the sam frame of a picture of (H, W); N may be 0.
+    """(N, 4) float32 boxes in original pixels to float32 in the sam frame of an image of (H, W); N may be 0.
 
     Source: segment-anything, `ResizeLongestSide.apply_boxes`: each axis by its own rounded factor.
     """

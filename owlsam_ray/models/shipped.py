@@ -1,4 +1,4 @@
-"""The models that come with the package, as settings of a run."""
+"""The models that ship with the package, as settings of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from owlsam_ray.errors import WeightsError
 
 WEIGHTS = Path(__file__).parents[1] / "demo" / "weights"
-"""Checkpoints that were trained on the drawn training split: `detector/` and `segmenter/`."""
+"""Checkpoints trained on the demo's drawn training split: `detector/` and `segmenter/`."""
 
 
 def model_settings() -> dict[str, dict[str, Any]]:
-    """Sections of a run file that choose these models: they know bare names of coloured shapes."""
+    """Sections of a run file that choose these models, which know only the bare names of coloured shapes."""
     return {
         "vocabulary": {"templates": "none"},
         "detector": {"weights": str(WEIGHTS / "detector"), "score_floor": 0.05, "labels": "multi"},
@@ -20,10 +20,10 @@ def model_settings() -> dict[str, dict[str, Any]]:
 
 
 def check_shipped(*weights: str) -> None:
-    """Those of these paths that belong to the package are there.
+    """Check that paths which belong to the package exist; other paths are ignored.
 
     Raises:
-        WeightsError: names one that is not.
+        WeightsError: names one that does not.
     """
     for path in map(Path, weights):
         if path.parent == WEIGHTS and not (path / "model.safetensors").is_file():

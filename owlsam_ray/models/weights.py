@@ -1,4 +1,4 @@
-"""Weight files: hashes, tensor layouts, and errors that name the first tensors that do not fit."""
+"""Hash weight files, check tensor layouts, and raise errors that name the first tensors that do not fit."""
 
 import contextlib
 import hashlib
@@ -18,14 +18,14 @@ _HASHED_SUFFIXES = {".safetensors", ".json", ".txt"}
 _NAMED = 5
 _CONFIG_BYTES = 16 * 2**20
 _COUNTS = ("layers", "depth", "depths")
-"""What the names of settings end with that say how many parts a model has: building them takes time for each."""
+"""Endings of setting names that give a number of parts: building a model takes time for each part."""
 _MOST_PARTS = 10_000
 _LARGEST_SIZE = 2**31
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPaths:
-    """Where the weights of both models lie on this machine, and at the same path on every node."""
+    """Paths of both models' weights, on this machine and identically on every node."""
 
     detector: Path
     segmenter: Path
@@ -57,16 +57,16 @@ def _sha256_of_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def refused_as_weights(path: Path, what: str) -> Iterator[None]:
-    """Make any error of a library that reads or builds a model from a file the fault of that file.
+    """Turn any error of a library that reads or builds a model from a file into a `WeightsError` about that file.
 
-    Weights come from anyone, and what torch, transformers and tokenizers raise on damaged ones has no common base.
+    Weights are untrusted, and the errors of torch, transformers and tokenizers on damaged ones have no common base.
 
     Args:
         path: the file or directory.
-        what: is wrong with it, `does not describe a SAM`.
+        what: what is wrong with it, such as `does not describe a SAM`.
 
     Raises:
-        WeightsError: instead of anything but errors of this project and a lack of memory.
+        WeightsError: in place of any error except this project's own and a lack of memory.
     """
     try:
         yield
@@ -77,15 +77,15 @@ def refused_as_weights(path: Path, what: str) -> Iterator[None]:
 
 
 def check_sizes(fields: object, source: Path, *, num_tensors: int) -> None:
-    """Refuse a model that nobody has, before it is built: that would take for ever, or all memory.
+    """Refuse implausible model sizes before the model is built: building it would take forever, or all memory.
 
     Args:
-        fields: plain values of a `config.json`, at any depth.
+        fields: plain values of a `config.json`, nested to any depth.
         source: the file, for the message.
-        num_tensors: in the weight file; a layer has at least one.
+        num_tensors: number of tensors in the weight file; a layer has at least one.
 
     Raises:
-        WeightsError: a number is no size of a model, or there are more layers than tensors.
+        WeightsError: a number is not a possible size of a model, or there are more layers than tensors.
     """
     waiting: list[tuple[str, object]] = [("", fields)]
     while waiting:
@@ -95,7 +95,7 @@ def check_sizes(fields: object, source: Path, *, num_tensors: int) -> None:
         elif isinstance(value, list):
             waiting += [(name, each) for each in value[:_MOST_PARTS]]
         elif isinstance(value, int) and not isinstance(value, bool):
-            # Of a file without any tensor, the check of names tells more.
+            # For a file without any tensors, the check of names gives a better message.
             most = min(num_tensors or _MOST_PARTS, _MOST_PARTS) if name.endswith(_COUNTS) else _LARGEST_SIZE
             if abs(value) > most:
                 raise WeightsError(
@@ -105,11 +105,11 @@ def check_sizes(fields: object, source: Path, *, num_tensors: int) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """A small JSON file of a model directory, as plain values.
+    """Read a small JSON file of a model directory, as plain values.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not valid JSON, has megabytes, or is nested beyond reason.
+        ValueError: it is not valid JSON, larger than 16 MB, or nested too deeply.
     """
     with file.open("rb") as opened:
         data = opened.read(_CONFIG_BYTES + 1)
@@ -122,7 +122,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_config(path: Path) -> Any:
-    """The `config.json` of a directory in Hugging Face layout, as plain values.
+    """Read the `config.json` of a directory in Hugging Face layout, as plain values.
 
     Raises:
         WeightsError: it cannot be read, or is not valid JSON.
@@ -141,10 +141,10 @@ def find_safetensors(path: Path, model_class: str) -> Path:
 
     Args:
         path: the directory.
-        model_class: of transformers, which converts other files.
+        model_class: transformers' class for converting other files, for the message.
 
     Raises:
-        WeightsError: there is none; says how to make one of a pickle.
+        WeightsError: there is none; says how to make one from a pickle.
     """
     file = path / "model.safetensors"
     if not file.is_file():
@@ -162,7 +162,7 @@ def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name → shape from the header of a safetensors file; its tensors are not read.
 
     Raises:
-        WeightsError: the file is missing, cut off, or not a safetensors file.
+        WeightsError: the file is missing, truncated, or not a safetensors file.
     """
     try:
         size = path.stat().st_size
@@ -185,7 +185,7 @@ def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tensors(path: Path) -> None:
-    """Let the library look at types, shapes and places of a file's tensors, which it does without reading them.
+    """Make the library check types, shapes and offsets of a file's tensors, which it does without reading them.
 
     Raises:
         WeightsError: they do not fit each other or the file.
@@ -197,14 +197,14 @@ def _check_tensors(path: Path) -> None:
 
 
 def check_layout(expected: Shapes, found: Shapes, *, source: str, hint: str, ignored: Iterable[str] = ()) -> None:
-    """Compare tensor names and shapes; two empty mappings fit.
+    """Compare tensor names and shapes; two empty mappings match.
 
     Args:
-        expected: what the model needs.
-        found: what the file has.
+        expected: the tensors that the model needs.
+        found: the tensors in the file.
         source: the file, for the message.
-        hint: the way out.
-        ignored: names that may be in the file though the model does not need them.
+        hint: how to fix it, for the message.
+        ignored: names that may be in the file although the model does not need them.
 
     Raises:
         WeightsError: names the first tensors that are missing, unexpected, or of another shape.
@@ -227,7 +227,7 @@ def check_layout(expected: Shapes, found: Shapes, *, source: str, hint: str, ign
 
 
 def check_statistics(source: Path, mean: object, std: object) -> None:
-    """Means and deviations of the three channels are numbers that pixels can be normalised with.
+    """Check that means and deviations of the three channels are numbers that can normalise pixels.
 
     Raises:
         WeightsError: they are not.
