@@ -1,4 +1,4 @@
-"""Make untrusted text safe to show in a terminal or spreadsheet: no escape sequences, no hidden marks, no formulas."""
+"""Make untrusted text safe for terminals and spreadsheets: no escape sequences, hidden marks or formulas."""
 
 import re
 from collections.abc import Callable, Iterable

@@ -45,7 +45,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 KINDS = ("<text>", "<list>", "<mapping>")
 """Tags for the kinds of value that a union accepts. pydantic inserts them into the location of an error, although they
-are not fields. No field can have such a name."""
+are not fields. Field names cannot look like this."""
 
 
 def _by_kind(wanted: str) -> Discriminator:

@@ -103,7 +103,7 @@ class PlanConfig(Section):
     categories: tuple[Annotated[int, Field(ge=0)] | Name, ...] = ()
     """Only images with an annotation of one of these categories (names or ids from the dataset's own list)."""
     verify: Literal["none", "exists", "decode"] = "none"
-    """Check every image before the layout is frozen: `exists` asks the storage for each, `decode` reads all of it."""
+    """Check every image before the layout is frozen: `exists` looks it up in storage, `decode` reads all of it."""
     duplicates: Literal["refuse", "first"] = "refuse"
     """What to do with an image that is listed twice: refuse the listing, or keep its first occurrence."""
     damaged_files: Literal["refuse", "keep_whole"] = "refuse"

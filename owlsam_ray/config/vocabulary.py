@@ -99,7 +99,7 @@ VOCABULARIES = (*get_args(BuiltinVocabulary), "dataset")
 
 
 def is_vocabulary_file(categories: object) -> bool:
-    """Whether `vocabulary.categories` is the path or URL of a text file: it holds a `/` or ends in `.txt`."""
+    """Whether `vocabulary.categories` is the path or URL of a text file: it contains a `/` or ends in `.txt`."""
     return isinstance(categories, str) and ("/" in categories or categories.lower().endswith(".txt"))
 
 
@@ -129,7 +129,7 @@ class VocabularyConfig(Section):
     """How the templates of one name become one query: by averaging the text embeddings, or the logits of each (as in
     OWL-ViT's evaluation). Both cost the same."""
     canonical: bool | None = Field(default=None, validate_default=True)
-    """Lower-case the names and replace everything but letters, digits, hyphens and hashes by spaces, as OWL-ViT's
+    """Lower-case the filled templates and replace all but letters, digits, hyphens and hashes by spaces, as OWL-ViT's
     evaluation does. Default: true for `lvis`, whose names have underscores and brackets, otherwise false."""
     synonyms: bool = False
     """Also query the synonyms that the list `lvis` or the dataset's own categories give. Synonyms in a text file or in

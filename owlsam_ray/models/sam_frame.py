@@ -1,4 +1,4 @@
-"""The sam frame: a square of side S with its origin at the image's top left corner, padded at the right and bottom."""
+"""The sam frame: a square of side S, with the image at its top left and padding at the right and bottom."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,7 +1,7 @@
-"""Make folders that only this user can enter, for Ray's sockets, logs and spilled blocks; removed with the process.
+"""Make temporary folders that only this user can enter, for Ray's sockets, logs and spilled blocks.
 
-A process holds a lock in its folder, which the system releases however the process ends. The lock distinguishes folders
-in use from what killed processes left.
+The process removes its folder at the end. It holds a lock in it, which the system releases however the process ends,
+so that folders in use differ from those left by killed processes.
 """
 
 import contextlib

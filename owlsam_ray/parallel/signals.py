@@ -73,7 +73,7 @@ def stop_on_signals(stop_url: str, grace_s: float) -> Iterator[Callable[[], bool
             _log.warning("cannot tell the actors to stop: %s", error)
 
     def grace_is_over(number: int, frame: FrameType | None) -> None:
-        # If it were raised inside Ray, Ray would report a bug of its own, with a page of traceback.
+        # If it were raised inside Ray, Ray would report it as a bug in Ray, with a page of traceback.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         raise GraceOverError
 

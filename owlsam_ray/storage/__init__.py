@@ -1,4 +1,4 @@
-"""Read and write files, whole or not at all, on local disks and any fsspec URL, with retries when storage is busy.
+"""Read and write files, whole or not at all, on disks and any fsspec URL, with retries when storage is busy.
 
 Every request to a remote store is repeated after throttling, server errors, cut connections and timeouts, as set by
 `configure`. A request that fails for good raises an `OSError` (`FileNotFoundError` for 404, `PermissionError` for 403,

@@ -75,7 +75,7 @@ def walk_files(url: str) -> Iterator[tuple[str, int | None]]:
     are included. On a disk in no particular order; on an object store in byte order of the keys, one page per request.
 
     Raises:
-        OSError: the directory, or one below it, cannot be listed; such a directory is never skipped.
+        OSError: the directory, or one below it, cannot be listed; it is never skipped.
     """
     client, path = open_url(url)
     if client.kind not in ("s3", "gs"):

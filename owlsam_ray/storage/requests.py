@@ -100,7 +100,7 @@ def _encoded(url: str) -> Any:
 
 
 def file_size(client: Client, path: str) -> int:
-    """Size of a file in bytes; one request, or two for web servers that refuse HEAD.
+    """Size of a file in bytes; one request, or two for web servers that give no size for HEAD.
 
     Raises:
         FileNotFoundError: there is no file; a directory does not count as one.

@@ -64,7 +64,7 @@ def read_table(file_name: str) -> list[dict[str, str]]:
 
 
 def split_list(cell: str) -> tuple[str, ...]:
-    """The entries of a cell that holds a list; an empty cell has none."""
+    """The entries of a cell that contains a list; an empty cell has none."""
     return tuple(cell.split(_LIST_SEPARATOR)) if cell else ()
 
 
