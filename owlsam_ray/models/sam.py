@@ -139,7 +139,7 @@ def _load_config(path: Path) -> SamConfig:
 
 
 def _check_sizes(config: SamConfig, file: Path) -> None:
-    """Check that the three parts fit each other and the stages around them."""
+    """Check that the three parts fit each other and the inference around them."""
     vision, prompts, decoder = config.vision_config, config.prompt_encoder_config, config.mask_decoder_config
     width = vision.output_channels
     for name, value, wanted in (
