@@ -1,14 +1,14 @@
-"""Attempts and the fence: one attempt at a time works on a slice of a run.
+"""Attempts: their files, heartbeats and fences, so that one attempt at a time works on a slice of a run.
 
-Every attempt keeps a small file under `RUN/attempts/` with a counter that it raises again and again. Another one that
-wants an overlapping slice watches that counter on its own monotonic clock, never on two hosts' clocks: when it moves,
-the attempt lives, and the other refuses; when it stands still for `takeover_s`, or its process is known to be dead
-because it ran on this very machine, the attempt is fenced and its slice is taken over. `takeover` fences one that
-lives.
+Every attempt keeps a small file under `RUN/attempts/` with a heartbeat counter that it keeps incrementing. An attempt
+that wants an overlapping slice watches that counter on its own monotonic clock; clocks of two hosts are never compared.
+If the counter moves, the other attempt is alive and the new one refuses to start. If the counter does not move for
+`takeover_s`, or if the other process ran on this machine and is known to be dead, the other attempt is fenced and its
+slice is taken over. With `takeover`, a live attempt is fenced too.
 
-A fence is a file as well. The attempt looks for it with each sign of life, its processes before each shard that they
-write. Nothing depends on it: attempts that overlap all the same write the same rows to the same names (law 2). What it
-saves is work done twice.
+A fence is also a file. An attempt checks for its fence at each heartbeat, and its processes check before they write a
+shard. Correctness does not depend on it: attempts that overlap anyway write the same rows to the same names (law 2).
+The fence only saves duplicate work.
 """
 
 import contextlib
@@ -33,20 +33,20 @@ from owlsam_ray.storage.secrets import masked
 
 ATTEMPTS = "attempts"
 LABEL, SETUP = "label", "setup"
-"""What an attempt excludes others from: labelling a slice; planning, embedding and writing run.json."""
+"""Scopes of an attempt: labelling a slice, or setup (planning, embedding and writing run.json)."""
 ENDED = ".ended.json"
 LIVE = ".json"
 _FENCED = ".fenced"
 OF_SETUP = "-setup"
-"""How their ids end, so that a listing tells them apart."""
+"""Suffix of the ids of setup attempts, so that a listing shows their scope."""
 _CLAIMING_BEAT_S = 1.0
-"""An attempt that waits for others shows life more often, so that these need not wait long for it."""
+"""Heartbeat interval while an attempt waits to claim its slice: shorter, so that others detect it sooner."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Every `count`-th shard, from the `index`-th on: a part of a run that one of several attempts works on."""
+    """Every `count`-th shard, starting at the `index`-th: the part of a run that one of several attempts works on."""
 
     index: int = 1
     """1…count."""
@@ -54,10 +54,10 @@ class Slice:
 
     @classmethod
     def parse(cls, text: str) -> "Slice":
-        """`2/8` → the second of eight.
+        """Parse `i/n`: `2/8` is the second of eight slices.
 
         Raises:
-            ConfigError: it is not of that form.
+            ConfigError: the text does not have this form, or not 1 ≤ i ≤ n.
         """
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
@@ -69,20 +69,20 @@ class Slice:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is the whole run."""
+        """Whether the slice is the whole run."""
         return self.count == 1
 
     def shards(self, num_shards: int) -> range:
-        """The shards of a run that belong to it, rising."""
+        """Numbers of the run's shards in this slice, ascending."""
         return range(self.index - 1, num_shards, self.count)
 
     def overlaps(self, other: "Slice") -> bool:
-        """Whether some shard could belong to both."""
+        """Whether a shard could belong to both slices."""
         return (self.index - other.index) % math.gcd(self.count, other.count) == 0
 
 
 class AttemptRecord(BaseModel):
-    """What an attempt tells about itself."""
+    """What an attempt reports about itself: the content of its file."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -93,30 +93,30 @@ class AttemptRecord(BaseModel):
     host: str
     pid: int
     process: str | None = None
-    """Names the process for good on a machine that runs since its last start; None where that cannot be told."""
+    """Unique name of the process (see `process_name`); None if it cannot be determined."""
     started: str
-    """Its host's clock, for people."""
+    """Start time by its host's clock, for display only."""
     beat: int = 0
-    """Rises while it lives."""
+    """Heartbeat counter; increases while the attempt is alive."""
     heartbeat_s: float = 0.0
-    """Seconds between two of them."""
+    """Seconds between two heartbeats."""
     state: str = "claiming"
-    """`claiming`: it looks for others; `waiting`: it has seen some; `running`."""
+    """`claiming` (checking for other attempts), `waiting` (has seen some) or `running`."""
     progress: dict[str, Any] | None = None
-    """Of its slice, as in progress.json."""
+    """Progress of its slice, as in progress.json."""
     last_error: str | None = None
     ended: str | None = None
     exit_code: int | None = None
-    """None: it was found dead."""
+    """None in an ended record: the attempt was found dead."""
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """Description for messages."""
         return f"{self.id} (process {self.pid} on {self.host}, slice {self.slice}, since {self.started})"
 
 
 class Attempt:
-    """The attempt of this process: a context that shows life until it is left."""
+    """The attempt of this process: a context manager that sends heartbeats until it exits."""
 
     def __init__(self, run_url: str, record: AttemptRecord, heartbeat_s: float) -> None:
         self.run_url = run_url
@@ -134,12 +134,12 @@ class Attempt:
 
     @property
     def fence_url(self) -> str:
-        """Once this file exists the attempt must write nothing any more."""
+        """File whose existence forbids the attempt to write anything more."""
         return storage.join(self.run_url, ATTEMPTS, f"{self.id}{_FENCED}")
 
     @property
     def stop_url(self) -> str:
-        """Once this file exists the attempt begins no shard any more."""
+        """File whose existence keeps the attempt from starting another shard."""
         return storage.join(self.run_url, ATTEMPTS, f"{self.id}.stop")
 
     def __enter__(self) -> Self:
@@ -152,7 +152,7 @@ class Attempt:
         self.sign_off(error)
 
     def sign_off(self, error: BaseException | None) -> None:
-        """Show no life any more, and tell how the attempt ended; storage that refuses is only logged."""
+        """Stop the heartbeat and record how the attempt ended; a storage failure is only logged."""
         self._stop.set()
         self._thread.join()
         if self.record.state != "running" or self.record.scope != LABEL:  # nothing to remember
@@ -170,7 +170,7 @@ class Attempt:
             _log.warning("cannot sign off: %s. The next attempt waits until this one is certainly gone.", trouble)
 
     def tell(self, *, progress: dict[str, Any] | None = None, last_error: str | None = None) -> None:
-        """What the next sign of life is to say."""
+        """Set what the next heartbeat reports."""
         with self._lock:
             if progress is not None:
                 self.record.progress = progress
@@ -178,12 +178,12 @@ class Attempt:
                 self.record.last_error = masked(last_error)
 
     def raise_if_taken_over(self) -> None:
-        """Nothing while the attempt holds its slice.
+        """Check that the attempt still holds its slice.
 
         Raises:
-            AttemptLiveError: another attempt took it over.
+            AttemptLiveError: another attempt took the slice over.
         """
-        with contextlib.suppress(OSError):  # that storage is gone is told where it matters
+        with contextlib.suppress(OSError):  # unreachable storage is reported where it matters
             self._look_at_the_fence()
         if self._fenced_by is not None:
             raise AttemptLiveError(
@@ -192,10 +192,10 @@ class Attempt:
             )
 
     def save(self) -> None:
-        """Show life.
+        """Send a heartbeat.
 
         Raises:
-            OSError: storage refused.
+            OSError: the write failed.
         """
         with self._lock:
             self.record.beat += 1
@@ -207,7 +207,10 @@ class Attempt:
             _log.warning("taken over by %s: nothing is written any more", self._fenced_by)
 
     def _beat(self) -> None:
-        """Show life until the end, or until the attempt is fenced: should it hang then, its silence lets others in."""
+        """Send heartbeats until the attempt ends or is fenced.
+
+        If a fenced attempt hangs, others can enter because its heartbeat has stopped.
+        """
         while self._fenced_by is None and not self._stop.wait(
             self._heartbeat_s if self.record.state == "running" else min(_CLAIMING_BEAT_S, self._heartbeat_s)
         ):
@@ -215,23 +218,23 @@ class Attempt:
                 self.save()
                 self._look_at_the_fence()
             except (OSError, OwlsamError) as error:
-                # One that cannot show life may be taken over, and notices it as soon as storage answers again.
+                # Without heartbeats the attempt may be taken over; it notices once storage responds again.
                 _log.warning("cannot show life: %s", error)
 
 
 def fence(run_url: str, attempt_id: str, *, by: str) -> None:
-    """Stop an attempt: it writes nothing any more once it has seen this."""
+    """Fence an attempt: it stops writing once it has seen the fence."""
     url = attempt_url(run_url, attempt_id, _FENCED)
     if not storage.exists(url):
         storage.write_atomic(url, by.encode())
 
 
 def live_attempts(run_url: str, *, scope: str | None = None) -> list[AttemptRecord]:
-    """Attempts that have not ended in an orderly way, by rising id: they live, or were killed.
+    """Attempts that have not signed off, by ascending id: they are alive or were killed.
 
     Args:
         run_url: the run directory.
-        scope: `LABEL` or `SETUP`; None: both.
+        scope: `LABEL` or `SETUP`; None means both.
     """
     names = storage.list_names(storage.join(run_url, ATTEMPTS))
     return read_attempts(
@@ -247,13 +250,13 @@ def live_attempts(run_url: str, *, scope: str | None = None) -> list[AttemptReco
 
 
 def ended_attempts(run_url: str) -> list[AttemptRecord]:
-    """Attempts that have ended, or were found dead, by rising id."""
+    """Attempts that have ended or were found dead, by ascending id."""
     names = storage.list_names(storage.join(run_url, ATTEMPTS))
     return read_attempts(run_url, [name for name in names if name.endswith(ENDED)])
 
 
 def read_attempts(run_url: str, names: list[str]) -> list[AttemptRecord]:
-    """The attempts of these files; without those that are gone meanwhile, or that nobody can read."""
+    """Read attempts from files with these names; skip files that have vanished since or are invalid."""
 
     def read(name: str) -> AttemptRecord | None:
         try:
@@ -271,23 +274,23 @@ def read_attempts(run_url: str, names: list[str]) -> list[AttemptRecord]:
 
 
 def attempt_url(run_url: str, attempt_id: str, suffix: str) -> str:
-    """Path or URL of a file of an attempt."""
+    """Path or URL of an attempt's file with this suffix."""
     return storage.join(run_url, ATTEMPTS, f"{attempt_id}{suffix}")
 
 
 def write_attempt(run_url: str, record: AttemptRecord, suffix: str) -> None:
-    """Write the file of an attempt, whole."""
+    """Write an attempt's file atomically."""
     text = json.dumps(record.model_dump(mode="json"), indent=1)
     storage.write_atomic(attempt_url(run_url, record.id, suffix), text.encode())
 
 
 def now_utc() -> str:
-    """The time as ISO 8601 in UTC, to the second."""
+    """Current time in UTC as ISO 8601, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def safe_file_name(text: str) -> str:
-    """Text as part of a file name: other characters than letters, digits, `.` and `-` become `_`; at most 64."""
+    """Make text safe in a file name: all but ASCII letters, digits, `.` and `-` become `_`; at most 64 characters."""
     return re.sub(r"[^A-Za-z0-9.-]", "_", text)[:64]
 
 
@@ -300,9 +303,9 @@ def _exit_code(error: BaseException | None) -> int:
 
 
 def process_name(pid: int) -> str | None:
-    """A name that no other process has, as long as this machine runs: its start, and the process's within it.
+    """Name a process uniquely: boot id of the machine, PID namespace, pid and start time of the process.
 
-    None where that cannot be told; empty for a process that has ended, and only waits to be reaped.
+    None if it cannot be determined; empty for a process that has ended and only waits to be reaped.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -315,7 +318,7 @@ def process_name(pid: int) -> str | None:
 
 
 def is_dead_here(record: AttemptRecord) -> bool:
-    """Whether an attempt ran on this machine, in this container, and its process is certainly gone."""
+    """Whether an attempt ran on this machine, in this container, and its process is known to be gone."""
     mine = process_name(os.getpid())
     if not mine or record.process is None or record.process.split()[:2] != mine.split()[:2]:
         return False
@@ -323,7 +326,7 @@ def is_dead_here(record: AttemptRecord) -> bool:
         os.kill(record.pid, 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # another user's, and alive
+    except PermissionError:  # another user's process, and alive
         return False
     found = process_name(record.pid)
     return found is not None and found != record.process

@@ -1,4 +1,4 @@
-"""Claim a slice of a run: wait for whoever works on it, or take it over."""
+"""Claim a slice of a run: wait for the attempt that works on it, or take the slice over."""
 
 import contextlib
 import logging
@@ -46,20 +46,20 @@ def claim(
     takeover: bool = False,
     patient: bool = False,
 ) -> Iterator[Attempt]:
-    """Work on a slice of a run as the only attempt.
+    """Hold a slice of a run exclusively while the context lasts.
 
     Args:
         run_url: the run directory.
-        scope: attempts of different scopes do not exclude each other.
+        scope: `LABEL` or `SETUP`; attempts with different scopes do not exclude each other.
         part: the slice.
-        heartbeat_s: seconds between two signs of life.
-        takeover_s: seconds of silence after which another attempt is taken for dead.
-        takeover: fence attempts that live, and wait until they have stopped.
-        patient: wait for attempts that live, instead of refusing.
+        heartbeat_s: seconds between two heartbeats.
+        takeover_s: seconds without a heartbeat after which another attempt is considered dead.
+        takeover: fence live attempts and wait until they have stopped.
+        patient: wait for live attempts instead of refusing.
 
     Raises:
-        AttemptLiveError: another attempt lives, on this slice or on one that overlaps it.
-        OSError: storage refused.
+        AttemptLiveError: another attempt is alive on this slice or an overlapping one.
+        OSError: storage failed.
     """
     me = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{safe_file_name(socket.gethostname())}-{os.getpid()}"
     record = AttemptRecord(
@@ -82,7 +82,7 @@ def claim(
 
 
 def claim_setup(run_url: str, resources: ResourcesConfig) -> contextlib.AbstractContextManager[Attempt]:
-    """While this context lasts no other process plans the run, or writes its `run.json`: it waits instead."""
+    """Hold the setup scope: while the context lasts, other processes wait to plan the run or write `run.json`."""
     return claim(
         run_url,
         scope=SETUP,
@@ -95,18 +95,18 @@ def claim_setup(run_url: str, resources: ResourcesConfig) -> contextlib.Abstract
 
 @dataclass
 class _Watched:
-    """Another attempt, as seen from here."""
+    """Another attempt, as observed by this process."""
 
     record: AttemptRecord
     since: float
-    """On this process's monotonic clock, when its file was first seen as it is now."""
+    """When its file was first seen with its current content, on this process's monotonic clock."""
     moved: bool = False
     """Whether its file has changed since it was first seen."""
 
 
 @dataclass
 class _Observer:
-    """Looks at the attempts that stand in the way of one."""
+    """Observes the attempts that block this process's own attempt."""
 
     mine: Attempt
     part: Slice
@@ -117,11 +117,11 @@ class _Observer:
     told: set[str] = field(default_factory=set)
 
     def wait_for_the_slice(self) -> None:
-        """Return once nobody stands in the way.
+        """Return once no other attempt blocks the slice.
 
-        Who enters has said `claiming`, and then seen that everybody else is `waiting`. Of two that claim at the same
-        time at least the later one to look sees the other, so they cannot both enter. The one with the larger id says
-        `waiting`, and claims anew when the way is free.
+        An attempt enters after it has written `claiming` and then seen that all overlapping attempts are `waiting`. If
+        two claim at the same time, at least the one that looks later sees the other, so they cannot both enter. The one
+        with the larger id switches to `waiting`, and claims again when the slice is free.
         """
         while True:
             self.mine.raise_if_taken_over()
@@ -136,7 +136,7 @@ class _Observer:
             if state != self.mine.record.state:
                 self.mine.record.state = state
                 self.mine.save()
-            elif others:  # the more there are, the more seldom each one looks
+            elif others:  # the more attempts there are, the less often each one looks
                 time.sleep(min(0.5, self.takeover_s / 20) * max(1.0, len(every) / 8) * random.uniform(0.75, 1.25))
 
     def _is_in_the_way(self, other: AttemptRecord) -> bool:
@@ -144,7 +144,11 @@ class _Observer:
         return other.id != mine.id and other.state != "waiting" and self.part.overlaps(Slice.parse(other.slice))
 
     def _consider(self, other: AttemptRecord) -> None:
-        """Take over what is dead; refuse, or go on waiting, for what lives."""
+        """Take over from a dead attempt; wait for a live one, or refuse.
+
+        Raises:
+            AttemptLiveError: the other attempt is alive, and this one may neither wait for it nor fence it.
+        """
         if is_dead_here(other):
             _log.warning("the attempt %s is dead: going on in its place", other.where)
             self._take_over(other)

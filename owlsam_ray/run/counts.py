@@ -1,6 +1,6 @@
-"""How far a run is: which shards have a file, and what their footers count.
+"""Count a run's finished shards, and the rows, detections and masks in their footers.
 
-Small in memory, however many images there are: a few numbers for each shard.
+Memory use is a few numbers per shard, independent of the number of images.
 """
 
 import threading
@@ -17,24 +17,24 @@ from owlsam_ray.run.shards import ShardFooter, corrupt_shard, done_shards, read_
 
 _COUNTED = ("ok", "empty", "failed", "transient", "detections", "masks")
 _CHUNK = 256
-"""Footers that are read in one go, so that nobody waits long for the thread that reads them."""
+"""Footers read per chunk; small enough that no other thread waits long for the reading lock."""
 
 
 class RunCounts:
-    """Counts over the finished shards of a run, or of a slice of it; several threads may use one.
+    """Counts over the finished shards of a run or of a slice of it; thread-safe.
 
-    Which shards have a file comes from listings alone. Their footers are read apart from that, each once however often
-    one looks: counts by status lag behind the listing as long as `unread` is not 0.
+    Listings alone determine which shards have a file. Footers are read separately, each once however often the counts
+    are refreshed, so counts by status lag behind the listing while `unread` is not 0.
     """
 
     def __init__(self, run_url: str, manifest: Manifest, fingerprint: str | None, *, shards: range | None = None):
-        """Count nothing yet.
+        """Start with nothing counted.
 
         Args:
             run_url: the run directory.
-            manifest: of the run.
-            fingerprint: that every shard must carry; None: any.
-            shards: rising, those of the slice; None: all of the run.
+            manifest: the run's manifest.
+            fingerprint: label fingerprint that every shard must have; None accepts any.
+            shards: the slice's shards, ascending; None means all shards of the run.
         """
         self.run_url = run_url
         self._fingerprint = fingerprint
@@ -47,80 +47,83 @@ class RunCounts:
         self._read = np.zeros(n, np.bool_)
         self._counts = np.zeros((n, len(_COUNTED)), np.int64)
         self._stage_s: dict[str, NDArray[np.float64]] = {}
-        self._lock = threading.Lock()  # of the arrays; held for moments
-        self._listing = threading.Lock()  # held for a listing, so that none replaces a later one
-        self._reading = threading.Lock()  # held for a chunk of footers
+        self._lock = threading.Lock()  # guards the arrays; held briefly
+        self._listing = threading.Lock()  # held during a listing, so that an older one never replaces a newer one
+        self._reading = threading.Lock()  # held while a chunk of footers is read
 
     @property
     def num_shards(self) -> int:
-        """Shards of the slice."""
+        """Number of shards in the slice."""
         return len(self._images)
 
     @property
     def num_images(self) -> int:
-        """Images of the slice."""
+        """Number of images in the slice."""
         return int(self._images.sum())
 
     @property
     def done(self) -> set[int]:
-        """The shards that have a file."""
+        """Shards that have a file."""
         return self._numbers(self._listed)
 
     @property
     def unread(self) -> int:
-        """Number of shards that have a file whose footer was not read."""
+        """Number of shards that have a file but whose footer has not been read."""
         return int(np.count_nonzero(self._listed & ~self._read))
 
     @property
     def images_done(self) -> int:
-        """Images of the shards that have a file."""
+        """Number of images in shards that have a file."""
         return int(self._images[self._listed].sum())
 
     @property
     def images_fresh(self) -> int:
-        """Images of the shards that have a file, and had none when one looked first."""
+        """Number of images in shards that have a file now but had none at the first listing."""
         return 0 if self._first_listed is None else int(self._images[self._listed & ~self._first_listed].sum())
 
     @property
     def counts(self) -> dict[str, int]:
-        """Of the footers that were read: rows `ok`, `empty`, `failed`, of these `transient`; `detections`, `masks`."""
+        """Totals over the footers read so far.
+
+        Rows `ok`, `empty` and `failed`; `transient` ones among the failed; `detections` and `masks`.
+        """
         with self._lock:
             return dict(zip(_COUNTED, self._counts[self._read].sum(axis=0).tolist(), strict=True))
 
     @property
     def stage_s(self) -> dict[str, float]:
-        """Busy seconds by stage, of all footers that were read."""
+        """Busy seconds by stage, over the footers read so far."""
         with self._lock:
             return {stage: float(seconds[self._read].sum()) for stage, seconds in self._stage_s.items()}
 
     @property
     def failed_shards(self) -> set[int]:
-        """Shards whose footer was read and tells of failed rows."""
+        """Shards whose footer has been read and counts failed rows."""
         return self._numbers(self._read & (self._counts[:, _COUNTED.index("failed")] > 0))
 
     @property
     def transient_shards(self) -> set[int]:
-        """Shards whose footer was read and tells of failed rows that are worth another try."""
+        """Shards whose footer has been read and counts transient failures: failed rows that are worth a retry."""
         return self._numbers(self._read & (self._counts[:, _COUNTED.index("transient")] > 0))
 
     def pending(self) -> list[int]:
-        """The shards without a file, rising."""
+        """Shards without a file, ascending."""
         return [self._shards[place] for place in np.flatnonzero(~self._listed)]
 
     def refresh_listing(self) -> set[int]:
-        """Look at the listing, and at no footer.
+        """List the shard files without reading footers.
 
         Returns:
-            The shards of the slice that have a file.
+            The slice's shards that have a file.
 
         Raises:
-            IncompleteError: there is a file of a shard that the run does not have.
-            OSError: storage gave up.
+            IncompleteError: there is a file for a shard that the run does not have.
+            OSError: storage failed.
         """
         with self._listing:
             found = done_shards(self.run_url)
             foreign = [shard for shard in found if shard >= self._in_run]
-            # Others may label parts that were added since.
+            # Other attempts may be labelling parts that were added to the manifest since.
             if foreign and max(foreign) >= self._in_run + num_shards_behind(self.run_url, self._num_parts):
                 raise corrupt_shard(shard_url(self.run_url, max(foreign)), f"the run has {self._in_run} shards")
             found.intersection_update(self._shards)
@@ -128,27 +131,27 @@ class RunCounts:
             listed[[self._shards.index(shard) for shard in found]] = True
             with self._lock:
                 self._listed = listed
-                self._read &= listed  # a file that was taken away is read again when it is back
+                self._read &= listed  # a file that was removed is read again when it is back
                 if self._first_listed is None:
                     self._first_listed = listed
         return found
 
     def refresh(self, limit: int | None = None) -> Self:
-        """Look at the listing, and read footers that were not read yet.
+        """List the shard files and read the footers that have not been read yet.
 
         Args:
-            limit: so many at most; None: all.
+            limit: maximum number of footers to read; None reads all.
 
         Raises:
-            IncompleteError: a shard file is damaged, foreign, or of another fingerprint; the others are counted.
-            OSError: storage gave up.
+            IncompleteError: a shard file is damaged, foreign, or has another fingerprint; the others are counted.
+            OSError: storage failed.
         """
         self.refresh_listing()
         self.read_footers(limit)
         return self
 
     def read_footers(self, limit: int | None = None) -> None:
-        """Read footers of files that the last listing had; arguments and errors as of `refresh`."""
+        """Read footers of the files in the last listing; arguments and errors are the same as for `refresh`."""
         tried: set[int] = set()
         errors: list[OwlsamError | OSError] = []
         while limit is None or len(tried) < limit:
@@ -163,13 +166,13 @@ class RunCounts:
             raise errors[0]
 
     def _read_chunk(self, places: list[int]) -> list[OwlsamError | OSError]:
-        """Read and count; what is wrong with single files comes back."""
+        """Read and count footers; return the errors of single files instead of raising them."""
         errors: list[OwlsamError | OSError] = []
 
         def read(place: int) -> ShardFooter | OwlsamError | OSError | None:
             try:
                 return self._checked(place)
-            except FileNotFoundError:  # taken away since; the next listing tells
+            except FileNotFoundError:  # removed since; the next listing shows that
                 return None
             except (OwlsamError, OSError) as error:
                 return error
@@ -208,12 +211,12 @@ class RunCounts:
         self._read[place] = True
 
     def forget(self, shards: Iterable[int]) -> None:
-        """Count these as not read: their files were rewritten."""
+        """Mark shards as unread because their files were rewritten."""
         with self._reading, self._lock:
             self._read[[self._shards.index(shard) for shard in shards]] = False
 
     def summary(self) -> dict[str, Any]:
-        """Counts for people and machines. Rows by status, detections and masks are of the footers that were read."""
+        """Counts for display and JSON; rows by status, detections and masks cover only the footers read so far."""
         counts = self.counts
         return {
             "images": self.num_images,
@@ -233,7 +236,7 @@ class RunCounts:
 
 
 def _images_of_shards(manifest: Manifest) -> NDArray[np.int64]:
-    """(num_shards,) images of each shard."""
+    """(num_shards,) number of images in each shard."""
     sizes = [np.zeros(0, np.int64)]
     for part in manifest.parts:
         starts = np.arange(part.num_shards) * part.shard_size

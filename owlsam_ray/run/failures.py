@@ -1,4 +1,4 @@
-"""Why rows of finished shards failed, without reading what did not."""
+"""Count failed rows of finished shards by class and reason, reading as few rows as possible."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from owlsam_ray.run.shards import read_footer, shard_url
 from owlsam_ray.schema import PREDICTION_SCHEMA
 
 _AT_ONCE = 32
-"""Footers that are read at the same time."""
+"""Footers read concurrently."""
 _CHUNK = 512
 
 
@@ -26,24 +26,24 @@ class Failures:
 
     by_class: Counter[str] = field(default_factory=Counter)
     by_reason: Counter[str] = field(default_factory=Counter)
-    """By the first word of the reason."""
+    """Counts by the reason's text before its first colon."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
-    """The first of them: image_id, file_name, reason."""
+    """The first quarantined images: image_id, file_name, reason."""
 
 
 def find_failures(manifest: Manifest, shards: Iterable[int], *, named: int = 20) -> Failures:
     """Count the failed rows of shards by class and reason.
 
-    Footers tell that, but for files of 0.1. Rows are read of these, and of shards with quarantined images that are to
-    be named.
+    The counts come from the footers, except for files of version 0.1, which do not have them. Rows are read only for
+    those files, and for shards whose quarantined images are to be named.
 
     Args:
-        manifest: of the run.
-        shards: finished ones with failed rows. What is gone or damaged by now is left out.
-        named: quarantined images that are named, at most.
+        manifest: the run's manifest.
+        shards: finished shards with failed rows. Files that are gone or damaged by now are skipped.
+        named: maximum number of quarantined images to name.
 
     Raises:
-        OSError: storage gave up.
+        OSError: storage failed.
     """
     found = Failures()
     left = sorted(shards)
@@ -66,7 +66,7 @@ def find_failures(manifest: Manifest, shards: Iterable[int], *, named: int = 20)
 
 
 def _told_by_footer(run_url: str, shard: int) -> dict[str, int] | None:
-    """Failed rows by class and reason; None when the footer does not tell."""
+    """Failed rows by class and reason; None if the footer does not hold them, {} if the file is gone or damaged."""
     try:
         return read_footer(run_url, shard).failures
     except (FileNotFoundError, IncompleteError):
@@ -74,12 +74,12 @@ def _told_by_footer(run_url: str, shard: int) -> dict[str, int] | None:
 
 
 def _read_rows(manifest: Manifest, shard: int, found: Failures, *, named: int, count: bool) -> None:
-    """Name the quarantined images of a shard; `count` its failed rows as well."""
+    """Name the quarantined images of a shard; with `count`, count its failed rows too."""
     columns = ["image_id", "status", "reason", "status_class"]
     try:
         with storage.open_input(shard_url(manifest.run_url, shard)) as file:
             table = pq.ParquetFile(file)
-            if not table.schema_arrow.equals(PREDICTION_SCHEMA):  # no shard of ours: its values are not looked at
+            if not table.schema_arrow.equals(PREDICTION_SCHEMA):  # not one of our shards: do not read its values
                 return
             rows = table.read(columns).to_pylist()
     except (FileNotFoundError, pa.ArrowException):

@@ -1,7 +1,7 @@
-"""`run.json`: what a run directory was made with, and what may work on it (law 3).
+"""Guard a run: refuse a call whose settings, weights or numerics do not match `run.json` (law 3).
 
 Three hashes guard a run. The label fingerprint covers everything that can change labels; the layout hash covers which
-images stand in which shard; the numerics id covers what may change a result in its last bits.
+images are in which shard; the numerics id covers what may change the last bits of a result.
 """
 
 import hashlib
@@ -27,19 +27,19 @@ from owlsam_ray.schema import SCHEMA_VERSION
 from owlsam_ray.vocabulary import Vocabulary
 
 _COMPUTING = ("torch", "torchvision", "transformers", "timm", "pillow", "numpy", "scipy", "opencv-python-headless")
-"""Packages whose versions may change results in their last bits."""
+"""Packages whose versions may change the last bits of results."""
 
 
 def forget_plan(run_url: str) -> None:
-    """Undo a plan with which nothing was labelled yet; the next call plans again."""
+    """Discard a plan before anything was labelled with it; the next call plans again."""
     storage.remove(storage.join(run_url, RUN_FILE))
 
 
 def load_run_manifest(run_url: str, record: RunRecord) -> Manifest:
-    """The manifest of a planned run, with its hashes verified.
+    """Load the manifest of a planned run and verify its hashes.
 
     Raises:
-        GuardError: it is missing, or not the one that the run was planned with.
+        GuardError: the manifest is missing, or is not the one that the run was planned with.
     """
     manifest = load_manifest(run_url, verify=True, num_parts=record.num_parts)
     if manifest is None:
@@ -53,18 +53,18 @@ def load_run_manifest(run_url: str, record: RunRecord) -> Manifest:
 
 
 def check_config(config: RunConfig, record: RunRecord, *, data_too: bool = True, images_matter: bool = True) -> None:
-    """Refuse another config on a planned run, naming every frozen field that differs.
+    """Refuse a config whose frozen fields differ from those of the planned run.
+
+    Weights and vocabulary files are compared by content, elsewhere; a dataset may have moved (`moved_data`).
 
     Args:
-        config: of this call.
-        record: of the run.
-        data_too: the section `data` must be the same as well; not so when a run is extended.
-        images_matter: the images are read. Else any place of them will do.
-
-    Weights and files of names are compared by what they hold, elsewhere; a dataset may have moved (`moved_data`).
+        config: this call's config.
+        record: the run's record.
+        data_too: whether the section `data` must match too; False when a run is extended.
+        images_matter: whether the images are read. If not, they may be anywhere.
 
     Raises:
-        GuardError: with one line per field.
+        GuardError: fields differ; the message has one line per field.
     """
     ours, theirs = with_planned_suffixes(config, record).frozen_fields(), record.stored_config().frozen_fields()
     if not data_too:
@@ -87,7 +87,7 @@ def check_config(config: RunConfig, record: RunRecord, *, data_too: bool = True,
 
 
 def with_planned_suffixes(config: RunConfig, record: RunRecord) -> RunConfig:
-    """A config with the run's own `data.suffixes` where the caller gives none: the default may have grown since."""
+    """Use the run's `data.suffixes` if the caller sets none: the default may have been extended since the plan."""
     if "suffixes" in config.data.model_fields_set:
         return config
     data = config.data.model_copy(update={"suffixes": record.stored_config().data.suffixes})
@@ -95,15 +95,15 @@ def with_planned_suffixes(config: RunConfig, record: RunRecord) -> RunConfig:
 
 
 def moves_since_plan(config: RunConfig, record: RunRecord) -> tuple[Move, ...]:
-    """Roots of the dataset that lie elsewhere by now, from where they were planned to where this call has them."""
+    """Moved roots of the dataset: from their location at plan time to their location in this call."""
     return moves_between(record.config.get("data", {}), config.data.model_dump(mode="json"))
 
 
 def check_same_vocabulary(vocabulary: Vocabulary, record: RunRecord, run_url: str) -> None:
-    """Refuse a dataset, or a file of names, that asks for other things than the run did.
+    """Refuse a dataset or vocabulary file whose categories or queries differ from the run's.
 
     Raises:
-        GuardError: names the first category or prompt that differs.
+        GuardError: the message names the first category or query that differs.
     """
     for what, ours, theirs in (
         ("categories", vocabulary.categories, record.categories),
@@ -121,16 +121,16 @@ def check_same_vocabulary(vocabulary: Vocabulary, record: RunRecord, run_url: st
 def fingerprint_parts(
     config: RunConfig, record: RunRecord, *, weights: Mapping[str, Path], run_url: str
 ) -> dict[str, Any]:
-    """Everything that the label fingerprint covers.
+    """Collect everything that the label fingerprint covers.
 
     Args:
-        config: of this attempt.
-        record: of the run.
+        config: this attempt's config.
+        record: the run's record.
         weights: local paths of the weights by role.
-        run_url: whose query embeddings are hashed.
+        run_url: the run directory; its query embeddings are hashed.
 
     Raises:
-        IncompleteError: the query embeddings are gone.
+        IncompleteError: the query embeddings are missing.
     """
     query_url = storage.join(run_url, QUERY_FILE)
     try:
@@ -148,10 +148,10 @@ def fingerprint_parts(
 
 
 def guard_labels(record: RunRecord, parts: dict[str, Any], run_url: str) -> RunRecord:
-    """Set the fingerprint in the first attempt; refuse another one later.
+    """Set the fingerprint in the first attempt; refuse a different one in later attempts.
 
     Raises:
-        GuardError: with one line per part that differs.
+        GuardError: the fingerprint differs; the message has one line per part.
     """
     if record.fingerprint is None:
         updated = as_stored(record, run_url).model_copy(
@@ -183,7 +183,7 @@ def guard_labels(record: RunRecord, parts: dict[str, Any], run_url: str) -> RunR
 
 
 def numerics_of(allocation: Allocation, dtype: str) -> dict[str, Any]:
-    """What may change results in their last bits."""
+    """Everything that may change the last bits of results."""
     threads = {"torch_threads": allocation.torch_threads} if allocation.device == "cpu" else {}
     return (
         threads
@@ -199,10 +199,10 @@ def numerics_of(allocation: Allocation, dtype: str) -> dict[str, Any]:
 
 
 def guard_numerics(record: RunRecord, numerics: dict[str, Any], run_url: str, *, allow_change: bool) -> RunRecord:
-    """Record the numerics of this attempt; refuse a change that nobody asked for.
+    """Record the numerics of this attempt; refuse a change without `allow_change`.
 
     Raises:
-        GuardError: with one line per part that differs.
+        GuardError: the numerics differ; the message has one line per part.
     """
     if record.numerics and record.numerics[-1] == numerics:
         return record
@@ -223,10 +223,10 @@ def guard_numerics(record: RunRecord, numerics: dict[str, Any], run_url: str, *,
 
 
 def check_writable(run_url: str) -> None:
-    """Write and delete a file in the run directory.
+    """Check that the run directory is writable by writing and deleting a file.
 
     Raises:
-        InputError: that does not work; names the directory and the reason.
+        InputError: it is not writable; the message names the directory and the reason.
     """
     try:
         storage.try_writing(run_url)

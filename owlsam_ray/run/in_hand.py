@@ -1,9 +1,9 @@
-"""Breadcrumbs: which shards were in whose hands when a process died.
+"""In-hand markers: files that record which process was working on which shard when it died.
 
-While an actor works on a shard there is a small file of its own for the two under `RUN/attempts/in-hand/`. It is
-removed at the end of the work, but not when the process dies. So a marker of another process is a strike against the
-shard: something in it may have killed that process, or the process was killed from outside. With `MAX_DEATHS` of them
-the shard is given to isolation (`isolate.py`), which finds out.
+While an actor works on a shard, a small file for this pair is under `RUN/attempts/in-hand/`. It is removed when the
+work ends, but not when the process dies. A marker left by another process therefore counts against the shard: an image
+in it may have killed that process, or the process was killed from outside. After `MAX_DEATHS` of them the shard goes to
+isolation (`annotate/isolate.py`), which finds the cause.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from owlsam_ray.run.attempts import ATTEMPTS
 
 IN_HAND = "in-hand"
 MAX_DEATHS = 2
-"""From here on a shard is redone by itself. One strike can be bad luck: the shards of a machine that went away."""
+"""Deaths from which a shard is redone in isolation. One can be bad luck, such as a machine that went away."""
 _NAME = re.compile(r"shard-(\d+)\.(.+)\.json")
 _log = logging.getLogger(__name__)
 
 
 class InHandMarker(BaseModel):
-    """A shard in the hand of a process."""
+    """A shard that a process is working on."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -40,20 +40,20 @@ class InHandMarker(BaseModel):
     attempt: str
     host: str
     notes: str | None = None
-    """Path on that host of a file that tells which images were being worked on."""
+    """Path on that host of a file that lists the images being worked on."""
     image_ids: tuple[int, ...] = ()
-    """Images that the process itself found to hang, or to take too much memory, before it ended itself."""
+    """Images that the process found to hang or to use too much memory before it ended itself."""
     reason: str | None = None
-    """What it found."""
+    """What the process found."""
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of the marker's file."""
         return f"shard-{self.shard:08d}.{self.worker}.json"
 
 
 def new_worker_name() -> str:
-    """A name for this process that no other has."""
+    """Unique name for this process."""
     return f"{re.sub(r'[^A-Za-z0-9-]', '_', socket.gethostname())[:64]}-{secrets.token_hex(6)}"
 
 
@@ -62,7 +62,7 @@ def _folder(run_url: str) -> str:
 
 
 def write(run_url: str, marker: InHandMarker) -> None:
-    """Write a marker, over an earlier one of the same worker."""
+    """Write a marker; it replaces an earlier one of the same shard and worker."""
     storage.write_atomic(
         storage.join(_folder(run_url), marker.name), json.dumps(marker.model_dump(mode="json")).encode()
     )
@@ -72,22 +72,22 @@ def write(run_url: str, marker: InHandMarker) -> None:
 def held(run_url: str, marker: InHandMarker) -> Iterator[None]:
     """Keep a marker while a shard is worked on.
 
-    An error that nobody expected leaves it behind, as a death does: an image may have caused it.
+    An unexpected error leaves the marker behind, just like a death: an image may have caused it.
 
     Raises:
-        OSError: storage refused.
+        OSError: storage failed.
     """
     write(run_url, marker)
     try:
         yield
-    except (OwlsamError, OSError):  # no matter of the images
+    except (OwlsamError, OSError):  # not caused by the images
         storage.remove(storage.join(_folder(run_url), marker.name))
         raise
     storage.remove(storage.join(_folder(run_url), marker.name))
 
 
 def list_markers(run_url: str) -> dict[int, list[str]]:
-    """Names of the markers of each shard that has any: one listing."""
+    """Marker names by shard, for shards that have any, from one listing."""
     found: dict[int, list[str]] = defaultdict(list)
     for name in storage.list_names(_folder(run_url)):
         match = _NAME.fullmatch(name)
@@ -97,13 +97,13 @@ def list_markers(run_url: str) -> dict[int, list[str]]:
 
 
 def deaths(markers: Mapping[int, Sequence[str]]) -> dict[int, int]:
-    """How many processes died, or live, with each shard in their hands."""
+    """Number of processes, dead or alive, that left a marker for each shard."""
     return {shard: len(names) for shard, names in markers.items()}
 
 
 def suspects(run_url: str, names: Sequence[str]) -> frozenset[int]:
-    """Image ids that the markers of a shard, and the notes on this host that they name, hold against images."""
-    # Imported here: the driver asks for strikes only.
+    """Ids of the images suspected by a shard's markers and by the notes on this host that these name."""
+    # Imported here: the driver only counts deaths.
     from owlsam_ray.parallel.work_slots import read_slots
 
     found: set[int] = set()
@@ -120,7 +120,7 @@ def suspects(run_url: str, names: Sequence[str]) -> frozenset[int]:
 
 
 def release(run_url: str, attempt: str) -> None:
-    """Remove the markers of an attempt that ended its processes itself, but those that tell why one had to end."""
+    """Remove the markers of an attempt that ended its processes itself, except those with a reason."""
     for names in list_markers(run_url).values():
         for name in names:
             url = storage.join(_folder(run_url), name)
@@ -133,7 +133,7 @@ def release(run_url: str, attempt: str) -> None:
 
 
 def clear(run_url: str, shards: Collection[int]) -> None:
-    """Remove the markers of shards that are done, or that were given back in an orderly way."""
+    """Remove the markers of shards that are done or were released properly."""
     for shard, names in list_markers(run_url).items():
         if shard in shards:
             for name in names:
@@ -143,7 +143,7 @@ def clear(run_url: str, shards: Collection[int]) -> None:
 
 
 def _remove_notes(url: str) -> None:
-    """Remove the file on this host that a marker names: its process is dead, or has begun another one."""
+    """Remove the notes file on this host that a marker names: its process is dead or uses a new file."""
     from owlsam_ray.parallel.work_slots import SLOT_FILES
 
     try:
@@ -151,7 +151,7 @@ def _remove_notes(url: str) -> None:
     except (FileNotFoundError, ValidationError):
         return
     notes = Path(marker.notes) if marker.notes is not None and marker.host == socket.gethostname() else None
-    # No other file: the run directory may be somebody else's.
+    # Only such files: the run directory, and so the path, may be untrusted.
     if notes is not None and notes.name.startswith(SLOT_FILES) and notes.parent == Path(tempfile.gettempdir()):
         with contextlib.suppress(OSError):
             notes.unlink()
