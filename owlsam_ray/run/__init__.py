@@ -1,1 +1,1 @@
-"""The run directory: record, manifest, shards, attempts, and the rules that every stored row keeps."""
+"""The run directory: record, manifest, shards, attempts, and the rules that every stored row satisfies."""

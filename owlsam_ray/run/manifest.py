@@ -1,7 +1,7 @@
-"""The plan: which images, in which order, in which shards. Written once, then only appended to.
+"""Read a run's manifest: which images, in which order, in which shards. Append-only.
 
-A part is `manifest/part-0000.parquet` with one row group per shard, and a small `part-0000.json` beside it that is
-written afterwards: it makes the part, and holds its hash. Ordinals are 1-based positions in the manifest.
+A part is `manifest/part-0000.parquet`, with one row group per shard, and a small `part-0000.json` beside it. The JSON
+file is written last, makes the part valid and holds its hash. Ordinals are 1-based positions in the manifest.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from owlsam_ray.storage.arrow_types import misfit_of
 
 MANIFEST = "manifest"
 _PART_NAME = re.compile(r"part-[0-9]{4,}")
-"""Of both files of a part, without their endings."""
+"""Name of both files of a part, without their extensions."""
 
 
 @validated_dataclass(frozen=True, slots=True)
@@ -38,59 +38,63 @@ class ManifestPart:
 
     file: str
     sha256: str
-    """Of the Parquet file's bytes."""
+    """SHA-256 of the Parquet file's bytes."""
     num_rows: int
     first_ordinal: int
     first_shard: int
     num_shards: int
     shard_size: int
     max_shard_bytes: int
-    """Encoded bytes of the largest shard, estimated where the listing does not tell."""
+    """Encoded bytes of the largest shard; estimated where the listing gives no sizes."""
     source: dict[str, Any]
-    """What the output carries over: info, licenses, categories. Of the first part of a plan; empty in further ones."""
+    """What the output carries over (info, licenses, categories); set in the first part of a plan, empty in others."""
     counts_fetched_only: bool = False
-    """Whether `max_shard_bytes` leaves out images that are too large to be fetched; parts of before do not."""
+    """Whether `max_shard_bytes` leaves out images that are too large to be fetched; False in parts of old versions."""
 
     def fetched_bytes(self, max_file_mb: int) -> int:
-        """Encoded bytes that the largest shard is fetched as; of parts of before, never more than one such image."""
+        """Encoded bytes fetched for the largest shard.
+
+        Parts of old versions also counted images that are too large to be fetched; for them the result is capped at
+        `max_file_mb`.
+        """
         return self.max_shard_bytes if self.counts_fetched_only else min(self.max_shard_bytes, max_file_mb * MEGABYTE)
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All parts of a run's manifest. Small: rows are read shard by shard."""
+    """All parts of a run's manifest. Small in memory: rows are read shard by shard."""
 
     run_url: str
     parts: tuple[ManifestPart, ...]
     moves: tuple[Move, ...] = ()
-    """Roots under which the files lie elsewhere by now: shards are read with their URIs there."""
+    """Roots whose files have moved since the plan; rows are returned with URIs under the new roots."""
 
     def with_moves(self, moves: Iterable[Move]) -> "Manifest":
-        """The same images, some of them at another place."""
+        """Copy of the manifest with these moves in place of its own."""
         return replace(self, moves=tuple(moves))
 
     @property
     def num_images(self) -> int:
-        """Images in all parts."""
+        """Number of images in all parts."""
         return sum(part.num_rows for part in self.parts)
 
     @property
     def num_shards(self) -> int:
-        """Shards in all parts."""
+        """Number of shards in all parts."""
         return sum(part.num_shards for part in self.parts)
 
     def max_shard_bytes(self, *, max_file_mb: int) -> int:
-        """Encoded bytes that the largest shard is fetched as, estimated.
+        """Estimate of the encoded bytes fetched for the largest shard.
 
         Args:
-            max_file_mb: larger images are not fetched. Plans of earlier versions counted them all the same, and keep no
-                sizes to count anew: a larger shard is taken for one with such an image.
+            max_file_mb: size limit in megabytes; larger images are not fetched. Plans of earlier versions counted them
+                anyway and keep no sizes to recount: a larger shard is assumed to hold such an image.
         """
         return max(part.fetched_bytes(max_file_mb) for part in self.parts)
 
     @property
     def layout_hash(self) -> str:
-        """Hash of which images stand in which shard: a chain over the parts, so that a part can be appended."""
+        """Hash of which images are in which shard: a hash chain over the parts, so that parts can be appended."""
         chain = ""
         for part in self.parts:
             link = f"{chain}\n{part.sha256}\n{part.num_rows}\n{part.shard_size}"
@@ -98,9 +102,9 @@ class Manifest:
         return chain
 
     def images_digest(self, number: int | None = None) -> str:
-        """A name for the first so many images (default: all), whatever shards they stand in.
+        """Digest of the first `number` images (default: all), independent of how they are sharded.
 
-        Their number, and a hash of the first and the last one's id and name.
+        It consists of their number and a hash of the id and file name of the first and the last image.
         """
         number = self.num_images if number is None else number
         ends = []
@@ -111,7 +115,7 @@ class Manifest:
         return f"{number}-{hashlib.sha256(json.dumps(ends).encode()).hexdigest()[:32]}"
 
     def begins_with(self, image_list: object) -> bool:
-        """Whether that is the name of this manifest's images, or of those that it had before it was extended."""
+        """Whether `image_list` is the digest of this manifest's images, now or before an extension."""
         number = str(image_list).partition("-")[0]
         if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= self.num_images:
             return False
@@ -122,13 +126,13 @@ class Manifest:
         return iter(range(self.num_shards))
 
     def shard_span(self, shard: int) -> tuple[int, int]:
-        """(ordinal of the first image, number of images) of a shard."""
+        """Ordinal of a shard's first image, and the number of its images."""
         part = self._part_of(shard)
         start = (shard - part.first_shard) * part.shard_size
         return part.first_ordinal + start, min(part.shard_size, part.num_rows - start)
 
     def shard_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(N,) shards of images of the manifest, by their ordinals."""
+        """(N,) shard numbers of images, from their (N,) ordinals."""
         shards = np.zeros(len(ordinals), np.int64)
         for part in self.parts:
             inside = (ordinals >= part.first_ordinal) & (ordinals < part.first_ordinal + part.num_rows)
@@ -136,10 +140,10 @@ class Manifest:
         return shards
 
     def read_shard(self, shard: int) -> pa.Table:
-        """Rows of `MANIFEST_SCHEMA` of one shard, in order: one row group.
+        """Read the rows of one shard (one row group), in order, as `MANIFEST_SCHEMA`.
 
         Raises:
-            GuardError: the part's columns are others.
+            GuardError: the part's columns do not match the schema.
         """
         part = self._part_of(shard)
         url = storage.join(self.run_url, MANIFEST, part.file)
@@ -149,7 +153,7 @@ class Manifest:
         return moved_uris(_with_container(table).select(MANIFEST_SCHEMA.names), self.moves)
 
     def uri_bounds(self) -> Iterator[tuple[int, tuple[str, str]]]:
-        """Shard, and the first and the last of its URIs by their order as texts, from the footers alone."""
+        """Iterate over (shard, (smallest URI, largest URI)) in string order, reading only the footers."""
         for part in self.parts:
             footer = _footer(storage.join(self.run_url, MANIFEST, part.file), part.sha256)
             names = [footer.schema.column(number).path for number in range(footer.num_columns)]
@@ -160,13 +164,13 @@ class Manifest:
                     yield part.first_shard + group, (first, last)
 
     def iter_names(self) -> Iterator[pa.Table]:
-        """`image_id` and `file_name`, some at a time, of all images in order."""
+        """Iterate over batches of `image_id` and `file_name` of all images, in order."""
         for part in self.parts:
             for batch in self._batches(part, ["image_id", "file_name"]):
                 yield pa.Table.from_batches([batch])
 
     def iter_images(self) -> Iterator[pa.Table]:
-        """Rows of `MANIFEST_SCHEMA` without `extra`, some at a time, of all images in order."""
+        """Iterate over batches of `MANIFEST_SCHEMA` rows without `extra`, for all images in order."""
         names = [name for name in MANIFEST_SCHEMA.names if name != "extra"]
         for part in self.parts:
             for batch in self._batches(part, names):
@@ -185,13 +189,16 @@ class Manifest:
 
 
 def moved_uri(uri: str, moves: Sequence[Move]) -> str:
-    """A URI under the new root: with one move alone, the innermost, since a new root may be another one's old root."""
+    """Map a URI to its new root.
+
+    Only the innermost matching move is applied, because a new root may be the old root of another move.
+    """
     inner = sorted(moves, key=lambda move: -len(move.old))
     return next((new for move in inner if (new := move.apply(uri)) != uri), uri)
 
 
 def moved_uris(table: pa.Table, moves: Sequence[Move]) -> pa.Table:
-    """The same rows of a manifest or a listing, with their URIs under the new roots."""
+    """Map the URIs in rows of a manifest or listing to their new roots."""
     if not moves:
         return table
     uris = [moved_uri(uri, moves) for uri in table["uri"].to_pylist()]
@@ -200,7 +207,7 @@ def moved_uris(table: pa.Table, moves: Sequence[Move]) -> pa.Table:
 
 
 def _with_container(table: pa.Table) -> pa.Table:
-    """In older manifests every image is a file of its own, and there is no such column."""
+    """Add a null column `container` if it is missing: in older manifests every image is a separate file."""
     if "container" in table.column_names:
         return table
     return table.append_column("container", pa.nulls(table.num_rows, pa.string()))
@@ -208,16 +215,16 @@ def _with_container(table: pa.Table) -> pa.Table:
 
 @lru_cache(maxsize=64)
 def _footer(url: str, sha256: str) -> Any:
-    """Parquet metadata of a part, read once per process: at 10 million images it is some megabytes."""
+    """Parquet metadata of a part, cached per process: a few megabytes for 10 million images."""
     return _read_footer(url)
 
 
 def _read_footer(url: str) -> Any:
-    """Parquet metadata of a part whose columns are those of a manifest.
+    """Read the Parquet metadata of a part and check its columns.
 
     Raises:
-        GuardError: it is no Parquet file, or its columns are others. Their values are never looked at: a run directory
-            may come from someone else, with hashes that fit.
+        GuardError: the file is not a Parquet file, or its columns are not those of a manifest. No value is read before
+            this check: an untrusted run directory may have hashes that match.
     """
     with storage.open_input(url) as file:
         try:
@@ -231,16 +238,16 @@ def _read_footer(url: str) -> Any:
 
 
 def load_manifest(run_url: str, *, verify: bool, num_parts: int | None = None) -> Manifest | None:
-    """The manifest of a run directory; None when it has none, or only a half-written one.
+    """Load the manifest of a run directory; None if there is none, or only a half-written one.
 
     Args:
         run_url: the run directory.
         verify: compare each part's bytes with its hash.
-        num_parts: read the first so many parts: further ones are of an extension that did not end. They are asked for
-            by their names: a listing may be older than they are. None: the parts that are listed.
+        num_parts: number of parts to read; any further ones belong to an unfinished extension. Parts are then opened by
+            name, because a listing may be stale. None reads the parts that are listed.
 
     Raises:
-        GuardError: a part is missing, damaged, changed or no manifest; names it.
+        GuardError: a part is missing, damaged, changed or not a manifest; the message names it.
     """
     if num_parts is None:
         names = [name for name in storage.list_names(storage.join(run_url, MANIFEST)) if name.endswith(".json")]
@@ -262,7 +269,7 @@ def load_manifest(run_url: str, *, verify: bool, num_parts: int | None = None) -
 
 
 def num_shards_behind(run_url: str, num_parts: int) -> int:
-    """Shards of the parts behind the first so many, asked for by their names.
+    """Number of shards in the parts after the first `num_parts`; parts are opened by name, not listed.
 
     Raises:
         GuardError: a part is damaged.
@@ -275,15 +282,15 @@ def num_shards_behind(run_url: str, num_parts: int) -> int:
 
 
 def _read_sidecar(url: str, *, after: Sequence[ManifestPart] | None = None) -> ManifestPart:
-    """What the small file beside a part tells of it.
+    """Read the JSON sidecar of a part.
 
     Args:
-        url: of the small file.
-        after: the parts before it, to be compared; None: they are not at hand.
+        url: URL of the sidecar.
+        after: the preceding parts, which this one must continue; None skips that check.
 
     Raises:
-        FileNotFoundError, OSError: it is not there, or cannot be read.
-        GuardError: it is damaged, names another file than its own part, or does not go on from the parts before.
+        FileNotFoundError, OSError: the sidecar does not exist or cannot be read.
+        GuardError: it is damaged, names a file other than its part, or does not continue the preceding parts.
     """
     data = storage.read_bytes(url)
     try:
@@ -297,7 +304,7 @@ def _read_sidecar(url: str, *, after: Sequence[ManifestPart] | None = None) -> M
 
 
 def _wrong_with(part: ManifestPart, sidecar: str, after: Sequence[ManifestPart] | None) -> str | None:
-    """What keeps a part from being one that `write_parts` has written: a run directory may come from someone else."""
+    """Why `write_parts` cannot have written this part; None if it can. A run directory may be untrusted."""
     name = sidecar.removesuffix(".json")
     if not _PART_NAME.fullmatch(name) or part.file != f"{name}.parquet":
         return f"it names the file {shown(part.file)}, not the part-NNNN.parquet beside it"
@@ -312,7 +319,7 @@ def _wrong_with(part: ManifestPart, sidecar: str, after: Sequence[ManifestPart] 
 
 
 def part_name(number: int) -> str:
-    """Of both files of a part, without their endings."""
+    """Name of both files of a part, without their extensions."""
     return f"part-{number:04d}"
 
 
@@ -331,7 +338,7 @@ def _verify(run_url: str, part: ManifestPart) -> None:
 
 
 def file_sha256(url: str) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """Hex SHA-256 of a file, read in blocks."""
     digest = hashlib.sha256()
     with storage.open_input(url) as file:
         while block := file.read(2**24):

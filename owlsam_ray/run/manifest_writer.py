@@ -1,4 +1,4 @@
-"""Rows of a listing → parts of the manifest, in shards."""
+"""Write the rows of a listing as parts of the manifest, split into shards."""
 
 import itertools
 import json
@@ -20,13 +20,13 @@ _SMALLEST_SHARD, _LARGEST_SHARD, _SHARDS_WANTED = 8, 1024, 64
 
 
 def shard_size(num_images: int, setting: int | str, *, mean_bytes: float | None = None, shard_max_mb: int = 256) -> int:
-    """Images in a shard.
+    """Choose the number of images per shard.
 
     Args:
-        num_images: of the part.
-        setting: a number, or `auto`: images / 64, clamped to 8…1024, and no more than `shard_max_mb`.
-        mean_bytes: of an encoded image, where known.
-        shard_max_mb: megabytes of a shard.
+        num_images: number of images to plan.
+        setting: a fixed number, or `auto`: images / 64, clamped to 8…1024 and limited by `shard_max_mb`.
+        mean_bytes: mean size of an encoded image, if known.
+        shard_max_mb: maximum size of a shard in megabytes (10⁶ bytes).
     """
     if not isinstance(setting, str):
         return setting
@@ -38,14 +38,14 @@ def shard_size(num_images: int, setting: int | str, *, mean_bytes: float | None 
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """How rows are cut into shards and parts."""
+    """How rows are split into shards and parts."""
 
     shard_size: int
-    """Images in a shard."""
+    """Images per shard."""
     part_images: int = 1_000_000
-    """Images in a part; rounded down to whole shards."""
+    """Images per part; rounded down to whole shards."""
     max_file_mb: int = 512
-    """Larger images are not fetched, and take no memory."""
+    """Larger images are not fetched and do not count towards the bytes of a shard."""
 
 
 def write_parts(
@@ -57,22 +57,22 @@ def write_parts(
     before: Manifest | None = None,
     next_id: int = 1,
 ) -> Manifest:
-    """Freeze images as further parts of a manifest.
+    """Append images to a manifest as new parts.
 
     Args:
-        run_url: the run directory. Parts beyond those of `before`, of a try that did not end, are replaced.
-        tables: the images in their order, `datasets.LISTING_SCHEMA`.
-        layout: shards and parts.
+        run_url: the run directory. Parts beyond those of `before` come from an unfinished attempt and are replaced.
+        tables: the images in order, as `LISTING_SCHEMA`.
+        layout: sizes of shards and parts.
         source: what the output carries over: info, licenses, categories.
-        before: the manifest that is extended; None for the first plan.
-        next_id: of the first image whose `image_id` is null; the others count on from there.
+        before: the manifest to extend; None for the first plan.
+        next_id: id of the first image where `image_id` is null; later ids continue from there.
 
     Returns:
         The whole manifest.
 
     Raises:
-        InputError: there is no image.
-        OSError: storage refused.
+        InputError: there are no images.
+        OSError: storage failed.
     """
     parts = list(before.parts) if before is not None else []
     for name in storage.list_names(storage.join(run_url, MANIFEST)):
@@ -91,7 +91,7 @@ def write_parts(
 
 
 def _numbered(tables: Iterable[pa.Table], next_id: int) -> Iterator[pa.Table]:
-    """The same rows, with ids where the source gives none."""
+    """Assign ids to the rows of tables where the source gives none."""
     for table in tables:
         if table["image_id"].null_count:
             ids = pa.array(np.arange(next_id, next_id + table.num_rows), pa.int64())
@@ -101,7 +101,7 @@ def _numbered(tables: Iterable[pa.Table], next_id: int) -> Iterator[pa.Table]:
 
 
 def _shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
-    """The same rows in tables of `size` rows; the last one may be shorter."""
+    """Regroup the rows into tables of `size` rows; the last table may be shorter."""
     waiting: list[pa.Table] = []
     count = 0
     for table in tables:
@@ -151,7 +151,7 @@ def _write_part(
 
 
 def _rows(listed: pa.Table, shard: int) -> pa.Table:
-    """Rows of a listing as rows of the manifest."""
+    """Convert rows of a listing to rows of the manifest."""
     shards = pa.array(np.full(listed.num_rows, shard), pa.int64())
     return pa.table(
         [shards if name == "shard" else listed[name] for name in MANIFEST_SCHEMA.names], schema=MANIFEST_SCHEMA

@@ -1,6 +1,6 @@
-"""A dataset under another path: which roots have moved, and the settings of a run without the places of its files.
+"""Handle a dataset that has moved: find the moved roots, and compare settings without the paths of files.
 
-What was planned keeps its URIs; who reads images maps them from the old root to the new one.
+The plan keeps its URIs; readers of images map them from the old root to the new one.
 """
 
 import copy
@@ -15,24 +15,25 @@ from owlsam_ray.config.vocabulary import is_vocabulary_file
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A root of files that lies elsewhere by now; both without a slash at the end."""
+    """A root directory of files that has moved; both paths without a trailing slash."""
 
     old: str
     new: str
 
     def apply(self, uri: str) -> str:
-        """A URI below the old root, below the new one; any other as it is."""
+        """Map a URI at or below the old root to the new root; return any other URI unchanged."""
         return self.new + uri[len(self.old) :] if uri.startswith(f"{self.old}/") or uri == self.old else uri
 
     def back(self) -> "Move":
-        """From the new root to the old one."""
+        """Inverse move, from the new root to the old one."""
         return Move(self.new, self.old)
 
 
 def moves_between(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Move, ...]:
-    """Roots that differ between two sections `data` (plain values), where the rest of a path is the same.
+    """Find the roots that differ between two `data` sections (plain values) while the rest of the path is the same.
 
-    `images` is a root itself. Of `files`, patterns move in pairs that end alike: the longest common end stays.
+    `images` is itself a root. Patterns in `files` are compared pairwise: each pair must share trailing path components,
+    and what is before the longest common ending is the root.
     """
     moves = []
     if then.get("images") and now.get("images"):
@@ -50,11 +51,11 @@ def moves_between(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Move
 
 
 def without_places(then: Mapping[str, Any], now: Mapping[str, Any], *, any_data: bool) -> tuple[Any, Any]:
-    """Two configs (plain values) without those paths that may differ on one run.
+    """Return two configs (plain values) in which the paths that may differ within one run no longer differ.
 
-    Weights and files of names are compared by what they hold. A dataset may have moved: `data.images` to any root,
-    `data.files` and `data.annotations` to another folder with the same names; pictures of exemplars along with it. With
-    `any_data` no image is read any more, and any place will do.
+    Weights and vocabulary files are left out, because they are compared by content. A dataset may have moved:
+    `data.images` to any root, `data.files` and `data.annotations` to another folder with the same file names, and
+    exemplar images along with the dataset. `any_data` means that no image is read any more, so they may be anywhere.
     """
     theirs, ours = copy.deepcopy(dict(then)), copy.deepcopy(dict(now))
     moves = moves_between(theirs.get("data", {}), ours.get("data", {}))

@@ -1,4 +1,4 @@
-"""Names of files in a run directory."""
+"""Names of the files in a run directory."""
 
 FAILURES = "failures.jsonl"
 

@@ -1,4 +1,4 @@
-"""How far a run is: for a terminal, for a log file, and as `progress.json` for dashboards."""
+"""Report a run's progress: on a terminal, in a log file, and as `progress.json` for dashboards."""
 
 import json
 import logging
@@ -25,16 +25,16 @@ from owlsam_ray.run.counts import RunCounts
 
 PROGRESS_FILE = "progress.json"
 _FOOTERS_AT_ONCE = 256
-"""Read between two looks at whether to stop: on a disk a fraction of a second."""
+"""Footers read between two checks of the stop flag; a fraction of a second on a disk."""
 _CATCH_UP_PAUSE_S = 0.25
-"""Between two of these, for the threads that hand out work."""
+"""Pause between two such batches, so that the threads that schedule work get to run."""
 _log = logging.getLogger(__name__)
 
 
 class ProgressWatcher:
-    """Looks at the ledger now and then, and tells what it sees.
+    """Reports the state of the shards at regular intervals.
 
-    Footers of earlier attempts are read meanwhile, some at a time, so that work begins before they are all counted.
+    Footers of earlier attempts are read in batches in the background, so that work begins before they are all counted.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class ProgressWatcher:
         """Prepare to watch.
 
         Args:
-            tally: counts of the run or of a slice; looked at once already, so that the rate is of this attempt alone.
-            interval_s: seconds between two looks.
-            show: called with the state after each look.
-            file_name: of the file in the run directory that tells the state.
+            tally: counts of the run or of a slice; already listed once, so that the rate covers only this attempt.
+            interval_s: seconds between two reports.
+            show: called with the state at each report.
+            file_name: name of the state file in the run directory.
         """
         self._tally, self._interval_s, self._show = tally, interval_s, show
         self._url = storage.join(tally.run_url, file_name)
@@ -71,11 +71,11 @@ class ProgressWatcher:
         self._thread.join()
 
     def look(self) -> RunCounts:
-        """Refresh the tally to the last footer, write the state's file, show the state.
+        """Refresh the counts completely, write the state file, and show the state.
 
         Raises:
             IncompleteError: a shard file is damaged.
-            OSError: storage refused.
+            OSError: storage failed.
         """
         return self._look(None)
 
@@ -95,18 +95,18 @@ class ProgressWatcher:
                     continue
                 self._look(_FOOTERS_AT_ONCE)
             except (OSError, OwlsamError) as error:
-                # Telling is not worth stopping for; the main thread meets the same error where it matters.
+                # A failed report is not worth stopping for; the main thread gets the same error where it matters.
                 _log.warning("cannot tell the progress: %s", error)
                 self._stop.wait(self._interval_s)
             next_look = time.monotonic() + self._interval_s
 
 
 def progress_state(tally: RunCounts, *, seconds: float) -> dict[str, Any]:
-    """Counts, rate and time left.
+    """Counts, rate, time left and busy seconds by stage.
 
     Args:
-        tally: counts of the run.
-        seconds: since this attempt began.
+        tally: counts of the run or of a slice.
+        seconds: time since this attempt began.
     """
     rate = tally.images_fresh / seconds if seconds > 0 else 0.0
     left = tally.num_images - tally.images_done
@@ -119,7 +119,7 @@ def progress_state(tally: RunCounts, *, seconds: float) -> dict[str, Any]:
 
 
 def describe(state: dict[str, Any]) -> str:
-    """One line for people."""
+    """Format a state as one line for display."""
     return (
         f"{state['done']}/{state['images']} images · {state['failed']} failed · {state['left']} left · "
         f"{state['images_per_s']:.2f} images/s · ETA {duration(state['eta_s'])}"
@@ -127,7 +127,7 @@ def describe(state: dict[str, Any]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`1:02:03`, or `?` when nobody knows."""
+    """Format seconds as `1:02:03`; `?` if unknown."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)
@@ -136,7 +136,7 @@ def duration(seconds: float | None) -> str:
 
 
 class LazyDisplay:
-    """A live bar on a terminal, plain log lines elsewhere; drawn from the first state on."""
+    """A live bar on a terminal, plain log lines elsewhere; nothing is drawn before the first state."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -154,7 +154,7 @@ class LazyDisplay:
             self._progress.stop()
 
     def show(self, state: dict[str, Any]) -> None:
-        """Draw a state; as a plain line only when something was done since the last one."""
+        """Draw a state; a plain log line is written only if images were done or failed since the last one."""
         line = describe(state)
         if self._console.is_terminal:
             self._draw(state, line.split(" · ", 1)[1])
@@ -178,15 +178,15 @@ class LazyDisplay:
 
 
 class CountDisplay:
-    """Images counted in one step after another: a bar on a terminal, a line now and then elsewhere."""
+    """Counts of items in successive steps: bars on a terminal, a log line at intervals elsewhere."""
 
     def __init__(self, console: Console, *, interval_s: float, unit: str = "images") -> None:
         """Prepare to show.
 
         Args:
-            console: where to.
-            interval_s: seconds between two lines.
-            unit: what is counted.
+            console: the console to draw on.
+            interval_s: seconds between two log lines.
+            unit: plural noun for the items that are counted.
         """
         self._interval_s, self._unit = interval_s, unit
         self._bar = (
@@ -219,7 +219,7 @@ class CountDisplay:
             self._bar.stop()
 
     def show(self, what: str, done: int, total: int | None) -> None:
-        """Tell that so many images are `what`."""
+        """Show that `done` of `total` items are `what`, such as "verified"; `total` None is unknown."""
         now = time.monotonic()
         start = self._starts.setdefault(what, now)
         rate = done / (now - start) if now > start else 0.0

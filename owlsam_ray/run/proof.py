@@ -1,7 +1,7 @@
-"""Reading a shard proves it: its rows are the manifest's images, each once, labelled or failed for a reason.
+"""Prove a shard: its rows are the manifest's images, each exactly once, labelled or failed with a reason.
 
-The rules stand here twice: row by row, which finds words for what is wrong, and over whole columns, which tells five
-times faster that nothing is. A test holds them against each other.
+The rules are implemented twice: over whole columns, which is five times faster when nothing is wrong, and row by row,
+which describes what is wrong. A test compares the two.
 """
 
 import math
@@ -28,14 +28,14 @@ _ALWAYS = tuple(name for name in _LISTS if name not in _OF_A_MASK)
 
 
 def check_failures(max_failed: int | float, counts: dict[str, Any]) -> None:
-    """Refuse more failed images than the config puts up with; everything was written all the same.
+    """Refuse more failed images than the config tolerates; everything has been written regardless.
 
     Args:
         max_failed: `reduce.max_failed`.
-        counts: of a command: `failed` and `images` among others.
+        counts: a command's counts; at least `failed` and `images`, and the path `failures` if there is one.
 
     Raises:
-        FailedImagesError: with the counts as its second argument.
+        FailedImagesError: too many images failed; the counts are its second argument.
     """
     allowed = allowed_failures(max_failed, counts["images"])
     if counts["failed"] > allowed:
@@ -48,10 +48,10 @@ def check_failures(max_failed: int | float, counts: dict[str, Any]) -> None:
 
 
 def check_all_present(run_url: str, manifest: Manifest) -> None:
-    """Every shard has its file.
+    """Check that every shard has a file.
 
     Raises:
-        IncompleteError: names how many are missing, and the first of them.
+        IncompleteError: shards are missing; the message states how many, and the first of them.
     """
     done = done_shards(run_url)
     missing = [shard for shard in manifest.iter_shards() if shard not in done]
@@ -64,21 +64,21 @@ def check_all_present(run_url: str, manifest: Manifest) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ShardRules:
-    """What the shards of a run must keep to."""
+    """Limits that the shards of a run must satisfy."""
 
     fingerprint: str
     ids_per_image: int
-    """K; det_index stays below."""
+    """K: det_index is less than K."""
     num_labels: int
-    """Categories; labels stay below."""
+    """Number of categories; labels are less than this."""
     num_prompts: int | None = None
-    """Queries; prompt ids stay below. None: any will do."""
+    """Number of queries; prompt ids are less than this. None accepts any."""
     numerics: frozenset[str] | None = None
-    """Numerics ids that worked on the run; None: any will do."""
+    """Ids of the numerics that the run was computed with; None accepts any."""
 
     @staticmethod
     def of(record: RunRecord, *, numerics: frozenset[str] | None = None) -> "ShardRules":
-        """Those of a run that was labelled."""
+        """Rules of a run that has been labelled."""
         return ShardRules(
             record.fingerprint or "",
             record.ids_per_image,
@@ -91,19 +91,19 @@ class ShardRules:
 def read_shard(
     run_url: str, shard: int, *, image_ids: list[int], fingerprint: str, ids_per_image: int, num_labels: int
 ) -> list[dict[str, Any]]:
-    """Rows of one shard, proven.
+    """Read and prove one shard, and return its rows.
 
     Args:
         run_url: the run directory.
-        shard: its number.
-        image_ids: of the manifest, in order.
-        fingerprint: that the shard must carry.
-        ids_per_image: K; det_index stays below.
-        num_labels: categories; labels stay below.
+        shard: the shard's number.
+        image_ids: image ids of the shard in the manifest, in order.
+        fingerprint: label fingerprint that the shard must have.
+        ids_per_image: K: det_index is less than K.
+        num_labels: number of categories; labels are less than this.
 
     Raises:
-        IncompleteError: names the file, what is wrong with it, and how to redo it.
-        OSError: storage gave up, which says nothing about the file.
+        IncompleteError: the shard breaks a rule; the message names the file, the problem, and how to redo it.
+        OSError: storage failed, which says nothing about the file.
     """
     rules = ShardRules(fingerprint, ids_per_image, num_labels)
     rows: list[dict[str, Any]] = prove_shard(run_url, shard, image_ids, rules)[1].to_pylist()
@@ -113,20 +113,20 @@ def read_shard(
 def prove_shard(
     run_url: str, shard: int, image_ids: Collection[int] | pa.ChunkedArray, rules: ShardRules
 ) -> tuple[ShardFooter, pa.Table]:
-    """A whole shard file, proven: its checksums, its footer, and each of its rows.
+    """Read a whole shard file and prove its checksums, its footer and each of its rows.
 
     Args:
         run_url: the run directory.
-        shard: its number.
-        image_ids: of the manifest, in order.
-        rules: of the run.
+        shard: the shard's number.
+        image_ids: image ids of the shard in the manifest, in order.
+        rules: the run's rules.
 
     Returns:
-        What the file says about itself, and its rows: `PREDICTION_SCHEMA`.
+        The footer, and the rows as `PREDICTION_SCHEMA`.
 
     Raises:
-        IncompleteError: names the file, what is wrong with it, and how to redo it.
-        OSError: storage gave up, which says nothing about the file.
+        IncompleteError: the shard breaks a rule; the message names the file, the problem, and how to redo it.
+        OSError: storage failed, which says nothing about the file.
     """
     url = shard_url(run_url, shard)
     footer, table = load_shard(run_url, shard)
@@ -147,10 +147,10 @@ def prove_shard(
 
 
 def _explain(url: str, rows: pa.Table, rules: ShardRules) -> None:
-    """Name the first row with which something is wrong.
+    """Report the first row that breaks a rule.
 
     Raises:
-        IncompleteError: there is one.
+        IncompleteError: there is such a row.
     """
     for row in rows.to_pylist():
         problem = _problem(row, rules)
@@ -159,7 +159,7 @@ def _explain(url: str, rows: pa.Table, rules: ShardRules) -> None:
 
 
 def _is_clean(rows: pa.Table, rules: ShardRules) -> bool:
-    """Whether `_problem` finds nothing in any row, told from whole columns."""
+    """Whether `_problem` would find nothing in any row, computed over whole columns."""
     if not pc.all(pc.is_in(rows["status"], value_set=pa.array(sorted(_STATUSES)))).as_py():
         return rows.num_rows == 0
     is_failed = pc.equal(rows["status"], "failed")
@@ -195,7 +195,7 @@ def _is_clean(rows: pa.Table, rules: ShardRules) -> bool:
 
 
 def _masks_are_clean(lists: dict[str, pa.Array], pixels: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
-    """Whether each mask among these detections has the pixels of its picture, and the stated area."""
+    """Whether each mask of these detections covers as many pixels as its image has, and has the stated area."""
     has_mask = lists["rle_counts"].is_valid()
     if any(lists[name].null_count < has_mask.false_count for name in _OF_A_MASK):
         return False
@@ -219,12 +219,12 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _all_finite(values: pa.Array) -> bool:
-    """Whether there is neither a null nor, among floats, a value that is not finite."""
+    """Whether there are no nulls and all floats are finite."""
     return values.null_count == 0 and bool(np.isfinite(values.to_numpy()).all())
 
 
 def _problem(row: dict[str, Any], rules: ShardRules) -> str | None:
-    """What is wrong with a row; None when nothing is."""
+    """What is wrong with a row; None if it is valid."""
     if row["status"] not in _STATUSES:
         return f"unknown status {shown(row['status'])}"
     if row["status"] == "failed":
@@ -259,7 +259,7 @@ def _is_finite(value: float | None) -> bool:
 
 
 def _mask_problem(mask: dict[str, Any], height: int, width: int) -> str | None:
-    """What is wrong with the mask of one detection; having none is fine."""
+    """What is wrong with the mask of one detection; None if it is valid or there is no mask."""
     counts = mask.pop("rle_counts")
     if counts is None:
         told = [name for name, value in mask.items() if value is not None]

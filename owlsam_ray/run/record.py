@@ -1,4 +1,4 @@
-"""run.json: what a run was planned with, and what labels it."""
+"""Read and write `run.json`: what a run was planned with, and what labels it."""
 
 import hashlib
 import json
@@ -25,23 +25,23 @@ class RunRecord(BaseModel):
     config: dict[str, Any]
     """The resolved config."""
     categories: tuple[Category, ...]
-    """What is looked for, with the ids of the output."""
+    """Categories to detect, with the ids of the output."""
     queries: tuple[Query, ...]
-    """What the detector is asked, in the order of the query embeddings."""
+    """Queries for the detector, in the order of the query embeddings."""
     ids_per_image: int
     """K: an annotation's id is image ordinal × K + det_index."""
     layout_hash: str
-    """Of the manifest, at plan or at the last extension."""
+    """Layout hash of the manifest at the plan or at the last extension."""
     num_parts: int | None = None
-    """Parts of the manifest that count; None, in runs of 0.1: all."""
+    """Number of valid manifest parts; None (in runs of version 0.1) means all."""
     fingerprint: str | None = None
     """The label fingerprint, set by the first attempt."""
     fingerprint_parts: dict[str, Any] | None = None
-    """What the fingerprint is the hash of."""
+    """The values that the fingerprint is the hash of."""
     numerics: tuple[dict[str, Any], ...] = ()
-    """Every numerics that worked on this run, the last one last."""
+    """All numerics that this run was computed with; the most recent is last."""
     libraries: dict[str, str] = {}
-    """Versions at the first attempt, for information."""
+    """Library versions at the first attempt, for information only."""
 
     @property
     def query_labels(self) -> tuple[int, ...]:
@@ -50,12 +50,12 @@ class RunRecord(BaseModel):
 
     @property
     def category_names(self) -> tuple[str, ...]:
-        """Names by category index."""
+        """Category names, by category index."""
         return tuple(category.name for category in self.categories)
 
     @property
     def numerics_id(self) -> str:
-        """Short hash of the numerics in use.
+        """Short hash of the most recent numerics.
 
         Raises:
             IndexError: no attempt has started yet.
@@ -63,7 +63,7 @@ class RunRecord(BaseModel):
         return canonical_hash(self.numerics[-1])[:16]
 
     def stored_config(self) -> RunConfig:
-        """The config as an object.
+        """Parse the stored config.
 
         Raises:
             ConfigError: it was written by a version with other fields.
@@ -72,13 +72,13 @@ class RunRecord(BaseModel):
 
 
 def canonical_hash(value: Any) -> str:
-    """SHA-256 of a tree of plain values, whatever the order of its keys."""
+    """Hex SHA-256 of a tree of plain values, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run_directory(config: RunConfig) -> str:
-    """The run directory of a config.
+    """Return the run directory of a config.
 
     Raises:
         ConfigError: neither the run file nor `--run` names one.
@@ -89,10 +89,10 @@ def run_directory(config: RunConfig) -> str:
 
 
 def load_record(run_url: str) -> RunRecord | None:
-    """`run.json` of a run directory; None when there is none.
+    """Load `run.json` of a run directory; None if there is none.
 
     Raises:
-        GuardError: the file is damaged, or of an incompatible version.
+        GuardError: the file is damaged or was written by an incompatible version.
     """
     try:
         data = storage.read_bytes(storage.join(run_url, RUN_FILE))
@@ -107,11 +107,11 @@ def load_record(run_url: str) -> RunRecord | None:
 
 
 def as_stored(record: RunRecord, run_url: str) -> RunRecord:
-    """The record as it is by now: another call may have extended the plan since it was read."""
+    """Reload the record, because another call may have extended the plan since it was read."""
     return load_record(run_url) or record
 
 
 def save_record(run_url: str, record: RunRecord) -> None:
-    """Replace `run.json`, whole or not at all."""
+    """Replace `run.json` atomically."""
     data = json.dumps(record.model_dump(mode="json"), indent=1).encode()
     storage.write_atomic(storage.join(run_url, RUN_FILE), data)

@@ -1,6 +1,6 @@
-"""Failed rows of finished shards, tried again.
+"""Retry failed rows of finished shards: select them, and rewrite their shards.
 
-Only these images are fetched and labelled, and each shard is rewritten whole or not at all.
+Only the failed images are fetched and labelled again, and each shard is rewritten atomically.
 """
 
 from collections.abc import Collection
@@ -13,20 +13,20 @@ from owlsam_ray.run.shards import load_shard, write_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA
 
 ALL = "failed"
-"""Every failed row but the quarantined ones, which would kill a process again: they are to be asked for by name."""
+"""Selects all failed rows except quarantined ones, which would kill a process again and must be requested by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Which failed rows."""
+    """Selection of failed rows."""
 
     what: str
-    """`failed`, a class (`transient`, `permanent`, `quarantined`), or the first word of a reason (`truncated`, …)."""
+    """`failed`, a class (`transient`, `permanent`, `quarantined`), or a reason up to its colon (`truncated`, …)."""
     but: str | None = None
-    """The first word of reasons that are left out."""
+    """Reason, up to its colon, that is excluded."""
 
     def selects(self, reason: str, status_class: str) -> bool:
-        """Whether a failed row is to be tried again."""
+        """Whether a failed row is to be retried."""
         if reason.split(":")[0] == self.but:
             return False
         if self.what == ALL:
@@ -35,26 +35,26 @@ class Retry:
 
     @property
     def only_transient(self) -> bool:
-        """Whether a shard without transient failures holds no such row."""
+        """Whether only transient failures are selected, so that shards without any can be skipped."""
         return self.what == FailureClass.TRANSIENT
 
 
 @dataclass(frozen=True, slots=True)
 class FailedRows:
-    """Positions in a shard, rising."""
+    """Positions of failed rows in a shard, ascending."""
 
     plain: tuple[int, ...]
-    """Rows that an actor may do."""
+    """Rows that an actor may label."""
     quarantined: tuple[int, ...]
-    """Rows whose images killed a process: to be done in isolation only."""
+    """Rows whose images killed a process; they are labelled in isolation only."""
 
 
 def find_failed(run_url: str, shard: int, retry: Retry) -> FailedRows:
-    """The rows of a finished shard that are to be tried again.
+    """Find the rows of a finished shard that are to be retried.
 
     Raises:
         IncompleteError: the file is damaged.
-        OSError: storage gave up.
+        OSError: storage failed.
     """
     _, table = load_shard(run_url, shard)
     plain: list[int] = []
@@ -66,24 +66,24 @@ def find_failed(run_url: str, shard: int, retry: Retry) -> FailedRows:
 
 
 def replace_rows(run_url: str, shard: int, rows: pa.Table, *, stage_s: dict[str, float]) -> None:
-    """Write a finished shard again, with other rows for some of its images.
+    """Rewrite a finished shard with new rows for some of its images.
 
-    The file goes on naming the numerics of its first attempt, which most of its rows are of.
+    The file keeps the numerics id of its first attempt, which computed most of its rows.
 
     Args:
         run_url: the run directory.
-        shard: its number.
-        rows: `PREDICTION_SCHEMA`, of images of this shard; in any order, each once.
-        stage_s: busy seconds that they took, added to those of the shard.
+        shard: the shard's number.
+        rows: new rows as `PREDICTION_SCHEMA`, for images of this shard, in any order, each image once.
+        stage_s: busy seconds that the new rows took; added to those of the shard.
 
     Raises:
         IncompleteError: the file is damaged.
-        ValueError: an image is not of this shard.
-        OSError: storage gave up; the file is as it was.
+        ValueError: an image is not in this shard.
+        OSError: storage failed; the file is unchanged.
     """
     footer, before = load_shard(run_url, shard)
     both = pa.concat_tables([before, rows.select(PREDICTION_SCHEMA.names).cast(PREDICTION_SCHEMA)])
-    places = {image_id: place for place, image_id in enumerate(both["image_id"].to_pylist())}  # the later one wins
+    places = {image_id: place for place, image_id in enumerate(both["image_id"].to_pylist())}  # the last entry wins
     image_ids: Collection[int] = before["image_id"].to_pylist()
     if len(places) != len(image_ids):
         raise ValueError(f"rows of {len(places) - len(image_ids)} images that are not in shard {shard}")

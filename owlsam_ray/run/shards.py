@@ -1,10 +1,10 @@
-"""Which shards are done: their files, and nothing else (law 2).
+"""Read and write shard files; the existence of its file alone marks a shard as done (law 2).
 
-A shard's name depends only on the manifest, its file exists whole or not at all, and its existence is the done mark. So
-resume is one listing, and two attempts that overlap write the same rows to the same names.
+A shard's name depends only on the manifest, its file is written atomically, and its existence is the done mark. So
+resume is one listing, and two overlapping attempts write the same rows to the same names.
 
-A shard is a Parquet file whose footer holds, as JSON under `owlsam`, what the file says about itself, with two
-checksums: of the data section, and of everything behind it. Together they cover every byte.
+A shard is a Parquet file whose footer holds a JSON description of the file under the key `owlsam`, with two checksums:
+one of the data section, and one of everything after it. Together they cover every byte.
 """
 
 import hashlib
@@ -28,17 +28,17 @@ _REPEATING = [
     *("status", "reason", "status_class", "height", "width"),
     *(f"{name}.list.element" for name in ("det_index", "label", "prompt_id", "num_merged")),
 ]
-"""Columns whose values repeat. A dictionary of the others only takes room, and a third of a reader's time."""
+"""Columns whose values repeat. Dictionaries for the others only take space, and a third of the read time."""
 _ZEROS = "0" * 64
 _TAIL_READ = 2**16
-"""Bytes that are read of a file's end at first: more than the footer of a thousand images has."""
+"""Bytes first read from the end of a file: more than the footer of a shard of a thousand images."""
 _FOOTER_SHA256 = re.compile(rb'"footer_sha256": "([0-9a-f]{64})"')
 _NAME = re.compile(r"shard-([0-9]{8,})\.parquet")
 
 
 @validated_dataclass(frozen=True, slots=True)
 class ShardFooter:
-    """What a shard file says about itself."""
+    """Description of a shard file, stored in its footer."""
 
     schema_version: int
     shard: int
@@ -48,17 +48,17 @@ class ShardFooter:
     counts: dict[str, int]
     """Rows by status: ok, empty, failed."""
     transient: int
-    """Failed rows that are worth another try."""
+    """Failed rows that are worth a retry."""
     num_detections: int
     num_masks: int
     stage_s: dict[str, float]
-    """Busy seconds of each stage: the only content that may differ between attempts."""
+    """Busy seconds by stage: the only content that may differ between attempts."""
     failures: dict[str, int] | None = None
-    """Failed rows by class and first word of the reason, as `permanent truncated`; None in files of 0.1."""
+    """Failed rows by class and reason up to its colon, as `permanent truncated`; None in files of version 0.1."""
     data_sha256: str | None = None
-    """Of the bytes before the Parquet footer; None in files of 0.1."""
+    """SHA-256 of the bytes before the Parquet footer; None in files of version 0.1."""
     footer_sha256: str | None = None
-    """Of the bytes from there to the end, taken with zeros in the place of this checksum; None in files of 0.1."""
+    """SHA-256 of the footer's bytes to the end, with zeros in place of this checksum; None in files of version 0.1."""
 
 
 def shard_name(shard: int) -> str:
@@ -72,13 +72,13 @@ def shard_url(run_url: str, shard: int) -> str:
 
 
 def done_shards(run_url: str) -> set[int]:
-    """The shards whose file exists: one listing."""
+    """Shards whose file exists, from one listing."""
     names = storage.list_names(storage.join(run_url, PREDICTIONS))
     return {shard for name in names if (shard := shard_of(name)) is not None}
 
 
 def shard_of(name: str) -> int | None:
-    """The shard whose file has this name; None when it is no shard's."""
+    """Shard number from a file name; None if it is not the name of a shard file."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match is not None and shard_name(int(match[1])) == name else None
 
@@ -86,18 +86,18 @@ def shard_of(name: str) -> int | None:
 def write_shard(
     run_url: str, shard: int, rows: pa.Table, *, fingerprint: str, numerics: str, stage_s: dict[str, float]
 ) -> None:
-    """Write the rows of a whole shard, whole or not at all.
+    """Write the rows of a whole shard atomically.
 
     Args:
         run_url: the run directory.
-        shard: its number.
-        rows: `PREDICTION_SCHEMA`, one row per image of the shard, in manifest order.
+        shard: the shard's number.
+        rows: rows as `PREDICTION_SCHEMA`, one per image of the shard, in manifest order.
         fingerprint: the label fingerprint.
         numerics: the numerics id.
-        stage_s: busy seconds of each stage.
+        stage_s: busy seconds by stage.
 
     Raises:
-        OSError: storage refused; nothing is left behind.
+        OSError: storage failed; no partial file is left behind.
     """
     data = encode_shard(shard, rows, fingerprint=fingerprint, numerics=numerics, stage_s=stage_s)
     storage.write_atomic(shard_url(run_url, shard), data)
@@ -106,13 +106,13 @@ def write_shard(
 def encode_shard(
     shard: int, rows: pa.Table, *, fingerprint: str, numerics: str, stage_s: dict[str, float]
 ) -> memoryview:
-    """The bytes of a shard file; arguments as of `write_shard`."""
+    """Encode a shard file; arguments are the same as for `write_shard`."""
     footer = _footer_of(rows) | {
         "shard": shard,
         "fingerprint": fingerprint,
         "numerics": numerics,
         "stage_s": {stage: round(seconds, 4) for stage, seconds in stage_s.items()},
-        # Last, so that they are found in the bytes, where their values take the places of these.
+        # Last, so that the placeholders can be found in the encoded bytes and replaced with the checksums.
         "data_sha256": _ZEROS,
         "footer_sha256": _ZEROS,
     }
@@ -130,13 +130,13 @@ def encode_shard(
 
 
 def _footer_of(rows: pa.Table) -> dict[str, Any]:
-    """What the rows alone tell."""
+    """Footer fields that follow from the rows alone."""
     failed = pc.equal(rows["status"], "failed")
     transient = pc.fill_null(pc.equal(rows["status_class"], str(FailureClass.TRANSIENT)), False)
     why = rows.select(["status_class", "reason"]).filter(failed).to_pylist()
     failures = Counter(f"{row['status_class']} {(row['reason'] or '').split(':')[0]}" for row in why)
     return {
-        "schema_version": SCHEMA_VERSION,  # first: readers find the text by it
+        "schema_version": SCHEMA_VERSION,  # first: readers find the JSON by this key
         "num_rows": rows.num_rows,
         "counts": {
             status: pc.sum(pc.equal(rows["status"], status)).as_py() or 0 for status in ("ok", "empty", "failed")
@@ -149,14 +149,14 @@ def _footer_of(rows: pa.Table) -> dict[str, Any]:
 
 
 def _tail_bytes(end: bytes | memoryview, size: int) -> int:
-    """Length of what stands behind the data section of a Parquet file: metadata, their length, and the magic.
+    """Number of bytes after the data section of a Parquet file: metadata, its length, and the magic.
 
     Args:
         end: the last bytes of the file, at least 8.
-        size: of the file.
+        size: size of the file in bytes.
 
     Raises:
-        ValueError: it is no Parquet file, or a cut one.
+        ValueError: the file is not a Parquet file, or is truncated.
     """
     length = int.from_bytes(end[-8:-4], "little") + 8
     if size < 12 or bytes(end[-4:]) != b"PAR1" or length > size - 4:
@@ -165,16 +165,16 @@ def _tail_bytes(end: bytes | memoryview, size: int) -> int:
 
 
 def footer_bytes(data: bytes | memoryview) -> int:
-    """How much of a shard file is not rows."""
+    """Number of bytes after the data section of a shard file."""
     return _tail_bytes(data[-8:], len(data))
 
 
 def read_footer(run_url: str, shard: int) -> ShardFooter:
-    """What a finished shard says about itself, without reading its rows. The checksum of the footer is compared.
+    """Read the footer of a finished shard without its rows, and check the footer's checksum.
 
     Raises:
-        IncompleteError: the file is damaged or foreign; names it and how to redo it.
-        OSError: storage gave up, which says nothing about the file.
+        IncompleteError: the file is damaged or foreign; the message names it and how to redo it.
+        OSError: storage failed, which says nothing about the file.
     """
     url = shard_url(run_url, shard)
     with storage.open_input(url) as file:
@@ -194,7 +194,7 @@ def read_footer(run_url: str, shard: int) -> ShardFooter:
 def _parse_footer(url: str, shard: int, tail: bytes) -> ShardFooter:
     try:
         text = _checked_text(tail)
-        if text is not None:  # whole, so nothing else of the footer needs to be parsed: a fifth of the time
+        if text is not None:  # intact, so nothing else of the footer needs parsing: a fifth of the time
             footer = ShardFooter(**json.loads(text))
             num_rows = footer.num_rows
         else:
@@ -211,33 +211,29 @@ def _parse_footer(url: str, shard: int, tail: bytes) -> ShardFooter:
 
 
 def _checked_text(tail: bytes) -> bytes | None:
-    """The JSON of a footer whose checksum fits; None when it holds none.
+    """Return the JSON of a footer whose checksum matches; None if it holds no checksum.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: the checksum does not match.
     """
     places = [match.span(1) for match in _FOOTER_SHA256.finditer(tail)]
     if not places:
         return None
-    start, end = places[-1]  # the last: reasons of failures, which anyone may have written, stand before it
+    start, end = places[-1]  # the last: failure reasons before it are untrusted text
     if hashlib.sha256(tail[:start] + _ZEROS.encode() + tail[end:]).hexdigest().encode() != tail[start:end]:
         raise ValueError("the checksum of its footer does not fit")
     return tail[tail.rindex(b'{"schema_version"', 0, start) : end + len('"}')]
 
 
 def load_shard(run_url: str, shard: int) -> tuple[ShardFooter, pa.Table]:
-    """A whole shard file, with both checksums compared.
-
-    Args:
-        run_url: the run directory.
-        shard: its number.
+    """Read a whole shard file and check both checksums.
 
     Returns:
-        What it says about itself, and its rows: `PREDICTION_SCHEMA`.
+        The footer, and the rows as `PREDICTION_SCHEMA`.
 
     Raises:
-        IncompleteError: the file is damaged or foreign; names it and how to redo it.
-        OSError: storage gave up, which says nothing about the file.
+        IncompleteError: the file is damaged or foreign; the message names it and how to redo it.
+        OSError: storage failed, which says nothing about the file.
     """
     url = shard_url(run_url, shard)
     data = storage.read_bytes(url)
@@ -250,7 +246,7 @@ def load_shard(run_url: str, shard: int) -> tuple[ShardFooter, pa.Table]:
         raise corrupt_shard(url, "the checksum of its data does not fit")
     try:
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-        if not file.schema_arrow.equals(PREDICTION_SCHEMA):  # before a value is read
+        if not file.schema_arrow.equals(PREDICTION_SCHEMA):  # checked before any value is read
             raise corrupt_shard(url, f"its columns are not those of schema version {SCHEMA_VERSION}")
         return footer, file.read().replace_schema_metadata(None)
     except (pa.ArrowException, OSError) as error:
@@ -258,7 +254,7 @@ def load_shard(run_url: str, shard: int) -> tuple[ShardFooter, pa.Table]:
 
 
 def corrupt_shard(url: str, what: str) -> IncompleteError:
-    """The error of a shard file that cannot be trusted."""
+    """Create the error for a shard file that cannot be trusted."""
     return IncompleteError(
         f"{url} is not a whole shard of this run ({what}). Delete or move that one file and call `owlsam annotate` "
         "again: only its images are labelled anew."

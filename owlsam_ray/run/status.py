@@ -1,8 +1,8 @@
-"""`owlsam status`: how far a run is, told by its directory alone, from any machine that sees the storage.
+"""`owlsam status`: show a run's state from its directory alone, on any machine that sees the storage.
 
-Nothing is written, and nobody is asked: shard files say what is done, attempts tell about themselves under
-`RUN/attempts`. Whether an attempt lives is told by its counter, which must move while one looks; clocks of two hosts
-are never compared.
+Nothing is written and no process is contacted: shard files show what is done, and attempts report about themselves in
+`RUN/attempts`. An attempt is alive if its heartbeat counter changes while it is watched; clocks of two hosts are never
+compared.
 """
 
 import time
@@ -26,26 +26,26 @@ from owlsam_ray.run.record import load_record
 from owlsam_ray.terminal import safe_text
 
 _NAMED = 20
-"""Attempts that have ended of which the state tells more than the number."""
+"""Maximum number of ended attempts that the state lists."""
 _ERRORS = 5
 _LOOK_S = 0.25
-"""Seconds between two looks at counters that have not moved yet."""
+"""Seconds between two reads of counters that have not changed yet."""
 
 
 @dataclass(slots=True)
 class _Watched:
-    """An attempt that has not signed off, as seen from here."""
+    """An attempt that has not signed off, as observed by this process."""
 
     record: AttemptRecord
     since: float
-    """On this process's monotonic clock: when it was first seen with this counter."""
+    """When it was first seen with its current counter, on this process's monotonic clock."""
     moved: bool = False
 
     def state(self, now: float, patience_s: float) -> str:
-        """What is known of it by now.
+        """State of the attempt, as far as known.
 
-        `dead` (its process ran on this machine and is gone), `live`, `silent` (for longer than an attempt that lives),
-        or `unknown` (not looked at for long enough).
+        `dead` (its process ran on this machine and is gone), `live`, `silent` (no heartbeat for longer than
+        `patience_s`) or `unknown` (not watched long enough).
         """
         if is_dead_here(self.record):
             return "dead"
@@ -55,16 +55,13 @@ class _Watched:
 
 
 class RunStatus:
-    """A run that is looked at once, or again and again: each finished shard is read once."""
+    """State of a run, read once or repeatedly; footers of shards without failed rows are read only once."""
 
     def __init__(self, run_url: str) -> None:
-        """Read what was planned.
-
-        Args:
-            run_url: the run directory.
+        """Read the run's record and manifest.
 
         Raises:
-            InputError: there is no run.
+            InputError: the directory holds no run.
             GuardError: `run.json` or the manifest is damaged.
         """
         record = load_record(run_url)
@@ -75,32 +72,32 @@ class RunStatus:
         self._tally = RunCounts(run_url, manifest, record.fingerprint)
         beat_s = record.config.get("resources", {}).get("heartbeat_s", ResourcesConfig().heartbeat_s)
         self.patience_s = 1.2 * float(beat_s) + 1.0
-        """Seconds after which an attempt that lives has shown it, as far as the run file that planned the run tells."""
+        """Seconds within which a live attempt sends a heartbeat, by the heartbeat interval of the planned config."""
         self._watched: dict[str, _Watched] = {}
 
     def look(self, *, wait_s: float | None = None) -> dict[str, Any]:
-        """The state of the run by now.
+        """Return the current state of the run.
 
         Args:
-            wait_s: seconds, at most, to wait for signs of life of attempts that have not signed off; None: as long as
-                it takes to tell. Whoever has shown one is not waited for.
+            wait_s: maximum seconds to wait for heartbeats of attempts that have not signed off; None waits as long as
+                it takes to know. Attempts that have already sent one are not waited for.
 
         Returns:
             `images`, `done`, `ok`, `empty`, `failed`, `left`, `shards`, `shards_done`, `detections`, `masks`;
-            `failed_by_class`, `failed_by_reason`; `quarantined`: the first such images; `in_hand`: shards that are, or
-            were when a process died, being worked on; `images_per_s` and `eta_s` of the attempts that live, None
-            without one; `attempts`: those that have not signed off, then the last that have; `attempts_ended`;
+            `failed_by_class`, `failed_by_reason`; `quarantined`: the first quarantined images; `in_hand`: number of
+            shards being worked on now or when a process died; `images_per_s` and `eta_s` of the live attempts, None if
+            there are none; `attempts`: attempts that have not signed off, then the last ended ones; `attempts_ended`;
             `last_errors`; `problems`: sentences about shard files that cannot be trusted.
 
         Raises:
-            IncompleteError: there are files of shards that the run does not have.
-            OSError: storage gave up.
+            IncompleteError: there are files for shards that the run does not have.
+            OSError: storage failed.
         """
         start = time.monotonic()
         self._look_for_life()
         problems = []
         self._tally.refresh_listing()
-        self._tally.forget(self._tally.failed_shards)  # which may have been tried again meanwhile
+        self._tally.forget(self._tally.failed_shards)  # they may have been retried meanwhile
         try:
             self._tally.read_footers()
         except IncompleteError as error:
@@ -138,7 +135,7 @@ class RunStatus:
         return any(watched.state(now, self.patience_s) == "unknown" for watched in self._watched.values())
 
     def _attempts(self, left: int) -> dict[str, Any]:
-        """Rate, time left, and what the attempts tell about themselves."""
+        """Rate, time left, and what the attempts report about themselves."""
         now = time.monotonic()
         ended = sorted(ended_attempts(self._run_url), key=lambda record: (record.ended or "", record.id))
         signed_off = {record.id for record in ended}
@@ -170,7 +167,7 @@ class RunStatus:
 
 
 def _told(record: AttemptRecord, state: str) -> dict[str, Any]:
-    """An attempt, for the state of the run."""
+    """Describe an attempt for the state of the run."""
     named = record.model_dump(
         mode="json", include={"id", "scope", "slice", "host", "pid", "started", "beat", "ended", "exit_code"}
     )
@@ -184,19 +181,19 @@ def watch_run(
     every_s: float | None = None,
     wait_s: float | None = None,
 ) -> dict[str, Any]:
-    """Look at a run, again and again if that is asked for, until nothing is left to do and nobody works on it.
+    """Show the state of a run, once or repeatedly until nothing is left to do and no attempt is alive.
 
     Args:
         run_url: the run directory.
         show: called with each state.
-        every_s: seconds between two looks; None: one look.
-        wait_s: see `RunStatus.look`; of the first look, when there are more.
+        every_s: seconds between two states; None shows one state only.
+        wait_s: see `RunStatus.look`; applies to the first state only.
 
     Returns:
-        The last state. An interrupt (Ctrl-C) ends the watching, no more.
+        The last state. An interrupt (Ctrl-C) only ends the watching.
 
     Raises:
-        OwlsamError, OSError: as `RunStatus`.
+        OwlsamError, OSError: the same as for `RunStatus`.
     """
     status = RunStatus(run_url)
     state = status.look(wait_s=wait_s)
@@ -212,7 +209,7 @@ def watch_run(
 
 
 def status_table(state: dict[str, Any]) -> Group:
-    """The same for people."""
+    """Format a state as a table for the terminal."""
     counts = Table.grid(padding=(0, 2))
     done = f"{state['done']:,} of {state['images']:,} images, {state['shards_done']:,} of {state['shards']:,} shards"
     rate = state["images_per_s"]

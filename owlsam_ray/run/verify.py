@@ -1,7 +1,7 @@
-"""`owlsam verify`: whether everything in a run directory is what was written there, and what to redo.
+"""`owlsam verify`: check that all files of a run directory are intact, and move damaged shards aside.
 
-Needs the run directory alone: no run file, no model, no Ray. Every shard file is read whole and proven by the rules
-that `reduce` goes by, on all cores. A shard that is missing is work left, no damage.
+It needs only the run directory: no run file, no model, no Ray. Every shard file is read whole and proven by the rules
+that `reduce` uses, on all cores. A missing shard is remaining work, not damage.
 """
 
 import contextlib
@@ -30,25 +30,25 @@ from owlsam_ray.run.shards import PREDICTIONS, shard_name, shard_of, shard_url
 from owlsam_ray.terminal import Show, silent
 
 DAMAGED = "damaged"
-"""Where `--repair` moves shard files to."""
+"""Directory that `--repair` moves bad shard files to."""
 _NAMED = 20
-"""Bad files that the summary names; the log names all."""
+"""Maximum number of bad files in the summary; the log names all."""
 _SHARDS_AT_ONCE = 16
-"""Shards that are handed to a process together."""
+"""Shards handed to a process together."""
 _READ_AT_ONCE = 4
-"""Shards of a remote storage that a process reads at the same time."""
+"""Shards that a process reads concurrently from remote storage."""
 _WORTH_PROCESSES = 20_000
-"""Images from which on other processes are started; they take a second to come."""
+"""Number of images from which worker processes are started; starting them takes a second."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardFinding:
-    """What was found of one shard file."""
+    """Result of the check of one shard file."""
 
     shard: int
     state: Literal["good", "bad", "unread", "gone"]
-    """`unread`: storage gave up, which says nothing about the file; `gone`: it was there when the run was listed."""
+    """`unread`: storage failed, which says nothing about the file; `gone`: the file vanished after the listing."""
     num_rows: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     has_checksum: bool = True
@@ -57,12 +57,12 @@ class ShardFinding:
 
 @dataclass(slots=True)
 class _Tally:
-    """What was found so far."""
+    """Results so far."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """Rows of good shards by status; shards by state; good ones of old files under `without_checksum`."""
+    """Rows of good shards by status; shards by state; good shards without a checksum as `without_checksum`."""
     findings: list[ShardFinding] = field(default_factory=list)
-    """Those that are not good."""
+    """Findings of shards that are not good."""
 
     def add(self, found: ShardFinding) -> None:
         self.counts[found.state] += 1
@@ -76,7 +76,7 @@ class _Tally:
         self.counts["without_checksum"] += not found.has_checksum
 
     def errors(self, state: str) -> list[dict[str, Any]]:
-        """The first shards of a state, for the summary."""
+        """The first shards in a state, for the summary."""
         chosen = [found for found in self.findings if found.state == state]
         return [{"shard": found.shard, "error": found.error} for found in chosen[:_NAMED]]
 
@@ -88,10 +88,10 @@ def verify_run(
 
     Args:
         run_url: the run directory.
-        repair: move bad shard files to `RUN/damaged`, so that the next `annotate` redoes exactly them. No attempt may
-            work on the run meanwhile, and none may begin.
-        workers: processes; default: one per CPU.
-        show: progress.
+        repair: move bad shard files to `RUN/damaged`, so that the next `annotate` redoes exactly these. No attempt may
+            be working on the run, and none can start meanwhile.
+        workers: number of processes; default: one per CPU.
+        show: called with the progress.
 
     Returns:
         Counts: `images`, `shards` of the run; `images_done`, `ok`, `empty`, `failed` in `good` shards; `left` shards
@@ -99,9 +99,9 @@ def verify_run(
         `moved`; `problems` with other files of the run.
 
     Raises:
-        InputError: there is no run.
-        IncompleteError: something is wrong, and not repaired; the counts are its second argument.
-        AttemptLiveError: `repair`, and an attempt works on the run.
+        InputError: the directory holds no run.
+        IncompleteError: there are problems that were not repaired; the counts are its second argument.
+        AttemptLiveError: `repair` is set and an attempt works on the run.
     """
     record, manifest = _load(run_url)
     with _alone(run_url, record) if repair else contextlib.nullcontext():
@@ -134,7 +134,7 @@ def verify_run(
 
 
 def _load(run_url: str) -> tuple[RunRecord, Manifest]:
-    """run.json, and the manifest with its hashes compared."""
+    """Load run.json and the manifest, and check the manifest's hashes."""
     try:
         record = load_record(run_url)
         if record is None:
@@ -145,7 +145,7 @@ def _load(run_url: str) -> tuple[RunRecord, Manifest]:
 
 
 def _alone(run_url: str, record: RunRecord) -> contextlib.AbstractContextManager[Any]:
-    """Keep attempts away as they keep each other away."""
+    """Claim the whole run, so that no attempt works on it meanwhile."""
     stored = record.config.get("resources", {})
     defaults = ResourcesConfig()
     return claim(
@@ -160,7 +160,7 @@ def _alone(run_url: str, record: RunRecord) -> contextlib.AbstractContextManager
 def _check_all(
     run_url: str, record: RunRecord, manifest: Manifest, shards: Sequence[int], workers: int | None
 ) -> Iterator[ShardFinding]:
-    """Findings in the order of the shards."""
+    """Check all shards; yield findings in the order of the shards."""
     small = replace(manifest, parts=tuple(replace(part, source={}) for part in manifest.parts))
     numerics = frozenset(canonical_hash(each)[:16] for each in record.numerics)
     rules = ShardRules.of(record, numerics=numerics)
@@ -174,13 +174,7 @@ def _check_all(
 
 
 def check_shards(manifest: Manifest, rules: ShardRules, shards: Sequence[int]) -> list[ShardFinding]:
-    """Read and prove some shard files; called in other processes.
-
-    Args:
-        manifest: of the run.
-        rules: of the run.
-        shards: their numbers.
-    """
+    """Read and prove some shard files; called in worker processes."""
     check = partial(_check_shard, manifest, rules)
     if "://" not in manifest.run_url or len(shards) < 2:
         return [check(shard) for shard in shards]
@@ -209,7 +203,7 @@ def _check_shard(manifest: Manifest, rules: ShardRules, shard: int) -> ShardFind
 
 
 def _other_problems(run_url: str, record: RunRecord) -> list[str]:
-    """What is wrong with the fingerprint and the query embeddings, a sentence each."""
+    """Problems with the fingerprint and the query embeddings, one sentence each."""
     if record.fingerprint is None:
         return []
     parts = record.fingerprint_parts or {}
@@ -228,7 +222,7 @@ def _other_problems(run_url: str, record: RunRecord) -> list[str]:
 
 
 def _move_aside(run_url: str, tally: _Tally) -> list[int]:
-    """Move bad shard files to `RUN/damaged`, over none that is there; returns their shards."""
+    """Move bad shard files to `RUN/damaged` without replacing files there; return their shard numbers."""
     folder = storage.join(run_url, DAMAGED)
     taken = set(storage.list_names(folder))
     moved = []
@@ -270,10 +264,10 @@ def _summary(manifest: Manifest, tally: _Tally, shards: Sequence[int], moved: Se
 
 
 def _judge(run_url: str, summary: dict[str, Any]) -> None:
-    """Refuse a run with which something is wrong still.
+    """Refuse a run that still has problems.
 
     Raises:
-        IncompleteError: with the summary as its second argument.
+        IncompleteError: there are problems; the summary is its second argument.
     """
     lines = list(summary["problems"])
     if summary["bad"] > summary["moved"]:
