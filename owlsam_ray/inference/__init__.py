@@ -1,1 +1,1 @@
-"""The engine inside the actor, and its steps, one file each: decode · detect · suppress · segment · encode."""
+"""The engine inside an actor, and its steps in one file each: decode · detect · suppress · segment · encode."""

@@ -1,11 +1,11 @@
-"""Bytes → RGB pixels. Whatever the bytes are, the outcome is a picture or an `ImageError`.
+"""Decode bytes to RGB pixels: whatever the bytes are, the outcome is an image or an `ImageError`.
 
-Colours: grey, palette, CMYK and the like become RGB as Pillow converts them; transparency is dropped, not composited,
-as COCO's own tools do; 16-bit grey is scaled to 8 bits (see `grey16`); colour profiles are not applied. Of an animation
-or a multi-picture file the first picture counts.
+Colours: grey, palette, CMYK and other modes are converted to RGB by Pillow; transparency is dropped, not composited, as
+in COCO's own tools; 16-bit grey is scaled to 8 bits (see `grey16`); colour profiles are not applied. Of an animation or
+a multi-image file, the first image is decoded.
 
-Orientation: when the source states a size that equals the file's raw size, EXIF orientation is not applied (COCO's
-convention, its boxes are drawn on raw pixels); otherwise it is. That holds for every format alike.
+Orientation: if the source states a size that equals the file's raw size, EXIF orientation is not applied (COCO's
+convention: its boxes refer to raw pixels); otherwise it is. This holds for every format.
 """
 
 import ctypes
@@ -30,11 +30,11 @@ from owlsam_ray.inference.tiff_tags import split_orientation
 from owlsam_ray.inference.unidentified import NO_IMAGE, why_unidentified
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-"""Raster formats only: nothing that runs an interpreter, as EPS does. Multi-picture JPEGs come under JPEG."""
+"""Raster formats only, none that runs an interpreter as EPS does. Multi-picture JPEGs are included in JPEG."""
 
 # Our own limit is checked from the header before any pixel is read; Pillow's would only warn.
 Image.MAX_IMAGE_PIXELS = None
-# Damaged metadata is no news: the pixels count. Once and for all, since a filter per call is not thread-safe.
+# Ignore metadata warnings. The filter is global because a filter per call is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\..*")
 
 _DECODER_ERRORS = (
@@ -58,26 +58,26 @@ _DECODER_ERRORS = (
 _WIDE_GREY = {"I;16", "I;16B", "I;16L", "I;16N", "I"}
 _WIDE_WHITE = 65535
 _DARK_BITS = 12
-"""Pictures of 16-bit grey that use no more are nearly black where white is 65535."""
+"""16-bit grey images that use at most this many bits are nearly black when white is 65535."""
 _EXIF_ORIENTATION = 0x0112
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
-# What would let a small file cost minutes or gigabytes, beyond the pixels that it says it has.
+# Limits on features that let a small file cost minutes or gigabytes, beyond the pixels in its header.
 _SLOW_DECODERS = {"bmp_rle", "ppm", "ppm_plain"}
-"""Those that Pillow has in Python: up to a microsecond a pixel, whatever the file's length."""
+"""Decoders that Pillow implements in Python: up to a microsecond per pixel, whatever the file's length."""
 _SLOW_MAX_PIXELS = 32_000_000
 _MAX_COMMENTS = 1000
-"""Of a plain PPM file: each costs a copy of a megabyte."""
+"""Maximum number of comments in a plain PPM file; each costs a copy of a megabyte."""
 _MAX_SCANNED = 5 * 10**10
-"""Pixels of a JPEG times its scans, some seconds: a progressive file has ten or so, and a scan may be a few bytes."""
+"""Maximum of a JPEG's pixels × scans, a few seconds. Progressive files have about ten scans; one may be a few bytes."""
 _MAX_TILE = 2**26
-"""Pixels of a TIFF file's tile, or four times those of its picture: a whole tile is decoded."""
+"""Maximum pixels of a TIFF tile, unless four times the image's pixels is more: tiles are decoded whole."""
 _STRIP_PIXELS = 2**20
-"""Pixels that are converted at once, so that no second picture is in memory."""
+"""Pixels converted at a time, so that no second copy of the image is in memory."""
 
 
 def _silence_libtiff() -> None:
-    """It tells stderr what it finds wrong with a file, without a name; what counts comes as an exception as well."""
+    """Turn off libtiff's messages on stderr: they do not name the file, and real errors also raise exceptions."""
     if not features.check("libtiff") or not Path("/proc/self/maps").exists():
         return
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libtiff" in line}
@@ -91,13 +91,13 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)  # for the same reason
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A picture."""
+    """A decoded image."""
 
     pixels: NDArray[np.uint8]
     """(H, W, 3) RGB, contiguous."""
     note: str | None = None
-    """Remarks: `stated_size_differs: …` where the file contradicts the stated size, `grey16: …` where 16-bit grey uses
-    another range than it is scaled from; both are joined by a semicolon."""
+    """Remarks: `stated_size_differs: …` if the file contradicts the stated size, `grey16: …` if the values of 16-bit
+    grey do not match the range they are scaled from; both are joined by a semicolon."""
 
     @property
     def size_differs(self) -> bool:
@@ -115,10 +115,10 @@ def decode_image(
 
     Args:
         data: the file's bytes.
-        stated_hw: (H, W) that the source states, if it does.
-        max_pixels: larger pictures are refused before their pixels are read.
-        grey16: what stands for white in 16-bit grey: 65535 (`full`), the largest value of so many bits, or of as many
-            bits as the picture uses, at least 8 (`auto`).
+        stated_hw: (H, W) that the source states; None if it states none.
+        max_pixels: maximum number of pixels; larger images are refused before their pixels are read.
+        grey16: white in 16-bit grey: 65535 (`full`), the largest value of this number of bits (an integer), or of as
+            many bits as the image uses, at least 8 (`auto`).
 
     Raises:
         ImageError: `empty_file`, `not_an_image`, `truncated`, `too_large`, `unsupported_mode` or `decode_error`.
@@ -126,7 +126,7 @@ def decode_image(
     if len(data) == 0:
         raise ImageError("empty_file")
     data = bytes(data)
-    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":  # its decoder takes memory for the canvas at once
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":  # its decoder allocates the canvas immediately
         sides = [1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27)]
         _check_size(sides[0], sides[1], max_pixels)
     data = without_long_texts(data)
@@ -148,10 +148,10 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
-    """Refuse from the header, before memory or time are spent on pixels.
+    """Refuse expensive files by their header, before memory or time is spent on pixels.
 
     Raises:
-        ImageError: the picture is too large, or cannot be decoded within bounds.
+        ImageError: the image is too large, or cannot be decoded within the limits.
     """
     width, height = image.size
     _check_size(width, height, max_pixels)
@@ -160,7 +160,7 @@ def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
         raise ImageError(f"too_large: {width}x{height} in a kind of {image.format} that is decoded slowly")
     if "ppm_plain" in decoders and data.count(b"#") > _MAX_COMMENTS:
         raise ImageError(f"decode_error: more than {_MAX_COMMENTS} comments")
-    if "jpeg" in decoders and image.format != "TIFF":  # there libtiff decodes, and has a limit of its own
+    if "jpeg" in decoders and image.format != "TIFF":  # libtiff decodes these and has its own limit
         scans = data.count(b"\xff\xda")
         if scans * width * height > _MAX_SCANNED:
             raise ImageError(f"decode_error: {scans} scans of {width}x{height}")
@@ -171,10 +171,10 @@ def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
 
 
 def _read(image: Image.Image, stated_hw: tuple[int, int] | None, tiff_orientation: int, grey16: Grey16) -> Decoded:
-    """Pixels and remarks of an open picture; `tiff_orientation` is that of a TIFF file, 1 for any other."""
+    """Read pixels and remarks of an open image; `tiff_orientation` is that of a TIFF file, 1 for other formats."""
     raw_hw = (image.height, image.width)
     if image.format == "TIFF":
-        # Pillow would turn the pixels as it reads them, by the tag (which is 1 by now) or by what XMP says.
+        # Pillow would rotate the pixels on load, by the tag (which has been set to 1) or by the XMP data.
         orientation = max(tiff_orientation, _orientation(image))
         image.getexif()[_EXIF_ORIENTATION] = 1
         image.load()
@@ -197,7 +197,7 @@ def _read(image: Image.Image, stated_hw: tuple[int, int] | None, tiff_orientatio
 
 
 def _white_of(image: Image.Image, grey16: Grey16) -> tuple[int, str | None]:
-    """What stands for white in a loaded picture of 16-bit grey, and a remark where that is worth one."""
+    """White value of a loaded 16-bit grey image, and a remark if the range of its values is unusual."""
     largest = max(int(np.asarray(strip).max(initial=0)) for _, _, strip in _strips(image))
     bits = max(8, largest.bit_length())
     if grey16 == "full":
@@ -210,7 +210,7 @@ def _white_of(image: Image.Image, grey16: Grey16) -> tuple[int, str | None]:
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int, Image.Image]]:
-    """(first row, row behind the last, part) of a loaded picture, from the top."""
+    """Iterate over (first row, row after the last, strip) of a loaded image, from top to bottom."""
     width, height = image.size
     rows = max(1, _STRIP_PIXELS // width)
     for start in range(0, height, rows):
@@ -219,9 +219,9 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, int, Image.Image]]:
 
 
 def _to_rgb(image: Image.Image, orientation: int, white: int) -> NDArray[np.uint8]:
-    """Pixels of a loaded picture, turned upright; strip by strip."""
+    """Convert a loaded image to upright RGB pixels, strip by strip."""
     if image.mode == "F":
-        # Floating point pictures state no range: any scaling would be a guess.
+        # Floating point images state no range, so any scaling would be a guess.
         raise ImageError("unsupported_mode: F")
     width, height = image.size
     pixels = np.empty((width, height, 3) if orientation > 4 else (height, width, 3), np.uint8)
@@ -237,7 +237,7 @@ def _convert(image: Image.Image) -> Image.Image:
 
 
 def _wide_to_rgb(image: Image.Image, white: int) -> NDArray[np.uint8]:
-    """16-bit grey scaled to 8 bits, rounded; what is brighter than white is white."""
+    """Scale 16-bit grey to 8 bits, rounded; values above white become white."""
     wide = np.asarray(image).astype(np.int64)
     if wide.min(initial=0) < 0 or wide.max(initial=0) > _WIDE_WHITE:
         raise ImageError(f"unsupported_mode: {image.mode} beyond 16 bits")
@@ -246,7 +246,7 @@ def _wide_to_rgb(image: Image.Image, white: int) -> NDArray[np.uint8]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1…8; 1 when there is none, or when the EXIF block is damaged."""
+    """EXIF orientation 1…8; 1 if there is none or the EXIF block is damaged."""
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
     except _DECODER_ERRORS:
@@ -255,7 +255,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _raw_view(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """An upright picture as the file has it, to be written to."""
+    """Writable view of upright pixels in the raw orientation of the file."""
     match orientation:
         case 2:
             return pixels[:, ::-1]

@@ -1,6 +1,6 @@
-"""Scores of every box and query → the detections worth keeping.
+"""Select detections from the scores of every box and query.
 
-Letters: P proposed boxes, Q queries, L labels that are asked for, N detections.
+Shapes: P proposed boxes, Q queries, L labels that have queries, N detections.
 """
 
 import numpy as np
@@ -20,23 +20,23 @@ def select_detections(
     query_labels: NDArray[np.int64],
     settings: DetectorConfig,
 ) -> Detections:
-    """Keep what scores above the floor.
+    """Keep detections that score above the floor.
 
-    A box has at most one detection per label, at the label's best query; of equal ones the first counts.
+    A box has at most one detection per label, for the label's best query; on ties the first query wins.
 
     Args:
-        boxes_xyxy: (P, 4) original pixels.
-        scores: (P, Q) in [0, 1].
-        size_hw: (H, W) of the picture.
-        query_labels: (Q,) category index of each query; the queries of one label stand side by side.
+        boxes_xyxy: (P, 4) boxes in original pixels.
+        scores: (P, Q) scores in [0, 1].
+        size_hw: (H, W) of the image.
+        query_labels: (Q,) category index of each query; queries of one label are adjacent.
         settings: floor, multi-label or best label, clipping, cap.
 
     Returns:
-        At most `max_candidates` detections by falling score; equal scores by rising box, then query. Of equal best
-        labels of one box the first counts.
+        At most `max_candidates` detections by descending score; equal scores by ascending box, then query. With
+        `labels: best`, the first of a box's equally good labels wins.
 
     Raises:
-        ImageError: the detector gave NaN or infinite values.
+        ImageError: the detector returned NaN or infinite values.
     """
     if not (np.isfinite(boxes_xyxy).all() and np.isfinite(scores).all()):
         raise ImageError("non_finite: the detector gave NaN or infinite values")
@@ -46,7 +46,7 @@ def select_detections(
     else:
         usable = np.ones(len(boxes_xyxy), np.bool_)
 
-    # The first query of each label; as many as queries where every label has one.
+    # The first query of each label; L equals Q if every label has one query.
     starts = np.flatnonzero(np.diff(query_labels, prepend=-1))  # (L,)
     by_label = scores if len(starts) == len(query_labels) else np.maximum.reduceat(scores, starts, axis=1)  # (P, L)
     if settings.labels == "best":
@@ -57,7 +57,7 @@ def select_detections(
     else:
         box_ids, label_ids = np.nonzero((by_label > settings.score_floor) & usable[:, None])
         values = by_label[box_ids, label_ids]
-    # A stable sort of what is ordered by box and label already: ties keep that order, which is the queries' too.
+    # The input is ordered by box, then label; a stable sort keeps this order on ties, which is also the query order.
     order = np.argsort(-values, kind="stable")[: settings.max_candidates]
     box_ids, label_ids, values = box_ids[order], label_ids[order], values[order]
     query_ids = _winners(scores, starts, box_ids, label_ids)
@@ -74,12 +74,12 @@ def select_detections(
 def _winners(
     scores: NDArray[np.float32], starts: NDArray[np.int64], box_ids: NDArray[np.int64], label_ids: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """(N,) the best query, the first of equal ones, of the label that starts at `starts[label_ids]`."""
+    """(N,) best query of each detection's label, whose queries start at `starts[label_ids]`; ties: the first."""
     lengths = np.diff(starts, append=scores.shape[1])[label_ids]
     winners = starts[label_ids]
     best = scores[box_ids, winners]
     for offset in range(1, int(lengths.max(initial=1))):
-        # Past the end of its label, a detection looks at its first query again, which never beats itself.
+        # Beyond the label's last query, compare with its first query again, which never wins.
         rivals = starts[label_ids] + np.where(offset < lengths, offset, 0)
         better = scores[box_ids, rivals] > best
         winners, best = np.where(better, rivals, winners), np.maximum(best, scores[box_ids, rivals])
@@ -87,5 +87,5 @@ def _winners(
 
 
 def cap_detections(detections: Detections, max_detections: int) -> Detections:
-    """The best `max_detections` of detections that are ordered by falling score."""
+    """Keep the best `max_detections` of detections that are ordered by descending score."""
     return detections.take(np.arange(min(len(detections), max_detections)))

@@ -1,4 +1,4 @@
-"""Low-resolution mask logits → RLE, area, tight box; then one record per image."""
+"""Encode low-resolution mask logits as RLE, area and tight box, and build one record per image."""
 
 import numpy as np
 import torch
@@ -23,20 +23,20 @@ def encode_prediction(
     settings: SegmentConfig,
     note: str | None = None,
 ) -> Prediction:
-    """Finish one image; detections on the same box share one segment.
+    """Build the record of one image; detections with the same box share one segment.
 
     Args:
-        image_id: of the manifest.
-        size_hw: (H, W) of the decoded picture.
-        detections: N detections by falling score.
-        masked: (K,) indices of the detections that were given to the segmenter.
-        decoded: masks of these K boxes; may be None where K is 0.
-        image_size: long side of the sam frame.
-        settings: how masks are cleaned, and from how many pixels on a detection stays. One without mask stays.
+        image_id: image id in the manifest.
+        size_hw: (H, W) of the decoded image.
+        detections: N detections by descending score.
+        masked: (K,) indices of the detections that were segmented.
+        decoded: masks of these K boxes; may be None if K is 0.
+        image_size: long side of the sam frame in pixels.
+        settings: cleaning of masks, and the minimum mask area in pixels. Detections without a mask are kept.
         note: remark of the decode stage.
 
     Raises:
-        ImageError: the segmenter gave NaN or infinite values.
+        ImageError: the segmenter returned NaN or infinite values.
     """
     segments: list[Segment | None] = [None] * len(detections)
     if decoded is not None and len(masked):

@@ -1,14 +1,14 @@
-"""Images in, rows out: the whole path inside one process, without Ray.
+"""Label images in one process, without Ray: decode, detect, suppress, segment and encode in a pipeline of threads.
 
-A caller hands over the images of one shard and waits for their rows; several callers at once are several shards in
-flight. Threads decode ahead of the model across shard borders, one model thread forms batches of a fixed, padded shape
-from whatever is decoded, and the same pool of threads turns logits into RLE:
+A caller passes the images of one shard and waits for their rows; concurrent callers are concurrent shards. A thread
+pool decodes ahead of the model across shard boundaries, one model thread forms batches of a fixed, padded shape from
+the decoded images, and the same pool encodes logits as RLE:
 
     annotate() ─ permits ─▶ decode pool ─▶ [ready] ─▶ model thread: detect → suppress → segment ─▶ encode pool ─▶ rows
 
-What the detector is given are views: the whole picture, or its tiles. The number of images between decode and encode is
-bounded by permits, and so is the number of views, so memory is bounded whatever the size of a shard or of a picture. A
-batch is flushed before it is full only when no view of any shard is left to come.
+The detector runs on views: the whole image, or its tiles. Permits bound the number of images between decode and encode
+and the number of views, so memory is bounded whatever the size of a shard or an image. A batch runs before it is full
+only if no views of any shard are pending.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from owlsam_ray.records import Detections, EncodedImage, Prediction
 
 
 class Engine:
-    """A detector, a segmenter, and the threads that keep them busy. `annotate` may be called from several threads."""
+    """A detector, a segmenter, and the threads that keep them busy; `annotate` is thread-safe."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Engine:
             query_embeddings: (Q, D) float32, the queries embedded once per run.
             query_labels: category index of each query.
             settings: thresholds and batch sizes.
-            watch: is told what the threads work on.
+            watch: records what the threads are working on.
         """
         if len(query_labels) != len(query_embeddings):
             raise ValueError(f"{len(query_labels)} query labels for {len(query_embeddings)} query embeddings")
@@ -70,18 +70,18 @@ class Engine:
         self._watch = watch
         self._queries = query_embeddings.to(detector.device)
         self._query_labels = np.asarray(query_labels, np.int64)
-        # Enough for one full batch of each model to form while every thread decodes: fewer could stand still.
+        # Enough for a full batch of each model to form while every thread decodes; with fewer the engine could stall.
         self._permits = threading.Semaphore(2 * (settings.detector_batch + settings.segmenter_batch) + settings.threads)
-        # More than a batch, so that one can always form while threads wait to hand over more views.
+        # More than a batch, so that one can always form while threads wait to add more views.
         self._view_permits = threading.Semaphore(2 * settings.detector_batch + settings.threads)
         self._state = threading.Condition()
         self._ready: deque[DetectorView] = deque()
-        self._undecoded = 0  # images of all jobs whose views have not all reached `_ready`, and that did not fail
+        self._undecoded = 0  # images of all jobs that have not failed and whose views are not all in `_ready`
         self._closed = False
         self._error: BaseException | None = None
         self._jobs: set[Job] = set()
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="owlsam-image")
-        # A daemon: a process that ends without closing the engine, as Ray's actors do, must not wait for it for ever.
+        # A daemon thread: a process that exits without closing the engine, as Ray actors do, must not wait for it.
         self._model_thread = threading.Thread(target=self._run_models, name="owlsam-model", daemon=True)
         self._model_thread.start()
 
@@ -94,7 +94,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Stop the threads after what was handed over."""
+        """Finish the images already passed in, then stop the threads."""
         with self._state:
             self._closed = True
             self._state.notify_all()
@@ -105,14 +105,14 @@ class Engine:
         """Label images.
 
         Args:
-            images: of one shard, in any number.
+            images: images of one shard, any number of them.
 
         Returns:
             One prediction per image in the same order, and the busy seconds of each stage on these images.
 
         Raises:
-            RuntimeError: a model call or a thread failed (not: an image failed); the engine is of no more use.
-            PreflightError: the same, of a batch that does not fit the GPU's memory.
+            RuntimeError: a model call or a thread failed (not an image); the engine can no longer be used.
+            PreflightError: a batch does not fit in GPU memory; the engine can no longer be used.
         """
         job = Job(images, [None] * len(images), len(images))
         with self._state:
@@ -138,7 +138,7 @@ class Engine:
             raise RuntimeError(f"the engine broke: {self._error}") from self._error
 
     def _acquire(self, permits: threading.Semaphore) -> None:
-        """Wait for a permit, or for the end of the engine."""
+        """Wait for a permit; raise if the engine breaks."""
         self._raise_if_broken()
         while not permits.acquire(timeout=1.0):
             self._raise_if_broken()
@@ -150,7 +150,7 @@ class Engine:
             self._break(error)
 
     def _break(self, error: BaseException) -> None:
-        """An exception that is no image's own breaks the engine: every caller hears of it."""
+        """Break the engine after an exception that a single image did not cause; it is raised in every caller."""
         with self._state:
             self._error = self._error or error
             self._closed = True
@@ -158,11 +158,11 @@ class Engine:
                 job.done.set()
             self._state.notify_all()
 
-    # What the pool's threads do
+    # Run in the pool's threads
 
     def _decode(self, item: Item) -> None:
-        """Decode an image, and hand its views to the model thread one by one."""
-        self._raise_if_broken()  # nobody waits for it any more
+        """Decode an image and pass its views to the model thread one by one."""
+        self._raise_if_broken()  # no caller waits for the result any more
         try:
             with self._busy("decode", [item]):
                 pixels = self._read(item)
@@ -172,7 +172,7 @@ class Engine:
             for index, view in enumerate(item.views):
                 self._acquire(self._view_permits)
                 with self._timed("decode", [item]), self._busy("decode", [item]):
-                    # A tile is copied: it is to have the strides, hence the arithmetic, of a picture of its own.
+                    # Copy tiles, so that they have the strides, hence the arithmetic, of a separate image.
                     part = pixels if len(item.views) == 1 else pixels[view.y0 : view.y1, view.x0 : view.x1].copy()
                     model_input = self._detector.preprocess(part)
                 with self._state:
@@ -183,10 +183,10 @@ class Engine:
             self._state.notify_all()
 
     def _read(self, item: Item) -> NDArray[np.uint8]:
-        """Bytes to (H, W, 3) RGB; what it knows of the image goes to the item.
+        """Decode an item's bytes to (H, W, 3) RGB; set its size, note, views and segmenter input.
 
         Raises:
-            ImageError: it was not fetched, or cannot be decoded.
+            ImageError: the image was not fetched or cannot be decoded.
         """
         image = item.image
         if image.failure is not None:
@@ -237,7 +237,7 @@ class Engine:
         if finished:
             job.done.set()
 
-    # What the model thread does
+    # Run in the model thread
 
     def _run_models(self) -> None:
         try:
@@ -249,7 +249,7 @@ class Engine:
         to_detect: list[DetectorView] = []
         to_segment: list[Item] = []
         while self._await_batch(to_detect, to_segment):
-            # A full encoder batch goes first: it holds the most memory.
+            # A full encoder batch runs first: it holds the most memory.
             if len(to_segment) >= self._settings.segmenter_batch or not to_detect:
                 images = to_segment[: self._settings.segmenter_batch]
                 del to_segment[: len(images)]
@@ -260,7 +260,7 @@ class Engine:
                 to_segment += self._detect(views)
 
     def _await_batch(self, to_detect: list[DetectorView], to_segment: list[Item]) -> bool:
-        """Wait until there is a batch to run; False when the engine is closed and nothing is left."""
+        """Wait for a batch to run; False if the engine is broken, or closed with nothing left."""
         with self._state:
             while True:
                 while self._ready and len(to_detect) < self._settings.detector_batch:
@@ -276,7 +276,7 @@ class Engine:
                 self._state.wait()
 
     def _detect(self, batch: list[DetectorView]) -> list[Item]:
-        """Find the boxes of a batch of views; returns the images that are complete and have boxes to segment."""
+        """Detect boxes in a batch of views; return the images that are complete and have boxes to segment."""
         items = [view.item for view in batch]
         with self._timed("detect", items), self._busy("model", items):
             found = self._detect_padded([view.input for view in batch])
@@ -303,10 +303,10 @@ class Engine:
         return to_segment
 
     def _detect_padded(self, inputs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Boxes and scores of each input, in one call; in several of the same shape when memory runs out.
+        """Detect boxes and scores of each input in one call, or in several of the same shape if memory runs out.
 
         Raises:
-            PreflightError: it does for a single one.
+            PreflightError: memory runs out even with a single input.
         """
         size = self._settings.detector_batch
         batch = pad_batch(inputs, size)
@@ -322,7 +322,7 @@ class Engine:
         return self._detect_padded(inputs[:half]) + self._detect_padded(inputs[half:])
 
     def _select(self, view: DetectorView, boxes: Tensor, scores: Tensor) -> None:
-        """Keep what scores above the floor in one view; a problem waits for the image's last view."""
+        """Keep detections of one view that score above the floor; an error is raised after the image's last view."""
         item, size_hw = view.item, view.item.views[view.index].size_hw
         item.found[view.index] = Detections.empty()
         try:
@@ -337,7 +337,7 @@ class Engine:
             item.failure = item.failure or error
 
     def _suppress(self, item: Item) -> None:
-        """The detections of all views to those of the image, and which of them get a mask."""
+        """Merge the detections of all views of an image, suppress overlaps, and choose which get a mask."""
         settings = self._settings
         found = merge_views(
             [item.found[index] for index in range(len(item.views))],
@@ -362,12 +362,12 @@ class Engine:
             self._submit_encode(item, masks)
 
     def _segment_padded(self, batch: list[Item]) -> list[DecodedMasks]:
-        """Masks of each image, from one encoder call; in several of the same shape when memory runs out.
+        """Compute masks of each image in one encoder call, or in several of the same shape if memory runs out.
 
-        Then the embeddings and masks of fewer images are held beside a call.
+        With several calls, embeddings and masks of fewer images are in memory during each call.
 
         Raises:
-            PreflightError: it does for a single image.
+            PreflightError: memory runs out even with a single image.
         """
         settings, image_size = self._settings, self._segmenter.image_size
         inputs = pad_batch(
@@ -400,7 +400,7 @@ class Engine:
                     "segmenter_batch", settings.segmenter_batch, lambda size: self._segmenter.encode(inputs[:size])
                 )
             raise does_not_fit("decoder_batch", settings.decoder_batch, partial(decode, embeddings), step=8)
-        embeddings = None  # to be free while the halves are done
+        embeddings = None  # free the memory before the halves run
         half = len(batch) // 2
         return self._segment_padded(batch[:half]) + self._segment_padded(batch[half:])
 
@@ -408,14 +408,14 @@ class Engine:
         self._pool.submit(self._encode, item, masks).add_done_callback(self._check)
 
     def _busy(self, kind: str, items: Sequence[Item]) -> AbstractContextManager[None]:
-        """Tell the watch, if there is one."""
+        """Record the work in the watch, if there is one."""
         if self._watch is None:
             return contextlib.nullcontext()
         return self._watch.busy(kind, [item.image.image_id for item in items])
 
     @contextlib.contextmanager
     def _timed(self, stage: str, items: Sequence[Item]) -> Iterator[None]:
-        """Charge the block's wall time to the jobs of its images, in equal parts."""
+        """Split the block's wall time equally among its images, and add it to their jobs."""
         start = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a file is that is not decoded, from its first bytes: a picture of another format, a video, a document."""
+"""Identify files that cannot be decoded by their first bytes: other image formats, videos, documents."""
 
 import re
 
@@ -27,7 +27,7 @@ _BRANDS = {
     "an AVIF picture that is damaged or cut": (b"avif", b"avis"),
     "a Canon CR3 raw picture": (b"crx ",),
 }
-"""Of files in ISO's media format, by the brand in their first box; others hold videos."""
+"""Kinds of ISO media files by the brand in their first box; files with other brands are videos."""
 _TEXTS = (
     (
         re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*|<!DOCTYPE[^>]*>\s*)*<([\w-]+:)?svg[\s>]", re.S | re.I),
@@ -40,11 +40,11 @@ _TEXTS = (
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer: its file was never fetched"),
 )
 _LOOKED_AT = 4096
-"""Bytes of a text."""
+"""Bytes at the start of a file that are searched for text patterns."""
 
 
 def other_kind(data: bytes) -> str | None:
-    """What a file seems to be that no format of `decode` accepts, for a message; None when nothing tells."""
+    """Describe, for a message, a file that `decode` does not accept; None if its kind is unknown."""
     if data[4:8] == b"ftyp":
         return next((kind for kind, brands in _BRANDS.items() if data[8:12] in brands), "a video (MP4 or QuickTime)")
     kind = next((kind for head, kind in _HEADS if data.startswith(head)), None)

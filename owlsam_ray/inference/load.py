@@ -1,4 +1,4 @@
-"""Models and settings of a run → an engine."""
+"""Load a run's models and start an engine with its settings."""
 
 from collections.abc import Sequence
 
@@ -28,17 +28,17 @@ def load_engine(
     """Load both models onto one device and start an engine.
 
     Args:
-        config: of the run.
-        allocation: what this process may use.
-        models: where the weights lie.
+        config: the run's config.
+        allocation: device, batch sizes and threads of this process.
+        models: paths of the weights.
         query_embeddings: (Q, D) float32.
         query_labels: category index of each query.
-        category_names: of the run, for the thresholds of single categories.
-        watch: is told what the threads work on.
+        category_names: the run's category names, for thresholds per category.
+        watch: records what the threads are working on.
 
     Raises:
-        WeightsError: weights do not fit.
-        InputError: a threshold is for a category that the run does not have.
+        WeightsError: the weights do not match the models.
+        InputError: a threshold names a category that the run does not have.
     """
     thresholds = label_thresholds(config.suppress, category_names)
     device = torch.device(allocation.device)

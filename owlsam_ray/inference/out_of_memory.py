@@ -1,4 +1,4 @@
-"""Calls that may not fit into memory: smaller ones instead, or what to set."""
+"""Handle model calls that run out of GPU memory: detect them, and suggest a batch size that fits."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,26 +13,25 @@ _Result = TypeVar("_Result")
 
 
 def unless_out_of_memory(call: Callable[[], _Result]) -> _Result | None:
-    """What a call gives; None when memory runs out.
+    """Return the result of a call; None if it runs out of memory.
 
-    Nothing of a failed call is left then: as long as its error lives, so do the frames that it came through, and their
-    tensors.
+    The error is dropped before returning, because it keeps alive the frames it passed through and their tensors.
     """
     with contextlib.suppress(torch.OutOfMemoryError):
         return call()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the allocator keeps for later may be in pieces that are too small
+        torch.cuda.empty_cache()  # the allocator's cached blocks may be too small
     return None
 
 
 def does_not_fit(setting: str, size: int, call: Callable[[int], object], *, step: int = 1) -> PreflightError:
-    """The error of a model call that runs out of memory, with the size that fits.
+    """Create the error for a model call that runs out of memory; it names a size that fits, if there is one.
 
     Args:
-        setting: of `resources`.
-        size: that does not fit.
-        call: makes a call of another size.
-        step: sizes are multiples of it.
+        setting: name of the batch size in `resources`.
+        size: the size that does not fit.
+        call: makes the call with another size.
+        step: tried sizes are multiples of this.
     """
     smaller = size // 2 // step * step
     while smaller >= step:

@@ -1,7 +1,7 @@
-"""The chunks of a PNG file: those that would end its decoding without being needed for it, and what is wrong with them.
+"""Parse the chunks of PNG files: remove long texts that Pillow refuses, and find truncated or damaged chunks.
 
-Pillow refuses a file for a compressed text or colour profile that is longer than 1 MiB. Workflows of image generators,
-XMP histories and profiles of screens are. None of them changes a pixel here, so such chunks are left out.
+Pillow refuses a file with a compressed text or colour profile longer than 1 MiB. Workflows of image generators, XMP
+histories and display profiles can be longer. None of them changes a pixel here, so such chunks are removed.
 """
 
 import struct
@@ -13,34 +13,34 @@ from PIL import PngImagePlugin
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ANCILLARY = 0x20
-"""Set in the first letter of chunks that a decoder may do without."""
+"""Bit of the first letter of a chunk's type that marks chunks a decoder may ignore."""
 _MAX_CHUNKS = 1_000_000
-"""That are looked at. A file of half a gigabyte may have forty million."""
+"""Maximum number of chunks that are read. A file of half a gigabyte may have forty million."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Where a chunk lies in its file."""
+    """Position of a chunk in its file, in bytes."""
 
     kind: bytes
     start: int
-    """Of its length field."""
+    """Offset of its length field."""
     length: int
-    """Of its body."""
+    """Length of its body."""
 
     @property
     def body(self) -> slice:
-        """Place of its body."""
+        """Slice of its body."""
         return slice(self.start + 8, self.start + 8 + self.length)
 
     @property
     def end(self) -> int:
-        """Behind its checksum; beyond the file's end when the file is truncated."""
+        """Offset just after its checksum; beyond the end of the file if the file is truncated."""
         return self.start + 12 + self.length
 
 
 def chunks_of(data: bytes) -> Iterator[Chunk]:
-    """Chunks in their order, up to IEND or the file's end; the last one may be cut off."""
+    """Iterate over chunks in order, up to IEND or the end of the file; the last one may be truncated."""
     at = len(SIGNATURE)
     for _ in range(_MAX_CHUNKS):
         if at + 8 > len(data):
@@ -54,9 +54,9 @@ def chunks_of(data: bytes) -> Iterator[Chunk]:
 
 
 def without_long_texts(data: bytes) -> bytes:
-    """A PNG file without the texts and profiles that Pillow would refuse it for; any other file as it is.
+    """Remove the texts and profiles for which Pillow would refuse a PNG file; return any other file unchanged.
 
-    At most 64 MiB are decompressed to find out; what comes after these is left out unseen.
+    At most 64 MiB are decompressed to find them; texts and profiles beyond that are removed without a check.
     """
     if not data.startswith(SIGNATURE):
         return data
@@ -75,7 +75,7 @@ def without_long_texts(data: bytes) -> bytes:
 
 
 def _text_size(kind: bytes, body: bytes, limit: int) -> int | None:
-    """Bytes of a text or profile; None when it is compressed and longer than `limit`, or than can be told."""
+    """Number of bytes of a text or profile, decompressed; None if it is compressed and longer than `limit`."""
     _, separator, rest = body.partition(b"\0")
     if kind == b"tEXt" or not separator:
         return len(body)
@@ -91,12 +91,12 @@ def _text_size(kind: bytes, body: bytes, limit: int) -> int | None:
     try:
         size = len(unpacker.decompress(rest, max(1, limit)))
     except zlib.error:
-        return len(body)  # Pillow passes over these
+        return len(body)  # Pillow ignores these
     return None if unpacker.unconsumed_tail else size
 
 
 def is_cut(data: bytes) -> bool:
-    """Whether a file that begins as a PNG ends before its last chunk does."""
+    """Whether a PNG file is truncated: it ends before its last chunk does, or without IEND."""
     last = None
     for last in chunks_of(data):
         if last.end > len(data):
@@ -105,7 +105,7 @@ def is_cut(data: bytes) -> bool:
 
 
 def broken_chunk(data: bytes) -> Chunk | None:
-    """The first chunk whose checksum is wrong; None when there is none."""
+    """First chunk with a wrong checksum; None if there is none."""
     for chunk in chunks_of(data):
         checksum = data[chunk.end - 4 : chunk.end]
         if len(checksum) == 4 and zlib.crc32(data[chunk.start + 4 : chunk.end - 4]) != int.from_bytes(checksum, "big"):
@@ -114,5 +114,5 @@ def broken_chunk(data: bytes) -> Chunk | None:
 
 
 def is_ancillary(kind: bytes) -> bool:
-    """Whether a decoder may do without chunks of this kind."""
+    """Whether a decoder may ignore chunks of this kind."""
     return bool(kind[0] & _ANCILLARY)

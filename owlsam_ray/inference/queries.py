@@ -1,7 +1,7 @@
-"""Queries → embeddings that a detector can be asked with: computed once per run, by the driver.
+"""Embed a run's queries for the detector; the driver does this once per run.
 
-Letters: Q queries, D channels of a query; u a text embedding of length 1, r = u / (|u| + 1e-6) what transformers' class
-head makes of it before it multiplies.
+Shapes: Q queries, D channels of a query. Symbols: u is a text embedding of length 1, and r = u / (|u| + 1e-6) is its
+normalisation in the class head of transformers, before the product with the image embeddings.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,17 +30,17 @@ def embed_queries(
     grey16: Grey16 = "full",
     device: torch.device | None = None,
 ) -> Tensor:
-    """Run the text tower on all prompts, and image tower and class head on all exemplars.
+    """Run the text tower on all prompts, and the image tower and class head on all exemplars.
 
-    A query of one prompt is r. Of several, `embeddings`: the mean of u, normalised as r is. `logits`: the mean of r as
-    it is, shorter than 1. The latter is exact: the class head's logit is (e · r + shift) · scale, where e, shift and
-    scale depend on the box alone, so the mean of the logits of several r is the logit of the mean of r. It must not be
-    normalised again, and `Owl.detect` does not.
+    A query with one prompt is r. With several prompts, `embeddings` is the mean of u, normalised in the same way as r;
+    `logits` is the mean of r as it is, shorter than 1. The latter is exact: the class head's logit is
+    (e · r + shift) · scale, where e, shift and scale depend on the box alone, so the mean of the logits of several r is
+    the logit of the mean of r. It must not be normalised again, and `Owl.detect` does not.
 
     Args:
-        queries: Q of them, as a vocabulary gives them.
+        queries: Q queries in the order of the vocabulary.
         detector_weights: a directory in Hugging Face layout.
-        settings: of the detector that will be asked; exemplars go through the same preprocessing.
+        settings: settings of the detector that will use the queries; exemplars go through the same preprocessing.
         ensemble: how several prompts become one query.
         grey16: `decode.grey16` of the run, for exemplars.
         device: where to run; default: the CPU.
@@ -49,10 +49,10 @@ def embed_queries(
         (Q, D) float32 on the CPU, for `Detector.detect`.
 
     Raises:
-        InputError: a prompt is too long; the picture of an exemplar cannot be read; a box leaves its picture.
-        WeightsError: the weights are missing something, or do not fit.
+        InputError: a prompt is too long; the image of an exemplar cannot be read; a box exceeds its image.
+        WeightsError: the weights are incomplete or do not match the model.
     """
-    # What a model needs is imported when there is one: transformers takes seconds, and a fake needs none.
+    # The model code is imported only if needed: transformers takes seconds to import, and a fake does not use it.
     if settings.model == "fake":
         from owlsam_ray.models.fakes import fake_query
 
@@ -66,7 +66,7 @@ def embed_queries(
 
     device = device or torch.device("cpu")
     rows: dict[int, Tensor] = {}
-    # Exemplars first: a wrong path is told before a large vocabulary is embedded, which can take minutes.
+    # Exemplars first, so that a wrong path is reported before a large vocabulary is embedded, which can take minutes.
     exemplars = {index: query.exemplar for index, query in enumerate(queries) if query.exemplar is not None}
     if exemplars:
         rows |= _embed_exemplars(exemplars, detector_weights, settings, grey16, device)
@@ -87,7 +87,7 @@ def _embed_exemplars(
     grey16: Grey16,
     device: torch.device,
 ) -> dict[int, Tensor]:
-    """(D,) ready to be asked with, for each exemplar; one picture in memory at a time, the model while it lasts."""
+    """Compute the (D,) query of each exemplar; one image is in memory at a time, and the model only meanwhile."""
     from owlsam_ray.models.owl import Owl
     from owlsam_ray.models.owl_exemplars import exemplar_embedding
     from owlsam_ray.models.owl_weights import ready
@@ -99,12 +99,12 @@ def _embed_exemplars(
     }
     del detector
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # for the actors, which are other processes
+        torch.cuda.empty_cache()  # release it for the actors, which are other processes
     return rows
 
 
 def _average(units: Tensor, ensemble: Literal["embeddings", "logits"]) -> Tensor:
-    """(T, D) text embeddings of the prompts of one query to (D,)."""
+    """Average the (T, D) text embeddings of one query's prompts to (D,)."""
     from owlsam_ray.models.owl_weights import ready
 
     if len(units) == 1:
@@ -113,10 +113,10 @@ def _average(units: Tensor, ensemble: Literal["embeddings", "logits"]) -> Tensor
 
 
 def _read(exemplar: Exemplar, grey16: Grey16) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of an exemplar's picture, upright.
+    """Read an exemplar's image as (H, W, 3) RGB, upright.
 
     Raises:
-        InputError: it cannot be read, or the box leaves it.
+        InputError: it cannot be read, or the box exceeds it.
     """
     name = f"vocabulary.exemplars: the picture {exemplar.image} of {shown(exemplar.category)}"
     try:

@@ -1,4 +1,4 @@
-"""Boxes of many images → low-resolution mask logits, in calls of a fixed shape."""
+"""Decode the boxes of several images to low-resolution mask logits, in calls of a fixed shape."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ from owlsam_ray.ops.masks import stability_score
 
 @dataclass(frozen=True, slots=True)
 class DecodedMasks:
-    """What the segmenter says about the N boxes of one image, on the CPU; U of them are different."""
+    """Output of the segmenter for the N boxes of one image, on the CPU; U of the boxes are distinct."""
 
     logits: Tensor
-    """(U, m, m) float32 low-resolution logits; m is 1 where U is 0."""
+    """(U, m, m) float32 low-resolution logits; m is 1 if U is 0."""
     predicted_iou: Tensor
     """(U,) float32."""
     index: NDArray[np.int64]
-    """(N,) which of the U masks belongs to each box."""
+    """(N,) index of each box's mask among the U masks."""
 
 
 def pad_batch(inputs: Sequence[Tensor], batch_size: int) -> Tensor:
-    """Stack model inputs and fill up with zeros to a fixed batch size.
+    """Stack model inputs and pad with zeros to a fixed batch size.
 
     Args:
-        inputs: 1…batch_size tensors of one shape (C, S, S).
-        batch_size: rows of the result.
+        inputs: 1…batch_size tensors of the same shape (C, S, S).
+        batch_size: size of the padded batch.
 
     Returns:
         (batch_size, C, S, S). Padding keeps the shape of a call, hence its arithmetic, the same for every batch.
@@ -51,18 +51,18 @@ def decode_boxes(
     batch_size: int,
     settings: SegmentConfig,
 ) -> list[DecodedMasks]:
-    """Decode the boxes of several images together, equal boxes of an image once.
+    """Decode the boxes of several images together; equal boxes of an image are decoded once.
 
     Args:
-        segmenter: the model.
-        embeddings: (B, C, h, w) of the segmenter's encoder.
-        boxes_per_image: for each of the first images of `embeddings`, (N_i, 4) float32 in the sam frame.
-        input_sizes_hw: for each of these images the (h', w') that it fills in the sam frame.
-        batch_size: boxes of one decoder call; the last call is filled up with boxes of no interest.
-        settings: prompt, and which of SAM's masks is taken.
+        segmenter: the model that decodes.
+        embeddings: (B, C, h, w) output of the segmenter's encoder.
+        boxes_per_image: for each of the first images of `embeddings`, (N_i, 4) float32 boxes in the sam frame.
+        input_sizes_hw: for each of these images, the (h', w') that it occupies in the sam frame.
+        batch_size: boxes per decoder call; the last call is filled up with padding boxes.
+        settings: prompt, and which of SAM's masks to take.
 
     Returns:
-        One per image. No boxes, no decoder call.
+        One result per image. Without boxes the decoder is not called.
     """
     distinct = [_distinct(boxes) for boxes in boxes_per_image]
     counts = [len(boxes) for boxes, _ in distinct]
@@ -100,7 +100,7 @@ def decode_boxes(
 
 
 def _distinct(boxes: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(N, 4) boxes to the (U, 4) different ones, in order of their first place, and (N,) which of them each is."""
+    """Reduce (N, 4) boxes to (U, 4) distinct ones in order of first occurrence, and (N,) the index of each box."""
     places: dict[tuple[float, ...], int] = {}
     index = np.array([places.setdefault(tuple(box), len(places)) for box in boxes.tolist()], np.int64)
     return np.array(list(places), np.float32).reshape(-1, 4), index
@@ -114,9 +114,10 @@ def _choose(
     inputs_hw: Sequence[tuple[int, int]],
     image_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """(M, K, m, m) and (M, K) to one mask a box, (M, m, m) and (M,), on the model's device: only these are copied.
+    """Choose one mask per box: (M, K, m, m) and (M, K) to (M, m, m) and (M,).
 
-    Of several equally good ones the first is taken; of equally stable ones the one with the highest predicted IoU.
+    It runs on the model's device, so that only the chosen masks are copied. Ties in predicted IoU: the first mask; ties
+    in stability: the mask with the highest predicted IoU.
     """
     if by == "single":
         return logits[:, 0], predicted_iou[:, 0]

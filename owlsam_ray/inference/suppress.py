@@ -1,19 +1,20 @@
-"""Overlapping boxes of one object → fewer boxes, or lower scores.
+"""Suppress or merge overlapping boxes of one object, or lower their scores (NMS, Soft-NMS, box merging).
 
-Every strategy is greedy, in rounds. A *group* is the boxes of one label, or all boxes with `across_labels`; groups
-never touch each other. A round picks, in each group, the remaining box with the highest current score (of equal ones
-the first in the input); the pick is final, and what happens to the others is the strategy's:
+Every strategy is greedy and works in rounds. A *group* is the boxes of one label, or all boxes with `across_labels`;
+groups do not affect each other. In each group, a round picks the remaining box with the highest current score (ties:
+the first in the input). The pick is final; the strategy decides what happens to the other boxes:
 
-- `nms`: those whose overlap with the pick is greater than the threshold go.
-- `soft_nms`: every remaining score is multiplied by exp(-overlap² / sigma), or (linear) by 1 - overlap where the
-  overlap is greater than the threshold. A score that falls in this way to `score_floor` or less goes.
-- `merge`: those whose overlap with the pick is greater than the threshold go into it. Its box becomes the mean of the
-  boxes of all members (itself included) weighted by their scores; score, raw score, label and prompt stay its own.
+- `nms`: boxes whose overlap with the pick is greater than the threshold are removed.
+- `soft_nms`: every remaining score is multiplied by exp(-overlap² / sigma), or (linear) by 1 - overlap if the overlap
+  is greater than the threshold. Boxes whose score falls to `score_floor` or less in this way are removed.
+- `merge`: boxes whose overlap with the pick is greater than the threshold are merged into it. The pick's box becomes
+  the mean of the boxes of all members (itself included), weighted by their scores; its score, raw score, label and
+  prompt do not change.
 
-Overlaps are IoU or IoS of the boxes of the input, in float64. The threshold is that of the group's label.
+Overlaps are IoU or IoS of the input boxes, in float64. The threshold is the one of the group's label.
 
-No loop visits boxes or labels one by one. What cannot touch each other any more advances together, within a group too:
-memory grows with the pairs of boxes that overlap, time with the longest row of decisions that wait for each other.
+No loop visits boxes or labels one by one. Boxes that can no longer affect each other advance together, within a group
+too: memory grows with the number of overlapping pairs, time with the longest chain of dependent decisions.
 
 Source of Soft-NMS: Bodla et al., 2017.
 """
@@ -36,21 +37,21 @@ from owlsam_ray.records import Detections
 _THRESHOLD = 0.7
 _SIGMA = 0.5
 _ROUND_COST = 5000
-"""What a round costs, in pairs of boxes to compare."""
+"""Overhead of a round, expressed as a number of box pairs to compare."""
 
 
 def label_thresholds(settings: SuppressConfig, names: Sequence[str]) -> NDArray[np.float64]:
-    """The threshold of every category.
+    """Return the threshold of every category.
 
     Args:
-        settings: threshold (default 0.7), and those of single categories.
-        names: (L,) of the categories, in the order of their indices.
+        settings: the threshold (default 0.7), and thresholds per category.
+        names: (L,) category names in the order of their indices.
 
     Returns:
         (L,) float64.
 
     Raises:
-        InputError: `thresholds` names something that is no category.
+        InputError: `thresholds` names something that is not a category.
     """
     unknown = [name for name in settings.thresholds if name not in set(names)]
     if unknown:
@@ -61,7 +62,7 @@ def label_thresholds(settings: SuppressConfig, names: Sequence[str]) -> NDArray[
 
 
 def _hint(unknown: str, names: Sequence[str]) -> str:
-    """An unknown name, and what may have been meant."""
+    """An unknown name, with suggestions."""
     near = difflib.get_close_matches(unknown, names)
     if near:
         return f"{shown(unknown)} (did you mean {' or '.join(map(repr, near))}?)"
@@ -76,19 +77,20 @@ def suppress(
     thresholds: NDArray[np.float64] | None = None,
     score_floor: float = 0.0,
 ) -> Detections:
-    """Apply the strategy of the settings, as the head of this module defines it.
+    """Apply the strategy of the settings, as defined in the module docstring.
 
     Args:
-        detections: of one image, by falling score; no NaN.
+        detections: detections of one image by descending score; no NaN.
         settings: strategy, overlap, threshold, groups, decay.
-        thresholds: (L,) of `label_thresholds`, for every label that occurs; default: the setting's for every label.
+        thresholds: (L,) thresholds from `label_thresholds`, covering every label that occurs; default: the threshold of
+            the settings for every label.
         score_floor: decayed scores must stay greater than this.
 
     Returns:
-        Detections by falling score; equal scores in the order of the input. `soft_nms` decays scores in float64 and
-        rounds them to float32 at the end; the order, that of the result too, is decided in float64 before. Raw scores
-        stay as they were. `merge` adds up `num_merged`; its boxes are averaged in float64, in the order of the input,
-        and rounded to float32. No detection, none back.
+        Detections by descending score; equal scores in input order. `soft_nms` decays scores in float64 and rounds them
+        to float32 at the end; all ordering, including that of the result, uses the float64 values. Raw scores do not
+        change. `merge` sums `num_merged`; its boxes are averaged in float64, in input order, and rounded to float32.
+        Empty input gives empty output.
     """
     if settings.thresholds and thresholds is None:
         raise ValueError("settings with thresholds of single categories need those of label_thresholds")
@@ -119,9 +121,9 @@ def _owners(
     limits: NDArray[np.float64],
     kind: Literal["iou", "ios"],
 ) -> NDArray[np.int64]:
-    """(N,) the pick that each box goes to; a pick goes to itself."""
+    """(N,) index of the pick that suppresses each box; a pick is its own owner."""
     owners = np.arange(len(boxes_xyxy))
-    # Rounds as they are defined, while many boxes go in each: a crowd has too many pairs.
+    # Run literal rounds while each removes many boxes: dense crowds have too many pairs.
     undecided = np.argsort(groups, kind="stable")
     while len(undecided):
         starts = np.flatnonzero(np.diff(groups[undecided], prepend=-1))
@@ -142,10 +144,10 @@ def _owners(
 
 
 def _owners_of_pairs(first: NDArray[np.int64], second: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """(N,) the same of pairs (E,) that overlap too much, first < second: the first is the better one.
+    """(N,) owners as in `_owners`, from (E,) pairs that overlap too much; first < second, and first is the better box.
 
-    A box that no undecided better one overlaps is picked whatever happens elsewhere: all of these are picked at once,
-    and what they overlap goes.
+    A box that no better undecided box overlaps is picked whatever happens elsewhere. All such boxes are picked at once,
+    and the boxes that they overlap are removed.
     """
     kept = np.ones(count, np.bool_)
     better, worse = first, second
@@ -155,7 +157,7 @@ def _owners_of_pairs(first: NDArray[np.int64], second: NDArray[np.int64], count:
         kept[worse[picked[better]]] = False
         undecided = kept[better] & kept[worse]
         better, worse = better[undecided], worse[undecided]
-    # What went belongs to the best kept box that overlaps it: that one was picked first.
+    # A removed box belongs to the best kept box that overlaps it, because that one was picked first.
     owners = np.where(kept, np.arange(count), count)
     joins = kept[first] & ~kept[second]
     np.minimum.at(owners, second[joins], first[joins])
@@ -163,58 +165,58 @@ def _owners_of_pairs(first: NDArray[np.int64], second: NDArray[np.int64], count:
 
 
 def _merge(detections: Detections, owners: NDArray[np.int64]) -> Detections:
-    """One box for each pick and what went to it."""
+    """Merge each pick and the boxes it owns into one box."""
     picks = np.flatnonzero(owners == np.arange(len(owners)))
     result = detections.take(picks)
     weights = detections.scores.astype(np.float64)
     totals = np.bincount(owners, weights)[picks]
     columns = detections.boxes_xyxy.astype(np.float64).T
     sums = np.stack([np.bincount(owners, weights * column)[picks] for column in columns], axis=1)
-    # Members that all score 0 leave the box as it is.
+    # If all members score 0, the box stays as it is.
     means = np.divide(sums, totals[:, None], out=result.boxes_xyxy.astype(np.float64), where=totals[:, None] > 0)
     num_merged = np.bincount(owners, detections.num_merged)[picks].astype(np.int64)
     return replace(result, boxes_xyxy=means.astype(np.float32), num_merged=num_merged)
 
 
 class _Decays(NamedTuple):
-    """By how much each box decays others, in the layout of a CSR matrix of (N, N) with E entries."""
+    """Decay factors between boxes, as an (N, N) CSR matrix with E entries."""
 
     starts: NDArray[np.int32]
-    """(N + 1,) where the entries of each pick begin."""
+    """(N + 1,) offset of each pick's first entry."""
     others: NDArray[np.int32]
-    """(E,) whose score is multiplied."""
+    """(E,) index of the box whose score is multiplied."""
     factors: NDArray[np.float64]
-    """(E,) by what."""
+    """(E,) factor it is multiplied by."""
     clusters: NDArray[np.int32]
-    """(N,) number of the cluster of a box; boxes of different ones are not connected by overlaps, directly or not."""
+    """(N,) cluster number of each box; overlaps never connect boxes of different clusters, not even indirectly."""
 
 
 def _decays(
     detections: Detections, groups: NDArray[np.int64], limits: NDArray[np.float64], settings: SuppressConfig
 ) -> _Decays:
-    """The factors of all pairs, both ways."""
+    """Compute the factors of all pairs, in both directions."""
     count = len(detections)
     above = limits if settings.decay == "linear" else np.zeros(count)
     first, second, overlap = overlapping_pairs(detections.boxes_xyxy, groups, settings.overlap, above=above)
     ends = (np.concatenate([first, second]), np.concatenate([second, first]))
     pairs = coo_array((np.concatenate([overlap, overlap]), ends), shape=(count, count))
-    pairs.has_canonical_format = True  # no pair is there twice: nothing to sort and add up
+    pairs.has_canonical_format = True  # pairs are unique: no need to sort and sum duplicates
     graph = pairs.tocsr()
-    _, clusters = connected_components(graph, connection="strong")  # all edges go both ways; "weak" is slower
+    _, clusters = connected_components(graph, connection="strong")  # all edges are bidirectional; "weak" is slower
     if settings.decay == "linear":
         factors = 1.0 - graph.data
     else:
-        with np.errstate(over="ignore"):  # of the smallest sigmas: exp(-inf) is the 0 that is meant
+        with np.errstate(over="ignore"):  # for tiny sigmas: exp(-inf) = 0 is intended
             factors = np.exp(-(graph.data * graph.data) / (_SIGMA if settings.sigma is None else settings.sigma))
     return _Decays(graph.indptr, graph.indices, factors, clusters)
 
 
 def _soft_nms(detections: Detections, decays: _Decays, score_floor: float) -> Detections:
-    """One round picks the best of every cluster; a cluster is never more than a group."""
+    """Apply Soft-NMS; each round picks the best box of every cluster (a cluster never exceeds a group)."""
     starts, others, factors, clusters = decays
     scores = detections.scores.astype(np.float64)
     gone = np.zeros(len(scores), np.bool_)
-    # Remaining boxes by cluster, then in the order of the input; those that overlap nothing are final already.
+    # Remaining boxes by cluster, then in input order; boxes that overlap nothing are already final.
     remaining = np.argsort(clusters, kind="stable")
     remaining = remaining[np.diff(starts)[remaining] > 0]
     is_open = np.zeros(len(scores), np.bool_)
@@ -225,7 +227,7 @@ def _soft_nms(detections: Detections, decays: _Decays, score_floor: float) -> De
         entries = concatenated_ranges(starts[picks], starts[picks + 1] - starts[picks])
         entries = entries[is_open[others[entries]] & (factors[entries] < 1)]
         hit = others[entries]
-        scores[hit] *= factors[entries]  # no box is hit twice: the picks are of different clusters
+        scores[hit] *= factors[entries]  # no box is hit twice: the picks are in different clusters
         fallen = hit[scores[hit] <= score_floor]
         gone[fallen], is_open[fallen] = True, False
         remaining = remaining[is_open[remaining]]
@@ -235,7 +237,7 @@ def _soft_nms(detections: Detections, decays: _Decays, score_floor: float) -> De
 
 
 def _first_maxima(values: NDArray[np.float64], segments: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(S,) index of the highest value of each segment, of equal ones the first; segments stand together."""
+    """(S,) index of the highest value of each segment (ties: the first); segments are contiguous."""
     starts = np.flatnonzero(np.diff(segments, prepend=-1))
     if len(starts) == 1:
         return np.array([values.argmax()])

@@ -1,4 +1,4 @@
-"""The first directory of a TIFF file: its orientation before Pillow applies it, and whether all pixels are there."""
+"""Parse the first directory of a TIFF file: its orientation, and whether the file holds all its pixels."""
 
 import struct
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ STRIP_OFFSETS, ORIENTATION, SAMPLES, STRIP_SIZES = 273, 274, 277, 279
 TILE_OFFSETS, TILE_SIZES, SAMPLE_FORMAT = 324, 325, 339
 HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _FORMATS = {1: "B", 3: "H", 4: "I", 16: "Q"}
-"""Letters of `struct` by type, of the types that numbers of interest have."""
+"""`struct` format characters by TIFF type, for the types of the numbers that are read."""
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _MAX_ENTRIES = 4096
 _MAX_NUMBERS = 2**22
-"""Of one tag that are read: a gigapixel picture in strips of one row has fewer."""
+"""Maximum count of numbers read for one tag; a gigapixel image in strips of one row has fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,23 +21,23 @@ class _Entry:
     kind: int
     count: int
     place: int
-    """Of its first value in the file."""
+    """Offset of its first value in the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """Tags of a file's first picture."""
+    """Tags of the first image in a file."""
 
     data: bytes
     order: str
-    """`<` or `>`, as `struct` has it."""
+    """Byte order in the notation of `struct`: `<` or `>`."""
     entries: dict[int, _Entry]
 
     def numbers(self, tag: int) -> tuple[int, ...]:
-        """Whole numbers of a tag; none when the file lacks it, or it holds something else.
+        """Integers of a tag; empty if the file lacks the tag or it does not hold integers.
 
         Raises:
-            EOFError: the file ends before they do.
+            EOFError: the file ends before the numbers do.
         """
         entry = self.entries.get(tag)
         if entry is None or entry.kind not in _FORMATS or entry.count > _MAX_NUMBERS:
@@ -48,16 +48,16 @@ class Directory:
             raise EOFError from None
 
     def number(self, tag: int, default: int) -> int:
-        """The first number of a tag.
+        """First integer of a tag; `default` if there is none.
 
         Raises:
-            EOFError: the file ends before it does.
+            EOFError: the file ends before the numbers do.
         """
         return next(iter(self.numbers(tag)), default)
 
     @property
     def is_cut(self) -> bool:
-        """Whether the file ends before its pixels do."""
+        """Whether the file is truncated: it ends before its pixels do."""
         try:
             for places, sizes in ((STRIP_OFFSETS, STRIP_SIZES), (TILE_OFFSETS, TILE_SIZES)):
                 if _end(self.numbers(places), self.numbers(sizes)) > len(self.data):
@@ -73,7 +73,7 @@ def _end(places: Sequence[int], sizes: Sequence[int]) -> int:
 
 
 def read_directory(data: bytes) -> Directory | None:
-    """The first directory of a TIFF or BigTIFF file; None for another file.
+    """Read the first directory of a TIFF or BigTIFF file; None for any other file.
 
     Raises:
         EOFError: the file ends before its directory does.
@@ -101,9 +101,10 @@ def read_directory(data: bytes) -> Directory | None:
 
 
 def split_orientation(data: bytes) -> tuple[bytes, int]:
-    """A TIFF file with the orientation 1, and the one that it had, 1…8; any other file as it is, and 1.
+    """Set the orientation of a TIFF file to 1; return the file and its original orientation, 1…8.
 
-    Pillow turns the pixels of TIFF files, and of no others, as it reads them, which leaves no choice.
+    Any other file is returned unchanged, with 1. This is needed because Pillow applies the orientation of TIFF files,
+    and only of these, when it loads the pixels.
     """
     try:
         directory = read_directory(data)

@@ -1,7 +1,7 @@
-"""Large images → overlapping tiles, and the detections of tiles → one list in the original frame.
+"""Split large images into overlapping tiles, and merge the detections of tiles in the original frame.
 
-Frames: a *view* is a part of the picture in original pixels, half-open; the detector sees each view as a picture of its
-own, so its boxes are relative to the view's top left corner.
+Frames: a *view* is a part of the image in original pixels, half-open. The detector sees each view as a separate image,
+so its boxes are relative to the view's top left corner.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from owlsam_ray.records import Detections
 
 
 class View(NamedTuple):
-    """A part of a picture: whole original pixels, half-open."""
+    """A part of an image in whole original pixels, half-open."""
 
     x0: int
     y0: int
@@ -24,21 +24,21 @@ class View(NamedTuple):
 
     @property
     def size_hw(self) -> tuple[int, int]:
-        """(H, W) of the part."""
+        """(H, W) of the view."""
         return self.y1 - self.y0, self.x1 - self.x0
 
 
 def tile_views(size_hw: tuple[int, int], settings: TilingConfig) -> list[View]:
-    """What the detector looks at, one after another.
+    """List the views of an image that the detector runs on, in order.
 
     Args:
-        size_hw: (H, W) of the picture.
-        settings: tile size, least overlap, and whether the whole picture is looked at too.
+        size_hw: (H, W) of the image.
+        settings: tile size, minimum overlap, and whether to add the whole image.
 
     Returns:
-        Only the whole picture when there are no tiles or when it fits one; else the whole one first (if asked for),
-        then the tiles row by row. All tiles have the full size (or the picture's, where that is less) and are spread
-        evenly, so that none hangs over the border.
+        Only the whole image if tiling is off or the image fits in one tile; otherwise the whole image first (if
+        requested), then the tiles row by row. All tiles have the full size (or the image's, if that is smaller) and are
+        spaced evenly, so that none extends beyond the border.
     """
     height, width = size_hw
     whole = View(0, 0, width, height)
@@ -53,24 +53,25 @@ def tile_views(size_hw: tuple[int, int], settings: TilingConfig) -> list[View]:
 
 
 def _starts(length: int, size: int, overlap: float) -> list[int]:
-    """First pixels of the fewest tiles along one axis whose neighbours share at least the overlap."""
+    """First pixels of the tiles along one axis: the fewest tiles whose neighbours have at least the given overlap."""
     if length <= size:
         return [0]
-    most = max(1, int(size * (1 - overlap)))  # the farthest step
+    most = max(1, int(size * (1 - overlap)))  # the largest step
     steps = ceil((length - size) / most)
     return [(length - size) * step // steps for step in range(steps + 1)]
 
 
 def merge_views(found: Sequence[Detections], views: Sequence[View], *, max_candidates: int) -> Detections:
-    """Detections of the views of one picture, in its own frame.
+    """Merge the detections of all views of one image, in the image's frame.
 
     Args:
-        found: of each view, boxes relative to it, by falling score.
-        views: as many.
-        max_candidates: the best that are kept.
+        found: detections of each view by descending score, boxes relative to the view.
+        views: the views, one for each entry of `found`.
+        max_candidates: maximum number of detections; the best are kept.
 
     Returns:
-        By falling score; equal scores by view, then as they stood there. No view, no detection.
+        Detections by descending score; equal scores by view, then in the order of the view. No views give no
+        detections.
     """
     if len(found) == 1 and views[0][:2] == (0, 0):
         return found[0]

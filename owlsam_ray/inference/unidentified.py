@@ -1,4 +1,4 @@
-"""Why no decoder takes a file: it is truncated, whole but of a kind that Pillow lacks, damaged, or no image at all."""
+"""Explain why no decoder accepts a file: truncated, of a kind that Pillow lacks, damaged, or not an image."""
 
 import io
 import struct
@@ -14,19 +14,19 @@ _RIFF_KINDS = {b"WAVE": "WAV", b"AVI ": "AVI", b"ACON": "ANI", b"RMID": "MIDI", 
 _PHOTOMETRIC = {0: "WhiteIsZero", 1: "BlackIsZero", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab"}
 _SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "float", 5: "complex", 6: "complex float"}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-"""Markers of a JPEG whose segments begin with precision, height, width and number of components."""
+"""JPEG markers whose segments begin with precision, height, width and number of components."""
 
 _BARE = {0x00, 0x01, *range(0xD0, 0xD8)}
-"""Markers of a JPEG without a segment."""
+"""JPEG markers without a segment."""
 _MAX_SEGMENTS = 100_000
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
-"""Bits by colour type."""
+"""Valid bit depths by colour type."""
 _SHORTEST = 3
-"""Bytes of a file that may be the beginning of a head."""
+"""Minimum number of bytes for a file to be taken as the beginning of a signature."""
 
 
 def why_unidentified(data: bytes) -> str:
-    """The reason of an `ImageError` for a file that no format of `decode` accepts.
+    """Return the reason of the `ImageError` for a file that no format of `decode` accepts.
 
     Returns:
         `truncated`, `not_an_image`, `unsupported_mode: …` or `decode_error: …`.
@@ -97,7 +97,7 @@ def _tiff(data: bytes) -> str:
     try:
         directory = tiff_tags.read_directory(data)
         if directory is None:
-            return _TRUNCATED  # the four bytes of the head are not all there
+            return _TRUNCATED  # the four bytes of the signature are incomplete
         width, height = directory.number(tiff_tags.WIDTH, -1), directory.number(tiff_tags.HEIGHT, -1)
         compression = directory.number(tiff_tags.COMPRESSION, 1)
         mode = _tiff_mode(directory)
@@ -115,7 +115,7 @@ def _tiff(data: bytes) -> str:
 
 
 def _tiff_mode(directory: tiff_tags.Directory) -> str:
-    """In words, such as `a TIFF of 8 x 16 bits, unsigned, BlackIsZero`.
+    """Describe the pixel mode, such as `a TIFF of 8 x 16 bits, unsigned, BlackIsZero`.
 
     Raises:
         EOFError: the file ends before its tags do.
@@ -136,7 +136,7 @@ def _empty(width: int, height: int) -> str:
 
 
 def _damaged(opener: Callable[[Any], object], data: bytes) -> str:
-    """What the decoder of a whole file says against it."""
+    """Return a reason with the decoder's error for a file that is not truncated."""
     try:
         opener(io.BytesIO(data))
     except Exception as error:  # noqa: BLE001 (any error becomes that image's row)
@@ -153,4 +153,4 @@ _WHY: tuple[tuple[tuple[bytes, ...], Callable[[bytes], str]], ...] = (
     ((b"RIFF",), _riff),
     (tiff_tags.HEADS, _tiff),
 )
-"""By the first bytes of a file. A file that is shorter than these is taken for the beginning of one."""
+"""Functions by signature (first bytes of a file). A shorter file is taken as the beginning of a signature."""

@@ -1,11 +1,10 @@
-"""What the threads of a process work on, and since when: known to a watchdog inside, and to others after its death.
+"""Watchdog thread: reports work that takes too long, and a process that uses too much memory.
 
-Each piece of work takes a slot. Slots live in a small file on this machine that is mapped into memory, so that what
-stood in them can be read after the process was killed, whatever killed it; a machine that goes away takes it along. A
-watchdog thread looks for work that takes too long, and for a process that takes too much memory.
+Each piece of work takes a slot (`parallel/work_slots`). Slots are in a small memory-mapped file on this machine, so
+they can be read after the process was killed, whatever killed it; they are lost if the machine goes away.
 
-C code that hangs while it holds the interpreter's lock stops the watchdog as well. Then a timer of `faulthandler`,
-which needs no lock, ends the process some seconds later.
+C code that hangs while it holds the GIL also stops the watchdog. In that case a `faulthandler` timer, which does not
+need the GIL, ends the process a few seconds later.
 """
 
 import faulthandler
@@ -21,7 +20,7 @@ from owlsam_ray.parallel.work_slots import WorkSlots
 
 _LOOK_S = 0.2
 _LAST_RESORT_S = 10.0
-"""So much later than the deadline a process ends even when the watchdog cannot run."""
+"""Seconds after the deadline when the process is ended even if the watchdog cannot run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +30,13 @@ class Overrun:
     kind: str
     """`hang` or `out_of_memory`."""
     image_ids: tuple[int, ...]
-    """What was worked on for too long; for memory everything that was worked on."""
+    """Images that took too long; for `out_of_memory`, all images being worked on."""
     text: str
     """The reason of a failed row."""
 
 
 class Watchdog:
-    """A thread that tells when a process has to end."""
+    """A thread that reports when the process has to end."""
 
     def __init__(
         self,
@@ -51,11 +50,11 @@ class Watchdog:
         """Prepare.
 
         Args:
-            watch: of this process.
-            deadline_s: seconds that one piece of work may take.
-            memory_bytes: that the process may hold; None: any.
-            on_overrun: called once, and should end the process.
-            last_resort: end the process without a word when the watchdog itself is kept from running.
+            watch: work slots of this process.
+            deadline_s: maximum seconds for one piece of work.
+            memory_bytes: maximum private memory of the process; None means no limit.
+            on_overrun: called once; should end the process.
+            last_resort: end the process without a message if the watchdog thread cannot run.
         """
         self._watch, self._deadline_s, self._memory_bytes = watch, deadline_s, memory_bytes
         self._on_trouble, self._last_resort = on_overrun, last_resort
@@ -64,14 +63,14 @@ class Watchdog:
         self._silent: IO[str] | None = None
 
     def start(self) -> "Watchdog":
-        """Begin to look."""
+        """Start watching."""
         if self._last_resort:
             self._silent = open(os.devnull, "w", encoding="ascii")  # noqa: SIM115 (open as long as the process)
         self._thread.start()
         return self
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop watching."""
         self._stop.set()
         self._thread.join()
         if self._silent is not None:
@@ -88,7 +87,7 @@ class Watchdog:
                 return
 
     def look(self) -> Overrun | None:
-        """What is wrong at the moment; None when nothing is."""
+        """Return the current overrun; None if there is none."""
         late = self._watch.overdue(self._deadline_s)
         if late:
             return Overrun("hang", late, hang_text(self._deadline_s))
@@ -98,19 +97,19 @@ class Watchdog:
 
 
 def hang_text(deadline_s: float) -> str:
-    """The reason of an image that does not come to an end."""
+    """Failure reason for an image that does not finish."""
     return f"hang: no end within {deadline_s:g} s"
 
 
 def memory_text(memory_bytes: int) -> str:
-    """The reason of an image that takes too much memory."""
+    """Failure reason for an image that needs too much memory."""
     return f"out_of_memory: above {memory_bytes / 1e9:.3g} GB"
 
 
 def resident_bytes(pid: int | str = "self") -> int:
-    """Memory that a process holds for itself; 0 where nobody can tell.
+    """Resident private memory of a process in bytes; 0 if it cannot be read.
 
-    What it shares does not count: blocks of Ray's object store, and files that are mapped.
+    Shared memory does not count: blocks of Ray's object store, and mapped files.
     """
     try:
         _, resident, shared, *_ = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()

@@ -1,4 +1,4 @@
-"""What the stages of the engine hand to each other."""
+"""Data classes that the stages of the engine pass to each other."""
 
 import threading
 from collections.abc import Sequence
@@ -18,29 +18,29 @@ STAGES = ("decode", "detect", "suppress", "segment", "encode")
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """What an engine does, and in which batches."""
+    """Settings of an engine: its steps and batch sizes."""
 
     decode: DecodeConfig
     detector: DetectorConfig
     suppress: SuppressConfig
     segment: SegmentConfig
     detector_batch: int
-    """Views of one detector call."""
+    """Views per detector call."""
     segmenter_batch: int
-    """Images of one encoder call."""
+    """Images per encoder call."""
     decoder_batch: int
-    """Boxes of one mask decoder call."""
+    """Boxes per mask decoder call."""
     threads: int
     """Threads that decode images and encode masks."""
     tiling: TilingConfig = field(default_factory=TilingConfig)
-    """Large images in tiles; default: none."""
+    """Tiling of large images; default: off."""
     label_thresholds: NDArray[np.float64] | None = None
-    """(L,) suppression threshold of each category; None: the one of the settings."""
+    """(L,) suppression threshold of each category; None uses the threshold of the settings for all."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """The images of one `annotate` call."""
+    """One `annotate` call: its images and their results."""
 
     images: Sequence[EncodedImage]
     results: list[Prediction | None]
@@ -51,7 +51,7 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """One image on its way; model inputs are dropped as soon as they were used."""
+    """One image in the pipeline; model inputs are dropped after use."""
 
     job: Job
     position: int
@@ -60,14 +60,14 @@ class Item:
     segmenter_input: Tensor | None = None
     views: list[View] = field(default_factory=list)
     found: dict[int, Detections] = field(default_factory=dict)
-    """Detections of the views that were looked at so far."""
+    """Detections of the views processed so far, by view index."""
     failure: ImageError | None = None
     detections: Detections = field(default_factory=Detections.empty)
     masked: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def image(self) -> EncodedImage:
-        """Its encoded bytes."""
+        """The encoded image."""
         return self.job.images[self.position]
 
 
