@@ -1,1 +1,1 @@
-"""One attempt to label a run: the Ray graph, waves, isolation of images that kill processes."""
+"""One attempt to label a run: the Ray graph, waves, and isolation of images that kill processes."""

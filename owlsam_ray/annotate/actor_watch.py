@@ -1,4 +1,4 @@
-"""What an actor leaves behind when it dies, and how it ends itself when an image hangs or takes all memory."""
+"""Watch an actor's work: in-hand markers for when it dies, and a watchdog against hangs and memory overruns."""
 
 import contextlib
 import os
@@ -19,15 +19,15 @@ EXIT_CODE = 70
 
 
 class WatchedWork:
-    """Keeps the work slots of a process, and ends it when one of its images hangs or takes all memory."""
+    """Keeps the work slots of a process, and ends the process if an image hangs or uses too much memory."""
 
     def __init__(self, run_url: str, attempt: str, resources: ResourcesConfig) -> None:
-        """Begin to watch.
+        """Start watching.
 
         Args:
             run_url: the run directory.
-            attempt: that this process works for.
-            resources: with the deadline and the memory of an actor.
+            attempt: name of the attempt that this process works for.
+            resources: deadline per image and memory limit of an actor.
         """
         self._run_url, self._attempt = run_url, attempt
         self._worker = in_hand.new_worker_name()
@@ -36,7 +36,7 @@ class WatchedWork:
         self._lock = threading.Lock()
         remove_old_slot_files()
         self.watch = WorkSlots()
-        self.watch.remove_file()  # it is there while there is work, since Ray ends idle actors without a word to them
+        self.watch.remove_file()  # it exists only during work: Ray ends idle actors without notice
         Watchdog(
             self.watch,
             deadline_s=resources.image_deadline_s,
@@ -46,7 +46,7 @@ class WatchedWork:
 
     @contextlib.contextmanager
     def in_hand(self, shard: int) -> Iterator[None]:
-        """Keep a marker while a shard is worked on, and the file of slots while any is."""
+        """Keep a marker while a shard is worked on, and the slot file while any shard is."""
         with self._lock:
             if self._shards == 0:
                 self.watch.renew()
@@ -74,7 +74,7 @@ class WatchedWork:
                     self.watch.remove_file()
 
     def _end_process(self, trouble: Overrun) -> None:
-        """Tell what was found, if storage lets us, and end."""
+        """Write the finding to the markers, if storage allows it within 10 s, and end the process."""
 
         def tell() -> None:
             with self._lock:

@@ -1,6 +1,6 @@
-"""One attempt at a run: claim, guard, preflight, waves of shards, and an orderly end.
+"""Run one attempt: claim, guard, preflight, waves of shards, and an orderly end.
 
-The same call again resumes: what is done is read from the listing, never from a database.
+The same call again resumes the run: finished shards are found by listing their files, never in a database.
 """
 
 import contextlib
@@ -58,18 +58,18 @@ _ADVICE = (
 
 @dataclass(frozen=True, slots=True)
 class AttemptOptions:
-    """What one call wants, which the run file does not say."""
+    """Options of one call that are not in the run file."""
 
     part: Slice = _WHOLE
-    """Only these shards: several attempts at once share a run."""
+    """Slice of shards to label; concurrent attempts can share a run."""
     takeover: bool = False
-    """Stop an attempt that lives, and go on in its place."""
+    """Stop a live attempt and continue in its place."""
     retry: Retry | None = None
-    """Failed rows to try again once everything is labelled; None: the transient ones."""
+    """Failed rows to retry once everything is labelled; None retries transient failures."""
     judge: bool = False
-    """Raise FailedImagesError when more images failed than `reduce.max_failed`; of a slice nobody can tell."""
+    """Raise FailedImagesError if more images failed than `reduce.max_failed` allows; ignored for a slice."""
     allow_numerics_change: bool = False
-    """Go on with another device, dtype, batch or library version than earlier attempts."""
+    """Continue with a different device, dtype, batch or library version than earlier attempts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,12 @@ def annotate_run(
     *,
     show: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Label everything that is not labelled yet; plans first when nobody did.
+    """Label all images that are not labelled yet; plan the run first if it has no plan.
 
     Args:
-        config: of the run.
-        options: of this call.
-        show: called with the progress now and then.
+        config: the run's config.
+        options: options of this call.
+        show: called with the progress at intervals.
 
     Returns:
         Counts over the slice (by default the whole run), and what this attempt added.
@@ -121,18 +121,18 @@ def annotate_run(
         counts = _annotate(config, options, attempt, run, show)
         counts["fingerprint"] = run.record.fingerprint[:16] if run.record.fingerprint else None
         if options.judge and options.part.is_whole:
-            check_failures(config.reduce.max_failed, counts)  # here, so that the attempt signs off with its exit code
+            check_failures(config.reduce.max_failed, counts)  # here, because sign-off records its exit code
         return counts
 
 
 def _set_up(config: RunConfig, run_url: str) -> _Prepared:
-    """Plan, embed and guard, as the only one: the attempts of a job array begin at the same time."""
+    """Plan, embed and guard under an exclusive claim, because attempts of a job array start at the same time."""
     with claim_setup(run_url, config.resources) as setup:
         plan = plan_run(config, raise_if_taken_over=setup.raise_if_taken_over)
         record = plan.record
         if plan.new:
             _log.info("planned %d images in %d shards", plan.manifest.num_images, plan.manifest.num_shards)
-        # Imported here: it may load torch, and a wrong path in the run file is told without it.
+        # Imported here: it may load torch, which is not needed to report a wrong path in the run file.
         from owlsam_ray.models.load import find_models
 
         try:
@@ -142,7 +142,7 @@ def _set_up(config: RunConfig, run_url: str) -> _Prepared:
             weights = {"detector": models.detector, "segmenter": models.segmenter}
             parts = fingerprint_parts(config, record, weights=weights, run_url=run_url)
         except Exception:
-            if plan.new:  # by this call, for settings that do not work: corrected ones must not be refused
+            if plan.new:  # this call planned with settings that do not work; corrected ones must not be refused
                 forget_plan(run_url)
             raise
         setup.raise_if_taken_over()
@@ -157,7 +157,7 @@ def _annotate(
     run: _Prepared,
     show: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """The attempt, once its slice is claimed and the run is set up."""
+    """Run the attempt, after its slice is claimed and the run is set up."""
     run_url = run_directory(config)
     mine = options.part.shards(run.manifest.num_shards)
     tally = RunCounts(run_url, run.manifest, run.record.fingerprint, shards=mine)
@@ -167,7 +167,7 @@ def _annotate(
         tally.refresh()
         if not any(tally.transient_shards if retry.only_transient else tally.failed_shards for retry in retries):
             _log.info("nothing to do: all %d shards of %s are done", len(mine), _named(run_url, options.part))
-            in_hand.clear(run_url, mine)  # of an attempt that was killed at its very end
+            in_hand.clear(run_url, mine)  # left by an attempt that was killed at its very end
             return tally.summary() | {"new": 0, "seconds": 0.0}
     elif listed:
         _log.info("resuming: %d of %d shards are done", len(listed), len(mine))
@@ -201,10 +201,10 @@ def _annotate(
     except StoppedError:
         raise _interrupted(tally, "asked to stop") from None
     except SystemExit:
-        # Of Ray's own handler, for a moment in place when it starts and when it ends.
+        # Raised by Ray's own signal handler, which is briefly in place while Ray starts and ends.
         raise _interrupted(tally, "asked to stop once more") from None
     except GraceOverError:
-        in_hand.release(run_url, attempt.id)  # nobody died of these
+        in_hand.release(run_url, attempt.id)  # no process died because of these
         raise _interrupted(tally, "the grace time is over; shards in hand were dropped") from None
     return tally.summary() | {
         "new": tally.images_fresh,
@@ -216,7 +216,7 @@ def _annotate(
 
 
 def _retries(asked: Retry | None) -> list[Retry]:
-    """What is tried again at the end: always what storage gave up on, each row once."""
+    """What to retry at the end: always transient failures; each row only once."""
     if asked is None:
         return [Retry("transient")]
     if asked.selects("", "transient"):
@@ -231,7 +231,7 @@ def _named(run_url: str, part: Slice) -> str:
 def _watch(
     config: RunConfig, part: Slice, tally: RunCounts, attempt: Attempt, show: Callable[[dict[str, Any]], None]
 ) -> ProgressWatcher:
-    """Tell people, `progress.json`, and with the signs of life other machines."""
+    """Report progress to `show`, to `progress.json`, and with the heartbeats to other machines."""
 
     def tell(state: dict[str, Any]) -> None:
         attempt.tell(progress=state)
@@ -246,10 +246,10 @@ def _watch(
 
 
 def embed_run_queries(config: RunConfig, record: RunRecord, detector_weights: Path, run_url: str) -> None:
-    """Run the text tower once, and the image tower on exemplars; keep the result in the run directory.
+    """Run the text tower once, and the image tower on exemplars; save the result in the run directory.
 
     Raises:
-        InputError: a prompt is longer than the text tower takes, or an exemplar cannot be read.
+        InputError: a prompt is longer than the text tower allows, or an exemplar cannot be read.
     """
     from safetensors.torch import save as save_safetensors
 
@@ -269,7 +269,7 @@ def embed_run_queries(config: RunConfig, record: RunRecord, detector_weights: Pa
 
 
 def _prepare(config: RunConfig, run: _Prepared, attempt: Attempt) -> pipeline.Job:
-    """Preflight against the cluster."""
+    """Check that the cluster has the resources for the run, and build the job."""
     totals = cluster_totals()
     allocation = allocate(
         config.resources,
@@ -315,7 +315,7 @@ def _interrupted(tally: RunCounts, why: str) -> InterruptedRunError:
 
 
 def _shards_done(tally: RunCounts) -> str:
-    """By a fresh listing: the last one may be older than the last shard."""
+    """State how many shards are done, from a fresh listing: the last one may miss the latest shards."""
     with contextlib.suppress(OSError, OwlsamError):
         tally.refresh_listing()
     return f"{len(tally.done)} of {tally.num_shards} shards are done"
@@ -323,17 +323,17 @@ def _shards_done(tally: RunCounts) -> str:
 
 @contextlib.contextmanager
 def _ray(config: RunConfig, losses: LossCount, kills: KillWatch) -> Iterator[None]:
-    """Ray for the time of an attempt; one that this process already had is left running."""
+    """Run Ray during an attempt; a Ray that was already running in this process is left running."""
     try:
         ours = start_ray(config.resources, level=config.logging.level)
     except SystemExit:
-        # While it starts, Ray's own SIGTERM handler is in place.
+        # Raised by Ray's own SIGTERM handler, which is in place while Ray starts.
         raise InterruptedRunError("interrupted while Ray was starting; call the same command again") from None
     as_interrupts()
     try:
         with watch_ray(lambda cause: losses.count(cause, advice=_ADVICE), also=kills.cause):
             yield
     finally:
-        losses.clear()  # no loss: that does not come back here
+        losses.clear()  # not a loss of Ray: control does not return here after one
         if ours:
             stop_ray()

@@ -1,9 +1,9 @@
-"""A shard that processes died with, redone in a process of its own, until it is known which image kills it.
+"""Isolate the images that kill processes: redo a suspect shard in a separate process, group by group.
 
-The images that were in hand when a process died go first, each alone; then all others together. Of a group that kills
-the process those go first again that it left word of; without word the group is cut in halves. An image that kills it
-alone becomes a failed row, all others are labelled. What is killed by a signal, or hangs, has to do so twice, since
-anybody may kill a process or stop it for a while.
+Images that were being worked on when a process died go first, each alone; then all others together. If a group kills
+the process, the images that it left in its work slots go first in turn; if it left none, the group is split in half. An
+image that kills the process alone becomes a failed row; all others are labelled. A death by signal or a hang must
+happen twice, because a process may also be killed or paused from outside.
 """
 
 import builtins
@@ -42,52 +42,52 @@ from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from owlsam_ray.storage.arrow_types import misfit_of
 
 _MOST_SUSPECTS = 16
-"""Of more than these, halves find the culprit sooner."""
+"""With more suspects than this, splitting in half finds the culprit sooner."""
 _LOOK_S = 0.2
 _SILENCE_S = 20.0
-"""The process says every second that it runs. When it has not for so much longer than an image may take, it hangs."""
+"""Seconds without the worker's message (sent every second), beyond the deadline of an image, that count as a hang."""
 _REAP_S = 10.0
-"""A process that hangs in the kernel cannot be killed; after so long it is left behind."""
+"""Seconds to wait for a killed process; one that hangs in the kernel cannot be killed and is abandoned after this."""
 _LAST_RESORT_CODE = 1
 """Exit code of a process whose watchdog could not run."""
 _START_S = 1800.0
-"""Seconds in which models must load."""
+"""Maximum seconds for loading the models."""
 _STARTS_WITHOUT_READY = 2
 _MOST_GIVEN_UP = 5
-"""Images of a shard that are given up before the first one is labelled: then it is the process that is ill."""
+"""Images given up before the first one is labelled from which the process, not the images, is taken as the cause."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class IsolationTask:
-    """A shard, and everything that it takes to label it."""
+    """A shard, and everything needed to label it."""
 
     run_url: str
     shard: int
     positions: tuple[int, ...] | None
-    """In the shard, rising, of the only images that are wanted; None: all."""
+    """Positions in the shard of the images to label, ascending; None means all."""
     config: RunConfig
     record: RunRecord
     manifest: Manifest
     allocation: Allocation
     models: ModelPaths
     suspects: frozenset[int] = frozenset()
-    """Ids of images that were in hand when a process died; a hint, no more."""
+    """Ids of images being worked on when a process died; only a hint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """How a process ended that worked on a group."""
+    """How a process that worked on a group ended."""
 
     reason: str
-    """Of the failed row."""
+    """Reason of the failed row."""
     is_certain: bool
-    """Nobody else can have done it."""
+    """Whether the images must be the cause, not something outside the process."""
     in_hand: frozenset[int] = frozenset()
-    """Ids of the images that it was working on, as far as it left word."""
+    """Ids of the images that it was working on, as far as known."""
 
 
-class _WorkerDied(Exception):  # noqa: N818 (not an error: what this module is for)
+class _WorkerDied(Exception):  # noqa: N818 (not an error but an expected event here)
     def __init__(self, death: Death) -> None:
         super().__init__(death.reason)
         self.death = death
@@ -96,26 +96,23 @@ class _WorkerDied(Exception):  # noqa: N818 (not an error: what this module is f
 @dataclass(slots=True)
 class _Outcome:
     rows: list[pa.Table] = field(default_factory=list)
-    """Any order, each image once."""
+    """Tables of rows in any order, each image once."""
     stage_s: Counter[str] = field(default_factory=Counter)
     deaths: Counter[int] = field(default_factory=Counter)
-    """Position → how often it killed a process alone."""
+    """By position: how often the image alone killed a process."""
     labelled: int = 0
     given_up: int = 0
 
 
 def isolate_shard(task: IsolationTask) -> tuple[pa.Table, dict[str, float]]:
-    """Label a shard, whatever its images do to a process.
-
-    Args:
-        task: the shard.
+    """Label a shard even if its images kill processes.
 
     Returns:
-        `PREDICTION_SCHEMA`, a row for each image that is wanted, in manifest order; busy seconds of each stage.
+        One row as `PREDICTION_SCHEMA` for each requested image, in manifest order; busy seconds of each stage.
 
     Raises:
-        IncompleteError: the process does not get as far as the first image.
-        OwlsamError, OSError: what ended it was no image: storage gave up, a batch does not fit the GPU.
+        IncompleteError: the process ends before its first image.
+        OwlsamError, OSError: an error that no image caused: storage failed, or a batch does not fit the GPU.
     """
     image_ids: list[int] = task.manifest.read_shard(task.shard)["image_id"].to_pylist()
     wanted = list(range(len(image_ids))) if task.positions is None else list(task.positions)
@@ -139,7 +136,7 @@ def isolate_shard(task: IsolationTask) -> tuple[pa.Table, dict[str, float]]:
 
 
 def _first_groups(wanted: Sequence[int], image_ids: Sequence[int], suspects: frozenset[int]) -> list[list[int]]:
-    """Suspects one by one (together when they are many, as the batches of a GPU are), then the others together."""
+    """Suspects one by one (together if there are many, as from a GPU batch), then the others together."""
     suspected = [position for position in wanted if image_ids[position] in suspects]
     others = [position for position in wanted if image_ids[position] not in suspects]
     first = [suspected] if len(suspected) > _MOST_SUSPECTS else [[position] for position in suspected]
@@ -147,7 +144,7 @@ def _first_groups(wanted: Sequence[int], image_ids: Sequence[int], suspects: fro
 
 
 def _after_death(group: list[int], death: Death, image_ids: Sequence[int], outcome: _Outcome) -> list[list[int]]:
-    """What to try next; a culprit becomes a row."""
+    """Return the groups to try next; an image found to be the culprit becomes a failed row."""
     if len(group) > 1 and 0 < sum(image_ids[position] in death.in_hand for position in group) < len(group):
         return _first_groups(group, image_ids, death.in_hand)
     if len(group) > 1:
@@ -171,7 +168,7 @@ def _after_death(group: list[int], death: Death, image_ids: Sequence[int], outco
 
 
 class _Worker:
-    """The process, started when it is needed, and again after each death."""
+    """The worker process; started on demand, and again after each death."""
 
     def __init__(self, task: IsolationTask) -> None:
         self._task = task
@@ -192,11 +189,11 @@ class _Worker:
         self._folder.cleanup()
 
     def label(self, positions: list[int]) -> tuple[pa.Table, dict[str, float]]:
-        """Rows of these images, any order; busy seconds.
+        """Label the images at these positions; return their rows in any order, and the busy seconds.
 
         Raises:
-            _WorkerDied: the process did.
-            OwlsamError, OSError: as of `isolate_shard`.
+            _WorkerDied: the process died.
+            OwlsamError, OSError: the same as for `isolate_shard`.
         """
         if self._process is None:
             self._start()
@@ -215,7 +212,7 @@ class _Worker:
         """Start the process and wait until its models are loaded.
 
         Raises:
-            IncompleteError: it does not get that far.
+            IncompleteError: it died before that, in every try.
         """
         for _ in range(_STARTS_WITHOUT_READY):
             self._launch()
@@ -232,7 +229,7 @@ class _Worker:
 
     def _launch(self) -> None:
         with (Path(self._folder.name) / "log").open("a", encoding="utf-8") as log:
-            self._process = subprocess.Popen(  # noqa: S603 (a module of ours)
+            self._process = subprocess.Popen(  # noqa: S603 (our own module)
                 [sys.executable, "-m", "owlsam_ray.annotate.isolation_worker", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -259,16 +256,16 @@ class _Worker:
     def _send(self, message: dict[str, Any]) -> None:
         if self._process is None or self._process.stdin is None:
             raise RuntimeError("there is no process to tell anything")
-        with contextlib.suppress(BrokenPipeError):  # it died: what it said last tells why
+        with contextlib.suppress(BrokenPipeError):  # it died: its last output says why
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
 
     def _await(self, wanted: str, silence_s: float) -> dict[str, Any]:
-        """The next answer of a kind.
+        """Wait for the next reply of a kind.
 
         Raises:
-            _WorkerDied: the process ended, or was ended.
-            OwlsamError, OSError: it met an error that is no image's.
+            _WorkerDied: the process ended or was ended.
+            OwlsamError, OSError: the process got an error that no image caused.
         """
         process = self._process
         if process is None:
@@ -297,12 +294,12 @@ class _Worker:
         if reason is None and code == _LAST_RESORT_CODE and time.monotonic() - last_reply_s > self._deadline_s:
             reason = hang_text(self._deadline_s)
         in_hand = frozenset(accused) or self._left_in_hand()
-        # A process that somebody stops for a while looks as if it hung.
+        # A process that is paused from outside looks as if it hung.
         certain = reason is not None and reason != hang_text(self._deadline_s)
         raise _WorkerDied(Death(reason or _how_it_ended(code), is_certain=certain, in_hand=in_hand))
 
     def _left_in_hand(self) -> frozenset[int]:
-        """What the work slots of processes that died tell, which are cleared away."""
+        """Read image ids from the work slots of dead processes, and remove the slot files."""
         found: set[int] = set()
         for path in Path(self._folder.name).glob(f"{SLOT_FILES}*"):
             found.update(image_id for _, image_ids in read_slots(path) for image_id in image_ids)
@@ -310,10 +307,10 @@ class _Worker:
         return frozenset(found)
 
     def _end(self, *, grace_s: float = 0.0) -> int:
-        """End the process, if there is one; returns its exit code.
+        """End the process, if there is one, and return its exit code (0 without one).
 
         Args:
-            grace_s: seconds that it gets to end by itself.
+            grace_s: seconds to wait for it to end before it is killed.
         """
         process, self._process = self._process, None
         if process is None:
@@ -351,7 +348,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def _as_raised(message: dict[str, Any]) -> OwlsamError | OSError:
-    """The error that the process met, as if it had been raised here."""
+    """Recreate the error that was raised in the process."""
     kind: Any = getattr(errors, message["name"], getattr(builtins, message["name"], None))
     if not (isinstance(kind, type) and issubclass(kind, (OwlsamError, OSError))):
         kind = OSError

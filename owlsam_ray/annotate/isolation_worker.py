@@ -1,9 +1,10 @@
-"""The process that labels the groups of a suspect shard: started by `isolate.py`, told by lines of JSON what to do.
+"""Worker process that labels groups of a suspect shard; `isolate.py` starts it and sends requests as JSON lines.
 
-It answers on its standard output: `ready` once the models are loaded, `alive` every second, `done` for each group, and
-`trouble` or `error` before it ends by itself.
+It replies on its standard output: `ready` once the models are loaded, `alive` every second, `done` for each group, and
+`trouble` or `error` before it ends itself.
 
-Modules that take seconds are imported only after this process was bound to its parent, whose id is its argument.
+Modules that take seconds to import are imported only after this process is bound to its parent, whose pid is its
+argument.
 """
 
 import contextlib
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 
 _ALIVE_S = 1.0
 _MARGIN_S = 10.0
-"""Between two pieces of work that are watched."""
+"""Seconds allowed between two pieces of watched work, in addition to the deadline."""
 _PR_SET_PDEATHSIG = 1
 
 
 class _Replies:
-    """Lines to the parent; nothing that a library prints gets in between."""
+    """Replies to the parent as lines; output of libraries goes to stderr instead, so it never mixes with them."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -49,10 +50,10 @@ class _Replies:
 
 
 class _ReportingSlots(WorkSlots):
-    """Knows as well when a piece of work last came to its end: what is not watched could hang, too."""
+    """Work slots that also record when a piece of work last ended, because unwatched work could hang too."""
 
     moved: float | None = None
-    """None while there is nothing to label."""
+    """Time of the last end, on the monotonic clock in seconds; None while there is nothing to label."""
 
     @contextlib.contextmanager
     def busy(self, kind: str, image_ids: Sequence[int]) -> Iterator[None]:
@@ -66,7 +67,7 @@ class _ReportingSlots(WorkSlots):
 
 
 def main() -> int:
-    """Do what the lines say; returns the exit code."""
+    """Process the requests on standard input; return the exit code."""
     _die_with_parent(int(sys.argv[1]))
     replies = _Replies()
     lines = _lines()
@@ -76,9 +77,9 @@ def main() -> int:
     except (OwlsamError, OSError) as error:
         replies.say("error", name=type(error).__name__, arguments=error_arguments(error))
         return 1
-    except Exception as error:  # noqa: BLE001 (whatever an image makes a model raise: it becomes its reason)
+    except Exception as error:  # noqa: BLE001 (an image may make a model raise anything; it becomes the reason)
         print_traceback()
-        cause = error.__cause__ or error  # of what broke the engine
+        cause = error.__cause__ or error  # the error that broke the engine
         line = (str(cause).strip().splitlines() or [""])[0][:200]
         replies.say("trouble", reason=f"model_error: {type(cause).__name__}: {line}", image_ids=[])
         return 1
@@ -86,7 +87,7 @@ def main() -> int:
 
 
 def error_arguments(error: OwlsamError | OSError) -> list[Any]:
-    """What an equal error is made from, as JSON values."""
+    """Arguments, as JSON values, from which an equal error can be created."""
     if isinstance(error, OSError) and error.errno is not None:
         return [error.errno, error.strerror, *([error.filename] if isinstance(error.filename, str) else [])]
     return [str(error)]
@@ -125,7 +126,7 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], replies: _Repl
     ).start()
     deadline_s = config.resources.image_deadline_s
     threading.Thread(target=_stay_alive, args=(replies, watch, deadline_s), daemon=True).start()
-    # Whether the dataset is at the place that it moved to, the driver has looked.
+    # The driver has already checked that the dataset is where it moved to.
     manifest = load_run_manifest(setup["run_url"], record).with_moves(moves_since_plan(config, record))
     with _load(setup, config, record, watch) as engine:
         replies.say("ready")
@@ -149,7 +150,7 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], replies: _Repl
 
 
 def _load(setup: dict[str, Any], config: "RunConfig", record: "RunRecord", watch: WorkSlots) -> "Engine":
-    """The engine, as an actor has it."""
+    """Load the engine in the same way as an actor."""
     from safetensors.torch import load as load_safetensors
 
     from owlsam_ray import storage
@@ -173,7 +174,7 @@ def _load(setup: dict[str, Any], config: "RunConfig", record: "RunRecord", watch
 
 
 def _stay_alive(replies: _Replies, watch: _ReportingSlots, deadline_s: float) -> None:
-    """Say so as long as something comes to an end now and then, and somebody listens."""
+    """Send `alive` every second while work keeps finishing and the parent reads; otherwise end the process."""
     waiting = threading.Event()
     while not waiting.wait(_ALIVE_S):
         moved = watch.moved
@@ -187,10 +188,10 @@ def _stay_alive(replies: _Replies, watch: _ReportingSlots, deadline_s: float) ->
 
 
 def _die_with_parent(parent: int) -> None:
-    """End when the parent does, whatever this process is in the middle of."""
+    """Let the kernel kill this process when its parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was quicker
+    if os.getppid() != parent:  # the parent has already ended
         os._exit(1)
 
 

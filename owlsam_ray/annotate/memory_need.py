@@ -1,4 +1,4 @@
-"""How much memory a run needs at least, and what to say when there is less (law 10)."""
+"""Compute the minimum memory of a run, refuse runs with less, and detect repeated out-of-memory kills (law 10)."""
 
 import os
 import time
@@ -12,31 +12,31 @@ from owlsam_ray.parallel.node_memory import memory_kills, memory_limit
 
 _GB = 10**9
 _DRIVER = 750_000_000
-"""Driver, raylet, GCS and the node's agent; measured without the blocks of the object store."""
+"""Bytes of the driver, raylet, GCS and the node's agent; measured without the blocks of the object store."""
 _ACTOR = 700_000_000
-"""An actor without weights: Python, torch, transformers and Ray."""
+"""Bytes of an actor without weights: Python, torch, transformers and Ray."""
 _CUDA = 1_000_000_000
-"""What CUDA's libraries hold of a process's memory."""
+"""Bytes of host memory that the CUDA libraries use in a process."""
 _FETCH = 150_000_000
-"""Fetch and write processes."""
+"""Bytes of the fetch and write processes."""
 _MOST_KILLS = 20
 _LEAST_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """Bytes that a run takes at least, apart from what images and model calls take for a while."""
+    """Minimum memory of a run in bytes, without the temporary memory of images and model calls."""
 
     driver: int
-    """With the parts of Ray on the driver's node."""
+    """The driver, including the parts of Ray on its node."""
     actor: int
-    """Each."""
+    """One actor."""
     fetch: int
     actors: int
 
     @property
     def total(self) -> int:
-        """When everything runs on one node."""
+        """Total if everything runs on one node."""
         return self.driver + self.fetch + self.actors * self.actor
 
     def __str__(self) -> str:
@@ -47,10 +47,10 @@ class MemoryNeed:
 
 
 def memory_need(allocation: Allocation, weights: Sequence[Path]) -> MemoryNeed:
-    """What a run needs at least.
+    """Compute the minimum memory of a run.
 
     Args:
-        allocation: of `resources.allocate`.
+        allocation: what the actors get, from `allocate`.
         weights: files or directories of the models.
     """
     models = 0 if allocation.device == "cuda" else sum(_file_bytes(path) for path in weights)
@@ -59,7 +59,7 @@ def memory_need(allocation: Allocation, weights: Sequence[Path]) -> MemoryNeed:
 
 
 def _file_bytes(path: Path) -> int:
-    """Bytes of the weights in a file, or in a directory: the larger kind, where it holds the same ones twice."""
+    """Bytes of the weights in a file or directory; of several formats in a directory, only the largest counts."""
     if path.is_file():
         return path.stat().st_size
     kinds: dict[str, int] = {}
@@ -71,14 +71,14 @@ def _file_bytes(path: Path) -> int:
 
 
 def check_memory(need: MemoryNeed, here: int | None) -> None:
-    """Refuse a run on this machine alone that the kernel would end.
+    """Refuse a run on this machine alone that the kernel would kill for lack of memory.
 
     Args:
-        need: of `memory_need`.
-        here: bytes that this machine, container or job has; None: nobody can tell.
+        need: the run's minimum, from `memory_need`.
+        here: bytes available to this machine, container or job; None if unknown.
 
     Raises:
-        PreflightError: with what is needed, and what there is.
+        PreflightError: memory is too small; the message states the need and what is available.
     """
     if here is not None and need.total > here:
         raise PreflightError(
@@ -88,14 +88,14 @@ def check_memory(need: MemoryNeed, here: int | None) -> None:
 
 
 def check_node_memory(need: MemoryNeed, nodes: Sequence[float | None]) -> None:
-    """Refuse actors that the nodes of a cluster cannot hold, wherever Ray puts them.
+    """Refuse actors that do not fit on the nodes of a cluster, wherever Ray places them.
 
     Args:
-        need: of `memory_need`.
-        nodes: memory of each node that lives, in bytes, as Ray tells it; None: it does not.
+        need: the run's minimum, from `memory_need`.
+        nodes: memory of each live node in bytes, as Ray reports it; None if it does not.
 
     Raises:
-        PreflightError: with what an actor needs, and what there is.
+        PreflightError: the actors do not fit; the message states the need of an actor and what is available.
     """
     known = [node for node in nodes if node is not None]
     fitting = sum(int(node // need.actor) for node in known)
@@ -109,27 +109,27 @@ def check_node_memory(need: MemoryNeed, nodes: Sequence[float | None]) -> None:
 
 @dataclass(slots=True)
 class KillWatch:
-    """Notices that the kernel ends process after process for want of memory, and no shard is finished meanwhile.
+    """Detects that the kernel keeps killing processes for lack of memory while no shard is finished.
 
-    Ray starts them again for ever, also those for which no limit can be set.
+    Without it the run would never end: Ray restarts such processes forever, some without a configurable limit.
     """
 
     done: Callable[[], int]
-    """Finished shards; asks no storage."""
+    """Returns the number of finished shards without accessing storage."""
     need: MemoryNeed | None = None
-    """Told once it is known."""
+    """The run's minimum, set once it is known."""
     kills: Callable[[], int | None] = memory_kills
     clock: Callable[[], float] = time.monotonic
     paused: bool = field(default=False, init=False)
     _since: tuple[int, int, float] | None = field(default=None, init=False)
-    """Finished shards, kills and time when the former last rose."""
+    """Finished shards, kills, and time in seconds, when the number of finished shards last changed."""
 
     def pause(self, paused: bool) -> None:
-        """Look away, while images are done one by one to find those that take all memory; or look again."""
+        """Pause or resume the watch; paused while images that use too much memory are isolated one by one."""
         self.paused = paused
 
     def cause(self) -> str | None:
-        """Why the run cannot go on; None while it can."""
+        """Why the run cannot continue; None if it can."""
         kills, done, now = self.kills(), self.done(), self.clock()
         if kills is None:
             return None

@@ -1,9 +1,9 @@
-"""The Ray Data graph: shard number → encoded bytes → actor → one Parquet file per shard.
+"""Ray Data graph: shard number → encoded bytes → actor → one Parquet file per shard.
 
-One block is one shard is one file, from fetch to sink: a block carries the shard's number first, then its encoded
-bytes, then its rows. Ray may neither split nor merge blocks, and the sink refuses a partial shard. Shards are handed to
-Ray in waves, so that starting up stays flat however many there are. With `Job.retry` a block holds only those images of
-a finished shard that failed, and the sink puts their rows into its file.
+From fetch to sink, one block is one shard, which becomes one file: a block first holds the shard's number, then its
+encoded bytes, then its rows. Ray may neither split nor merge blocks, and the sink refuses a partial shard. Shards are
+passed to Ray in waves, so that the startup time does not grow with their number. With `Job.retry`, a block holds only
+the failed images of a finished shard, and the sink puts their rows into the shard's file.
 """
 
 import json
@@ -34,13 +34,13 @@ from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from owlsam_ray.storage.arrow_types import forget_ray_types
 
 forget_ray_types()  # this module is imported by the driver, and by every task and actor of the graph
-# The named parameters that the warning asks for are not there yet in the release that gives it.
+# The release that issues this warning does not have the named parameters that it asks for.
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
 _MOST_RETRIES = 3
-"""Of a fetch or write task whose process dies; the default is for ever."""
+"""Maximum retries of a fetch or write task whose process dies; Ray's default is unlimited."""
 _MOST_RESTARTS = 8
-"""Of an actor in a wave; then the wave breaks, and is built again as long as there is progress."""
+"""Maximum restarts of an actor in a wave; then the wave breaks, and is rebuilt as long as there is progress."""
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -54,7 +54,7 @@ ROWS_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every process of an attempt knows."""
+    """Data that every process of an attempt has."""
 
     run_url: str
     config: RunConfig
@@ -62,23 +62,23 @@ class Job:
     manifest: Manifest
     allocation: Allocation
     models: ModelPaths
-    """Local paths that the weights resolved to; the same on every node."""
+    """Local paths of the resolved weights; the same on every node."""
     attempt: str
     """Name of the attempt."""
     stop_url: str
-    """Once this file exists no shard is begun any more."""
+    """If this file exists, no further shard is started."""
     fence_url: str
-    """Once this file exists nothing is written any more: another attempt has taken over."""
+    """If this file exists, nothing more is written: another attempt has taken over."""
     retry: Retry | None = None
-    """Which failed rows of finished shards to do; None: shards that are not finished."""
+    """Failed rows of finished shards to label again; None labels unfinished shards."""
 
     def enter(self) -> None:
-        """What a process does first: ask storage as the run file says."""
+        """Set up storage and logging as the run file says; every process calls this first."""
         storage.configure(self.config.storage.policy())
         log_safely_by_default()
 
     def stopping(self) -> bool:
-        """Whether the attempt was asked to stop, or was taken over."""
+        """Whether the attempt was asked to stop or was taken over."""
         return storage.exists(self.stop_url) or self.fenced()
 
     def fenced(self) -> bool:
@@ -86,10 +86,10 @@ class Job:
         return storage.exists(self.fence_url)
 
     def write(self, shard: int, rows: pa.Table, stage_s: dict[str, float]) -> None:
-        """Write a shard, or the rows of it that were done again.
+        """Write a shard, or with `retry` replace the rows that were labelled again.
 
         Raises:
-            OSError: storage refused.
+            OSError: storage failed.
         """
         if self.retry is not None:
             replace_rows(self.run_url, shard, rows, stage_s=stage_s)
@@ -105,13 +105,13 @@ class Job:
 
 
 class FetchShard:
-    """Ray task: a block with a shard's number to a block with its encoded images."""
+    """Ray task: maps a block with a shard's number to a block with its encoded images."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """One row of `shard` to `FETCHED_SCHEMA`; no rows once the attempt was asked to stop."""
+        """Map one row with `shard` to rows of `FETCHED_SCHEMA`; no rows once the attempt was asked to stop."""
         self._job.enter()
         if self._job.stopping():
             return FETCHED_SCHEMA.empty_table()
@@ -132,10 +132,10 @@ class FetchShard:
 
 
 class Annotator:
-    """Ray actor: holds both models; called by as many threads at once as there are shards in flight."""
+    """Ray actor: holds both models; called concurrently by one thread per shard in flight."""
 
     def __init__(self, job: Job) -> None:
-        """Load the models; the prompts come embedded from the run directory."""
+        """Load the models, and the query embeddings from the run directory."""
         # Imported here: fetch and write tasks import this module too, and torch would cost each of their processes
         # eight seconds and half a gigabyte.
         from safetensors.torch import load as load_safetensors
@@ -146,7 +146,7 @@ class Annotator:
 
         self._job = job
         job.enter()
-        # What those before this one died of: a process that Ray starts again finds the markers of the last one.
+        # Deaths of earlier processes: a process that Ray restarts finds the markers of the previous one.
         self._strikes = in_hand.deaths(in_hand.list_markers(job.run_url))
         self._watched = WatchedWork(job.run_url, job.attempt, job.config.resources)
         fix_arithmetic(job.allocation.torch_threads)
@@ -161,9 +161,9 @@ class Annotator:
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """`FETCHED_SCHEMA` of one shard to its `ROWS_SCHEMA`.
+        """Map one shard's rows of `FETCHED_SCHEMA` to rows of `ROWS_SCHEMA`.
 
-        No rows once the attempt was asked to stop, and of a shard that processes died with.
+        No rows once the attempt was asked to stop, or if `MAX_DEATHS` processes died while working on the shard.
         """
         if block.num_rows == 0 or self._job.stopping():
             return ROWS_SCHEMA.empty_table()
@@ -186,11 +186,11 @@ class ShardSink(Datasink[list[int]]):
         self._job = job
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> list[int]:
-        """Write the shards of these blocks; returns their numbers.
+        """Write the shards of these blocks and return their numbers.
 
         Raises:
-            ValueError: a block holds a part of a shard, or more than one.
-            OSError: storage refused.
+            ValueError: a block holds a part of a shard, or more than one shard.
+            OSError: storage failed.
         """
         self._job.enter()
         written = []
@@ -209,17 +209,17 @@ class ShardSink(Datasink[list[int]]):
 
 
 def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
-    """The graph from shard numbers to rows, one block per shard; nothing runs yet."""
+    """Build the graph from shard numbers to rows, one block per shard; nothing runs yet."""
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a block is a shard, whatever its size
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_operator_progress_bars = False
-    context.raise_original_map_exception = True  # an error of ours is to reach the driver as what it is
+    context.raise_original_map_exception = True  # our errors must reach the driver with their own type
     allocation, resources = job.allocation, job.config.resources
     return (
         ray.data.from_arrow([pa.table({"shard": pa.array([shard], pa.int64())}) for shard in shards])
-        # Another CPU request than the actor's, or Ray would fuse the two stages into one process.
+        # The CPU request must differ from the actor's, or Ray would fuse the two stages into one process.
         .map_batches(
             FetchShard(job).__call__,
             batch_size=None,
@@ -233,15 +233,15 @@ def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                size=min(allocation.actors, len(shards)),  # no model is loaded for nothing
+                size=min(allocation.actors, len(shards)),  # never load a model without work
                 max_tasks_in_flight_per_actor=resources.shards_in_flight + 1,
                 max_concurrent_calls_per_actor=resources.shards_in_flight,
                 enable_true_multi_threading=True,
             ),
             num_cpus=allocation.cpus_per_actor,
             num_gpus=allocation.gpus_per_actor,
-            # More often than a shard is begun at all: after MAX_DEATHS deaths the actor gives it back. For ever, which
-            # is the default, would hide an actor that dies of something else.
+            # More than the number of times a shard is started at all: after MAX_DEATHS deaths the actor hands it back.
+            # Unlimited retries, the default, would hide an actor that dies of something else.
             max_task_retries=MAX_DEATHS + 2,
             max_restarts=_MOST_RESTARTS,
         )
@@ -252,7 +252,7 @@ def run_wave(job: Job, shards: Sequence[int]) -> None:
     """Label these shards and write their files.
 
     Raises:
-        ray.exceptions.RayError: an actor could not start, a process died too often, storage refused a file.
+        ray.exceptions.RayError: an actor could not start, a process died too often, or a file could not be written.
     """
     build_graph(job, shards).write_datasink(
         ShardSink(job), ray_remote_args={"num_cpus": job.config.resources.write_cpus, "max_retries": _MOST_RETRIES}
@@ -260,15 +260,15 @@ def run_wave(job: Job, shards: Sequence[int]) -> None:
 
 
 def run_isolated(job: Job, shards: Mapping[int, Sequence[str]]) -> None:
-    """Label shards that processes died with, each in a process of its own, and write their files.
+    """Label shards that processes died on, each in a separate process, and write their files.
 
     Args:
-        job: of the attempt.
-        shards: number → names of its markers.
+        job: the attempt's job.
+        shards: marker names by shard number.
 
     Raises:
-        OwlsamError: the attempt cannot go on.
-        ray.exceptions.RayError: a process died, but not of an image.
+        OwlsamError: the attempt cannot continue.
+        ray.exceptions.RayError: a process died, but not because of an image.
     """
     allocation = job.allocation
     task = ray.remote(num_cpus=allocation.cpus_per_actor, num_gpus=allocation.gpus_per_actor, max_retries=0)(_isolate)
@@ -287,7 +287,7 @@ def run_isolated(job: Job, shards: Mapping[int, Sequence[str]]) -> None:
 
 
 def _isolate(job: Job, shard: int, crumb_names: Sequence[str]) -> None:
-    """One shard, in a process on the node that Ray chooses."""
+    """Label one shard in isolation, in a process on the node that Ray chooses."""
     from owlsam_ray.annotate.isolate import IsolationTask, isolate_shard
 
     job.enter()

@@ -1,4 +1,4 @@
-"""Waves of shards through the graph, until none is left that can be done, whatever dies meanwhile."""
+"""Run waves of shards through the Ray graph until all are done, and recover when processes die."""
 
 import errno
 import logging
@@ -21,7 +21,7 @@ from owlsam_ray.run.retry import Retry, find_failed
 
 _STORAGE_IS_FULL_OR_CLOSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 _FRUITLESS_WAVES = 3
-"""Waves in a row that may break without a shard or a strike more before the run gives up."""
+"""Consecutive waves without a new finished shard or a new death after which the run gives up."""
 _ADVICE = "Failed to apply UDF transform"
 _log = logging.getLogger(__name__)
 
@@ -31,13 +31,13 @@ class StoppedError(Exception):
 
 
 class Work(Protocol):
-    """Shards to bring to an end."""
+    """Shards to finish."""
 
     def left(self) -> Sequence[int]:
-        """Those that are to be done, rising."""
+        """Remaining shards, ascending."""
 
     def handed_back(self, shards: Sequence[int]) -> None:
-        """These went through without a break; what processes died with is not among them."""
+        """Note shards that went through a wave that did not break; shards awaiting isolation are not among them."""
 
 
 class Unfinished:
@@ -47,33 +47,33 @@ class Unfinished:
         self._tally = tally
 
     def left(self) -> Sequence[int]:
-        """By a fresh listing."""
+        """Remaining shards, from a fresh listing."""
         self._tally.refresh_listing()
         return list(self._tally.pending())
 
     def handed_back(self, shards: Sequence[int]) -> None:
-        """The listing tells."""
+        """Do nothing: the listing shows what is finished."""
 
 
 class Failed:
-    """Finished shards that hold failed rows; each is tried once."""
+    """Finished shards with failed rows; each is tried once."""
 
     def __init__(self, shards: Sequence[int]) -> None:
         self._left = dict.fromkeys(shards)
 
     def left(self) -> Sequence[int]:
-        """Those that were not tried yet."""
+        """Shards that have not been tried yet."""
         return list(self._left)
 
     def handed_back(self, shards: Sequence[int]) -> None:
-        """Not again, whatever came of it."""
+        """Mark shards as tried, whatever the outcome."""
         for shard in shards:
             self._left.pop(shard, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Labeller:
-    """Brings the shards of an attempt to their end."""
+    """Labels the shards of an attempt."""
 
     job: Job
     tally: RunCounts
@@ -81,31 +81,31 @@ class Labeller:
     attempt: Attempt
     asked_to_stop: Callable[[], bool]
     isolating: Callable[[bool], None] = lambda _: None
-    """Called with whether shards are done one by one from now on."""
+    """Called with True before shards are isolated one by one, and with False afterwards."""
 
     def label(self) -> None:
         """Label every shard that has no file.
 
         Raises:
-            StoppedError: somebody asked.
-            OwlsamError: no further try can help, or another attempt has taken over.
+            StoppedError: the attempt was asked to stop.
+            OwlsamError: further tries cannot help, or another attempt has taken over.
         """
         self._bring_to_end(self.job, Unfinished(self.tally))
         self.watcher.look()
 
     def retry(self, retry: Retry) -> None:
-        """Try failed rows of finished shards again, once.
+        """Retry failed rows of finished shards once.
 
         Raises:
-            StoppedError: somebody asked.
-            OwlsamError: no further try can help, or another attempt has taken over.
+            StoppedError: the attempt was asked to stop.
+            OwlsamError: further tries cannot help, or another attempt has taken over.
         """
         shards = sorted(self.tally.transient_shards if retry.only_transient else self.tally.failed_shards)
         if not shards:
             return
         _log.info("trying the %s images of %d shards again", retry.what, len(shards))
         job = replace(self.job, retry=retry)
-        # What killed a process before is nothing for an actor.
+        # Images that killed a process before must not go to an actor.
         killers = [
             shard
             for shard in (() if retry.only_transient else shards)
@@ -119,10 +119,10 @@ class Labeller:
         self.watcher.look()
 
     def _bring_to_end(self, job: Job, work: Work, *, alone: bool = False) -> None:
-        """Hand over waves; what processes died with comes last, each shard in a process of its own.
+        """Run waves until no shard is left; shards that processes died on come last, each in a separate process.
 
-        A wave that breaks is built again from what is still missing; waves that break without any progress are given
-        up.
+        A wave that breaks is rebuilt from the shards still missing; after several waves without any progress the
+        attempt gives up.
         """
         fruitless = 0
         left = work.left()
@@ -131,7 +131,7 @@ class Labeller:
             found = in_hand.list_markers(job.run_url)
             struck = {shard: len(found.get(shard, ())) for shard in left}
             plain = [] if alone else [shard for shard in left if struck[shard] < MAX_DEATHS]
-            # A shard that a process died with goes last: it is not to take others down with it.
+            # Shards that a process died on go last, so that they do not take others down with them.
             wave = sorted(plain, key=lambda shard: (struck[shard], shard))[: job.config.resources.wave_shards]
             try:
                 if wave:
@@ -163,7 +163,7 @@ class Labeller:
             raise StoppedError
 
     def _go_on_or_give_up(self, cause: BaseException | None, fruitless: int, num_shards: int) -> None:
-        """Raise what no further try can mend, in words that say what to do."""
+        """Raise errors that further tries cannot fix, with a message that says what to do."""
         if cause is None:
             if fruitless >= _FRUITLESS_WAVES:
                 raise IncompleteError(f"{num_shards} shards were handed to Ray and none came back: see Ray's logs")
@@ -185,17 +185,17 @@ class Labeller:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The exception inside Ray's wrappers that our code or a library raised, without what Ray adds to it."""
+    """Find the exception from our code or a library inside Ray's wrappers, and remove what Ray adds to it."""
     inner = getattr(error, "cause", None) or error.__cause__
-    if not isinstance(inner, BaseException) or isinstance(inner, SystemException):  # Ray's mark of its own errors
+    if not isinstance(inner, BaseException) or isinstance(inner, SystemException):  # Ray marks its own errors with it
         return _unwrapped(error)
     return root_cause(inner)
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """Without the advice on settings of Ray that it appends to a message, or as a further argument.
+    """Remove the advice on Ray settings that Ray appends to a message or adds as a further argument.
 
-    Pickling makes a further argument of an OSError the name of its file.
+    Pickling turns a further argument of an OSError into its file name.
     """
     if isinstance(error, OSError) and error.errno is not None:
         names = [] if _cut(error.filename) in ("", None) else [error.filename]
@@ -206,11 +206,11 @@ def _unwrapped(error: BaseException) -> BaseException:
 
 
 def _cut(argument: Any) -> Any:
-    """A text up to Ray's advice; anything else as it is."""
+    """Cut a text at Ray's advice; return anything else unchanged."""
     return argument.partition(_ADVICE)[0].rstrip() if isinstance(argument, str) else argument
 
 
 def in_one_line(error: BaseException) -> str:
-    """Kind and message; of Ray's own errors the last line, where the traceback that they quote ends."""
+    """Format the type and the first line of an error; for Ray's own errors the last line, which ends a traceback."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1 if isinstance(error, RayError) else 0].strip()}"

@@ -1,1 +1,1 @@
-"""A drawn dataset whose answers are known, models that were trained on it, and the main job over both."""
+"""A drawn dataset with known ground truth, models that were trained on it, and a complete run over both."""

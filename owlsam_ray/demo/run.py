@@ -1,6 +1,6 @@
-"""The main job over drawn pictures with the models that come with the package: `owlsam demo`.
+"""`owlsam demo`: label and evaluate drawn pictures with the models that come with the package.
 
-Everything goes into one directory, which is the run directory as well; the same call again resumes.
+All files are in one directory, which is also the run directory; the same call again resumes.
 """
 
 import json
@@ -50,26 +50,27 @@ _COMMENTS = {
 def run_demo(
     directory: str, *, num_images: int, seed: int, overrides: Sequence[str], console: Console
 ) -> dict[str, Any]:
-    """Draw pictures, label them with two actors, merge and measure the labels, and draw them.
+    """Draw pictures, label them with two actors, reduce and evaluate the labels, and draw them.
 
-    Leaves `run.yaml`, `evaluation.json`, `contact_sheet.png` and all of the run in the directory.
+    The directory then holds `run.yaml`, `evaluation.json`, `contact_sheet.png` and all files of the run.
 
     Args:
-        directory: made when it does not exist; of an earlier demo it must hold the same pictures.
-        num_images: pictures.
-        seed: of the pictures.
-        overrides: `section.field=value` over the run file.
-        console: for the progress, the table and what to try next.
+        directory: local directory; created if it does not exist. An earlier demo in it must have the same pictures.
+        num_images: number of pictures.
+        seed: seed of the pictures; at least 0.
+        overrides: settings as `section.field=value`, which override the run file.
+        console: console for the progress, the table and the suggested next steps.
 
     Returns:
-        Counts, paths, and the scores over everything.
+        Counts, paths, and the scores over all images.
 
     Raises:
-        ConfigError: the directory is a URL, the number is not positive, or an override is wrong.
+        ConfigError: the directory is a URL, the number is not positive, the seed is negative, or an override is
+            invalid.
         WeightsError: the package lacks its checkpoints.
         GuardError: the directory belongs to other pictures, other settings or another run.
-        FailedImagesError: images failed; everything was written all the same.
-        OwlsamError: as `annotate_run`, `reduce_run` and `evaluate_run`.
+        FailedImagesError: more images failed than `reduce.max_failed` allows; everything has been written regardless.
+        OwlsamError: the same as for `annotate_run`, `reduce_run` and `evaluate_run`.
     """
     if "://" in directory:
         raise ConfigError(f"--run {directory}: the demo wants a directory on this machine")
@@ -84,7 +85,7 @@ def run_demo(
     write_split(root / PICTURES, Split.TEST, num_images, seed=seed)
     _log.info("%d drawn pictures in %s", num_images, root / PICTURES)
     plan_run(config)
-    # After the plan, which refuses other settings than those that the file describes.
+    # Only after planning, which refuses settings other than those that an existing file describes.
     storage.write_atomic(str(root / CONFIG_FILE), _run_file(config, directory).encode())
     counts = _label(config, console)
     evaluation = _measure(config, console)
@@ -108,7 +109,7 @@ def run_demo(
 
 
 def _settings(root: Path) -> dict[str, dict[str, Any]]:
-    """The run file of the demo in a directory, without overrides."""
+    """Settings of the demo's run file in a directory, without overrides."""
     pictures, models = root / PICTURES, model_settings()
     return {
         "data": {
@@ -147,7 +148,7 @@ def _config(root: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def _run_file(config: RunConfig, directory: str) -> str:
-    """The config as a run file that people read and copy: what was set, section by section, with a comment each."""
+    """Format the config as a run file for users to read and copy: explicit settings, one comment per section."""
     command = shlex.join(["annotate", os.path.join(directory, CONFIG_FILE), "--run", directory])
     lines = [
         "# Written by `owlsam demo`, which writes it again: copy it before you change it.",
@@ -160,12 +161,16 @@ def _run_file(config: RunConfig, directory: str) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A value in one line."""
+    """Format a value on one line."""
     return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=math.inf).strip()[1:-1]
 
 
 def _check_same_pictures(root: Path, num_images: int, seed: int) -> None:
-    """Refuse a directory that belongs to something else."""
+    """Refuse a directory that belongs to another run or to a demo with other pictures.
+
+    Raises:
+        GuardError: it does.
+    """
     drawn = annotation_file(root / PICTURES, Split.TEST)
     if not drawn.is_file():
         for name in (RUN_FILE, CONFIG_FILE):
@@ -185,8 +190,8 @@ def _check_same_pictures(root: Path, num_images: int, seed: int) -> None:
 
 
 def _label(config: RunConfig, console: Console) -> dict[str, Any]:
-    """Annotate and reduce; returns the counts of both."""
-    # Ray reads it while it is imported.
+    """Annotate and reduce; return the counts of both."""
+    # Set before the import of Ray, which reads it then.
     export_ray_environment(config.resources.auth_mode)
 
     from owlsam_ray.annotate.attempt import annotate_run
@@ -229,7 +234,7 @@ def _draw_sheet(config: RunConfig, root: Path) -> None:
 
 
 def _next_steps(directory: str, again: Sequence[str]) -> str:
-    """What a user may call now, ready to be copied; `again` are the arguments of this call."""
+    """Suggest next commands, ready to be copied; `again` are the arguments of this call."""
     program, run = _program(), shlex.quote(directory)
     sheet, file = (shlex.quote(os.path.join(directory, name)) for name in (SHEET_FILE, CONFIG_FILE))
     return f"""
@@ -247,7 +252,7 @@ What to try next
 
 
 def _program() -> str:
-    """How this command is called from where the user stands."""
+    """How to call this program from the current directory."""
     if shutil.which("owlsam"):
         return "owlsam"
     beside = Path(".venv/bin/owlsam")

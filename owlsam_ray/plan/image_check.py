@@ -1,4 +1,4 @@
-"""A look at every image before a run is paid for: is it there, does it decode."""
+"""`plan.verify`: check before a run whether every image exists, or decodes."""
 
 import json
 from collections import Counter
@@ -21,14 +21,14 @@ from owlsam_ray.sources.listing import address_of
 from owlsam_ray.storage.secrets import masked_url
 
 _BATCH = 64
-"""Images whose bytes are in memory at once."""
+"""Images whose bytes are in memory at a time."""
 _LOOKED_UP = 4096
-"""Images whose existence is asked for at once."""
+"""Images whose existence is checked at a time."""
 
 
 @dataclass(slots=True)
 class Verification:
-    """What was found."""
+    """Result of the check: counts of images and failures."""
 
     images: int = 0
     failed: int = 0
@@ -44,19 +44,19 @@ def verify_images(
     decode: DecodeConfig,
     show: Callable[[int], None] = lambda done: None,
 ) -> Verification:
-    """Look at every image of a listing.
+    """Check every image of a listing.
 
     Args:
-        tables: `datasets.LISTING_SCHEMA`.
-        mode: `exists` asks the storage for every file, for a tar or Parquet file once; `decode` reads and decodes it.
-        out: gets one line of JSON for every image that fails: file_name, uri, reason, class.
-        threads: requests at once.
-        decode: limits of the run.
-        show: called with the number of images looked at.
+        tables: the listing, as `LISTING_SCHEMA`.
+        mode: `exists` checks that every file exists (a tar or Parquet file once); `decode` reads and decodes images.
+        out: receives one line of JSON for every image that fails: file_name, uri, reason, class.
+        threads: number of parallel requests.
+        decode: the run's limits on files and pixels.
+        show: called with the number of images checked.
 
     Raises:
-        StorageSetupError: no credentials, or no package, to ask the storage of the first images with. Later ones fail
-            by themselves.
+        StorageSetupError: credentials or a package for the storage are missing, and all images so far have failed.
+            Later images just fail.
     """
     result = Verification()
     known: dict[str, ImageError | None] = {}
@@ -86,7 +86,7 @@ def _batches(tables: Iterable[pa.Table], size: int) -> Iterator[list[dict[str, A
 def _look_up(
     rows: Sequence[dict[str, Any]], known: dict[str, ImageError | None], pool: ThreadPoolExecutor
 ) -> list[ImageError | None]:
-    """Why each image is not there; None when it is. What was asked about files that hold many images is kept."""
+    """Why each image does not exist; None if it does. Answers for files that hold many images are cached in `known`."""
     bad = [ImageError(row["member"]) if row["container"] == Container.BAD else None for row in rows]
     rest = [row for row, error in zip(rows, bad, strict=True) if error is None]
     uris = list(dict.fromkeys(uri for row in rest if (uri := address_of(row)) not in known))

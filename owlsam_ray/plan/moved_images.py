@@ -1,4 +1,4 @@
-"""Whether a dataset that moved is the one that was planned: a hundred of its files are looked at."""
+"""Check a sample of a hundred files to confirm that a moved dataset is the one that was planned."""
 
 import logging
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ from owlsam_ray.storage.secrets import masked
 _LOOKED_AT = 100
 _THREADS = 16
 _MAY_MISS = 0.05
-"""Share of the files looked at that may be missing: datasets lack some, and moving is not what lost them."""
+"""Share of the sampled files that may be missing, because a dataset may have lacked some files before the move."""
 _log = logging.getLogger(__name__)
 
 
 def moved_manifest(manifest: Manifest, moves: Sequence[Move]) -> Manifest:
-    """The manifest with its URIs under the new roots, once some of its files were found there.
+    """Return the manifest with URIs under the new roots, after checking a sample of its files there.
 
     Args:
-        manifest: as it was planned.
-        moves: from old roots to new ones; none: it stays as it is.
+        manifest: the manifest as planned.
+        moves: moves from old roots to new ones; if empty, the manifest is returned unchanged.
 
     Raises:
-        GuardError: files are missing there, or have another size than at the old place or than planned.
+        GuardError: too many files are missing there, or one has a different size than at its old path or in the plan.
     """
     if not moves:
         return manifest
@@ -62,7 +62,7 @@ def moved_manifest(manifest: Manifest, moves: Sequence[Move]) -> Manifest:
 
 
 def _sample(manifest: Manifest, moved: Manifest) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Rows before and after, evenly spread."""
+    """Sample evenly spread rows; return pairs of each row before and after the move."""
     count = min(_LOOKED_AT, manifest.num_images)
     ordinals = 1 + np.linspace(0, manifest.num_images - 1, count).round().astype(np.int64)
     pairs = []
@@ -76,7 +76,7 @@ def _sample(manifest: Manifest, moved: Manifest) -> list[tuple[dict[str, Any], d
 
 
 def _problem(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str | None]:
-    """(URI, what is wrong with the file at the new place)."""
+    """URI of a file at its new path, and what is wrong with it; None if nothing is."""
     size = _size(address_of(new))
     if size is None:
         return new["uri"], "missing"
@@ -93,7 +93,7 @@ def _problem(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str | None]
 
 
 def _size(uri: str) -> int | None:
-    """Bytes of a file; -1 where the storage tells no sizes, None when there is none."""
+    """Size of a file in bytes; -1 if the storage reports no sizes, None if the file does not exist."""
     try:
         return storage.num_bytes(uri)
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""Which images a run labels, in which shards: listed once, then only appended to.
+"""Plan a run: list the images once, select and check them, and freeze ids and shards. Later calls only append.
 
-A listing streams through a temporary file on this machine's disk, where repeated images are found and a selection is
-made; only then are ids and shards frozen. `run.json` is written last and says how many parts of the manifest count, so
-that a plan or an extension that is killed leaves nothing that another call would take for whole.
+A listing streams through a temporary file on this machine's disk, where duplicate images are found and the selection is
+made; only then are ids and shards frozen. `run.json` is written last and states how many parts of the manifest are
+valid, so that a killed plan or extension leaves nothing that another call would take as complete.
 """
 
 import logging
@@ -44,7 +44,7 @@ from owlsam_ray.terminal import Show, silent
 from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
 
 VERIFY_FILE = "verify.jsonl"
-"""Images that `plan.verify` found wanting, a line each."""
+"""File of the images that failed the check of `plan.verify`, one line each."""
 _log = logging.getLogger(__name__)
 
 
@@ -55,16 +55,16 @@ class Plan:
     record: RunRecord
     manifest: Manifest
     new: int
-    """Images that this call added; 0: it was planned already."""
+    """Number of images that this call added; 0 if the run was already planned."""
     listed: int | None = None
-    """Images in the listing, as far as it was read; None when this call did not list."""
+    """Number of images in the listing, as far as it was read; None if this call did not list."""
     eligible: int | None = None
-    """Images of the listing that pass the filters, each once, before limit and sample; None when this call did not
-    list, a lower bound where a limit ended the reading."""
+    """Number of distinct listed images that pass the filters, before limit and sample; None if this call did not list,
+    a lower bound if a limit ended the reading early."""
     repeated: int = 0
-    """Images of the listing that were left out because they stand in it twice (`plan.duplicates: first`)."""
+    """Number of listed images that were left out as duplicates (`plan.duplicates: first`)."""
     bad: int = 0
-    """Of the new images, rows of the dataset that no image can be read by."""
+    """Number of new rows of the dataset from which no image can be read."""
 
 
 def plan_run(
@@ -77,18 +77,18 @@ def plan_run(
     """List the images once and freeze the layout; an existing plan is checked and kept.
 
     Args:
-        config: of the run.
-        extend: add the images of the listing that the run does not have yet, as further shards. Old shards stay as they
-            are; images that are no longer listed stay as well.
-        show: progress.
-        raise_if_taken_over: raises when another process has begun to plan in this one's place; called
-            before anything is written.
+        config: the run's config.
+        extend: add listed images that the run does not have yet, as further shards. Existing shards do not change;
+            images that are no longer listed are kept.
+        show: called with the progress.
+        raise_if_taken_over: raises if another process has started planning instead of this one; called before anything
+            is written.
 
     Raises:
-        InputError: the dataset or the vocabulary is wrong, a threshold is for a category that is not in it, or there is
-            nothing to extend.
-        GuardError: the directory was planned with other settings, or holds something else; or the listing contradicts
-            the images that are planned already.
+        InputError: the dataset or the vocabulary is invalid, a threshold is for a category that is not in it, or there
+            is no plan to extend.
+        GuardError: the directory was planned with other settings or holds something else, or the listing contradicts
+            the images that are already planned.
     """
     run_url = run_directory(config)
     record = load_record(run_url)
@@ -114,7 +114,7 @@ def plan_run(
 
 
 def _moves_of_extension(config: RunConfig, record: RunRecord, manifest: Manifest) -> tuple[Move, ...]:
-    """Where the dataset has moved to since the plan; none when what is at the new place is another one, to be added."""
+    """Find where the dataset has moved since the plan; empty if the new path holds a different dataset to add."""
     moves = moves_since_plan(config, record)
     try:
         moved_manifest(manifest, moves)
@@ -131,9 +131,9 @@ def _freeze(
     before: Plan | None = None,
     moves: tuple[Move, ...] = (),
 ) -> Plan:
-    """List, select, write the parts, and make them count.
+    """List, select, write the parts of the manifest, and make them valid.
 
-    All parts name the places of the first plan: with `moves`, what is listed elsewhere is written down as if there.
+    All parts use the paths of the first plan: with `moves`, URIs listed under new roots are written under the old ones.
     """
     run_url = run_directory(config)
     listing = list_dataset(config)
@@ -158,7 +158,7 @@ def _freeze(
         bad = check_bad_rows(config, run_url, spool, wanted)
         _verify(config, run_url, (moved_uris(table, moves) for table in spool.tables(wanted)), count, show)
         raise_if_taken_over()
-        _current_record(before, run_url)  # or the parts of another call would be taken for leftovers
+        _current_record(before, run_url)  # otherwise another call's parts would be taken for leftovers
         size = shard_size(
             count,
             config.resources.shard_size,
@@ -182,7 +182,7 @@ def _freeze(
 def _new_record(
     config: RunConfig, vocabulary: Vocabulary, manifest: Manifest, before: Plan | None, *, keep_places: bool
 ) -> RunRecord:
-    """`run.json` of a plan or of an extension, not saved yet; with `keep_places` of where the dataset was before."""
+    """Build the unsaved `run.json` of a plan or extension; `keep_places` keeps the dataset paths of the first plan."""
     fields: dict[str, Any] = {
         "config": config.model_dump(mode="json", exclude={"run"}),
         "layout_hash": manifest.layout_hash,
@@ -204,10 +204,10 @@ def _new_record(
 
 
 def _current_record(before: Plan | None, run_url: str) -> RunRecord | None:
-    """The record by now, with what an attempt may have set while this listed; None for a first plan.
+    """Reload the record, with fields that an attempt may have set during the listing; None for a first plan.
 
     Raises:
-        GuardError: the plan is another one by now.
+        GuardError: another call has changed the plan meanwhile.
     """
     now = load_record(run_url)
     if (now.layout_hash if now else None) != (before.record.layout_hash if before else None):
@@ -216,10 +216,10 @@ def _current_record(before: Plan | None, run_url: str) -> RunRecord | None:
 
 
 def _check_names(config: RunConfig, record: RunRecord) -> None:
-    """A file of names that is another one by now is other settings, though its path is the same.
+    """Check that the content of the vocabulary file has not changed; a change counts as different settings.
 
     Raises:
-        GuardError: it is.
+        GuardError: the content has changed.
     """
     if not is_vocabulary_file(config.vocabulary.categories):
         return
@@ -232,10 +232,10 @@ def _check_names(config: RunConfig, record: RunRecord) -> None:
 
 
 def list_dataset(config: RunConfig) -> Listing:
-    """The listing that a config names, before any selection.
+    """List the dataset of a config, before any selection.
 
     Raises:
-        InputError: see the sources.
+        InputError: the dataset is invalid; see `sources`.
     """
     workers = config.plan.workers if config.plan.workers != "auto" else len(os.sched_getaffinity(0))
     return list_images(
@@ -244,10 +244,10 @@ def list_dataset(config: RunConfig) -> Listing:
 
 
 def _verify(config: RunConfig, run_url: str, tables: Iterable[pa.Table], count: int, show: Show) -> None:
-    """Look at the images, when that is asked for.
+    """Check the images as `plan.verify` requests.
 
     Raises:
-        FailedImagesError: more of them fail than the run puts up with; nothing is planned then.
+        FailedImagesError: more images fail than the run tolerates; nothing is planned.
     """
     mode = config.plan.verify
     if mode == "none":
@@ -293,7 +293,7 @@ def _nothing_left(plan: PlanConfig, spool: Spool) -> str:
 
 
 def _tell_other_selection(plan: PlanConfig, record: RunRecord) -> None:
-    """Say so when a plan that is kept was made with another selection than is asked for now."""
+    """Warn if the existing plan was made with a different selection than the config requests."""
     before = selection_of(record.stored_config().plan)
     if selection_of(plan) != before:
         _log.warning(

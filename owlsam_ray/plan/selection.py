@@ -1,4 +1,4 @@
-"""Which images of a listing are planned: filters, limit or sample, images that repeat or are planned already."""
+"""Select the images of a listing to plan: filters, limit or sample, duplicates, images that are already planned."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -28,20 +28,20 @@ _log = logging.getLogger(__name__)
 def select_images(
     listing: Listing, plan: PlanConfig, folder: Path, *, show: Show = silent
 ) -> tuple[Spool, NDArray[np.bool_], int]:
-    """Spool a listing and choose among its images.
+    """Spool a listing and select images from it.
 
     Args:
-        listing: is used up.
-        plan: the choice.
-        folder: for temporary files.
-        show: progress.
+        listing: the listing; it is consumed.
+        plan: filters, limit or sample, and handling of duplicates.
+        folder: directory for temporary files.
+        show: called with the progress.
 
     Returns:
-        N spooled images; (N,) which of them are chosen; how many were left out because they are listed twice.
+        N spooled images; (N,) mask of the selected ones; the number of images left out as duplicates.
 
     Raises:
-        InputError: the source is wrong; images repeat; categories are asked for that the dataset does not have.
-        IncompleteError: there is no room for the temporary file.
+        InputError: the source is invalid, images are listed twice, or the dataset lacks a requested category.
+        IncompleteError: there is no space for the temporary file.
     """
     keep_first = plan.duplicates == "first"
     selection = Selection(
@@ -70,7 +70,7 @@ def select_images(
 
 
 def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[np.int64]:
-    """Rising ids of the images with an annotation of one of these categories."""
+    """Ascending ids of the images with an annotation of one of these categories."""
     if listing.annotated is None:
         raise InputError("plan.categories selects by annotations, and this dataset has none: leave it out")
     ids: dict[Any, int] = {}
@@ -98,7 +98,7 @@ def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[
 
 
 def _tell_apart(spool: Spool) -> None:
-    """Of images whose names are the same, call those by their second choice that have one."""
+    """Rename images with equal names to their alternative names, if they have one."""
     later, first = repeats(spool.digests)
     clashing = np.zeros(len(spool), np.bool_)
     clashing[later] = clashing[first] = True
@@ -106,10 +106,10 @@ def _tell_apart(spool: Spool) -> None:
 
 
 def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
-    """(N,) whether an image is there for the first time.
+    """(N,) mask of first occurrences of images.
 
     Raises:
-        InputError: one is there twice, and may not be; or two have the same id.
+        InputError: an image is listed twice and `keep_first` is not set, or two images have the same id.
     """
     distinct = np.ones(len(spool), np.bool_)
     later, first = repeats(spool.digests)
@@ -149,19 +149,22 @@ def _ids(row: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def already_planned(spool: Spool, manifest: Manifest) -> tuple[NDArray[np.bool_], int]:
-    """What of a listing stands in a manifest. New images whose name is taken there go by their second choice.
+    """Find the images of a listing that are already in a manifest.
+
+    New images whose names are taken in the manifest are renamed to their alternative names.
 
     Returns:
-        (N,) whether an image does: under its id, or without ids, where it lies; the first id above all of the run.
+        (N,) mask of images that are in the manifest, matched by id, or by location if the listing has no ids; and the
+        first id above all ids of the run.
 
     Raises:
-        GuardError: another image of the run has the id or the name.
+        GuardError: the id or name of an image belongs to another image of the run, or no ids are left.
     """
     known = _Known.of(manifest)
     every = np.ones(len(spool), np.bool_)
     mine = np.concatenate([_places(table) for table in spool.tables(every)]) if len(spool) else spool.digests
     by_place, at_place = _find(mine, known.places)
-    # A name may change with the folder that several files have in common, or with `data.images`.
+    # A name may change with the common folder of several files, or with `data.images`.
     same, at, contradicts = by_place, at_place, np.zeros(len(spool), np.bool_)
     if spool.ids is not None:
         same, at = _find(spool.ids, known.ids)
@@ -199,12 +202,12 @@ class _Known:
     """M images of a manifest."""
 
     names: NDArray[np.bytes_]
-    """(M,) digests."""
+    """(M,) digests of file names."""
     ids: NDArray[np.int64]
     places: NDArray[np.bytes_]
-    """(M,) digests of where they lie."""
+    """(M,) digests of locations."""
     bad: NDArray[np.bool_]
-    """(M,) rows that no image is read by."""
+    """(M,) mask of bad rows, from which no image can be read."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> "_Known":
@@ -218,15 +221,15 @@ class _Known:
 
 
 def _find(values: NDArray[Any], known: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """(N,) whether each value is among the known ones, (N,) and where; the place of one that is not means nothing."""
+    """(N,) mask of values found in `known`, and (N,) their positions there; undefined for values not found."""
     order = np.argsort(known)
     at = order[np.minimum(np.searchsorted(known, values, sorter=order), len(known) - 1)]
     return known[at] == values, at
 
 
 def _places(table: pa.Table) -> NDArray[np.bytes_]:
-    """(N,) digests of where images lie: file, member, offset; of bad rows, where they stand."""
-    # A reason may be worded differently another time.
+    """(N,) digests of image locations (file, member, offset); for bad rows, the location of the row."""
+    # For bad rows, `member` holds the reason, whose wording may change.
     members = pc.if_else(_are_bad(table), str(Container.BAD), table["member"])
     parts = (pc.fill_null(column.cast(pa.string()), "") for column in (table["uri"], members, table["offset"]))
     return digests_of(pc.binary_join_element_wise(*parts, "\0"))
@@ -237,12 +240,12 @@ def _are_bad(table: pa.Table) -> pa.ChunkedArray:
 
 
 def selection_of(plan: PlanConfig) -> str:
-    """What is selected, as people set it; empty when everything is."""
+    """Describe the selection as settings, such as `plan.limit=10`; empty if everything is selected."""
     fields = plan.model_dump(mode="json", include=_SELECTING, exclude_defaults=True)
     return ", ".join(f"plan.{key}={value}" for key, value in fields.items())
 
 
 def named(splits: Collection[str]) -> str:
-    """The first splits by name, for messages."""
+    """Name the first ten splits in order, for messages; `none` if there are none."""
     names = sorted(splits)
     return ", ".join(map(repr, names[:10])) + (", …" if len(names) > 10 else "") if names else "none"

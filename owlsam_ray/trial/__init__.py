@@ -1,1 +1,1 @@
-"""Before a run: check, preview, estimate."""
+"""Commands to try before a run: check, preview, estimate."""

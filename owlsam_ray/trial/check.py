@@ -1,7 +1,7 @@
-"""`owlsam check`: what can stop a run in its first minutes, tried here before a queue slot is spent.
+"""`owlsam check`: try everything that can stop a run in its first minutes, before a queue slot is spent.
 
-One process, no Ray, and nothing stays behind in the run directory. Steps that do not need each other are all tried,
-so that one call names everything that is wrong. What it costs is told roughly, from a few images on this machine;
+It runs in one process without Ray and leaves nothing behind in the run directory. All independent steps are tried, so
+that one call reports every problem. The cost of the run is a rough guess from a few images on this machine;
 `owlsam estimate` measures it.
 """
 
@@ -39,7 +39,7 @@ from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
 
 @dataclass(frozen=True, slots=True)
 class _Directory:
-    """The run directory, which may hold a plan already."""
+    """The run directory, which may already hold a plan."""
 
     manifest: Manifest | None
     vocabulary: Vocabulary | None
@@ -49,15 +49,15 @@ class _Directory:
 
 @dataclass(frozen=True, slots=True)
 class _Dataset:
-    """What is to be labelled."""
+    """The images to label."""
 
     left: int
     """Images without labels."""
     rows: list[dict[str, Any]]
-    """Some of the images, as the listing or the manifest has them."""
+    """A sample of the images, as rows of the listing or the manifest."""
     categories: list[dict[str, Any]]
     shard_bytes: int
-    """Encoded bytes of a large shard, estimated."""
+    """Estimated encoded bytes of a large shard."""
 
 
 def check_run(
@@ -66,18 +66,18 @@ def check_run(
     """Try everything that a run needs.
 
     Args:
-        config: of the run, which may be planned already; then the images of the plan are taken.
-        images: so many of those that are to be labelled, evenly spread, go all the way from storage to masks.
+        config: the run's config. If the run is already planned, the images of the plan are used.
+        images: size of the evenly spread sample of images that goes through all stages, from storage to masks.
         say: called with one line for each step.
-        show: progress of the listing.
+        show: called with the progress of the listing.
 
     Returns:
-        `steps`: step, ok (None: not tried), seconds, detail; `images` to label, `labelled` of the few, `ok`, `empty`,
-        `failed` and the `failed_images` among them; `images_per_s` of one actor, `actors` and `hours`, all rough;
-        `predictions_bytes` and `free_bytes`. What a failed step would have told is None.
+        `steps`: step, ok (None: not tried), seconds, detail; `images` to label; `labelled` images of the sample, and
+        `ok`, `empty`, `failed` and the `failed_images` among them; `images_per_s` of one actor, `actors` and `hours`,
+        all rough; `predictions_bytes` and `free_bytes`. Values that depend on a failed step are None.
 
     Raises:
-        OwlsamError: of the first step that failed, with all of this as its second argument.
+        OwlsamError: the error of the first step that failed, with this dictionary as its second argument.
     """
     if images < 1:
         raise ConfigError(f"--images {images}: at least one")
@@ -120,12 +120,12 @@ def check_run(
 
 
 def _try_run_file(config: RunConfig) -> Done[bool]:
-    """It was read before this began."""
+    """Report the run file, which has already been read."""
     return Done(True, f"{config.data.source} dataset, {config.detector.model} and {config.segment.model}")
 
 
 def _try_directory(config: RunConfig) -> Done[_Directory]:
-    """It can be written to, and what it holds was made with the same settings."""
+    """Check that the run directory is writable and that its plan, if any, has the same settings."""
     run_url = run_directory(config)
     with _nothing_new(run_url):
         check_writable(run_url)
@@ -142,7 +142,7 @@ def _try_directory(config: RunConfig) -> Done[_Directory]:
 
 @contextlib.contextmanager
 def _nothing_new(run_url: str) -> Iterator[None]:
-    """Remove the directories that come into being meanwhile, from this one up, while they are empty."""
+    """On exit, remove directories created meanwhile, from this one upwards, if they are empty."""
     filesystem, path = storage.open_filesystem(run_url)
     new: list[str] = []
     while storage.is_local(filesystem) and not os.path.exists(path):
@@ -157,7 +157,7 @@ def _nothing_new(run_url: str) -> Iterator[None]:
 
 
 def _try_dataset(config: RunConfig, directory: _Directory | None, images: int, show: Show) -> Done[_Dataset]:
-    """The images that are planned already, or those that would be."""
+    """Find the images that are planned, or that would be planned."""
     if directory is not None and directory.manifest is not None:
         return _of_plan(directory.manifest, directory.left, images, max_file_mb=config.decode.max_file_mb)
     listing = list_dataset(config)
@@ -178,7 +178,7 @@ def _try_dataset(config: RunConfig, directory: _Directory | None, images: int, s
 
 
 def _of_plan(manifest: Manifest, left: int, images: int, *, max_file_mb: int) -> Done[_Dataset]:
-    """The same without listing: the plan is frozen."""
+    """Describe the dataset from the plan, without listing it."""
     rows = []
     for shard in _spread(manifest.num_shards, images):
         of_shard = manifest.read_shard(int(shard)).to_pylist()
@@ -190,7 +190,7 @@ def _of_plan(manifest: Manifest, left: int, images: int, *, max_file_mb: int) ->
 
 
 def _spread(total: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """At most `count` positions below `total`, rising, evenly spread."""
+    """At most `count` evenly spread positions below `total`, ascending."""
     count = min(total, count)
     return np.arange(count) * total // max(count, 1)
 
@@ -205,7 +205,7 @@ def _try_vocabulary(
 
 
 def _try_resources(config: RunConfig) -> Done[Allocation]:
-    """What an actor gets here. On a cluster elsewhere it may be more, so only what this machine has is taken."""
+    """Allocate the resources of an actor on this machine; on a remote cluster it may get more."""
     import torch
 
     resources = config.resources
@@ -246,7 +246,7 @@ def _try_prompts(config: RunConfig, vocabulary: Vocabulary, models: ModelPaths) 
 def _try_images(
     config: RunConfig, allocation: Allocation, prompts: Prompts, rows: list[dict[str, Any]]
 ) -> Done[Labelled]:
-    """They come, and go through both models; some may fail, but not more than a run puts up with."""
+    """Fetch and label the sample; failures are an error only if the run would not tolerate their number."""
     labelled = label_here(config, allocation, prompts, rows)
     counts, failed = labelled.counts(), labelled.failed_images
     named = "; ".join(f"{each['file_name']}: {each['reason']}" for each in failed)
@@ -262,7 +262,7 @@ def _try_images(
 
 
 def _estimated(dataset: _Dataset | None, allocation: Allocation | None, labelled: Labelled | None) -> dict[str, Any]:
-    """What the few images tell of all."""
+    """Extrapolate from the sample to all images."""
     summary: dict[str, Any] = {
         "images": dataset.left if dataset is not None else None,
         "actors": allocation.actors if allocation is not None else None,
@@ -288,7 +288,7 @@ def _estimated(dataset: _Dataset | None, allocation: Allocation | None, labelled
 
 
 def _try_space(config: RunConfig, allocation: Allocation, dataset: _Dataset, summary: dict[str, Any]) -> Done[bool]:
-    """The shard files fit the disk, and the shards in flight the object store, where these are known."""
+    """Check that shard files fit the disk and shards in flight fit the object store, where the sizes are known."""
     resources = config.resources
     free, needed = storage.free_bytes(run_directory(config)), summary["predictions_bytes"]
     summary["free_bytes"] = free

@@ -1,6 +1,7 @@
-"""Labelled pictures: boxes, names, scores and masks, drawn over the pixels that they describe; one, or a sheet of them.
+"""Draw labelled images with boxes, names, scores and masks: a single image, or a contact sheet of several.
 
-Letters: H W pixels, N labels. Everything is drawn at the size of the sheet, so that small objects stay readable.
+Shapes: H, W pixels, N labels. Everything is drawn at the scale of the sheet, so that labels of small objects stay
+readable.
 """
 
 import colorsys
@@ -32,23 +33,23 @@ Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]
 
 CELL = 480
-"""Long side of a picture on a sheet, in pixels."""
+"""Long side of an image on a sheet, in pixels."""
 PREVIEW_MARK = "owlsam-ray"
-"""Stands in every PNG that is written here: such a file may be written again."""
+"""Marker in every PNG written by this module: such a file may be overwritten."""
 _GAP, _CAPTION = 12, 22
 _PAPER, _INK = (255, 255, 255), (70, 70, 70)
 _FONT = 14
 _PAD = 2
-"""Pixels around the text of a tag."""
+"""Padding around the text of a tag, in pixels."""
 _LINE = 2
-"""Pixels of a box's line; outside of it lies one more that stands out from its colour."""
+"""Line width of a box in pixels; one more pixel outside the line has a contrasting colour."""
 _MASK_ALPHA = 0.5
 _MAX_PIXELS = 200_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """A picture and its labels, best first."""
+    """An image and its labels, best first."""
 
     pixels: NDArray[np.uint8]
     """(H, W, 3) RGB."""
@@ -59,22 +60,22 @@ class LabelledImage:
     scores: NDArray[np.float32]
     """(N,)."""
     masks: NDArray[np.bool_]
-    """(N, H, W); all False where a label has none."""
+    """(N, H, W); all False for a label without a mask."""
     caption: str = ""
-    """Stands under the picture."""
+    """Text below the image."""
 
 
 def read_labelled(annotations: str, images: str, *, min_score: float, count: int | None = None) -> list[LabelledImage]:
-    """Pictures of a COCO file with their labels, evenly spread over the file; also those in which nothing was found.
+    """Read images of a COCO file with their labels, evenly spread over the file, including images without labels.
 
     Args:
-        annotations: path or fsspec URL of the COCO file; annotations without a score count as certain.
-        images: root of its `file_name`s.
+        annotations: path or fsspec URL of the COCO file; annotations without a score count as score 1.
+        images: root directory of its `file_name`s.
         min_score: labels with a lower score are left out.
-        count: at most so many pictures; default: all.
+        count: maximum number of images; default: all.
 
     Raises:
-        InputError: the file is no JSON, or an image cannot be read; names it.
+        InputError: the file is not JSON, or an image cannot be read; the message names it.
     """
     try:
         tree = json.loads(storage.read_bytes(annotations))
@@ -121,19 +122,19 @@ def label_picture(
     caption: str,
     long_side: int = CELL,
 ) -> LabelledImage:
-    """A picture and its labels at the size at which they are drawn, so that masks of a huge one fit into memory.
+    """Scale an image and its labels down to the size at which they are drawn, so that masks of huge images fit memory.
 
     Args:
         pixels: (H, W, 3) RGB.
         boxes_xyxy: (N, 4) in pixels.
         names: N category names.
-        scores: N.
-        rles: N counts of compressed RLE of (H, W) masks; None where a label has no mask.
-        caption: stands under the picture.
-        long_side: in pixels; smaller pictures stay as they are.
+        scores: N scores.
+        rles: N compressed RLE counts of (H, W) masks; None for a label without a mask.
+        caption: text below the image.
+        long_side: maximum long side in pixels; smaller images are not scaled.
 
     Raises:
-        ValueError: an RLE does not belong to the picture.
+        ValueError: an RLE does not match the size of the image.
     """
     height, width = pixels.shape[:2]
     scale = min(1.0, long_side / max(height, width))
@@ -149,7 +150,7 @@ def label_picture(
 
 
 def was_drawn_here(path: Path) -> bool:
-    """Whether a file is a PNG of `write_contact_sheet`."""
+    """Whether a file is a PNG written by `write_contact_sheet`."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return image.info.get("Software") == PREVIEW_MARK
@@ -158,16 +159,16 @@ def was_drawn_here(path: Path) -> bool:
 
 
 def write_contact_sheet(images: Sequence[LabelledImage], path: Path, *, columns: int, long_side: int = CELL) -> None:
-    """Draw pictures into a grid, row by row, and write it as PNG, whole or not at all.
+    """Draw images in a grid, row by row, and write it as PNG atomically.
 
     Args:
-        images: at least one; each is scaled to the same long side.
-        path: of the PNG.
-        columns: pictures in a row.
-        long_side: of a picture, in pixels.
+        images: at least one image; each is scaled to the same long side.
+        path: path of the PNG.
+        columns: maximum number of images in a row.
+        long_side: long side of each image in pixels.
 
     Raises:
-        ValueError: there is no picture.
+        ValueError: there are no images.
     """
     if not images:
         raise ValueError("a contact sheet needs at least one picture")
@@ -195,7 +196,7 @@ def write_contact_sheet(images: Sequence[LabelledImage], path: Path, *, columns:
 
 
 def draw_labels(picture: LabelledImage, *, long_side: int = CELL) -> Image.Image:
-    """One picture at the size of the sheet, with its labels; lines and letters grow with it."""
+    """Draw one image at the scale of the sheet with its labels; line width and font size grow with the scale."""
     height, width = picture.pixels.shape[:2]
     scale = long_side / max(height, width)
     line, font_size = max(_LINE, round(long_side / 450)), max(_FONT, round(long_side / 70))
@@ -205,7 +206,7 @@ def draw_labels(picture: LabelledImage, *, long_side: int = CELL) -> Image.Image
         return image
     colours = [colour_of(name) for name in picture.names]
     canvas = _draw_masks(torch.from_numpy(np.array(image)).permute(2, 0, 1), picture, colours, size)
-    # Around the box, not on it: a line of two pixels hides much of an object of twenty.
+    # Around the box, not on it: a line of two pixels hides much of an object of twenty pixels.
     halos, lines = _boxes_on(picture, size, margin=line + 1), _boxes_on(picture, size, margin=line)
     canvas = draw_bounding_boxes(canvas, halos, colors=[_halo(colour) for colour in colours], width=line + 1)
     canvas = draw_bounding_boxes(canvas, lines, colors=list(colours), width=line)
@@ -217,10 +218,10 @@ def draw_labels(picture: LabelledImage, *, long_side: int = CELL) -> Image.Image
 
 
 def _draw_masks(canvas: Tensor, picture: LabelledImage, colours: Sequence[Colour], size: tuple[int, int]) -> Tensor:
-    """(3, h, w) uint8 with the masks over it, the best one on top.
+    """Draw the masks over a (3, h, w) uint8 canvas, the best one on top.
 
-    One by one: drawn in one call, torchvision paints black where masks overlap, and a float copy of each is in memory.
-    A pixel is made pale once; a mask that several labels share is drawn for the best of them.
+    They are drawn one by one, because in a single call torchvision paints overlaps black and holds a float copy of each
+    mask in memory. A pixel is made pale only once; a mask shared by several labels is drawn for the best of them.
     """
     covered = torch.zeros(canvas.shape[1:], dtype=torch.bool)
     edges: list[tuple[Tensor, Colour]] = []
@@ -240,7 +241,7 @@ def _draw_masks(canvas: Tensor, picture: LabelledImage, colours: Sequence[Colour
 
 
 def colour_of(name: str) -> Colour:
-    """A category's colour: the one that its name mentions, else one of its own, the same in every picture."""
+    """Colour of a category, the same in every image: the one its name mentions, else one derived from the name."""
     for word in name.lower().split():
         if word in ImageColor.colormap:
             return ImageColor.getrgb(word)[:3]
@@ -250,31 +251,31 @@ def colour_of(name: str) -> Colour:
 
 
 def _halo(colour: Colour) -> Colour:
-    """What stands out from a colour: black or white."""
+    """Black or white, whichever contrasts with a colour."""
     luma = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
     return (0, 0, 0) if luma > 110 else (255, 255, 255)
 
 
 def _pale(colour: Colour) -> Colour:
-    """Mostly white: shows on an object of the same colour too."""
+    """Make a colour mostly white, so that it is visible on an object of the same colour too."""
     red, green, blue = (round(255 - 0.25 * (255 - channel)) for channel in colour)
     return (red, green, blue)
 
 
 def _scaled(mask: NDArray[np.bool_], size: tuple[int, int]) -> Tensor:
-    """(H, W) mask at another (width, height), with smooth edges."""
+    """Scale a (H, W) mask to (width, height), with smooth edges."""
     grey = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(grey) >= 128)
 
 
 def _shrunk(masks: Tensor) -> Tensor:
-    """(N, H, W) masks without the pixels at their edge; the picture's border is no edge."""
+    """Remove the edge pixels of (N, H, W) masks; the border of the image is not an edge."""
     outside = torch.nn.functional.max_pool2d((~masks).float()[:, None], 3, stride=1, padding=1)[:, 0]
     return outside == 0
 
 
 def _boxes_on(picture: LabelledImage, size: tuple[int, int], *, margin: int) -> Tensor:
-    """(N, 4) int32 first and last pixel of each box on the scaled picture, with a margin around it."""
+    """(N, 4) int32 first and last pixel of each box on the scaled image, with a margin around it."""
     height, width = picture.pixels.shape[:2]
     factors = np.array([size[0] / width, size[1] / height] * 2, np.float32)
     last = np.array([size[0] - 1, size[1] - 1] * 2, np.float32)
@@ -287,7 +288,7 @@ def _boxes_on(picture: LabelledImage, size: tuple[int, int], *, margin: int) -> 
 def _draw_tags(
     image: Image.Image, texts: list[str], colours: list[Colour], boxes: list[Rectangle], *, font_size: int
 ) -> None:
-    """A tag with each text beside its box, where it covers no other tag if there is such a place."""
+    """Draw each text as a tag beside its box, where it covers as little of other tags and boxes as possible."""
     canvas = ImageDraw.Draw(image)
     taken: list[Rectangle] = []
     for text, colour, box in zip(texts, colours, boxes, strict=True):
@@ -302,7 +303,7 @@ def _draw_tags(
 
 
 def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own letters, which are ASCII; for other texts one of the machine's fonts where it has a common one."""
+    """Pillow's built-in ASCII font; for other texts a common font of the machine, if it has one."""
     if not text.isascii():
         for name in ("DejaVuSans.ttf", "NotoSans-Regular.ttf"):
             with contextlib.suppress(OSError):
@@ -313,9 +314,10 @@ def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _free_place(
     tag: tuple[int, int], box: Rectangle, others: Sequence[Rectangle], taken: Sequence[Rectangle], size: tuple[int, int]
 ) -> Rectangle:
-    """Where a tag of (width, height) covers least of other tags and other boxes: above its box, below, beside, inside.
+    """Find the place where a tag of (width, height) covers least of other tags and other boxes.
 
-    A small box is hidden by what would hardly touch a large one, so boxes count by the share that is covered.
+    Candidates are above its box, below, beside and inside, in this order; ties: the first. Covered boxes count by the
+    share of their area, because a small box is hidden by a tag that would hardly touch a large one.
     """
     wide, high = tag
     x0, y0, x1, y1 = box
@@ -330,7 +332,7 @@ def _free_place(
 
     lefts = [max(0, min(left, size[0] - wide)) for left, _ in corners]
     tops = [max(0, min(top, size[1] - high)) for _, top in corners]
-    # Of equally good ones the first.
+    # Ties: the first.
     return min(((x, y, x + wide, y + high) for x, y in zip(lefts, tops, strict=True)), key=covered)
 
 

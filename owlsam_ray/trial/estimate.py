@@ -1,4 +1,4 @@
-"""What a whole run will take, from a sample of its images that is labelled on the same machines."""
+"""`owlsam estimate`: estimate the time and space of a run by labelling a sample of its images."""
 
 import logging
 import time
@@ -20,7 +20,7 @@ from owlsam_ray.terminal import Show, silent
 FOLDER = "estimate"
 _SHARD_SIZE = 8
 _SHARDS_IN_FLIGHT = 8
-"""Together enough images for the batches of a GPU, in shards that are small enough to see a rate."""
+"""With the shard size, enough images for the batches of a GPU, in shards small enough to measure a rate."""
 _log = logging.getLogger(__name__)
 
 
@@ -31,24 +31,24 @@ def estimate_run(
     show_plan: Show = silent,
     show: Callable[[dict[str, Any]], None] = lambda state: None,
 ) -> dict[str, Any]:
-    """Label a sample, and say what all of the images would take.
+    """Label a sample, and estimate the time and space for all images.
 
-    The sample is a run of its own in `RUN/estimate`, which replaces an earlier one; it is kept, so that its labels can
-    be looked at. The rate is taken from the first finished shard on: loading models is told by itself.
+    The sample is a separate run in `RUN/estimate`, which replaces an earlier one and is kept, so that its labels can be
+    inspected. The rate is measured from the first finished shard on; the time to load models is reported separately.
 
     Args:
-        config: of the whole run, which need not be planned.
-        images: of the sample.
-        show_plan: progress of the listing.
-        show: progress of the labelling.
+        config: the config of the whole run, which need not be planned.
+        images: number of images in the sample.
+        show_plan: called with the progress of the listing.
+        show: called with the progress of the labelling.
 
     Returns:
         images (that the whole run would label), sample, images_per_s, start_s, hours, gpu_hours, gpus, actors,
-        predictions_bytes and coco_bytes (of the whole), detections_per_image, failed (of the sample); a rate that
-        could not be seen is None, and what follows from it as well.
+        predictions_bytes and coco_bytes (of the whole run), detections_per_image, failed (of the sample), sample_run
+        (its run directory). A rate that could not be measured is None, and so are the values derived from it.
 
     Raises:
-        OwlsamError: as `annotate_run` and `reduce_run`.
+        OwlsamError: the same as for `annotate_run` and `reduce_run`.
     """
     if images < 1:
         raise InputError(f"--images {images}: at least one")
@@ -89,13 +89,13 @@ def estimate_run(
 
 
 def steady_rate(seen: list[tuple[float, int]]) -> tuple[float | None, float]:
-    """Images per second from the first finished images on, and the time at which they would have begun.
+    """Images per second from the first finished images on, and the extrapolated start time.
 
     Args:
-        seen: (seconds, images done), rising; the last one is the end.
+        seen: (seconds, images done), ascending; the last entry is the end.
 
     Returns:
-        The rate, None when everything was seen to finish at once; the beginning in seconds.
+        The rate, None if all images were seen to finish at the same time; the start time in seconds.
     """
     first = next(((at, done) for at, done in seen if done), seen[-1])
     last = next((at, done) for at, done in seen if done == seen[-1][1])
@@ -106,7 +106,7 @@ def steady_rate(seen: list[tuple[float, int]]) -> tuple[float | None, float]:
 
 
 def _plan_sample(config: RunConfig, run_url: str, images: int, show: Show) -> tuple[int, RunConfig]:
-    """How many images the whole run would label; the config of the sample, which is planned."""
+    """Plan the sample; return the number of images that the whole run would label, and the sample's config."""
     asked = config.plan
     images = min([images, *(each for each in (asked.limit, asked.sample) if each is not None)])
     changes = {"limit": None, "sample": images, "verify": "none"}

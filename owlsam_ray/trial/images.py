@@ -1,4 +1,4 @@
-"""A few images through the whole path in this process, for `owlsam check`."""
+"""Label a few images in this process, through all stages of a run, for `owlsam check`."""
 
 import math
 import time
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What an engine is asked, and with which models."""
+    """Vocabulary, models and query embeddings for an engine."""
 
     vocabulary: Vocabulary
     models: ModelPaths
@@ -34,21 +34,21 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """What became of the images."""
+    """Results for the images."""
 
     file_names: list[str]
     predictions: list[Prediction]
     images_per_s: float | None
-    """Of one actor, roughly; None when no image came through."""
+    """Rough rate of one actor; None if every image failed."""
 
     def counts(self) -> dict[str, int]:
-        """Images that were tried, and rows by status."""
+        """Number of images tried (`labelled`), and rows by status."""
         found = Counter(str(row.status) for row in self.predictions)
         return {"labelled": len(self.predictions), **{name: found[name] for name in ("ok", "empty", "failed")}}
 
     @property
     def failed_images(self) -> list[dict[str, str]]:
-        """file_name and reason of those that failed."""
+        """file_name and reason of the failed images."""
         return [
             {"file_name": name, "reason": row.failure[0]}
             for name, row in zip(self.file_names, self.predictions, strict=True)
@@ -57,27 +57,27 @@ class Labelled:
 
     @property
     def bytes_per_image(self) -> float | None:
-        """Bytes of a shard file for each image, roughly; None when no image came through."""
+        """Rough bytes of a shard file per image; None if every image failed."""
         rows = [row for row in self.predictions if row.failure is None]
         if not rows:
             return None
         data = encode_shard(0, predictions_to_table(rows), fingerprint="", numerics="", stage_s={})
-        footer = footer_bytes(data)  # one for each row group of these few images, as for that of many
+        footer = footer_bytes(data)  # its size per row group is about the same for few images as for many
         return (len(data) - footer) / len(rows) + footer / ROW_GROUP_IMAGES
 
 
 def label_here(config: RunConfig, allocation: Allocation, prompts: Prompts, rows: Sequence[dict[str, Any]]) -> Labelled:
-    """Fetch, decode, detect, segment and encode images, as an actor does.
+    """Fetch, decode, detect, segment and encode images in the same way as an actor.
 
     Args:
-        config: of the run.
-        allocation: what an actor gets here.
-        prompts: embedded.
-        rows: of a listing or a manifest, at least one.
+        config: the run's config.
+        allocation: resources of an actor on this machine.
+        prompts: vocabulary, models and query embeddings.
+        rows: rows of a listing or a manifest, at least one.
 
     Raises:
         PreflightError: the models do not run on this machine.
-        WeightsError: they do not load.
+        WeightsError: the models do not load.
     """
     fetched = fetch_rows(
         rows,
@@ -88,7 +88,7 @@ def label_here(config: RunConfig, allocation: Allocation, prompts: Prompts, rows
     images = [_encoded(number, row, data) for number, (row, data) in enumerate(zip(rows, fetched, strict=True))]
     try:
         predictions, rate = _run(config, allocation, prompts, images)
-    except RuntimeError as error:  # of torch or the engine: no memory, no driver, …
+    except RuntimeError as error:  # from torch or the engine: no memory, no driver, …
         raise PreflightError(f"the models do not run on this machine: {error}") from error
     return Labelled([row["file_name"] for row in rows], predictions, rate)
 
@@ -103,10 +103,10 @@ def _encoded(number: int, row: dict[str, Any], fetched: bytes | ImageError) -> E
 def _run(
     config: RunConfig, allocation: Allocation, prompts: Prompts, images: Sequence[EncodedImage]
 ) -> tuple[list[Prediction], float | None]:
-    """Labels, and images per second of those that did not fail.
+    """Label the images, and measure images per second over those that did not fail.
 
-    On a GPU the first pass warms up, and the second one fills a batch: calls have a fixed shape, so a few images cost
-    as much as many.
+    On a GPU the first pass is a warm-up, and a second pass fills a batch for the measurement: calls have a fixed shape,
+    so a few images cost as much as a full batch.
     """
     import torch
 

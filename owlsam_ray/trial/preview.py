@@ -1,6 +1,6 @@
-"""A few pictures, labelled and drawn in this process: how prompts and thresholds are found before a run.
+"""`owlsam preview`: label and draw a few images in this process, to find prompts and thresholds before a run.
 
-The path is that of a run, from bytes to RLE, without Ray and without a run directory.
+All stages are those of a run, from bytes to RLE, but without Ray and without a run directory.
 """
 
 import os
@@ -34,22 +34,22 @@ from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
 
 _COLUMNS = 4
 _SIDES = (640, 1600)
-"""Least and most pixels of the long side of a picture that stands alone."""
+"""Minimum and maximum long side, in pixels, of an image that is drawn alone."""
 _OF_REDUCE = ("reduce", "evaluate", "run")
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What was found."""
+    """Result of a preview."""
 
     rows: list[tuple[str, Prediction]]
-    """Path or URL of each picture, and its labels."""
+    """Path or URL of each image, and its labels."""
     vocabulary: Vocabulary
     sheet: str
-    """The PNG."""
+    """Path of the PNG."""
 
     def counts(self, min_score: float) -> list[dict[str, Any]]:
-        """Of each category: boxes that are drawn, and the scores of the best and the median one; by category."""
+        """For each category, in order: the number of drawn boxes, and their best and median scores (None if none)."""
         result = []
         for label, category in enumerate(self.vocabulary.categories):
             scores = np.concatenate(
@@ -68,23 +68,23 @@ class Preview:
         return result
 
     def failed(self) -> dict[str, str]:
-        """Pictures that could not be labelled, with the reason."""
+        """Reasons of failure by path or URL, for images that could not be labelled."""
         return {url: row.failure[0] for url, row in self.rows if row.failure is not None}
 
 
 def preview_config(
     run_files: Sequence[str], *, overrides: Sequence[str], prompts: Sequence[str], demo: bool
 ) -> RunConfig:
-    """The settings of a preview: those of a run file, of the demo's models, or of `--set` alone.
+    """Build the settings of a preview from run files, the demo's models, or `--set` alone.
 
     Args:
-        run_files: merged from left to right; may be none.
-        overrides: `section.field=value`.
-        prompts: texts to ask for as they stand, each a category of its own; none: the vocabulary of the run file.
-        demo: begin with the models that come with the package.
+        run_files: run files, merged from left to right; may be empty.
+        overrides: settings as `section.field=value`.
+        prompts: texts used verbatim, each as a separate category; if empty, the vocabulary of the run file is used.
+        demo: start with the models that come with the package.
 
     Raises:
-        ConfigError: no models or no prompts are named, or a setting is wrong.
+        ConfigError: no models or no prompts are named, or a setting is invalid.
     """
     if demo and run_files:
         raise ConfigError("--demo and --run-file both choose the models: give one of them")
@@ -122,17 +122,18 @@ def preview_config(
 
 
 def expand_images(paths: Sequence[str], config: RunConfig, *, count: int, out: str) -> list[str]:
-    """Image files as they are; of folders, the image files below them. At most `count`, evenly spread.
+    """Expand folders to the image files below them; return at most `count` files, evenly spread.
 
     Args:
         paths: files, folders or fsspec URLs.
-        config: for `data.suffixes`.
-        count: pictures.
-        out: the PNG that will be written; one of an earlier call in such a folder is no picture to label.
+        config: its `data.suffixes` select the files in folders.
+        count: maximum number of images.
+        out: the PNG that will be written; if it is in one of the folders, it is skipped.
 
     Raises:
-        ConfigError: `count` is below 1, or `out` is no PNG, or one of the pictures.
-        InputError: there is nothing at a path, or a folder holds no image.
+        ConfigError: `count` is below 1; or `out` is not a local .png file, is one of the images, or exists and is not
+            an earlier preview.
+        InputError: a path does not exist or cannot be accessed, or there are no images.
     """
     if count < 1:
         raise ConfigError(f"--max-images {count}: at least one picture")
@@ -151,7 +152,7 @@ def expand_images(paths: Sequence[str], config: RunConfig, *, count: int, out: s
         if is_folder:
             folder = DataConfig(source="folder", images=url, suffixes=config.data.suffixes)
             tables = (table.filter(pc.is_null(table["container"])) for table in list_images(folder).tables)
-            below = [uri for table in tables for uri in table["uri"].to_pylist()]  # each is opened as it stands
+            below = [uri for table in tables for uri in table["uri"].to_pylist()]  # each is opened verbatim
             found += [each for each in below if not _is_same_file(each, out)]
         elif is_there:
             if _is_same_file(url, out):
@@ -170,17 +171,17 @@ def _is_same_file(url: str, out: str) -> bool:
 
 
 def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: float) -> Preview:
-    """Label pictures and draw them into one PNG.
+    """Label images and draw them into one PNG.
 
     Args:
         images: files or fsspec URLs, at least one.
-        config: models and choices; of `resources` only device, dtype and threads count.
-        out: the PNG; written also when pictures failed, as long as one did not.
+        config: models and settings; of `resources`, only device, dtype, torch threads and decoder batch are used.
+        out: path of the PNG; it is written unless all images failed.
         min_score: labels with a lower score are not drawn.
 
     Raises:
-        InputError: no picture can be read, the vocabulary is wrong, or `out` cannot be written.
-        ConfigError: `min_score` is no score, or below the floor of the settings.
+        InputError: no image can be labelled, the vocabulary is invalid, or `out` cannot be written.
+        ConfigError: `min_score` is outside 0…1 or below `detector.score_floor`.
         WeightsError: the models do not load.
     """
     if not 0 <= min_score <= 1:
@@ -210,7 +211,11 @@ def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: fl
 
 
 def _check_writable(directory: Path) -> None:
-    """Told before the models run, not after."""
+    """Check that the output can be written, before the models run.
+
+    Raises:
+        InputError: it cannot.
+    """
     try:
         storage.try_writing(str(directory))
     except OSError as error:
@@ -218,7 +223,7 @@ def _check_writable(directory: Path) -> None:
 
 
 def _source_categories(config: RunConfig) -> list[dict[str, Any]]:
-    """The dataset's own categories, where the vocabulary is theirs."""
+    """The dataset's categories if the vocabulary uses them; else empty."""
     if config.vocabulary.categories != "dataset" or config.data.annotations is None:
         return []
     with open_document(config.data.annotations) as document:
@@ -227,7 +232,7 @@ def _source_categories(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def _label(images: Sequence[EncodedImage], config: RunConfig, vocabulary: Vocabulary) -> list[Prediction]:
-    """The same steps as an actor's, with one picture a call: nothing is padded for nothing."""
+    """Label images with the steps of an actor, but one image per detector and encoder call, which avoids padding."""
     given = config.resources
     resources = ResourcesConfig(
         device=given.device,

@@ -1,4 +1,4 @@
-"""Steps that are tried one after another, whatever became of those before, and told in one line each."""
+"""Run a sequence of checks, report each in one line, and continue after failures."""
 
 import time
 from collections.abc import Callable
@@ -13,25 +13,25 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, slots=True)
 class Done(Generic[T]):
-    """What a step found."""
+    """Result of a step."""
 
     value: T
     detail: str
-    """For people."""
+    """Text for the user."""
     error: OwlsamError | None = None
-    """What is wrong all the same."""
+    """Failure of a step that still has a value."""
 
 
 @dataclass(slots=True)
 class Steps:
-    """Steps told one by one; the first error is kept."""
+    """Runs and reports steps one by one; keeps the first error."""
 
     say: Callable[[str], None]
     told: list[dict[str, Any]] = field(default_factory=list)
     first: OwlsamError | None = None
 
     def run(self, name: str, work: Callable[P, Done[T]], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Do a step; None when it fails."""
+        """Run a step and return its value; None if it raises."""
         start = time.monotonic()
         value = None
         try:
@@ -48,7 +48,7 @@ class Steps:
         return value
 
     def skip(self, name: str) -> None:
-        """Tell that a step is not tried, for what it needs failed."""
+        """Report that a step is not tried because a step it needs failed."""
         self._tell(name, "–", 0.0, "not tried: a step before it failed")
 
     def _tell(self, name: str, mark: str, seconds: float, detail: str) -> None:
