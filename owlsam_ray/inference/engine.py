@@ -1,4 +1,4 @@
-"""Label images in one process, without Ray: decode, detect, suppress, segment and encode in a pipeline of threads.
+"""Label images in one process, without Ray: a threaded pipeline of decode, detect, suppress, segment and encode.
 
 A caller passes the images of one shard and waits for their rows; concurrent callers are concurrent shards. A thread
 pool decodes ahead of the model across shard boundaries, one model thread forms batches of a fixed, padded shape from
