@@ -1,1 +1,1 @@
-"""Shards → label files, and the proof that nothing is missing."""
+"""Turn shards into label files, and prove that no image is missing."""

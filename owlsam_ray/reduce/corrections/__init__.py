@@ -1,1 +1,1 @@
-"""Corrections from a labelling tool → labels of a run."""
+"""Apply corrections made in a labelling tool to the labels of a run."""

@@ -1,24 +1,24 @@
-"""The file of people's corrections → what each shard needs of it.
+"""Read a file of reviewers' corrections and split it into rows for each shard.
 
-The file is a COCO file that a reduce (or `owlsam review-list`) wrote, changed in a tool. Its annotations meet the
-machine's by id, which is fixed by the image and the detection, whatever is decided at reduce:
+The file is a COCO file written by a reduce (or `owlsam review-list`) and changed in a tool. Its annotations are matched
+to the model's by id. The id is fixed by the image and the detection and does not depend on the settings of `reduce`:
 
-- the same box, mask and category: confirmed. The annotation stays as the machine made it, whatever the settings say;
-- another box, mask or category: edited. What the file says takes its place, under the same id;
-- an id that no detection of its image has, or none: a new annotation (`overlay.py` tells its id);
-- the same box and category as another detection, whatever the id says: that one is meant, since tools number anew;
-- `"owlsam_rejected": true`: the machine's annotation goes;
-- one that is not in the file: see the scope.
+- same box, mask and category: confirmed. The annotation stays as the model made it, whatever the settings say;
+- another box, mask or category: edited. The file's version replaces it, under the same id;
+- no id, or an id that no detection of its image has: a new annotation (`overlay.py` assigns its id);
+- same box and category as another detection: matched to that detection, whatever the id says, because tools renumber;
+- `"owlsam_rejected": true`: the model's annotation is removed;
+- not in the file: depends on the scope.
 
-Ids may be digits in a string or floats without a fraction; what is no integer counts as no id.
+Ids may be strings of digits, or floats without a fraction; anything else that is not an integer counts as no id.
 
-The scope is `images` by default, since that is what a file of a reduce shows to people: each image in it (or each with
-`"owlsam_reviewed": true`, when an image has this field) has exactly the annotations of the file, so one that is missing
-was deleted. In the scope `annotations`, that of review lists, people saw only some annotations of an image: listed ones
-that are missing were deleted, and all others are the machine's as before.
+The scope is `images` by default, since a file of a reduce shows whole images: each image in the file (or each with
+`"owlsam_reviewed": true`, when any image has this field) has exactly the annotations of the file, so a missing one was
+deleted. Review lists have the scope `annotations`: reviewers saw only some annotations of an image, so listed ones that
+are missing were deleted, and all others stay as the model made them.
 
-What cannot be applied is a conflict: the file's entry is left out, and the detection that it names stays as the
-settings have it. `corrections_report.json` lists all conflicts.
+An entry that cannot be applied is a conflict: it is left out, and the detection that it names stays as the settings
+have it. `corrections_report.json` lists all conflicts.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ from owlsam_ray.run.proof import ShardRules
 from owlsam_ray.vocabulary.names import by_name, fold_category
 
 REJECTED_FIELD = "owlsam_rejected"
-"""Of an annotation: there is no such thing there."""
+"""Field of an annotation: true if the reviewer says that there is no such object."""
 _log = logging.getLogger(__name__)
 
 
@@ -74,9 +74,9 @@ class Corrections:
     overlay: StoredOverlay
     output: CorrectionsOutput
     counts: Counter[str]
-    """Entries, and what became of those that no shard sees."""
+    """Number of entries, and the outcome of entries that no shard sees."""
     provenance: dict[str, Any]
-    """For `info`."""
+    """Entry for `info`."""
 
 
 def load_corrections(
@@ -88,22 +88,22 @@ def load_corrections(
     categories: tuple[Category, ...],
     scratch: str,
 ) -> Corrections | None:
-    """Read `reduce.corrections`, and put what each shard needs into the scratch folder.
+    """Read `reduce.corrections`, and write the rows of each shard to the scratch folder.
 
     Args:
         settings: the section `reduce`.
-        manifest: of the run.
-        rules: its fingerprint and K.
-        decisions: of the output.
-        categories: of the run.
-        scratch: a folder that all workers reach.
+        manifest: manifest of the run.
+        rules: the run's fingerprint and K.
+        decisions: resolved settings of the output.
+        categories: categories of the run.
+        scratch: a folder that all workers can reach.
 
     Returns:
-        None when there is none.
+        None when `reduce.corrections` is not set.
 
     Raises:
-        InputError: the file cannot be read, does not say what it is of, or nothing in it is of this run.
-        GuardError: it is of another run.
+        InputError: the file cannot be read, does not say which run it belongs to, or contains nothing of this run.
+        GuardError: the file belongs to another run.
     """
     url = settings.corrections
     if url is None:
@@ -122,7 +122,7 @@ def load_corrections(
             targets=_targets(document, decisions, categories),
             ids_per_image=rules.ids_per_image,
             conflicts=[],
-            counts=Counter(entries=0),  # told, even if the file has none
+            counts=Counter(entries=0),  # reported even if the file has none
         )
         rows = ShardRows(storage.join(scratch, f"corrections-{secrets.token_hex(4)}.arrow"), CORRECTION_SCHEMA)
         with rows.spool() as add:
@@ -144,10 +144,10 @@ def load_corrections(
 
 
 def _targets(document: Document, decisions: Decisions, categories: tuple[Category, ...]) -> dict[int, int]:
-    """Category id of the file → index into the output's categories; -1: the settings leave it out.
+    """Map category ids of the file to indices into the output's categories; -1: left out by the settings.
 
-    By name, since tools number categories anew: the output's, or the run's, which are mapped as the machine's are.
-    Without names in the file, ids are the output's.
+    Categories are matched by name, since tools renumber them: first the output's names, then the run's, which are
+    mapped like the model's labels. If the file has no names, its ids are the output's.
     """
     out = {place: (category.name,) for place, category in enumerate(decisions.categories)}
     theirs = {
@@ -164,7 +164,7 @@ def _targets(document: Document, decisions: Decisions, categories: tuple[Categor
 
 @dataclass(slots=True)
 class _Reading:
-    """Entries → rows of `CORRECTION_SCHEMA`."""
+    """Convert entries to rows of `CORRECTION_SCHEMA`."""
 
     images: ReviewedImages
     origin: Origin
@@ -173,10 +173,10 @@ class _Reading:
     conflicts: list[bytes]
     counts: Counter[str]
     unplaced: list[int] = field(default_factory=list)
-    """Ids of entries whose image is not known: nobody deleted these."""
+    """Ids of entries whose image is not known: these do not count as deleted."""
 
     def batches(self, document: Document) -> Iterator[pa.Table]:
-        """All rows, in no order."""
+        """Yield all rows, in no particular order."""
         if self.origin.is_of_images:
             reviewed = self.images.ordinals[self.images.reviewed & (self.images.ordinals > 0)]
             yield _rows_of(reviewed, IMAGE)
@@ -189,7 +189,7 @@ class _Reading:
             yield _rows_of(listed // self.ids_per_image, LISTED, listed % self.ids_per_image)
 
     def _row(self, position: int, entry: Any) -> dict[str, Any] | None:
-        """What the entry's shard needs to know; None: nothing."""
+        """Return the row for the entry's shard; None: the shard needs none."""
         self.counts["entries"] += 1
         entry = with_integers(entry)
         conflict = _problem(entry) or self._unknown(entry)
@@ -224,7 +224,7 @@ class _Reading:
         return row
 
     def _spared_by_id(self, position: int, own_id: int) -> dict[str, Any] | None:
-        """What keeps the detection of an entry whose image cannot be read."""
+        """Return the row that protects the detection of an entry whose image cannot be read; None: no such image."""
         ordinal, det_index = image_of_id(own_id, self.ids_per_image)
         if ordinal < 1 or ordinal not in self.images.ordinals:
             return None
@@ -232,13 +232,13 @@ class _Reading:
         return own | {"category": -1, "shape": b""}
 
     def _place(self, entry: Any) -> int | None:
-        """Where the entry's image stands among the file's; None: it is not there, or not in the run."""
+        """Return the position of the entry's image in the file; None: not in the file, or not in the run."""
         image_id = entry.get("image_id") if isinstance(entry, dict) else None
         place = self.images.place(image_id) if image_id is not None and is_integer(image_id) else None
         return place if place is not None and self.images.ordinals[place] else None
 
     def _unknown(self, entry: dict[str, Any]) -> str | None:
-        """What an entry names in vain."""
+        """Return the conflict of an entry that names an unknown image or category; None: both are known."""
         if self._place(entry) is None:
             is_listed = self.images.place(entry["image_id"]) is not None
             return f"image: {'the run has no such image' if is_listed else 'the file does not list its image'}"
@@ -247,7 +247,7 @@ class _Reading:
         return None
 
     def _det_index(self, own_id: Any, ordinal: int) -> int:
-        """Which detection of its image an id means, if there is such a one; -1: none, it is a tool's own number."""
+        """Return which detection of its image an id means; -1: none, the id is a number that the tool assigned."""
         if own_id is None:
             return -1
         own_ordinal, det_index = image_of_id(own_id, self.ids_per_image)
@@ -262,7 +262,7 @@ class _Reading:
 
 
 def with_integers(entry: Any) -> Any:
-    """An entry with the ids that a tool wrote as text or as floats; an `id` that is none is left out."""
+    """Convert ids that a tool wrote as text or as floats to integers; drop an `id` that is not an integer."""
     if not isinstance(entry, dict):
         return entry
     read = {name: _integer(entry[name]) for name in ("id", "image_id", "category_id") if name in entry}
@@ -273,7 +273,7 @@ def with_integers(entry: Any) -> Any:
 
 
 def _integer(value: Any) -> int | None:
-    """As columns take it; None: it is none."""
+    """Return a value as an int64 column takes it; None: it is not an integer."""
     is_text = isinstance(value, str) and value.isascii() and value.removeprefix("-").isdigit() and len(value) < 20
     if is_text or (isinstance(value, float) and value.is_integer()):
         value = int(value)
@@ -285,9 +285,9 @@ def _is_rejected(entry: dict[str, Any]) -> bool:
 
 
 def _problem(entry: Any) -> str | None:
-    """What is wrong with an entry by itself."""
+    """Return what is wrong with an entry, regardless of the run; None: nothing."""
     if isinstance(entry, dict) and entry.get("id") is None:
-        entry = entry | {"id": 0}  # a new one
+        entry = entry | {"id": 0}  # a new entry
     wrong = structure_error(entry)
     if wrong is not None:
         return f"entry: {wrong.lstrip(': ')}"
@@ -301,7 +301,7 @@ def _problem(entry: Any) -> str | None:
 
 
 def _rows_of(ordinals: NDArray[np.int64], kind: int, det_index: NDArray[np.int64] | None = None) -> pa.Table:
-    """Rows without an entry of the file."""
+    """Rows that belong to no entry of the file."""
     count = len(ordinals)
     fixed = {"ordinal": ordinals, "kind": np.full(count, kind), "position": np.full(count, -1)}
     fixed |= {"det_index": np.full(count, -1) if det_index is None else det_index, "category": np.full(count, -1)}

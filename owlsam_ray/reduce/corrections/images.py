@@ -1,4 +1,4 @@
-"""Images of a COCO file that comes back from people → images of the run."""
+"""Match the images of a COCO file that comes back from review to the images of the run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from owlsam_ray.errors import InputError
 from owlsam_ray.run.manifest import Manifest
 
 REVIEWED = "owlsam_reviewed"
-"""Field of an image: people looked at it."""
+"""Field of an image: true if a reviewer looked at it."""
 
 _SCHEMA = pa.schema(
     [
@@ -27,30 +27,30 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class ReviewedImages:
-    """N images of the file, by rising id."""
+    """N images of the file, by ascending id."""
 
     ids: NDArray[np.int64]
-    """(N,) the file's."""
+    """(N,) ids in the file."""
     ordinals: NDArray[np.int64]
-    """(N,) of the run; 0: it has no such image."""
+    """(N,) ordinals in the run; 0: the run has no such image."""
     reviewed: NDArray[np.bool_]
-    """(N,) marked as such; all of them in a file without any mark."""
+    """(N,) marked as reviewed; all True in a file without any mark."""
 
     def place(self, image_id: int) -> int | None:
-        """Where an image of the file stands; None: the file has no such image."""
+        """Return the position of an image of the file; None: the file has no such image."""
         place = int(np.searchsorted(self.ids, image_id))
         return place if place < len(self.ids) and self.ids[place] == image_id else None
 
 
 def read_images(document: Document, manifest: Manifest) -> ReviewedImages:
-    """The images of a file.
+    """Read the images of a file and match them to the run's.
 
-    Images are those of the run with the same id and file name. Tools number images anew, and cut folders off: where the
-    names disagree an image goes by its whole name, if a single image of the run has it; else by its id, if the last
-    parts of both names agree; else it is none of the run.
+    An image matches the image of the run with the same id and file name. Tools renumber images and strip folders, so
+    where the names disagree, an image is matched by its whole name, if exactly one image of the run has it; else by its
+    id, if the last parts of both names agree; else it has no match.
 
     Raises:
-        InputError: the list is malformed, an id repeats, or two images are the same one of the run.
+        InputError: the list is malformed, an id repeats, or two images match the same image of the run.
     """
     tables = [table for _, table in document.columns("images", _SCHEMA)]
     table = pa.concat_tables([*tables, _SCHEMA.empty_table()]).sort_by("id").combine_chunks()
@@ -80,7 +80,7 @@ def read_images(document: Document, manifest: Manifest) -> ReviewedImages:
 
 
 def _ordinals(run: Iterable[pa.Table], ids: NDArray[np.int64], names: pa.Array) -> NDArray[np.int64]:
-    """(N,) 1-based places of N images among those of a run, 0 for none."""
+    """(N,) 1-based ordinals of N images in a run, 0 for none."""
     by_id, likeness = np.zeros((2, len(ids)), np.int64)
     last_parts = _last_part(names)
     different = pc.unique(names.drop_null())
@@ -106,14 +106,14 @@ def _ordinals(run: Iterable[pa.Table], ids: NDArray[np.int64], names: pa.Array) 
 
 
 def _hits(values: pa.Array, wanted: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows whose value is wanted, and which one it is."""
+    """Rows whose value is in `wanted`, and its index there."""
     places = pc.index_in(values, wanted)
     rows = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
     return rows, places.drop_null().to_numpy().astype(np.int64)
 
 
 def _equal(texts: pa.Array, others: pa.Array) -> NDArray[np.bool_]:
-    """Whether they are, or one is not there."""
+    """Whether texts are equal; True where either is null."""
     same: NDArray[np.bool_] = pc.equal(texts, others).fill_null(True).to_numpy(zero_copy_only=False)
     return same
 

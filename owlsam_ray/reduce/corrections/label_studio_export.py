@@ -1,8 +1,8 @@
-"""The JSON export of a Label Studio project whose tasks we wrote → a COCO file for `reduce.corrections`.
+"""Convert the JSON export of a Label Studio project that we wrote to a COCO file for `reduce.corrections`.
 
-A task with an annotation that was not cancelled is a reviewed image, with the regions of the one that was saved last;
-the others are left as they are. A region that came from us has the annotation's id still; polygons become masks,
-rectangles boxes. A region of a picture that was turned in the tool has other axes than ours: it becomes a conflict.
+A task with an annotation that was not cancelled is a reviewed image, with the regions of the annotation saved last;
+other tasks are left as they are. A region that came from us still has its annotation's id; polygons become masks,
+rectangles boxes. A region of an image that was rotated in the tool has other axes than ours: it becomes a conflict.
 """
 
 import contextlib
@@ -20,17 +20,18 @@ from owlsam_ray.errors import InputError
 from owlsam_ray.reduce.formats.json_rows import LINE_END, dump_json
 
 _SHAPES = ("rectanglelabels", "polygonlabels", "brushlabels", "ellipselabels", "keypointlabels")
-"""Types of regions. The first two are read, the others told as conflicts; a choice or a text is no region."""
+"""Types of regions. The first two are read, the others are reported as conflicts; a choice or a text is not a region.
+"""
 _DIGITS = 3
-"""Of a pixel: what percent of float32 keep."""
+"""Decimals of a pixel that percentages in float32 preserve."""
 
 
 @contextlib.contextmanager
 def open_corrections(url: str) -> Iterator[Document]:
-    """A COCO file, or an export of Label Studio as one.
+    """Open a COCO file, or an export of Label Studio converted to one.
 
     Raises:
-        InputError: it is neither.
+        InputError: the file is neither.
     """
     if not _is_list(url):
         with open_document(url) as document:
@@ -61,20 +62,20 @@ def _is_list(url: str) -> bool:
 
 
 class _Conversion:
-    """One export."""
+    """The conversion of one export."""
 
     def __init__(self, tasks: Document) -> None:
         self._tasks = tasks
         self._categories: dict[str, int] = {}
         self._run: dict[str, Any] | None = None
         self._image_lists: set[str] = set()
-        """Of the run, which may have been extended between two exports to the tool."""
+        """Image lists of the run, which may have been extended between two exports to the tool."""
 
     def write(self, out: IO[bytes]) -> None:
         """Write the COCO file.
 
         Raises:
-            InputError: it is no such export, or its tasks are of several runs.
+            InputError: the file is not a Label Studio export, or its tasks belong to several runs.
         """
         with tempfile.TemporaryFile() as annotations:
             out.write(b'{"images": [\n')
@@ -101,7 +102,7 @@ class _Conversion:
         out.write(f'],\n"categories": {dump_json(categories)},\n"info": {dump_json(info)}}}\n'.encode())
 
     def _reviewed(self, position: int, task: Any) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-        """The image of a task and its entries; None: nobody has looked at it."""
+        """Return the image of a task and its entries; None: the task was not reviewed."""
         data = task.get("data") if isinstance(task, dict) else None
         annotations = task.get("annotations") if isinstance(task, dict) else None
         if not isinstance(data, dict) or not isinstance(annotations, list):
@@ -132,7 +133,7 @@ class _Conversion:
         ]
 
     def _entry(self, image_id: int, region: dict[str, Any]) -> dict[str, Any]:
-        """A region as COCO has it; without a shape where it is none that we read."""
+        """Convert a region to a COCO entry; without a shape if the region is of a kind that is not read."""
         value = region.get("value")
         value = value if isinstance(value, dict) else {}
         names = value.get(region["type"])
@@ -145,7 +146,7 @@ class _Conversion:
         if region.get("image_rotation") not in (None, 0, 360):
             return entry  # without a shape
         sides = (region.get("original_width"), region.get("original_height"))
-        with contextlib.suppress(KeyError, TypeError, ValueError):  # then it has no shape, which is a conflict
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # no shape then, which is a conflict
             width, height = (float(side) / 100 for side in sides if side is not None)
             if region["type"] == "polygonlabels":
                 points = [(float(x) * width, float(y) * height) for x, y in value["points"]]
@@ -156,12 +157,12 @@ class _Conversion:
 
 
 def _box(value: dict[str, Any], width: float, height: float) -> list[float]:
-    """The upright box around a rectangle that is turned about its first corner."""
+    """The axis-aligned box around a rectangle that is rotated about its first corner."""
     angle = math.radians(float(value.get("rotation") or 0))
     x, y = float(value["x"]) * width, float(value["y"]) * height
     w, h = float(value["width"]) * width, float(value["height"]) * height
     across, down = (w * math.cos(angle), w * math.sin(angle)), (-h * math.sin(angle), h * math.cos(angle))
-    # Of both axes, seen from that corner.
+    # Extent along both axes, relative to that corner.
     lows, highs = zip(
         *((min(0, a, d, a + d), max(0, a, d, a + d)) for a, d in zip(across, down, strict=True)), strict=True
     )
@@ -169,7 +170,7 @@ def _box(value: dict[str, Any], width: float, height: float) -> list[float]:
 
 
 def _rounded(number: float) -> float:
-    """In pixels.
+    """Round a number of pixels.
 
     Raises:
         ValueError: it is not finite.

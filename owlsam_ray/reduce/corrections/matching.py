@@ -1,4 +1,4 @@
-"""Which detection an entry of a file of corrections is about."""
+"""Find the detection that each entry of a file of corrections refers to."""
 
 from dataclasses import dataclass
 
@@ -15,35 +15,35 @@ class Entry:
     """An annotation of the file."""
 
     row: int
-    """Of the shard's images."""
+    """Row of the shard's images."""
     position: int
     file_id: int | None
     det_index: int
     category: int
     shape: Shape
     place: int = -1
-    """Of the detection that it is about; -1: it is new."""
+    """Position of the detection that it refers to; -1: it is new."""
     is_rejected: bool = False
-    """There is no such thing. Such a one is always about a detection, and may have no shape."""
+    """True if the reviewer says that there is no such object. Always refers to a detection, and may have no shape."""
 
 
 class Matching:
-    """Detections of a shard, and which of them entries are about."""
+    """The detections of a shard, and which of them entries refer to."""
 
     def __init__(self, found: Found, category: NDArray[np.int64], shown: Columns) -> None:
-        """Take a shard.
+        """Prepare the detections of a shard for matching.
 
         Args:
-            found: what inference left.
-            category: (D,) of the machine, index into the output's categories; -1: left out.
-            shown: what the settings show without people's word.
+            found: what inference found.
+            category: (D,) index of the model's category into the output's categories; -1: left out.
+            shown: what the settings show without corrections.
         """
         self._found, self._category = found, category
         self._masks = found.detections["rle_counts"].combine_chunks()
         boxes = [found.detections[axis].to_numpy() for axis in ("x0", "y0", "x1", "y1")]
         self.boxes: NDArray[np.float32] = np.stack(boxes, axis=1)
         self.det_index = found.detections["det_index"].to_numpy()
-        # A suppression at reduce may move boxes: people may have seen them so.
+        # Suppression at reduce may move boxes; reviewers may have seen the moved ones.
         moved = self.boxes.copy()
         moved[shown.place] = shown.boxes_xyxy
         self._seen_boxes: NDArray[np.float32] = np.stack([self.boxes, moved])
@@ -55,7 +55,7 @@ class Matching:
         return int(images["height"][row].as_py()), int(images["width"][row].as_py())
 
     def has_mask(self, place: int, entry: Entry) -> bool:
-        """Whether a detection has an entry's mask, if the entry has one."""
+        """Whether a detection has an entry's mask; True if the entry has none."""
         if entry.shape.mask is None:
             return True
         key = (entry.position, place)
@@ -64,21 +64,21 @@ class Matching:
         return self._same_masks[key]
 
     def mask_of(self, place: int) -> bytes | None:
-        """Compressed RLE of a detection; None: it has none."""
+        """Compressed RLE of a detection's mask; None: it has none."""
         counts: bytes | None = self._masks[place].as_py()
         return counts
 
     def meet(self, entries: list[Entry], places: dict[int, int]) -> None:
-        """Find the detection that each entry is about, and put it into the entry.
+        """Find the detection that each entry refers to, and store it in the entry.
 
-        A tool may have numbered the entries anew, and an id that lies in its image's range by chance means nothing. So
-        what an entry shows goes before its id: first those whose id and geometry agree, then those that equal another
-        detection, then those that have only another category under their id, then those of the same box and category
-        as a detection, then ids alone.
+        A tool may have renumbered the entries, and an id that is in its image's range by chance means nothing. So an
+        entry's content takes precedence over its id. Entries are matched in this order: those whose id and geometry
+        agree, those that equal another detection, those that differ from the detection of their id only in category,
+        those with the box and category of a detection, and last by id alone.
 
         Args:
-            entries: of one image.
-            places: of its detections, by det_index.
+            entries: entries of one image.
+            places: det_index → position, for the detections of this image.
         """
         taken: set[int] = set()
         ordered = sorted(entries, key=lambda entry: entry.is_rejected)
@@ -123,7 +123,7 @@ class Matching:
         )
 
     def _alike(self, entry: Entry, places: dict[int, int], taken: set[int], *, with_mask: bool) -> int | None:
-        """A detection of an entry's box and category that nobody has claimed, and maybe of its mask."""
+        """Find an unclaimed detection with an entry's box and category, and with `with_mask` also its mask."""
         box = entry.shape.box_xyxy
         if not places or (box is None and (entry.shape.mask is None or not with_mask)):
             return None
@@ -137,7 +137,7 @@ class Matching:
         return next(alike, None)
 
     def is_here(self, entry: Entry, place: int) -> bool:
-        """Whether an entry has a detection's box, as inference left it or as the settings do; without one its mask."""
+        """Whether an entry has a detection's box, before or after the settings apply; without a box, its mask."""
         if entry.shape.box_xyxy is None:
             return entry.shape.mask is not None and self.has_mask(place, entry)
         return bool(same_boxes(entry.shape.box_xyxy, self._seen_boxes[:, place]).any())

@@ -1,4 +1,4 @@
-"""What a file of corrections tells about itself: its run, what people saw of it, and what it was made with."""
+"""Read what a file of corrections says about itself: its run, what reviewers saw of it, and how it was made."""
 
 import logging
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What the file tells about itself."""
+    """What the file says about itself."""
 
     is_of_images: bool
     listed: NDArray[np.int64] | None
-    """(N,) ids that people saw, rising; None: all."""
+    """(N,) ids that reviewers saw, ascending; None: all."""
     made_with_corrections: dict[str, Any] | None
-    """The file's own info, if it was made with corrections and nobody has set the scope."""
+    """The file's own info, if it was made with corrections and the scope is not set explicitly."""
 
 
 def read_origin(document: Document, settings: ReduceConfig, manifest: Manifest, rules: ShardRules) -> Origin:
-    """What the file is of.
+    """Determine which run the file belongs to, and its scope.
 
     Raises:
-        InputError: it does not say, or not in the way that we write it.
-        GuardError: another run.
+        InputError: the file does not say, or not in the form that owlsam writes.
+        GuardError: it belongs to another run.
     """
     own = _own_info(document)
     if own is None and settings.corrections_base is not None:
@@ -67,7 +67,7 @@ def _check_run(document: Document, own: dict[str, Any], manifest: Manifest, rule
     """Refuse the file of another run.
 
     Raises:
-        GuardError: it is one.
+        GuardError: the file belongs to another run.
     """
     told = (own.get("fingerprint"), own.get("ids_per_image"))
     if told != (rules.fingerprint, rules.ids_per_image):
@@ -85,17 +85,17 @@ def _check_run(document: Document, own: dict[str, Any], manifest: Manifest, rule
 
 
 def _image_lists(own: dict[str, Any]) -> list[Any]:
-    """Names of the images that the run had then; of each task of Label Studio."""
+    """Digests of the run's image list when the file was written; one for each task of Label Studio."""
     if isinstance(own.get("image_lists"), list):
         return list(own["image_lists"])
     return [own["image_list"]] if "image_list" in own else []
 
 
 def _listed(document: Document, listed: Any, manifest: Manifest, rules: ShardRules) -> NDArray[np.int64]:
-    """(N,) ids that people saw, rising.
+    """(N,) ids that reviewers saw, ascending.
 
     Raises:
-        InputError: they are none of the run.
+        InputError: an id is not of this run.
     """
     if not isinstance(listed, list):
         raise _damaged(document, "review.listed is not a list")
@@ -113,10 +113,11 @@ def _damaged(document: Document, what: str) -> InputError:
 
 
 def check_first_round(document: Document, origin: Origin, images: ReviewedImages, manifest: Manifest) -> None:
-    """Refuse a file that would put aside what people corrected before it was made.
+    """Refuse a file that would discard corrections made before it was written.
 
     Raises:
-        InputError: it was made with corrections, and does not hold all of these.
+        InputError: the file was made with corrections, and covers only some of the run's images, or is not of scope
+            `images`.
     """
     if origin.made_with_corrections is None:
         return
@@ -140,5 +141,5 @@ def _own_info(document: Document) -> dict[str, Any] | None:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is one that columns take."""
+    """Whether a value is an integer that an int64 column takes."""
     return type(value) is int and abs(value) < 2**63

@@ -1,13 +1,14 @@
-"""People's corrections in the place of the machine's annotations, shard by shard; what they mean: see corrections.py.
+"""Replace the model's annotations with reviewers' corrections, shard by shard (see corrections.py for the rules).
 
-New annotations get an id in the range of their image: their own, if it lies there and no detection has it, else K - 1,
-K - 2, … of those that are free, in the order of the file. In an image whose detections have taken all, they get ids of
-a second range, 2^52 + ordinal × K + 0, 1, …, which no detection has. They stand behind the others of their image; so
-ids rise within an image, and over the whole file where no second range was needed. No two annotations of a file have
-the same. Ids depend on the file and on the inference, not on what is decided.
+New annotations get an id in the range of their image: their own, if it is in that range and no detection has it, else
+the free ones among K - 1, K - 2, …, in the order of the file. In an image whose detections use all ids, they get ids of
+a second range, 2^52 + ordinal × K + 0, 1, …, which no detection has. These come after the others of their image, so ids
+ascend within an image, and over the whole file where no second range was needed. All ids of a file are distinct. Ids
+depend on the file and on the inference, not on the settings of `reduce`.
 
-What a suppression of this reduce merges depends on all other settings. Unchanged boxes of a file that was written under
-the same ones are recognised, and those that inference left; merged under others they count as edited.
+What a suppression of this reduce merges depends on all other settings. A box of the file counts as unchanged if it
+equals the box under the current settings or the box that inference left; boxes merged under other settings count as
+edited.
 """
 
 from collections import Counter
@@ -28,12 +29,12 @@ from owlsam_ray.reduce.labels import ANNOTATION_SCHEMA, Found, ShardLabels
 from owlsam_ray.storage.arrow_types import misfit_of
 
 IMAGE, ENTRY, REJECTED, LISTED, SPARED = range(5)
-"""Kinds of rows: this image has exactly the file's annotations; an annotation; a rejected one; one that people saw, in
-a list of such; one whose entry is a conflict already."""
+"""Kinds of rows. IMAGE: this image has exactly the file's annotations. ENTRY: an annotation. REJECTED: a rejected one.
+LISTED: one that reviewers saw, in a review list. SPARED: one whose entry is already a conflict."""
 
 SECOND_IDS = 2**52
-"""Where ids begin of what people drew in images whose own ids are all taken. With K ids each, all stay below 2^53,
-which every reader of JSON takes."""
+"""Start of the ids of drawn annotations in images whose own ids are all taken. With K ids each, all stay below 2^53,
+which every JSON reader supports."""
 
 CORRECTION_SCHEMA = pa.schema(
     [
@@ -43,7 +44,7 @@ CORRECTION_SCHEMA = pa.schema(
         pa.field("file_id", pa.int64()),
         pa.field(
             "det_index", pa.int64(), nullable=False
-        ),  # as the id tells, from K on of the second range; -1: it tells none of this image
+        ),  # from the id; K and above: second range; -1: the id is not of this image
         pa.field("category", pa.int64(), nullable=False),  # index into the output's categories; -1: left out
         pa.field("shape", pa.binary()),  # see shapes.py
     ]
@@ -54,13 +55,13 @@ _MACHINE_COLUMNS = ("x0", "y0", "x1", "y1", "score", "num_merged")
 
 
 def annotation_id(ordinal: int, det_index: int, ids_per_image: int) -> int:
-    """Of a detection (below K), or of what people drew."""
+    """Id of a detection (det_index below K), or of a drawn annotation."""
     start = SECOND_IDS - ids_per_image if det_index >= ids_per_image else 0
     return start + ordinal * ids_per_image + det_index
 
 
 def image_of_id(own_id: int, ids_per_image: int) -> tuple[int, int]:
-    """(ordinal, det_index) of an id, the inverse of `annotation_id`."""
+    """Split an id into (ordinal, det_index), the inverse of `annotation_id`."""
     if own_id < SECOND_IDS:
         return divmod(own_id, ids_per_image)
     ordinal, index = divmod(own_id - SECOND_IDS, ids_per_image)
@@ -69,13 +70,13 @@ def image_of_id(own_id: int, ids_per_image: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class StoredOverlay:
-    """Corrections of a run, in a file of `CORRECTION_SCHEMA` by shard."""
+    """Corrections of a run, stored in a file of `CORRECTION_SCHEMA` by shard."""
 
     url: str
     ids_per_image: int
 
     def review(self, found: Found, decisions: Decisions) -> "ShardReview | None":
-        """What people said about a shard."""
+        """Read the corrections of a shard; None: it has none."""
         rows = read_rows(self.url, found.shard)
         if rows is None:
             return None
@@ -85,7 +86,7 @@ class StoredOverlay:
 
 
 class ShardReview:
-    """Corrections of one shard: first what they mean for the decisions, then what they put in the place of the rest."""
+    """Corrections of one shard: first their effect on the decisions, then the annotations that they replace or add."""
 
     def __init__(self, found: Found, decisions: Decisions, ids_per_image: int, rows: pa.RecordBatch) -> None:
         self._found, self._decisions, self._ids_per_image = found, decisions, ids_per_image
@@ -113,7 +114,7 @@ class ShardReview:
             self._review_image(image, by_image[image])
 
     def _review_image(self, image: int, rows: list[dict[str, Any]]) -> None:
-        """Find out what the rows of one image are about."""
+        """Match the rows of one image to its detections."""
         if self._found.images["status"][image].as_py() == "failed":
             for row in rows:
                 if row["kind"] in (ENTRY, REJECTED):
@@ -122,7 +123,7 @@ class ShardReview:
         start, end = (int(np.searchsorted(self._found.image, image, side)) for side in ("left", "right"))
         places = dict(zip(self._match.det_index[start:end].tolist(), range(start, end), strict=True))
         spared = {places[row["det_index"]] for row in rows if row["kind"] == SPARED and row["det_index"] in places}
-        """Detections that a conflict is about: as the settings have them."""
+        """Detections whose entry is a conflict: they stay as the settings have them."""
         entries: list[Entry] = []
         for row in rows:
             if row["kind"] not in (ENTRY, REJECTED):
@@ -145,7 +146,7 @@ class ShardReview:
         self._entries += [entry for entry in entries if not entry.is_rejected]
 
     def _visible(self, image: int, entries: list[Entry], spared: set[int]) -> list[Entry]:
-        """Without those of which nothing could be seen; what equals the machine's may be like that, as it is."""
+        """Drop entries with an empty shape, except those that equal the model's annotation."""
         size_hw, visible = self._match.size_hw(image), []
         for entry in entries:
             empty = None if entry.is_rejected else empty_part(entry.shape, size_hw)
@@ -158,7 +159,7 @@ class ShardReview:
         return visible
 
     def _sound(self, image: int, entries: list[Entry], places: dict[int, int]) -> list[Entry]:
-        """Without those that say something for the second time, and without rejections of nothing."""
+        """Drop entries that repeat another one, and rejections of detections that do not exist."""
         sound = []
         for entry in entries:
             if entry.place < 0 and entry.is_rejected:
@@ -170,7 +171,7 @@ class ShardReview:
         return sound
 
     def _number(self, image: int, entries: list[Entry], places: dict[int, int]) -> list[Entry]:
-        """Give new entries a det_index that is free; without those for which there is none."""
+        """Give new entries a free det_index; drop those for which none is left."""
         taken = set(places)
         for entry in entries:
             if entry.place >= 0:
@@ -195,7 +196,7 @@ class ShardReview:
     def _pin(
         self, image: int, rows: list[dict[str, Any]], entries: list[Entry], places: dict[int, int], spared: set[int]
     ) -> None:
-        """What the decisions need to know."""
+        """Record what the decisions need to know."""
         pins = self.pins
         about = {entry.place for entry in entries} | spared
         shown = {place for place in places.values() if self._shown_at[place] >= 0}
@@ -204,7 +205,7 @@ class ShardReview:
         missing = {*places.values()} if any(row["kind"] == IMAGE for row in rows) else listed & {*places.values()}
         missing -= about
         pins.dropped[sorted(missing)] = True
-        # In a reviewed image nobody misses what the settings would not show.
+        # In a reviewed image, annotations that the settings would not show do not count as deleted.
         for place in sorted(missing & (shown | listed)):
             self._tell("deleted", -1, self._id(image, int(self._match.det_index[place])))
             self._counts["shown.deleted"] += place in shown
@@ -217,7 +218,7 @@ class ShardReview:
                 pins.kept[entry.place] = entry.category >= 0
 
     def apply(self, labels: ShardLabels, kept: Columns) -> ShardLabels:
-        """The shard with people's annotations in place of the machine's."""
+        """Return the shard with reviewers' annotations in place of the model's."""
         replaced = np.zeros(len(kept), np.bool_)
         people: list[dict[str, Any]] = []
         for entry in self._entries:
@@ -249,13 +250,13 @@ class ShardReview:
         return replace(labels, annotations=table, counts=counts, remarks=remarks, confirmed=confirmed)
 
     def _compared(self, entry: Entry, annotations: pa.Table, place: int, kept: Columns) -> dict[str, Any] | None:
-        """What stands in the place of an annotation of the machine; None: that one itself."""
+        """Return the row that replaces an annotation of the model; None: the annotation stays."""
         shape, box = entry.shape, entry.shape.box_xyxy
         seen = self._as_seen(entry)
         changed = ["bbox"] if seen is None and box is not None else []
         if self._machine_category[entry.place] != entry.category:
             changed.append("category_id")
-        # Without a mask in the file: a tool that knows none. But a box elsewhere takes the machine's mask away.
+        # A file without masks comes from a tool without masks, but moving the box removes the model's mask.
         moved_mask = shape.mask is None and "bbox" in changed and self._match.mask_of(entry.place) is not None
         if moved_mask or not self._match.has_mask(entry.place, entry):
             changed.append("segmentation")
@@ -277,10 +278,10 @@ class ShardReview:
         return row
 
     def _as_seen(self, entry: Entry) -> dict[str, Any] | None:
-        """Box, score and number merged of the annotation that an entry shows; None: of none that the machine made.
+        """Box, score and num_merged of the model's annotation that an entry shows; None: it shows none.
 
-        As the settings have it without people's word (a suppression of this reduce moves boxes, and scores), else as
-        inference left it.
+        As the settings have it without corrections (suppression at reduce moves boxes and scores), else as inference
+        left it.
         """
         box, at = entry.shape.box_xyxy, int(self._shown_at[entry.place])
         if at >= 0 and (box is None or same_box(box, self._shown.boxes_xyxy[at])):
@@ -291,7 +292,7 @@ class ShardReview:
         return None
 
     def _drawn(self, entry: Entry) -> dict[str, Any]:
-        """A row of `ANNOTATION_SCHEMA` of a new annotation."""
+        """A row of `ANNOTATION_SCHEMA` for a new annotation."""
         height, width = self._match.size_hw(entry.row)
         return {
             "id": self._id(entry.row, entry.det_index),

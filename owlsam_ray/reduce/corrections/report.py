@@ -1,4 +1,4 @@
-"""`corrections_report.json`: what became of the file of people's corrections."""
+"""Write `corrections_report.json`: the outcome of each entry of the file of corrections."""
 
 import logging
 from collections import Counter
@@ -17,40 +17,41 @@ _OF_ENTRIES = ("confirmed", "edited", "added", "rejected", "left_out", "unreview
 
 
 def conflict_line(position: int, file_id: Any, image_id: Any, reason: str) -> bytes:
-    """About an entry of the file that was not applied.
+    """Describe an entry of the file that was not applied.
 
     Args:
-        position: of the entry among the file's annotations.
-        file_id: as it states it.
-        image_id: likewise.
-        reason: a short stable word, `: `, and details.
+        position: position of the entry among the file's annotations.
+        file_id: id as the file states it.
+        image_id: image id as the file states it.
+        reason: a short stable name, `: `, and details.
     """
     return _line({"annotation": position, "id": file_id, "image_id": image_id, "reason": reason})
 
 
 def remark_line(what: str, position: int, annotation_id: int, **more: Any) -> bytes:
-    """About an annotation that was changed: `edited`, `added`, `rejected`, `deleted`.
+    """Describe an annotation that was `edited`, `added`, `rejected` or `deleted`.
 
     Args:
         what: one of these.
-        position: of its entry among the file's annotations; -1: there is none.
-        annotation_id: in the output.
-        more: what else is to be told.
+        position: position of its entry among the file's annotations; -1: it has no entry.
+        annotation_id: id in the output.
+        more: further fields.
     """
     place = {} if position < 0 else {"annotation": position}
     return _line(place | {"id": annotation_id, "what": what} | more)
 
 
 def summary_of(counts: Counter[str]) -> dict[str, Any]:
-    """LabelCounts of corrections as `info` and `corrections_report.json` have them.
+    """Counts of corrections as `info` and `corrections_report.json` have them.
 
     Args:
         counts: `LabelCounts.corrections`.
 
     Returns:
-        entries of the file = confirmed + edited + added + rejected + left_out (their category is) + unreviewed (their
-        image is not marked) + conflicts (by reason) + unlabelled (in a partial reduce); and deleted: annotations that
-        the file lacks, of its images those that the settings would show, of a review list the listed ones.
+        entries of the file = confirmed + edited + added + rejected + left_out (by category) + unreviewed (their image
+        is not marked) + conflicts (by reason) + unlabelled (in a partial reduce); and deleted: annotations missing from
+        the file. In scope `images` only those that the settings would show are counted, in a review list the listed
+        ones.
     """
     conflicts = {
         name.partition(".")[2]: count for name, count in sorted(counts.items()) if name.startswith("conflict.")
@@ -61,11 +62,11 @@ def summary_of(counts: Counter[str]) -> dict[str, Any]:
 
 
 def tell_outcome(counts: Counter[str], report_url: str) -> None:
-    """Log what became of the file: counts, and what somebody has to look at.
+    """Log the outcome of the file: counts, and what needs attention.
 
     Args:
         counts: `LabelCounts.corrections`.
-        report_url: of the report.
+        report_url: URL of the report.
     """
     told = summary_of(counts)
     names = ("confirmed", "edited", "added", "deleted", "rejected")
@@ -93,17 +94,17 @@ class CorrectionsOutput:
     """The report. Part of every reduce with corrections."""
 
     conflicts_url: str
-    """Lines of those that no shard has seen."""
+    """Lines of conflicts that no shard has seen."""
     origin: dict[str, Any]
     """The file's hash, and its scope."""
     name: str = "corrections"
 
     def render(self, labels: ShardLabels) -> Rendered:
-        """Lines of one shard."""
+        """Render the lines of one shard."""
         return Rendered({name: labels.remarks.get(name, b"") for name in ("applied", "conflicts")})
 
     def assemble(self, parts: Parts) -> list[str]:
-        """The file.
+        """Write the report.
 
         Raises:
             IncompleteError: the entries of the file do not add up.

@@ -1,8 +1,8 @@
-"""What people drew, against what the machine found: boxes and masks of corrections as columns have them.
+"""Compare drawn boxes and masks with the model's, and convert them to columns.
 
-Tools write numbers shorter and masks as polygons. What comes of that alone is no change: a box within 0.05 px, and
-polygons that differ from the machine's mask only in pixels along its outline, and have an IoU of 0.75 with it at least
-(of a mask as thin as a pixel all is outline).
+Tools round numbers and write masks as polygons. Differences that come from this alone are not changes: boxes within
+0.05 px, and polygons that differ from the model's mask only in pixels along its outline and have an IoU of at least
+0.75 with it (a mask one pixel thin is all outline).
 """
 
 from dataclasses import dataclass
@@ -17,26 +17,26 @@ from owlsam_ray.coco_files.regions import box_of, rle_area, rle_box, rle_of
 from owlsam_ray.ops.rle import rle_runs
 
 SAME_PX = 0.05
-"""Sides of a box that differ by less are the same side, rounded by a tool."""
+"""Box sides that differ by less, in pixels, are the same side, rounded by a tool."""
 
 SAME_IOU = 0.75
-"""Of polygons that a tool may have made of a mask."""
+"""Minimum IoU of a mask and the polygons that a tool made of it."""
 _FAR = 1e9
-"""Pixels."""
+"""Exclusive limit of coordinates and sides of a box, in pixels."""
 
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Of the picture's size."""
+    """A mask of the image's size."""
 
     counts: bytes
     """Compressed RLE."""
     area: int
     """Pixels."""
     box_xyxy: tuple[int, int, int, int]
-    """Tight."""
+    """Tight box."""
     is_polygon: bool = False
     """Drawn from polygons."""
 
@@ -46,17 +46,20 @@ class Shape:
     """An entry's box and mask."""
 
     box_xyxy: Box | None
-    """Original pixels; None: it states none."""
+    """Original pixels; None: the entry has no box."""
     mask: Mask | None
-    """None: it states none."""
+    """None: the entry has no mask."""
 
     def box_columns(self) -> dict[str, float]:
-        """Of `ANNOTATION_SCHEMA`; without a box the mask's."""
+        """The box as columns of `ANNOTATION_SCHEMA`; without a box, that of the mask."""
         box = self.box_xyxy or (self.mask.box_xyxy if self.mask is not None else (0.0, 0.0, 0.0, 0.0))
         return dict(zip(("x0", "y0", "x1", "y1"), box, strict=True))
 
     def mask_columns(self) -> dict[str, Any]:
-        """Of `ANNOTATION_SCHEMA`; all null without a mask. People's masks have no predicted IoU and no stability."""
+        """The mask as columns of `ANNOTATION_SCHEMA`; all null without a mask.
+
+        Drawn masks have no predicted IoU and no stability.
+        """
         names = ("mask_x0", "mask_y0", "mask_x1", "mask_y1")
         estimates = {"predicted_iou": None, "stability": None}
         if self.mask is None:
@@ -66,19 +69,20 @@ class Shape:
 
 
 def pack_shape(entry: dict[str, Any]) -> bytes:
-    """What an entry of a COCO file says about its shape, unread."""
+    """Serialize the shape of a COCO entry without interpreting it."""
     return msgspec.json.encode([entry.get("bbox"), entry.get("segmentation")])
 
 
 def read_shape(packed: bytes, size_hw: tuple[int, int]) -> Shape:
-    """The shape that `pack_shape` has packed.
+    """Read a shape written by `pack_shape`.
 
     Args:
-        packed: its bytes.
-        size_hw: (H, W) of the picture.
+        packed: bytes of `pack_shape`.
+        size_hw: (H, W) of the image.
 
     Raises:
-        ValueError: says what is wrong with it: neither box nor mask, numbers that are none, a mask of another size.
+        ValueError: the shape is invalid: neither box nor mask, not numbers, or a mask of another size. The message says
+            which.
     """
     bbox, segmentation = msgspec.json.decode(packed)
     box = _read_box(bbox) if bbox else None
@@ -101,7 +105,7 @@ def _read_box(bbox: Any) -> Box:
 
 
 def empty_part(shape: Shape, size_hw: tuple[int, int]) -> str | None:
-    """Why nothing could be seen of a shape: no area, no pixel, beside the picture of (H, W); None: something can."""
+    """Why a shape is invisible: no area, no pixel, outside the image of (H, W); None: it is visible."""
     if shape.mask is not None and shape.mask.area == 0:
         return "its mask has no pixel"
     if shape.box_xyxy is None:
@@ -114,27 +118,27 @@ def empty_part(shape: Shape, size_hw: tuple[int, int]) -> str | None:
 
 
 def same_box(box_xyxy: Box, other_xyxy: NDArray[np.float32]) -> bool:
-    """Whether no side of the first is elsewhere in the second, (4,); see `SAME_PX`."""
+    """Whether each side of the first box is within `SAME_PX` of that of the second, (4,)."""
     return bool(np.abs(np.array(box_xyxy) - other_xyxy.astype(np.float64)).max() < SAME_PX)
 
 
 def same_boxes(box_xyxy: Box, others_xyxy: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """(...) the same for each of (..., 4)."""
+    """(...) whether a box is the same as each of (..., 4)."""
     same: NDArray[np.bool_] = np.abs(others_xyxy.astype(np.float64) - np.array(box_xyxy)).max(axis=-1) < SAME_PX
     return same
 
 
 def same_mask(mask: Mask, counts: bytes | None, size_hw: tuple[int, int]) -> bool:
-    """Whether a mask is the machine's.
+    """Whether a mask is the model's.
 
     Args:
-        mask: people's.
-        counts: RLE of the machine's mask; None: it has none.
-        size_hw: (H, W) of the picture.
+        mask: the drawn mask.
+        counts: RLE of the model's mask; None: it has none.
+        size_hw: (H, W) of the image.
 
     Returns:
-        True for the same pixels; for polygons also when the masks differ only along the outline of the machine's, by a
-        pixel to either side, and overlap by `SAME_IOU`.
+        True for the same pixels; for polygons also when the masks differ only within one pixel of the outline of the
+        model's mask, and overlap by `SAME_IOU`.
     """
     if counts is None or mask.counts == counts:
         return counts is not None
@@ -146,7 +150,7 @@ def same_mask(mask: Mask, counts: bytes | None, size_hw: tuple[int, int]) -> boo
     differs = np.flatnonzero((ours != machine).any(axis=0))
     if len(differs) == 0:
         return True
-    part = slice(max(0, int(differs[0]) - 1), int(differs[-1]) + 2)  # of what lies beyond nothing can be seen
+    part = slice(max(0, int(differs[0]) - 1), int(differs[-1]) + 2)  # beyond this slice the masks are equal
     ours, machine = np.ascontiguousarray(ours[:, part]), np.ascontiguousarray(machine[:, part])
     around = np.ones((3, 3), np.uint8)
     outline = cv2.dilate(machine, around) != cv2.erode(machine, around)
@@ -154,7 +158,7 @@ def same_mask(mask: Mask, counts: bytes | None, size_hw: tuple[int, int]) -> boo
 
 
 def _pixels(counts: bytes, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W) 0 and 1; the counts are those of a picture of that size."""
+    """(H, W) of 0 and 1; the counts must be those of an image of that size."""
     runs = rle_runs(counts)
     height, width = size_hw
     return np.repeat((np.arange(len(runs)) % 2).astype(np.uint8), runs).reshape(width, height).T

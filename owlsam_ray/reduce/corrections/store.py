@@ -1,4 +1,4 @@
-"""Rows that belong to shards, in one file that any process reads a shard's rows from."""
+"""Store rows by shard in one file, from which any process can read a shard's rows."""
 
 import contextlib
 import os
@@ -19,16 +19,17 @@ _INDEX = ".index"
 
 @dataclass(frozen=True, slots=True)
 class ShardRows:
-    """A file to be written: Arrow, a record batch for each shard that has rows; and its index."""
+    """A file to be written: Arrow, with one record batch for each shard that has rows, and an index."""
 
     url: str
     schema: pa.Schema
 
     @contextlib.contextmanager
     def spool(self) -> Iterator[Callable[[NDArray[np.int64], pa.Table], None]]:
-        """Give a function that takes (N,) shards and N rows, in any order; the file is there afterwards.
+        """Yield a function that takes (N,) shards and N rows, in any order; the file exists on exit.
 
-        Rows wait in a local temporary file, so memory does not grow with them. A shard's rows keep their order.
+        Rows are kept in a local temporary file, so memory does not grow with them. The rows of a shard keep their
+        order.
         """
         with tempfile.TemporaryDirectory(prefix="owlsam-rows-") as folder:
             path = os.path.join(folder, "rows.arrow")
@@ -71,7 +72,7 @@ class ShardRows:
 
 
 def read_rows(url: str, shard: int) -> pa.RecordBatch | None:
-    """The rows of one shard; None: it has none.
+    """Read the rows of one shard; None: it has none.
 
     Raises:
         OSError: storage gave up.
@@ -83,7 +84,7 @@ def read_rows(url: str, shard: int) -> pa.RecordBatch | None:
 
 @lru_cache(maxsize=1)
 def _open(url: str) -> tuple[pa.ipc.RecordBatchFileReader, NDArray[np.int64]]:
-    """The file of this process, opened once. A name is used for one reduce only, so it never means another file."""
+    """Open the file once per process. A name is used for one reduce only, so it never means another file."""
     is_local = storage.is_local(storage.open_filesystem(url)[0])
     reader = pa.ipc.open_file(pa.memory_map(url) if is_local else storage.open_input(url))
     return reader, np.frombuffer(storage.read_bytes(url + _INDEX), "<i8")
