@@ -1,8 +1,9 @@
-"""What is decided at reduce: which detections of a shard become annotations, from columns, without a loop over them.
+"""Decide which detections of a shard become annotations, vectorized over columns.
 
-In this order, each step on what the one before left: categories (a subset, a mapping), score thresholds, mask area,
-predicted IoU, stability, what people rejected, suppression (with the score thresholds once more on decayed scores),
-the most per image. A detection without a mask passes the three that are of masks. What people confirmed passes all.
+Steps apply in this order, each to what the previous one left: categories (a subset, a mapping), score thresholds, mask
+area, predicted IoU, stability, rejections by reviewers, suppression (followed by the score thresholds again, on decayed
+scores), the maximum per image. A detection without a mask passes the three mask steps. What reviewers confirmed passes
+all steps.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ STEPS = (
     "suppressed",
     "over_max",
 )
-"""Names of what leaves detections out, in order."""
+"""Names of the steps that leave detections out, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +36,18 @@ class Decisions:
     """Settings of a reduce, resolved for the categories of the run."""
 
     categories: tuple[Category, ...]
-    """(C,) of the output."""
+    """(C,) categories of the output."""
     target: NDArray[np.int32]
     """(L,) label of the run → index into `categories`; -1: left out."""
     thresholds: NDArray[np.float64]
-    """(L,) scores must be greater; -inf keeps all."""
+    """(L,) by label of the run; scores must be greater; -inf keeps all."""
     min_mask_area: int = 0
     """Pixels."""
     min_predicted_iou: float = -np.inf
     min_stability: float = -np.inf
     suppress: SuppressConfig | None = None
     suppress_thresholds: NDArray[np.float64] | None = None
-    """(C,) of `suppress`, by output category."""
+    """(C,) thresholds for `suppress`, by output category."""
     max_per_image: int | None = None
 
     @staticmethod
@@ -58,19 +59,20 @@ class Decisions:
 
 @dataclass(frozen=True, slots=True)
 class Pins:
-    """What people said about the D detections of a shard."""
+    """What reviewers decided about the D detections of a shard."""
 
     kept: NDArray[np.bool_]
-    """(D,) stays, whatever the settings say. Takes part in the suppression of others."""
+    """(D,) kept, whatever the settings say. Takes part in the suppression of others."""
     dropped: NDArray[np.bool_]
-    """(D,) goes, before it can suppress another one."""
+    """(D,) dropped before it can suppress another detection."""
     category: NDArray[np.int64]
-    """(D,) index into the output's categories, -1: left out; of those that nobody touched the machine's."""
+    """(D,) index into the output's categories; -1: left out. Detections without a correction have the model's category.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Detections of one shard that are still in: by image, then by rising det_index."""
+    """The remaining detections of one shard: by image, then by ascending det_index."""
 
     image: NDArray[np.int64]
     """(N,) row of the shard."""
@@ -85,10 +87,10 @@ class Columns:
     """(N, 4) original pixels."""
     num_merged: NDArray[np.int64]
     pinned: NDArray[np.bool_]
-    """(N,) confirmed by people."""
+    """(N,) confirmed by reviewers."""
 
     def take(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> "Columns":
-        """Those at `index`."""
+        """Select rows by index or mask."""
         return Columns(*(getattr(self, name)[index] for name in self.__slots__))
 
     def __len__(self) -> int:
@@ -101,13 +103,13 @@ def decide(
     """Apply the decisions to the detections of a shard.
 
     Args:
-        detections: (D rows) the list columns of `PREDICTION_SCHEMA`, flat.
-        image: (D,) row of the shard that each belongs to, rising.
-        decisions: of the output.
-        pins: what people said; None: nothing.
+        detections: (D rows) the list columns of `PREDICTION_SCHEMA`, flattened.
+        image: (D,) row of the shard that each detection belongs to, ascending.
+        decisions: resolved settings of the output.
+        pins: what reviewers decided; None: nothing.
 
     Returns:
-        What is kept, and for each of `STEPS` how many it left out.
+        The detections that are kept, and for each of `STEPS` the number it left out.
     """
     left_out = dict.fromkeys(STEPS, 0)
     label = detections["label"].to_numpy().astype(np.int64)
@@ -153,7 +155,7 @@ def decide(
 
 
 def _suppress(columns: Columns, settings: SuppressConfig, thresholds: NDArray[np.float64] | None) -> Columns:
-    """The final suppression, image by image, by output category."""
+    """Run the final suppression, image by image, within output categories."""
     starts = np.flatnonzero(np.diff(columns.image, prepend=-1))
     ends = np.append(starts[1:], len(columns))[: len(starts)]
     score, boxes, merged = columns.score.copy(), columns.boxes_xyxy.copy(), columns.num_merged.copy()
@@ -169,7 +171,7 @@ def _suppress(columns: Columns, settings: SuppressConfig, thresholds: NDArray[np
                 scores=columns.score[order],
                 raw_scores=columns.score[order],
                 labels=columns.category[order],
-                prompt_ids=order,  # not of use here: it tells which one is which afterwards
+                prompt_ids=order,  # unused by suppress: maps results back to rows
                 num_merged=columns.num_merged[order],
             ),
             settings,
@@ -182,7 +184,7 @@ def _suppress(columns: Columns, settings: SuppressConfig, thresholds: NDArray[np
 
 
 def _with_lost_pins(columns: Columns, before: Columns) -> Columns:
-    """With those confirmed ones of before that the suppression left out, as they were."""
+    """Add back the confirmed detections of `before` that suppression left out, unchanged."""
     lost = before.take(before.pinned & ~np.isin(before.place, columns.place))
     if not len(lost):
         return columns
@@ -191,7 +193,7 @@ def _with_lost_pins(columns: Columns, before: Columns) -> Columns:
 
 
 def _ranks(columns: Columns) -> NDArray[np.int64]:
-    """(N,) how many of the same image go before: confirmed ones, then by score, of equal ones by det_index."""
+    """(N,) rank within the image: confirmed detections first, then by descending score, ties by det_index."""
     order = np.lexsort((columns.det_index, -columns.score.astype(np.float64), ~columns.pinned, columns.image))
     image = columns.image[order]
     starts = np.flatnonzero(np.diff(image, prepend=-1))

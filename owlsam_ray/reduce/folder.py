@@ -1,6 +1,6 @@
-"""The directory that a reduce writes to: claimed, with a place for fragments, and cleaned of what is ours alone.
+"""Claim the output directory of a reduce, provide scratch space, and remove only files that owlsam wrote.
 
-People keep other things there, be it by accident: nothing is deleted that does not have a name which only we give.
+Users keep other files there, sometimes by accident: only names that no other tool gives are deleted.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ _IS_OURS = re.compile(
     r"|label_studio_config\.xml|(annotations|images)\.parquet|yolo(_segment)?"
 )
 FOLDER_ENTRIES = ("labels", "train.txt", "renamed.jsonl", "data.yaml")
-"""What is ours in a folder of a format; people put their pictures beside it."""
+"""Entries of a YOLO folder that owlsam writes; users put their images beside them."""
 
 
 @contextlib.contextmanager
 def claimed_folder(config: RunConfig, out_url: str) -> Iterator[tuple[Attempt, str]]:
-    """Write to a directory as the only one; with a folder for the fragments, gone afterwards.
+    """Claim a directory for writing; yield the attempt and a scratch folder for the fragments, removed on exit.
 
     Raises:
-        InputError: it cannot be written, or is a run directory.
+        InputError: the directory cannot be written, or is a run directory.
         AttemptLiveError: another call writes there.
     """
     _check_place(out_url)
@@ -88,10 +88,10 @@ def _check_place(out_url: str) -> None:
 
 
 def check_inputs(config: RunConfig, out_url: str) -> None:
-    """Refuse to write over a file that is read.
+    """Refuse to overwrite an input file.
 
     Raises:
-        InputError: names it.
+        InputError: names the file.
     """
     read = {
         "reduce.corrections": config.reduce.corrections,
@@ -113,14 +113,14 @@ def check_inputs(config: RunConfig, out_url: str) -> None:
 
 
 def check_foreign(out_url: str, names: Collection[str]) -> None:
-    """Refuse to write over what no reduce has written.
+    """Refuse to overwrite files that no reduce has written.
 
     Args:
         out_url: the directory.
-        names: of files and folders that will be written.
+        names: files and folders that will be written.
 
     Raises:
-        InputError: names the first of them that is there.
+        InputError: names the first of them that exists.
     """
     if storage.exists(storage.join(out_url, UNFINISHED_FILE)):
         return
@@ -134,9 +134,9 @@ def check_foreign(out_url: str, names: Collection[str]) -> None:
 
 
 def _forget_attempts(out_url: str) -> None:
-    """No place to look for what has happened: dead claims go, and the folder when nothing else is in it.
+    """Remove dead claims, and the attempts folder if nothing else is in it: it is not a place to look for history.
 
-    Never a claim itself: one that is there by now is somebody's.
+    A live claim is never removed: one that exists by now belongs to another call.
     """
     if live_attempts(out_url):
         return
@@ -150,9 +150,9 @@ def _forget_attempts(out_url: str) -> None:
 
 @contextlib.contextmanager
 def _scratch(config: RunConfig, out_url: str) -> Iterator[str]:
-    """A folder for the fragments, gone afterwards; what killed reduces of this directory have left goes first."""
+    """Yield a folder for the fragments, removed on exit; first remove what killed reduces of this directory left."""
     if "://" not in out_url:
-        for name in storage.temporary_files(out_url):  # the claim says that nobody else works here
+        for name in storage.temporary_files(out_url):  # the claim ensures that no other call writes here
             if _IS_TEMPORARY.fullmatch(name):
                 os.unlink(os.path.join(out_url, name))
     root = config.reduce.scratch
@@ -173,15 +173,16 @@ def _scratch(config: RunConfig, out_url: str) -> Iterator[str]:
 
 
 def plain_url(url: str) -> str:
-    """A path for what lies on a disk, be it written as a URL; other URLs as they are."""
+    """Convert a URL of a local file to a path; return other URLs unchanged."""
     filesystem, path = storage.open_filesystem(url)
     return path if storage.is_local(filesystem) else url
 
 
 def begin_files(out_url: str) -> set[str]:
-    """Files and folders of earlier reduces into the same directory, as far as the names are ours.
+    """Mark the directory as unfinished; return the files and folders of earlier reduces into it that have our names.
 
-    Until the next one is complete no `reduce.json` says that files belong together, but a mark says that they are ours.
+    Until the next reduce completes, there is no `reduce.json` to say which files belong together, but a mark says that
+    a reduce has written them.
     """
     before = _listed(out_url) or set()
     mark = storage.join(out_url, UNFINISHED_FILE)
@@ -193,13 +194,13 @@ def begin_files(out_url: str) -> set[str]:
 
 
 def end_files(out_url: str, summary: bytes) -> None:
-    """Write `reduce.json`: all is there."""
+    """Write `reduce.json`, which says that the output is complete, and remove the mark."""
     storage.write_atomic(storage.join(out_url, SUMMARY_FILE), summary)
     storage.remove(storage.join(out_url, UNFINISHED_FILE))
 
 
 def _listed(out_url: str) -> set[str] | None:
-    """What `reduce.json` lists under names of ours; None without such a file."""
+    """Names of ours that `reduce.json` lists; None: there is no such file."""
     try:
         files = msgspec.json.decode(storage.read_bytes(storage.join(out_url, SUMMARY_FILE)))["files"]
     except FileNotFoundError:
@@ -211,7 +212,7 @@ def _listed(out_url: str) -> set[str] | None:
 
 
 def remove_output(out_url: str, name: str) -> None:
-    """Delete a file of an earlier reduce, or what is ours in a folder of one."""
+    """Delete a file of an earlier reduce, or owlsam's own entries in a folder of one."""
     url = storage.join(out_url, name)
     if not name.startswith("yolo"):
         storage.remove(url)
@@ -222,12 +223,12 @@ def remove_output(out_url: str, name: str) -> None:
         else:
             storage.remove(storage.join(url, entry))
     if "://" not in url:
-        with contextlib.suppress(OSError):  # something else is in it
+        with contextlib.suppress(OSError):  # the folder holds other files
             os.rmdir(url)
 
 
 def put_folder(source: str, target: str) -> None:
-    """Put a folder of a disk in the place of another one, at once."""
+    """Replace a local folder with another one in a single step."""
     around, name = os.path.split(target)
     stale = re.compile(rf"\.tmp-{re.escape(name)}-[0-9a-f]{{32}}(\.old)?")
     for each in os.listdir(around):
@@ -235,7 +236,7 @@ def put_folder(source: str, target: str) -> None:
             _remove_tree(os.path.join(around, each))
     aside = os.path.join(around, f".tmp-{name}-{secrets.token_hex(16)}")
     os.makedirs(source, exist_ok=True)
-    shutil.move(source, aside)  # copies, where the fragments lie on another disk
+    shutil.move(source, aside)  # copies if the fragments are on another file system
     old = f"{aside}.old"
     if os.path.lexists(target):
         os.rename(target, old)
@@ -245,7 +246,7 @@ def put_folder(source: str, target: str) -> None:
 
 
 def _remove_tree(url: str) -> None:
-    """Delete a folder of ours with all that is in it, where there is such a thing; of a link only the link."""
+    """Delete a folder of ours and all its contents, if it exists; for a link, only the link."""
     if "://" not in url:
         if os.path.islink(url):
             os.unlink(url)

@@ -1,6 +1,7 @@
-"""Shards → fragments, in parallel: each chunk of shards becomes a few files in a scratch folder, in manifest order.
+"""Render shards in parallel: each chunk of shards becomes a few fragment files in a scratch folder.
 
-A process holds one shard at a time, so memory does not grow with the run. What the fragments become is for the outputs.
+Fragments are in manifest order. A process holds one shard at a time, so memory does not grow with the run. The outputs
+decide what the fragments become.
 """
 
 import contextlib
@@ -35,14 +36,14 @@ class ReduceJob:
     decisions: Decisions
     outputs: tuple[Output, ...]
     scratch: str
-    """Folder of the fragments: a path, or a URL that all workers reach."""
+    """Folder of the fragments: a path, or a URL that all workers can reach."""
     overlay: Overlay | None = None
-    """People's corrections."""
+    """Reviewers' corrections."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Shards that one worker reads one after the other; all of one span."""
+    """Shards that one worker reads one after the other, all of the same span."""
 
     job: ReduceJob
     number: int
@@ -52,28 +53,28 @@ class Chunk:
 
 @dataclass(slots=True)
 class ChunkResult:
-    """What became of a chunk."""
+    """Counts and sizes of a finished chunk."""
 
     number: int
     span: int
     num_images: int = 0
     counts: LabelCounts = field(default_factory=LabelCounts)
     sizes: dict[tuple[str, str], int] = field(default_factory=dict)
-    """Bytes by output and section."""
+    """Bytes by (output, section)."""
     num_files: dict[str, int] = field(default_factory=dict)
-    """Files of outputs with one for each image."""
+    """Number of files by output, for outputs with one file for each image."""
     told: dict[str, Counter[str]] = field(default_factory=dict)
-    """By output: its own counts."""
+    """Each output's own counts, by output."""
 
 
 def write_chunk(chunk: Chunk) -> ChunkResult:
-    """Prove, decide and render the shards of a chunk; the fragments stand in the scratch folder afterwards.
+    """Prove, decide and render the shards of a chunk, and write the fragments to the scratch folder.
 
     Raises:
         IncompleteError: a shard cannot be trusted.
         OSError: storage refused.
     """
-    pa.set_cpu_count(1)  # every worker has a core of its own, and threads would only add memory
+    pa.set_cpu_count(1)  # each worker has a core of its own, and threads would only add memory
     job = chunk.job
     result = ChunkResult(chunk.number, chunk.span)
     with ExitStack() as stack:
@@ -104,7 +105,7 @@ def _fragment(scratch: str, key: tuple[str, str], number: int) -> str:
 
 
 def _create(url: str) -> AbstractContextManager[IO[bytes]]:
-    """A scratch file. Nobody reads it before its writer has ended, so on a disk it needs no other name and no sync."""
+    """Open a scratch file for writing. It is read only after its writer has ended: no rename, no sync."""
     if "://" in url:
         return storage.open_atomic(url)
     os.makedirs(os.path.dirname(url), exist_ok=True)
@@ -130,7 +131,7 @@ class Fragments:
         self.head, self.spans = head, spans
         self._job, self._output, self._out_url = job, output, out_url
         self._chunks: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
-        """By section: span, bytes and place of each fragment, in manifest order."""
+        """By section: (span, bytes, URL) of each fragment, in manifest order."""
         for chunk in sorted(chunks, key=lambda each: each.number):
             for (name, section), size in chunk.sizes.items():
                 if name == output and size:
@@ -158,23 +159,23 @@ class Fragments:
                     wanted -= len(block)
 
     def read(self, section: str, shown: Callable[[IO[bytes]], None], span: FileSpan | None = None) -> None:
-        """Call a function with each fragment, opened."""
+        """Open each fragment of a section in turn and pass it to a function."""
         for _, place in self._of(section, span):
             with _open(place) as file:
                 shown(file)
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
-        """A file of the output directory, which appears whole or not at all."""
+        """Open a file of the output directory, which appears complete or not at all."""
         with storage.open_stream(storage.join(self._out_url, name)) as file:
             yield file
 
     def install_folder(self, name: str, more: dict[str, bytes]) -> int:
-        """Put the rendered files, and then some more, into a folder of the output directory.
+        """Install the rendered files, then those of `more`, in a folder of the output directory; return how many.
 
-        What is there under other names stays. The last of `more` says that the rest is complete: an earlier one goes
-        first. On a disk each folder of files appears at once, in the place of an earlier one; on an object store, where
-        nothing can be renamed, the files are copied one by one.
+        Other names in the folder stay. The last entry of `more` marks the rest as complete: its earlier version is
+        removed first. On a local disk each folder of files appears at once and replaces the earlier one; on an object
+        store, where nothing can be renamed, the files are copied one by one.
         """
         source, target = storage.join(self._job.scratch, _FOLDER, self._output), storage.join(self._out_url, name)
         for entry in reversed(FOLDER_ENTRIES[1:]):
@@ -194,9 +195,9 @@ class Fragments:
 
 
 def _copy_in_kernel(source: IO[bytes], out: IO[bytes], wanted: int) -> int:
-    """Copy between two files of a disk without a detour through this process; returns how much could be copied so."""
+    """Copy between two local files inside the kernel; return how many bytes could be copied this way."""
     copied = 0
-    with contextlib.suppress(OSError, AttributeError, ValueError):  # no files, two file systems, an old kernel
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # not files, two file systems, or an old kernel
         out.flush()
         ends = source.fileno(), out.fileno()
         while copied < wanted:

@@ -1,4 +1,4 @@
-"""The labels of one shard after all decisions: what every output is written from."""
+"""Read a shard and apply all decisions: the resulting labels are what every output is written from."""
 
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ IMAGE_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("file_name", pa.string(), nullable=False),
-        pa.field("uri", pa.string()),  # null where the picture lies in a tar or Parquet file
+        pa.field("uri", pa.string()),  # null if the image is in a tar or Parquet file
         pa.field("ordinal", pa.int64(), nullable=False),  # 1-based position in the manifest
         pa.field("status", pa.string(), nullable=False),  # ok | empty | failed
         pa.field("reason", pa.string()),
@@ -29,11 +29,11 @@ IMAGE_SCHEMA = pa.schema(
         pa.field("height", pa.int32()),  # null only for failed images
         pa.field("width", pa.int32()),
         pa.field("extra", pa.string()),  # JSON object of the source's other fields
-        # The lowest score where inference kept as many detections as it may: below it, some may have been cut.
+        # Lowest score where inference kept the maximum number of detections: some below it may have been dropped.
         pa.field("limit_score", pa.float32()),
     ]
 )
-"""One row for each image of a shard, failed ones too, in manifest order."""
+"""One row for each image of a shard, including failed ones, in manifest order."""
 
 ANNOTATION_SCHEMA = pa.schema(
     [
@@ -42,7 +42,7 @@ ANNOTATION_SCHEMA = pa.schema(
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("category", pa.int32(), nullable=False),  # index into the output's categories
         pa.field("category_id", pa.int64(), nullable=False),
-        # Four that only a detection has; null in what people drew.
+        # The next four are null for annotations drawn by reviewers.
         pa.field("label", pa.int32()),  # index into the run's categories
         pa.field("prompt_id", pa.int32()),  # index into the run's queries
         pa.field("raw_score", pa.float32()),
@@ -54,8 +54,8 @@ ANNOTATION_SCHEMA = pa.schema(
         pa.field("score", pa.float32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
-        pa.field("corrected", pa.bool_(), nullable=False),  # drawn or changed by people: see corrections.py
-        # Of the mask; all null where there is none. People's masks have neither predicted IoU nor stability.
+        pa.field("corrected", pa.bool_(), nullable=False),  # drawn or changed by reviewers: see corrections.py
+        # Fields of the mask; all null if there is none. Drawn masks have neither predicted IoU nor stability.
         pa.field("predicted_iou", pa.float32()),
         pa.field("stability", pa.float32()),
         pa.field("mask_area", pa.int64()),
@@ -66,7 +66,7 @@ ANNOTATION_SCHEMA = pa.schema(
         pa.field("rle_counts", pa.binary()),
     ]
 )
-"""One row for each annotation, by image, then by rising id."""
+"""One row for each annotation, by image, then by ascending id."""
 
 _OF_A_DETECTION = tuple(each.name for each in PREDICTION_SCHEMA if pa.types.is_list(each.type))
 _CARRIED = ("prompt_id", "raw_score", "predicted_iou", "stability", "mask_area", "mask_x0", "mask_y0", "mask_x1",
@@ -75,26 +75,26 @@ _CARRIED = ("prompt_id", "raw_score", "predicted_iou", "stability", "mask_area",
 
 @dataclass(slots=True)
 class LabelCounts:
-    """What a reduce has counted; those of several shards add up."""
+    """Counts of a reduce; those of several shards add up."""
 
     status: Counter[str] = field(default_factory=Counter)
-    """Images by ok, empty, failed."""
+    """Number of images by ok, empty, failed."""
     failed: Counter[str] = field(default_factory=Counter)
-    """Failed images by the first words of their reasons."""
+    """Failed images by the part of the reason before its first colon."""
     flagged: Counter[str] = field(default_factory=Counter)
-    """Labelled images with a remark, likewise."""
+    """Labelled images with a remark, by the part of the remark before its first colon."""
     detections: int = 0
-    """That inference kept."""
+    """Number that inference kept."""
     annotations: int = 0
     masks: int = 0
     """Annotations with a mask."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Detections by the step that left them out."""
+    """Number of detections by the step that left them out."""
     corrections: Counter[str] = field(default_factory=Counter)
-    """What became of people's corrections, see corrections.py. `added` ones are annotations and no detections."""
+    """Outcome of reviewers' corrections, see corrections.py. `added` ones are annotations but not detections."""
 
     def add(self, other: "LabelCounts") -> None:
-        """Count these too."""
+        """Add the counts of another one."""
         for name in ("status", "failed", "flagged", "left_out", "corrections"):
             getattr(self, name).update(getattr(other, name))
         self.detections += other.detections
@@ -113,51 +113,51 @@ class ShardLabels:
     """`ANNOTATION_SCHEMA`, single chunks."""
     counts: LabelCounts
     remarks: dict[str, bytes] = field(default_factory=dict)
-    """About people's corrections: lines of JSON by kind."""
+    """Remarks on reviewers' corrections: JSON lines by kind."""
     confirmed: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Ids of annotations that people left as they are."""
+    """Ids of annotations that reviewers confirmed unchanged."""
 
     @property
     def is_labelled(self) -> NDArray[np.bool_]:
-        """(images,) False for those that failed: no output names these."""
+        """(images,) False for failed images, which no output lists."""
         return pc.not_equal(self.images["status"], "failed").to_numpy()
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What inference left of one shard."""
+    """What inference found in one shard."""
 
     shard: int
     first_ordinal: int
     images: pa.Table
     """`IMAGE_SCHEMA`."""
     detections: pa.Table
-    """(D rows) the list columns of `PREDICTION_SCHEMA`, flat."""
+    """(D rows) the list columns of `PREDICTION_SCHEMA`, flattened."""
     image: NDArray[np.int64]
-    """(D,) row of the shard that each belongs to, rising."""
+    """(D,) row of the shard that each detection belongs to, ascending."""
 
 
 class Review(Protocol):
-    """What people said about one shard."""
+    """Reviewers' corrections of one shard."""
 
     @property
     def pins(self) -> Pins:
-        """For the decisions."""
+        """Input to the decisions."""
 
     def apply(self, labels: ShardLabels, kept: Columns) -> ShardLabels:
-        """The shard with people's annotations in place of the machine's, by image, then by rising id, counted.
+        """Return the shard with reviewers' annotations replacing the model's, by image, then by ascending id, counted.
 
         Args:
-            labels: as the decisions leave it.
-            kept: (rows of its annotations) which detections these are.
+            labels: the shard after the decisions.
+            kept: the detections that its annotations were made from, row by row.
         """
 
 
 class Overlay(Protocol):
-    """What people said about a run; goes to other processes."""
+    """Reviewers' corrections of a run; sent to other processes."""
 
     def review(self, found: Found, decisions: Decisions) -> Review | None:
-        """About one shard; None: nothing."""
+        """Return the corrections of one shard; None: it has none."""
 
 
 def read_labels(
@@ -200,7 +200,7 @@ def read_labels(
 
 
 def annotations_of(found: Found, kept: Columns, decisions: Decisions, ids_per_image: int) -> pa.Table:
-    """`ANNOTATION_SCHEMA` of the detections of a shard that are kept."""
+    """Make `ANNOTATION_SCHEMA` rows of the detections of a shard that are kept."""
     images = found.images
     ids = np.array([category.id for category in decisions.categories], np.int64)
     carried = found.detections
@@ -229,11 +229,11 @@ def annotations_of(found: Found, kept: Columns, decisions: Decisions, ids_per_im
 
 
 def images_of(sources: pa.Table, rows: pa.Table, first_ordinal: int, limits: NDArray[np.float32]) -> pa.Table:
-    """`IMAGE_SCHEMA` of a shard: its rows of the manifest, and what became of them."""
+    """Make `IMAGE_SCHEMA` rows of a shard from its rows of the manifest and of the predictions."""
     ordinals = pa.array(np.arange(first_ordinal, first_ordinal + rows.num_rows), pa.int64())
     made = {
         "ordinal": ordinals,
-        # Runs that an earlier version planned or labelled may hold secrets here.
+        # Runs planned or labelled by an earlier version may hold secrets here.
         "reason": _masked(rows["reason"], masked, suspect="[/@=]|(?i)bearer"),
         "file_name": _masked(sources["file_name"], published),
         "extra": _masked(sources["extra"], _published_json),
@@ -251,7 +251,7 @@ def images_of(sources: pa.Table, rows: pa.Table, first_ordinal: int, limits: NDA
 
 
 def _masked(column: pa.ChunkedArray, how: Callable[[str], str], *, suspect: str = SUSPECT) -> pa.Array:
-    """Texts without secrets; the same array where none looks like one, as almost always."""
+    """Mask secrets in texts; returns the same array if no text looks like one, which is the usual case."""
     texts = _single(column)
     found = pc.fill_null(pc.match_substring_regex(texts, suspect), False)
     if not pc.any(found, min_count=0).as_py():
@@ -260,7 +260,7 @@ def _masked(column: pa.ChunkedArray, how: Callable[[str], str], *, suspect: str 
 
 
 def _published_json(text: str) -> str:
-    """A JSON object without the secrets in its texts; as it is, to the letter, where it holds none."""
+    """Remove secrets from the texts of a JSON object; returned unchanged, byte for byte, if it has none."""
     tree = json.loads(text)
     without = masked_tree(tree, published)
     return text if without == tree else json.dumps(without)

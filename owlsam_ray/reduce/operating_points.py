@@ -1,4 +1,4 @@
-"""The file that `calibrate` writes and `reduce` applies: a score threshold for each category."""
+"""Read the file that `calibrate` writes and `reduce` applies: a score threshold for each category."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ OPERATING_POINTS_FILE = "operating_points.json"
 
 
 class OperatingPoint(BaseModel):
-    """Of one category. What else the file tells about it is carried along, and not read."""
+    """The threshold of one category. Further fields of the file are kept, but not interpreted."""
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
@@ -23,30 +23,30 @@ class OperatingPoint(BaseModel):
 
 
 class OperatingPoints(BaseModel):
-    """Of a run."""
+    """The thresholds of a run."""
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     version: Literal[1] = 1
     fingerprint: str
-    """Label fingerprint of the run whose scores were looked at."""
+    """Label fingerprint of the run that the scores are from."""
     target: dict[str, Any]
-    """What the thresholds are for."""
+    """What the thresholds were optimized for."""
     settings: dict[str, Any] | None = None
-    """Of `reduce`, under which they were fitted, as `settings_in_use` tells them; None: not known."""
+    """Settings of `reduce` under which they were fitted, as `settings_in_use` returns them; None: not known."""
     categories: tuple[OperatingPoint, ...]
 
 
 def load_operating_points(url: str, *, fingerprint: str) -> OperatingPoints:
-    """Read a file of `calibrate`.
+    """Read a file written by `calibrate`.
 
     Args:
         url: path or fsspec URL.
-        fingerprint: of the run that it is to be applied to.
+        fingerprint: label fingerprint of the run that it is to be applied to.
 
     Raises:
-        InputError: it cannot be read, or is no such file.
-        GuardError: it is of another run's scores.
+        InputError: the file cannot be read, or was not written by `calibrate`.
+        GuardError: it was fitted to another run's scores.
     """
     try:
         points = OperatingPoints.model_validate(json.loads(storage.read_bytes(url)))

@@ -1,4 +1,4 @@
-"""What an output format is: how a shard's labels become bytes, anywhere, and how these become files, in one place."""
+"""Define output formats: a shard's labels are rendered to bytes in any process, and assembled to files in one."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,29 +13,29 @@ Bytes = bytes | bytearray | memoryview
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """An output's part of one shard."""
+    """One output's part of a shard."""
 
     sections: dict[str, Bytes] = field(default_factory=dict)
-    """By name. Those of all shards of a file are joined in manifest order, under any number of workers."""
+    """Sections by name. Those of all shards of a file are joined in manifest order, for any number of workers."""
     files: dict[str, Bytes] = field(default_factory=dict)
-    """By path relative to the output's folder; each image in one shard, so each path from one shard. Only for formats
-    with a file for each image: they appear as a whole folder."""
+    """Files by path relative to the output's folder. Each image is in one shard, so each path comes from one shard.
+    Only for formats with a file for each image: the whole folder appears at once."""
     told: dict[str, int] = field(default_factory=dict)
-    """What the format itself left out, added or lost in this shard; adds up over the shards."""
+    """Counts of what the format itself left out, added or lost in this shard; they add up over the shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileSpan:
-    """The shards that go into one file of an output that is cut into several."""
+    """The shards of one file of an output that is split into several files."""
 
     number: int
     count: int
-    """Of all such files."""
+    """Number of files."""
     first_shard: int
     num_shards: int
 
     def name(self, stem: str, suffix: str) -> str:
-        """`annotations.json`; of several `annotations-00000-of-00008.json`."""
+        """Return `annotations.json`, or with several files `annotations-00000-of-00008.json`."""
         return f"{stem}{suffix}" if self.count == 1 else f"{stem}-{self.number:05d}-of-{self.count:05d}{suffix}"
 
 
@@ -44,15 +44,15 @@ class Head:
     """What is known once all shards are counted."""
 
     info: dict[str, Any]
-    """The source's, with `owlsam_ray`: provenance, settings and proof; no time and no host."""
+    """The source's info, with `owlsam_ray`: provenance, settings and proof; no time and no host."""
     licenses: list[Any]
     categories: tuple[Category, ...]
     counts: LabelCounts
     told: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By output: what these counted themselves; without those that count nothing."""
+    """Each output's own counts, by output; without outputs that count nothing."""
 
     def info_of(self, output: str) -> dict[str, Any]:
-        """`info` with what this output counted in the proof; a file does not depend on which others are written."""
+        """Return `info` with this output's own counts in the proof; files do not depend on other outputs."""
         told = self.told.get(output)
         if not told:
             return self.info
@@ -61,7 +61,7 @@ class Head:
 
 
 class Parts(Protocol):
-    """Where an output finds what was rendered, when all shards are done."""
+    """Access to what was rendered, when all shards are done."""
 
     head: Head
     spans: tuple[FileSpan, ...]
@@ -70,27 +70,27 @@ class Parts(Protocol):
         """Bytes of a section of this output, in one span or in all."""
 
     def copy(self, section: str, out: IO[bytes], span: FileSpan | None = None, *, without_last: int = 0) -> None:
-        """Write a section to a file, without its last bytes."""
+        """Write a section to a file, except its last `without_last` bytes."""
 
     def read(self, section: str, shown: Callable[[IO[bytes]], None], span: FileSpan | None = None) -> None:
-        """Call a function with each fragment of a section, opened, in manifest order."""
+        """Open each fragment of a section in turn, in manifest order, and pass it to a function."""
 
     def open(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        """A file of the output directory, which appears whole or not at all."""
+        """Open a file of the output directory, which appears complete or not at all."""
 
     def install_folder(self, name: str, more: dict[str, bytes]) -> int:
-        """Put all `files` of this output, and then some more, into this folder of the output directory; how many."""
+        """Install all `files` of this output, then those of `more`, in a folder of the output directory; how many."""
 
 
 class Output(Protocol):
-    """A format. Goes to other processes, so it holds settings only."""
+    """A format. Sent to other processes, so it holds settings only."""
 
     @property
     def name(self) -> str:
-        """As in `reduce.formats`."""
+        """Name in `reduce.formats`."""
 
     def render(self, labels: ShardLabels) -> Rendered:
-        """Called for each shard, in any process, in any order."""
+        """Render a shard; called once for each, in any process, in any order."""
 
     def assemble(self, parts: Parts) -> list[str]:
-        """Called once, in the process that reduces; returns the names of the files and folders that it made."""
+        """Write the files; called once, in the main process; returns the names of the files and folders."""

@@ -1,4 +1,4 @@
-"""Settings of `reduce` → what they mean for the categories of a run."""
+"""Resolve the settings of `reduce` for the categories of a run."""
 
 import difflib
 import logging
@@ -18,28 +18,28 @@ from owlsam_ray.vocabulary.names import by_name, fold_category
 
 _log = logging.getLogger(__name__)
 _SHOWN_BY = ("min_mask_area", "min_predicted_iou", "min_stability", "suppress", "max_per_image")
-"""Settings that say which detections are there before and after score thresholds."""
+"""Settings other than score thresholds that decide which detections are shown."""
 _NAMED = 5
-"""As many names a log line tells."""
+"""Most names in a log line."""
 
 
 def resolve_decisions(
     settings: ReduceConfig, record: RunRecord, score_floor: float, points: OperatingPoints | None
 ) -> Decisions:
-    """Decisions by label of the run and by category of the output.
+    """Resolve decisions for each label of the run and each category of the output.
 
     Args:
         settings: the section `reduce`.
-        record: of the run.
-        score_floor: of its inference.
-        points: of `settings.operating_points`.
+        record: record of the run.
+        score_floor: score floor of the run's inference.
+        points: contents of `settings.operating_points`.
 
     Raises:
-        ConfigError: a name is no category's.
-        InputError: the mapping does not start from the run's categories; operating points lie below the score floor, or
-            are not of the run's categories, one for each.
+        ConfigError: a name is not a category.
+        InputError: the mapping does not start from the run's categories; or operating points are below the score floor,
+            or do not have exactly one entry for each of the run's categories.
 
-    Operating points that some categories lack, or that were fitted under other settings, are logged.
+    Categories without an operating point, and points fitted under other settings, are logged.
     """
     kept = _subset(settings.only, record.categories)
     categories, target = _targets(settings.mapping, record.categories, kept)
@@ -65,7 +65,7 @@ def resolve_decisions(
 
 
 def _subset(only: Sequence[int | str] | None, categories: Sequence[Category]) -> set[int]:
-    """Labels that are kept."""
+    """Labels that `reduce.only` keeps."""
     if only is None:
         return set(range(len(categories)))
     places: dict[int | str, int] = {}
@@ -75,10 +75,10 @@ def _subset(only: Sequence[int | str] | None, categories: Sequence[Category]) ->
 
 
 def _known(name: int | str, known: Mapping[int | str, int], setting: str) -> int | str:
-    """A name or id that is a category's.
+    """Return a name or id, if it is that of a category.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not.
     """
     if name in known:
         return name
@@ -90,7 +90,7 @@ def _known(name: int | str, known: Mapping[int | str, int], setting: str) -> int
 def _targets(
     mapping: MappingName | dict[str, str] | None, categories: tuple[Category, ...], kept: set[int]
 ) -> tuple[tuple[Category, ...], np.ndarray[tuple[int], np.dtype[np.int32]]]:
-    """Categories of the output, and the place of each label among them, or -1."""
+    """Categories of the output, and the index of each label among them, or -1."""
     target = np.full(len(categories), -1, np.int32)
     if mapping is None:
         chosen = [label for label in range(len(categories)) if label in kept]
@@ -133,7 +133,7 @@ def _builtin_targets(
 def _named_targets(
     mapping: dict[str, str], categories: tuple[Category, ...]
 ) -> tuple[dict[int, int], tuple[Category, ...]]:
-    """Categories by new names, numbered from 1 in the order of the run's categories."""
+    """Make categories with new names, numbered from 1 in the order of the run's categories."""
     labels: dict[int | str, int] = {category.name: label for label, category in enumerate(categories)}
     for name in mapping:
         _known(name, labels, "reduce.mapping")
@@ -148,7 +148,7 @@ def _named_targets(
 def _thresholds(
     settings: ReduceConfig, categories: tuple[Category, ...], score_floor: float, points: OperatingPoints | None
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Of each label: a single category's own, else the operating point, else the common one."""
+    """(L,) threshold of each label: the category's own setting, else its operating point, else the common threshold."""
     start = -np.inf if settings.score_threshold is None else settings.score_threshold
     thresholds = np.full(len(categories), start, np.float64)
     by_id = {category.id: label for label, category in enumerate(categories)}
@@ -184,7 +184,7 @@ def _thresholds(
 
 
 def _warn_of_points(settings: ReduceConfig, shown: Sequence[Category], points: OperatingPoints) -> None:
-    """Tell which categories of the output have no threshold of their own, and which settings it was not fitted for."""
+    """Log which categories of the output lack an operating point, and which settings differ from those of the fit."""
     own = {point.category_id for point in points.categories}
     bare = [each.name for each in shown if each.id not in own and each.name not in settings.score_thresholds]
     if bare:
@@ -211,7 +211,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def settings_in_use(settings: ReduceConfig, points: OperatingPoints | None) -> dict[str, object]:
-    """For `info`: every setting that is not at its default and changes labels, as plain JSON values."""
+    """Return settings for `info`: all that affect labels and are not at their defaults, as plain JSON values."""
     apart = {"out", "formats", "max_failed", "executor", "workers", "scratch", "images_per_file", "operating_points",
              "corrections", "corrections_scope", "corrections_base", "label_studio_url", "yolo_val"}  # fmt: skip
     told = settings.model_dump(mode="json", exclude=apart, exclude_defaults=True)

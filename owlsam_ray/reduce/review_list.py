@@ -1,8 +1,8 @@
-"""`owlsam review-list`: some annotations of a run, as a COCO file for people to look at and a table that says why.
+"""Write review lists (`owlsam review-list`): a COCO file of some annotations, and a table of the reasons.
 
-The shards are read twice: once to choose, of which each keeps no more than the list may hold, and once more, only those
-with a chosen annotation, to write it. The file says in `info.owlsam_ray.review` what was shown; changed in a tool it is
-a file for `reduce.corrections`.
+The shards are read twice: once to choose, keeping no more of each shard than the list may hold, and once more to write,
+reading only shards with a chosen annotation. `info.owlsam_ray.review` in the file records what was shown, so that the
+file, once changed in a tool, can be given to `reduce.corrections`.
 """
 
 import csv
@@ -38,7 +38,7 @@ from owlsam_ray.terminal import table_cell
 REVIEW_FOLDER = "review"
 REVIEW_FILE, REVIEW_TABLE = "review.json", "review.csv"
 _SHARDS = 16
-"""That a worker reads before it gives word."""
+"""Shards that a worker reads between progress reports."""
 _COLUMNS = ("id", "image_id", "file_name", "category", "score", "why")
 _log = logging.getLogger(__name__)
 
@@ -46,17 +46,17 @@ _log = logging.getLogger(__name__)
 def review_list(
     config: RunConfig, options: SampleOptions, *, out: str | None = None, show: Show = quiet
 ) -> dict[str, Any]:
-    """Choose annotations of a run, as `reduce` decides about them, and write them down for people.
+    """Choose annotations of a run, after the decisions of `reduce`, and write them for reviewers.
 
     Args:
-        config: of the run; the section `reduce` decides.
-        options: which ones.
+        config: configuration of the run; its section `reduce` applies.
+        options: which annotations to choose.
         out: directory of the files; None: `review` in the run directory.
-        show: called with ("chosen", images by now, images of the run).
+        show: called with ("chosen", images so far, images of the run).
 
     Returns:
-        images, annotations and chosen (of which the other annotations are mates in whole images), out, files. A run
-        that is not labelled to its end is sampled as far as it is.
+        images, annotations (with `whole_images`, including the other annotations of the same images), chosen, out,
+        files. A run that is only partly labelled is sampled as far as it is.
 
     Raises:
         InputError: there is no run, or a setting does not fit it.
@@ -107,20 +107,20 @@ class _Wanted:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """Of one shard."""
+    """Output for one shard."""
 
     images: bytes
     annotations: bytes
     ids: NDArray[np.int64]
-    """Of the annotations."""
+    """Ids of the annotations."""
     rows: list[tuple[Any, ...]]
-    """Of the table."""
+    """Rows of the table."""
     num_images: int
 
 
 def choose_shards(choice: _Choice) -> tuple[Picks, int]:
-    """The first ones of each cell of some shards, and how many images these have."""
-    pa.set_cpu_count(1)  # every worker has a core of its own
+    """Choose the first annotations of each cell from some shards; also return the number of images in them."""
+    pa.set_cpu_count(1)  # each worker has a core of its own
     picks, images = Picks.joined([]), 0
     for shard in choice.shards:
         labels = _labels_of(choice.job, shard)
@@ -134,7 +134,7 @@ def choose_shards(choice: _Choice) -> tuple[Picks, int]:
 
 
 def write_shard(wanted: _Wanted) -> _Written:
-    """Lines of the chosen annotations of a shard and of their images."""
+    """Render the chosen annotations of a shard, and their images."""
     pa.set_cpu_count(1)
     labels = _labels_of(wanted.job, wanted.shard)
     table = labels.annotations
@@ -177,7 +177,7 @@ class _Reviewing:
     shards: tuple[int, ...]
 
     def choose(self, show: Show) -> Picks:
-        """The first ones of each cell of the run."""
+        """Choose the first annotations of each cell from the run."""
         job, images, picks = self.reduction.job, 0, Picks.joined([])
         total = job.manifest.num_images
         choices = [
@@ -191,7 +191,7 @@ class _Reviewing:
         return picks
 
     def write(self, picks: Picks) -> dict[str, Any]:
-        """The two files."""
+        """Write the two files."""
         job, out_url = self.reduction.job, self.reduction.out_url
         wanted = [
             _Wanted(job, self.options, int(shard), np.sort(picks.id[picks.shard == shard]))
@@ -227,7 +227,7 @@ class _Reviewing:
         }
 
     def _review(self, ids: NDArray[np.int64]) -> dict[str, Any]:
-        """What `corrections.py` needs to know, and how it was chosen."""
+        """Return what `corrections.py` needs to know, and how the annotations were chosen."""
         options = self.options
         told: dict[str, Any] = {"by": options.by, "per_cell": options.per_cell, "seed": options.seed}
         if options.by == "score":

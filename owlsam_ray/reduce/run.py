@@ -1,4 +1,4 @@
-"""A labelled run → its label files, and the proof that every image is accounted for."""
+"""Reduce a labelled run to its label files, and prove that every image is accounted for."""
 
 import logging
 from collections import Counter
@@ -44,11 +44,11 @@ from owlsam_ray.storage.secrets import masked_tree, published
 
 COCO_FOLDER = "coco"
 _CHUNKS_PER_WORKER = 8
-"""So that the last chunks end at about the same time."""
+"""Several for each worker, so that the last chunks end at about the same time."""
 _MOST_SHARDS = 64
-"""In a chunk: a worker's progress is told after each."""
+"""Most shards in a chunk: a worker reports progress after each chunk."""
 _SMALL = 20_000
-"""Images up to which starting processes takes longer than the work."""
+"""Number of images up to which starting processes takes longer than the work."""
 _log = logging.getLogger(__name__)
 
 Show = Callable[[str, int, int | None], None]
@@ -59,16 +59,17 @@ def quiet(what: str, done: int, total: int | None) -> None:
 
 
 def _nothing() -> None:
-    """Look at nothing."""
+    """Do nothing."""
 
 
 def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = quiet) -> dict[str, Any]:
     """Merge the shards of a run into the files of `reduce.formats`, under `reduce.out`.
 
     Args:
-        config: of the run; the section `reduce` decides.
-        partial: reduce what is labelled by now; says so in `info`, and ends with an error when something was missing.
-        show: called with ("reduced", images by now, images of the run).
+        config: configuration of the run; its section `reduce` applies.
+        partial: reduce what is labelled so far. `info` says so, and an error is raised at the end if images were
+            missing.
+        show: called with ("reduced", images so far, images of the run).
 
     Returns:
         Counts: images, ok, empty, failed, unlabelled, num_annotations, num_masks, left_out (by step), failed_by_reason,
@@ -78,8 +79,8 @@ def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = quiet) 
         InputError: there is no run, or a setting does not fit it.
         GuardError: the run was made with other settings.
         AttemptLiveError: another reduce writes to the same directory.
-        IncompleteError: shards are missing or damaged, or the proof does not add up; nothing appears then. With
-            `partial` missing shards are told when all is written.
+        IncompleteError: shards are missing or damaged, or the proof does not add up; then no file appears. With
+            `partial`, missing shards raise it only after everything is written.
         OSError: storage refused.
     """
     run_url = run_directory(config)
@@ -97,7 +98,7 @@ def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = quiet) 
     with claimed_folder(config, out_url) as (attempt, scratch):
         reduction = prepare(config, record, manifest, scratch, out_url)
         names = [name for output in reduction.job.outputs for name in file_names(output.name, reduction.spans)]
-        if out_url != plain_url(storage.join(run_url, COCO_FOLDER)):  # that one is the run's
+        if out_url != plain_url(storage.join(run_url, COCO_FOLDER)):  # the default is the run's own folder
             check_foreign(out_url, names)
         counts = reduction.work(shards, partial=partial, show=show, raise_if_taken_over=attempt.raise_if_taken_over)
     if counts["unlabelled"]:
@@ -110,7 +111,7 @@ def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = quiet) 
 
 
 def open_run(config: RunConfig, run_url: str) -> tuple[RunRecord, Manifest]:
-    """A run that something was labelled in.
+    """Open a run in which something was labelled.
 
     Raises:
         InputError: there is no run.
@@ -129,7 +130,7 @@ def open_run(config: RunConfig, run_url: str) -> tuple[RunRecord, Manifest]:
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """One call of `reduce`, its settings resolved."""
+    """One call of `reduce`, with its settings resolved."""
 
     settings: ReduceConfig
     resources: ResourcesConfig
@@ -138,14 +139,14 @@ class Reduction:
     out_url: str
     provenance: dict[str, Any]
     corrections: Counter[str] = field(default_factory=Counter)
-    """Of people, those that no shard sees."""
+    """Counts of reviewers' corrections that no shard sees."""
 
     @property
     def workers(self) -> int:
-        """Processes or tasks at a time."""
+        """Number of processes or tasks that run at a time."""
         manifest, settings = self.job.manifest, self.settings
         if any(url.startswith("memory://") for url in (manifest.run_url, self.out_url)):
-            return 1  # nobody else sees it
+            return 1  # other processes cannot see it
         return num_workers(settings.workers, num_images=manifest.num_images, small=_SMALL, executor=settings.executor)
 
     def work(
@@ -156,7 +157,7 @@ class Reduction:
         show: Show = quiet,
         raise_if_taken_over: Callable[[], None] = _nothing,
     ) -> dict[str, Any]:
-        """Write everything; returns the counts."""
+        """Write everything; return the counts."""
         manifest, settings, workers = self.job.manifest, self.settings, self.workers
         chunks = list(_chunks(self.job, self.spans, shards, workers))
         results: list[ChunkResult] = []
@@ -201,7 +202,7 @@ class Reduction:
         }
 
     def _assemble(self, head: Head, results: list[ChunkResult], raise_if_taken_over: Callable[[], None]) -> list[str]:
-        """Put the files in their places. `reduce.json` tells which belong together: it goes first and comes last."""
+        """Assemble the files; `reduce.json`, removed first and written last, says that they are complete."""
         summary: dict[str, Any] = {"info": head.info["owlsam_ray"]} | ({"told": head.told} if head.told else {})
         parts = [
             (output, Fragments(self.job, output.name, self.out_url, head, self.spans, results))
@@ -222,11 +223,11 @@ class Reduction:
 
 
 def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: str, out_url: str) -> Reduction:
-    """Resolve the settings; refuse what does not fit the run before a shard is read.
+    """Resolve the settings; refuse settings that do not fit the run, before a shard is read.
 
     Raises:
         InputError: a setting does not fit the run.
-        GuardError: a file that a setting names is of another run.
+        GuardError: a file that a setting names belongs to another run.
     """
     settings = config.reduce
     parts, fingerprint = record.fingerprint_parts or {}, record.fingerprint or ""
@@ -238,7 +239,7 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
     rules = ShardRules.of(record)
     corrections = None
     if settings.corrections is not None:
-        # Imported here: others need neither OpenCV nor pycocotools.
+        # Imported here: other reduces need neither OpenCV nor pycocotools.
         from owlsam_ray.reduce.corrections.corrections import load_corrections
 
         corrections = load_corrections(
@@ -282,10 +283,10 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
 
 
 def spans_of(manifest: Manifest, images_per_file: int | None) -> tuple[FileSpan, ...]:
-    """As many whole shards in each file as it may hold images.
+    """Split shards into files: each has as many whole shards as fit into `images_per_file`.
 
     Raises:
-        InputError: a single shard has more.
+        InputError: a single shard has more images.
     """
     if images_per_file is None:
         return (FileSpan(0, 1, 0, manifest.num_shards),)
@@ -309,7 +310,7 @@ def spans_of(manifest: Manifest, images_per_file: int | None) -> tuple[FileSpan,
 
 
 def _chunks(job: ReduceJob, spans: tuple[FileSpan, ...], shards: Sequence[int], workers: int) -> Iterator[Chunk]:
-    """Runs of shards of one span each, in manifest order."""
+    """Split shards into chunks, each within one span, in manifest order."""
     size = max(1, min(_MOST_SHARDS, len(shards) // (workers * _CHUNKS_PER_WORKER)))
     number, position = 0, 0
     for span in spans:
@@ -324,7 +325,7 @@ def _chunks(job: ReduceJob, spans: tuple[FileSpan, ...], shards: Sequence[int], 
 
 
 def _check_sum(counts: LabelCounts, images: int) -> None:
-    """Law 1.
+    """Check law 1: every image and every detection is counted exactly once.
 
     Raises:
         IncompleteError: the images or the detections do not add up.
@@ -342,7 +343,7 @@ def _check_sum(counts: LabelCounts, images: int) -> None:
 
 
 def _told(results: list[ChunkResult]) -> dict[str, dict[str, int]]:
-    """By output: what these counted themselves."""
+    """Sum each output's own counts, by output."""
     sums: dict[str, Counter[str]] = {}
     for result in results:
         for output, told in result.told.items():

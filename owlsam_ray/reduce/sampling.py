@@ -1,7 +1,7 @@
-"""Which annotations people should look at: some of each category and score bin, or the least certain of each category.
+"""Choose annotations for review: some of each category and score bin, or the least certain of each category.
 
-Of equal ones a hash of the id and a seed decides, so the choice is the same for any number of workers and any order. A
-sample of more holds the sample of less.
+Ties are broken by a hash of the id and a seed, so the choice is the same for any number of workers and any order. A
+smaller sample is contained in a larger one.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ SampleBy = Literal["score", "uncertain", "predicted_iou", "stability"]
 
 @dataclass(frozen=True, slots=True)
 class SampleOptions:
-    """What a review list holds."""
+    """Which annotations a review list holds."""
 
     by: SampleBy = "score"
-    """`score`: of each category as many from each score bin; `uncertain`: the nearest to the category's threshold;
-    `predicted_iou`, `stability`: the lowest, of those with a mask."""
+    """`score`: equally many from each score bin of each category; `uncertain`: those nearest to the category's
+    threshold; `predicted_iou`, `stability`: the lowest, among those with a mask."""
     per_cell: int = 10
-    """Annotations of each category and score bin, or of each category."""
+    """Annotations for each category and score bin, or for each category."""
     bins: int = 10
-    """Of scores, equally wide between 0 and 1."""
+    """Number of score bins, equally wide between 0 and 1."""
     whole_images: bool = False
     """List all annotations of the images that hold a chosen one."""
     seed: int = 0
@@ -32,19 +32,19 @@ class SampleOptions:
 
 @dataclass(frozen=True, slots=True)
 class Picks:
-    """N annotations."""
+    """N candidates."""
 
     cell: NDArray[np.int64]
     key: NDArray[np.float64]
-    """(N,) of a cell the smallest go first."""
+    """(N,) sort key; in each cell the smallest come first."""
     hash: NDArray[np.uint64]
-    """(N,) decides between equal keys."""
+    """(N,) breaks ties between equal keys."""
     id: NDArray[np.int64]
     shard: NDArray[np.int64]
 
     @staticmethod
     def joined(parts: "list[Picks]") -> "Picks":
-        """Those of all parts."""
+        """Concatenate several."""
         kinds = (np.int64, np.float64, np.uint64, np.int64, np.int64)
         return Picks(
             *(
@@ -54,7 +54,7 @@ class Picks:
         )
 
     def first(self, per_cell: int) -> "Picks":
-        """So many of each cell, by cell."""
+        """Keep the first `per_cell` of each cell, ordered by cell."""
         order = np.lexsort((self.id, self.hash, self.key, self.cell))
         cell = self.cell[order]
         starts = np.flatnonzero(np.diff(cell, prepend=-1))
@@ -66,13 +66,13 @@ class Picks:
 
 
 def pick(annotations: pa.Table, shard: int, options: SampleOptions, thresholds: NDArray[np.float64]) -> Picks:
-    """What may be chosen of a shard; people's own annotations are not.
+    """Choose candidates from a shard; annotations drawn or changed by reviewers are excluded.
 
     Args:
-        annotations: (N rows) `ANNOTATION_SCHEMA`, without those that people have confirmed.
-        shard: its number.
-        options: of the list.
-        thresholds: (L,) that scores of each label of the run exceed; not finite: none.
+        annotations: (N rows) `ANNOTATION_SCHEMA`, without those that reviewers confirmed.
+        shard: number of the shard.
+        options: which annotations to choose.
+        thresholds: (L,) score threshold of each label of the run; not finite: no threshold.
     """
     wanted = ~annotations["corrected"].to_numpy()
     if options.by in ("predicted_iou", "stability"):
@@ -92,12 +92,12 @@ def pick(annotations: pa.Table, shard: int, options: SampleOptions, thresholds: 
 
 
 def score_bin(score: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
-    """(N,) which of equally wide bins between 0 and 1; 1 is in the last one."""
+    """(N,) index among bins of equal width between 0 and 1; a score of 1 is in the last bin."""
     return np.clip((score * bins).astype(np.int64), 0, bins - 1)
 
 
 def why(annotations: pa.Table, options: SampleOptions, thresholds: NDArray[np.float64]) -> list[str]:
-    """(N,) what speaks for each of these annotations, in words."""
+    """(N,) the reason for choosing each of these annotations, as text."""
     score = annotations["score"].to_numpy().astype(np.float64)
     if options.by == "score":
         bins = score_bin(score, options.bins).tolist()
@@ -114,9 +114,9 @@ def _threshold_of(annotations: pa.Table, thresholds: NDArray[np.float64]) -> NDA
 
 
 def mix(ids: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
-    """(N,) numbers that look drawn, fixed by each id and the seed.
+    """(N,) pseudo-random numbers, determined by each id and the seed.
 
-    Source: SplitMix64 (Steele, Lea, Flood 2014), its finalizer.
+    Source: the finalizer of SplitMix64 (Steele, Lea, Flood 2014).
     """
     value = ids.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 1) % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

@@ -72,9 +72,9 @@ class Matching:
         """Find the detection that each entry refers to, and store it in the entry.
 
         A tool may have renumbered the entries, and an id that is in its image's range by chance means nothing. So an
-        entry's content takes precedence over its id. Entries are matched in this order: those whose id and geometry
-        agree, those that equal another detection, those that differ from the detection of their id only in category,
-        those with the box and category of a detection, and last by id alone.
+        entry's content takes precedence over its id. The order of matching is: id and geometry agree; the entry equals
+        another detection; only the category differs from the detection of its id; box and category equal those of a
+        detection; and last, the id alone.
 
         Args:
             entries: entries of one image.

@@ -1,4 +1,4 @@
-"""Replace the model's annotations with reviewers' corrections, shard by shard (see corrections.py for the rules).
+"""Replace the model's annotations with reviewers' corrections, shard by shard (rules: corrections.py).
 
 New annotations get an id in the range of their image: their own, if it is in that range and no detection has it, else
 the free ones among K - 1, K - 2, …, in the order of the file. In an image whose detections use all ids, they get ids of

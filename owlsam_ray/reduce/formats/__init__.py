@@ -1,1 +1,1 @@
-"""Labels → files, one file per format; `registry` lists them."""
+"""Write labels as files, one module per format; `registry` lists them."""

@@ -1,4 +1,4 @@
-"""COCO: images, categories and annotations in one file, or in several; and the images that failed in another."""
+"""Write COCO: images, categories and annotations in one or more files, and a file of failed images."""
 
 import logging
 from dataclasses import dataclass
@@ -26,25 +26,25 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CocoOutput:
-    """`annotations.json`.
+    """Write `annotations.json`.
 
-    Annotations carry `bbox` (the detector's box), `segmentation`, `area` (mask pixels), `mask_bbox`, `score`,
-    `predicted_iou`, `stability`. A detection under the mask floor has no mask fields, and its box's area. Failed images
-    do not appear (they would train as background); empty ones do.
+    Annotations have `bbox` (the detector's box), `segmentation`, `area` (mask pixels), `mask_bbox`, `score`,
+    `predicted_iou`, `stability`. A detection under the mask floor has no mask fields, and the area of its box. Failed
+    images do not appear (they would train as background); empty ones do.
 
-    `segmentation` is RLE; or polygons, and then only a mask without pixels is RLE, because readers take no empty list.
-    The proof in `info` tells how many pixels the polygons lost or gained.
+    `segmentation` is RLE, or polygons; with polygons, only a mask without pixels is RLE, because readers reject an
+    empty list. The proof in `info` states how many pixels the polygons lost or gained.
     """
 
     prompts: tuple[str, ...] | None = None
-    """(Q,) texts of the queries, to tell in each annotation which one matched, its raw score, and how many boxes were
-    merged; None: not told."""
+    """(Q,) texts of the queries, to state in each annotation which one matched, its raw score, and how many boxes were
+    merged; None: not stated."""
     polygons: bool = False
-    """Instead of RLE."""
+    """Write polygons instead of RLE."""
     name: str = "coco"
 
     def render(self, labels: ShardLabels) -> Rendered:
-        """Lines of images and annotations."""
+        """Render the lines of images and annotations."""
         more = [] if self.prompts is None else provenance_pieces(labels, self.prompts)
         segmentation, told = _polygons(labels) if self.polygons else (None, {})
         return Rendered(
@@ -56,7 +56,7 @@ class CocoOutput:
         )
 
     def assemble(self, parts: Parts) -> list[str]:
-        """One file for each span."""
+        """Write one file for each span."""
         names = []
         for span in parts.spans:
             names.append(span.name("annotations", ".json"))
@@ -72,8 +72,8 @@ class CocoOutput:
 
 
 def _polygons(labels: ShardLabels) -> tuple[list[Piece], dict[str, int]]:
-    """The field `segmentation` as polygons, and what that loses."""
-    # Imported here: others need neither OpenCV nor pycocotools.
+    """Return the field `segmentation` as polygons, and counts of what is lost by the conversion."""
+    # Imported here: other formats need neither OpenCV nor pycocotools.
     from owlsam_ray.reduce.formats.polygons import polygon_json, trace
 
     table = labels.annotations
@@ -90,7 +90,7 @@ def _polygons(labels: ShardLabels) -> tuple[list[Piece], dict[str, int]]:
 def write_document(
     out: IO[bytes], parts: Parts, span: FileSpan | None, *, output: str, categories: list[dict[str, Any]]
 ) -> None:
-    """A COCO document of the sections `images` and `annotations`."""
+    """Write a COCO document of the sections `images` and `annotations`."""
     head = parts.head
     out.write(b"{\n")
     for key, value in (("info", head.info_of(output)), ("licenses", head.licenses)):
@@ -102,14 +102,14 @@ def write_document(
 
 
 def write_list(out: IO[bytes], key: str, parts: Parts, span: FileSpan | None, *, end: str = LINE_END) -> None:
-    """A list of the lines of a section, with its key."""
+    """Write the lines of a section as a JSON list, with its key."""
     out.write(f'"{key}": [\n'.encode())
     write_lines(out, key, parts, span)
     out.write(f"]{end}".encode())
 
 
 def write_lines(out: IO[bytes], key: str, parts: Parts, span: FileSpan | None = None) -> None:
-    """The lines of a section, the last one without its comma."""
+    """Write the lines of a section, the last one without its comma."""
     if parts.size(key, span):
         parts.copy(key, out, span, without_last=len(LINE_END))
         out.write(b"\n")
@@ -121,7 +121,7 @@ def category_entries(head: Head) -> list[dict[str, Any]]:
 
 
 def category_entry(category: Category) -> dict[str, Any]:
-    """Id, name and supercategory; synonyms and frequency where they are known, as LVIS has them."""
+    """Id, name and supercategory; synonyms and frequency where known, in LVIS's form."""
     synonyms = {"synonyms": list(category.synonyms)} if category.synonyms else {}
     frequency = {"frequency": category.frequency} if category.frequency else {}
     return {"id": category.id, "name": category.name, "supercategory": category.supercategory} | synonyms | frequency
@@ -129,12 +129,12 @@ def category_entry(category: Category) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class FailuresOutput:
-    """`failures.jsonl`: a line for each image that failed. Part of every reduce."""
+    """Write `failures.jsonl`: a line for each image that failed. Part of every reduce."""
 
     name: str = "failures"
 
     def render(self, labels: ShardLabels) -> Rendered:
-        """Lines of the failed images."""
+        """Render the lines of the failed images."""
         failed = labels.images.filter(pc.equal(labels.images["status"], "failed"))
         lines = [
             dump_json({key: row[key] for key in ("image_id", "file_name", "reason")} | {"class": row["status_class"]})
@@ -143,7 +143,7 @@ class FailuresOutput:
         return Rendered({"lines": "".join(line + "\n" for line in lines).encode()})
 
     def assemble(self, parts: Parts) -> list[str]:
-        """The file, which is empty when nothing failed."""
+        """Write the file, which is empty when nothing failed."""
         with parts.open(FAILURES) as out:
             parts.copy("lines", out)
         return [FAILURES]

@@ -1,4 +1,4 @@
-"""COCO results: the list of detections with scores that evaluators read."""
+"""Write COCO results: the list of detections with scores that evaluators read."""
 
 from dataclasses import dataclass
 
@@ -13,17 +13,17 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True, slots=True)
 class CocoResultsOutput:
-    """`results.json`: a list of `image_id`, `category_id`, `bbox`, `score` and `segmentation` (RLE), by rising id.
+    """Write `results.json`: `image_id`, `category_id`, `bbox`, `score` and `segmentation` (RLE), by ascending id.
 
-    A detection without a mask has no `segmentation`: pycocotools and lvis then take its box for its mask. Both go by
-    the first entry of a list, which always has a `bbox`, as all others; they take areas from it, also when masks are
-    evaluated (drop `bbox` before, for AP by size of masks), and pycocotools cannot read an empty list.
+    A detection without a mask has no `segmentation`: pycocotools and lvis then use its box as its mask. Both decide by
+    the first entry of a list, which always has a `bbox`, like all others. They take areas from `bbox` even when masks
+    are evaluated (drop `bbox` first to get AP by mask size), and pycocotools cannot read an empty list.
     """
 
     name: str = "coco_results"
 
     def render(self, labels: ShardLabels) -> Rendered:
-        """A line for each annotation."""
+        """Render a line for each annotation."""
         table = labels.annotations
         pieces = [
             Piece('{"image_id": ', column_of(table, "image_id")),
@@ -36,7 +36,7 @@ class CocoResultsOutput:
         return Rendered({"results": text_bytes(join_rows(pieces, table.num_rows))})
 
     def assemble(self, parts: Parts) -> list[str]:
-        """One file."""
+        """Write one file."""
         with parts.open(RESULTS) as out:
             out.write(b"[\n")
             write_lines(out, "results", parts)

@@ -1,4 +1,4 @@
-"""Lines of JSON from columns: images and annotations as COCO has them, without a Python object for each."""
+"""Write JSON lines from columns: COCO images and annotations, without a Python object for each."""
 
 import json
 import re
@@ -12,35 +12,35 @@ from owlsam_ray.ops.compiled import Piece, join_rows
 from owlsam_ray.reduce.labels import ShardLabels
 
 LINE_END = ",\n"
-"""Behind each line; the last one of a list loses it."""
+"""Ends each line; removed from the last line of a list."""
 _PLAIN_NAME = r"^[ !#-\[\]-~]*$"
 _NO_JSON = re.compile(r"\b(NaN|-?Infinity)\b|[0-9][eE]\+?[0-9]{3}")
-"""What may be no finite number, or stand in a text."""
+"""Matches what may be a non-finite number; also matches the same characters inside strings."""
 
 
 def dump_json(value: Any) -> str:
-    """A value in one line; null for a number that is not finite."""
-    # ASCII with escapes, as COCO's own files: half of a surrogate pair in a name must not stop the last step of a run.
+    """Dump a value in one line; non-finite numbers become null."""
+    # ASCII with escapes, like COCO's own files: a lone surrogate in a name must not stop the last step of a run.
     try:
         return json.dumps(value, allow_nan=False, separators=(", ", ": "))
-    except ValueError:  # Python's json reads 1e999 and NaN; no file of ours may hold what no other reader takes
+    except ValueError:  # Python's json reads 1e999 and NaN, but other readers reject them
         return json.dumps(without_nan(value), allow_nan=False, separators=(", ", ": "))
 
 
 def json_strings(texts: pa.Array) -> pa.Array:
-    """(N,) JSON strings with their quotes, as `dump_json` has them; null stays null."""
+    """(N,) JSON strings with their quotes, as `dump_json` writes them; null stays null."""
     if pc.all(pc.match_substring_regex(texts, _PLAIN_NAME), min_count=0).as_py():
         return pc.binary_join_element_wise('"', texts, '"', "")
     return pa.array([None if text is None else dump_json(text) for text in texts.to_pylist()], pa.string())
 
 
 def image_lines(labels: ShardLabels, more: Sequence[Piece] = (), *, without: Sequence[str] = ()) -> pa.LargeStringArray:
-    """A line for each image of a shard that did not fail.
+    """Return a line for each image of a shard that did not fail.
 
     Args:
-        labels: of the shard.
-        more: further fields behind the source's own, such as `, "key": ` and a value.
-        without: fields of the source that are left out.
+        labels: labels of the shard.
+        more: further fields after the source's own, such as `, "key": ` and a value.
+        without: fields of the source to leave out.
     """
     images = labels.images.filter(pa.array(labels.is_labelled)).combine_chunks()
     pieces = [
@@ -58,14 +58,14 @@ def image_lines(labels: ShardLabels, more: Sequence[Piece] = (), *, without: Seq
 def annotation_lines(
     labels: ShardLabels, *, segmentation: Sequence[Piece] | None = None, more: Sequence[Piece] = ()
 ) -> pa.LargeStringArray:
-    """A line for each annotation of a shard.
+    """Return a line for each annotation of a shard.
 
     Args:
-        labels: of the shard.
-        segmentation: the field of that name instead of the RLE.
+        labels: labels of the shard.
+        segmentation: the field of that name, instead of RLE.
         more: further fields at the end.
 
-    `bbox` is the detector's box, `area` counts mask pixels, or is the box's where there is no mask.
+    `bbox` is the detector's box. `area` counts mask pixels, or is the area of the box if there is no mask.
     """
     table = labels.annotations
     mask_widths, mask_heights = (
@@ -108,7 +108,7 @@ def bbox_pieces(table: pa.Table) -> list[Piece]:
 
 
 def rle_pieces(table: pa.Table, which: pa.Array | None = None) -> list[Piece]:
-    """The field `segmentation`, as RLE, of all annotations with a mask, or only of some (boolean); else nothing."""
+    """The field `segmentation` as RLE, for all annotations with a mask or only some (boolean); empty for the others."""
     counts = column_of(table, "rle_counts")
     if which is not None:
         counts = pc.if_else(which, counts, None)
@@ -122,9 +122,10 @@ def rle_pieces(table: pa.Table, which: pa.Array | None = None) -> list[Piece]:
 
 
 def box_outline_pieces(table: pa.Table, which: pa.Array) -> list[Piece]:
-    """The field `segmentation` of some annotations (boolean): the box as a polygon; else nothing.
+    """The field `segmentation` with the box as a polygon, for some annotations (boolean); empty for the others.
 
-    In the order of corners in which LVIS's and COCO's readers of results make one where there is no mask.
+    Corners are in the order in which LVIS's and COCO's readers of results make such a polygon for a detection without a
+    mask.
     """
     x0, y0, x1, y1 = (pc.if_else(which, column_of(table, name), None) for name in ("x0", "y0", "x1", "y1"))
     first, *others, last = (x0, y0, x0, y1, x1, y1, x1, y0)
@@ -136,7 +137,7 @@ def box_outline_pieces(table: pa.Table, which: pa.Array) -> list[Piece]:
 
 
 def box_sides(table: pa.Table) -> tuple[pa.Array, pa.Array]:
-    """Width and height of the detector's boxes, float32."""
+    """(N,) widths and heights of the detector's boxes, float32."""
     return (
         pc.subtract(column_of(table, "x1"), column_of(table, "x0")),
         pc.subtract(column_of(table, "y1"), column_of(table, "y0")),
@@ -144,15 +145,15 @@ def box_sides(table: pa.Table) -> tuple[pa.Array, pa.Array]:
 
 
 def _corrected(which: pa.Array) -> list[Piece]:
-    """A field of those that people drew or changed."""
+    """The field that marks annotations drawn or changed by reviewers."""
     return [Piece(', "corrected": ', pc.if_else(which, "true", None))] if pc.any(which).as_py() else []
 
 
 def provenance_pieces(labels: ShardLabels, prompts: Sequence[str]) -> list[Piece]:
-    """Fields that tell where each annotation comes from.
+    """Fields that state where each annotation comes from.
 
     Args:
-        labels: of the shard.
+        labels: labels of the shard.
         prompts: (Q,) text of each query.
     """
     table = labels.annotations
@@ -170,13 +171,13 @@ def literal(text: str, num_rows: int) -> Piece:
 
 
 def column_of(table: pa.Table, name: str) -> pa.Array:
-    """A column in one piece."""
+    """A column as a single array."""
     column = table[name]
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _fields(extra: pa.Array, without: Sequence[str] = ()) -> pa.Array:
-    """JSON objects without their braces and some fields; those without fields become null."""
+    """JSON objects without their braces and without the given fields; objects without fields become null."""
     if without and pc.any(pc.match_substring_regex(extra, f'"({"|".join(without)})"'), min_count=0).as_py():
         trees = [None if text is None else json.loads(text) for text in extra.to_pylist()]
         kept = [tree and {key: value for key, value in tree.items() if key not in without} for tree in trees]
@@ -184,18 +185,18 @@ def _fields(extra: pa.Array, without: Sequence[str] = ()) -> pa.Array:
     inside = pc.utf8_slice_codeunits(extra, 1, -1)
     inside = pc.if_else(pc.equal(inside, ""), None, inside)
     odd = pc.fill_null(pc.match_substring_regex(inside, _NO_JSON.pattern), False)
-    if pc.any(odd, min_count=0).as_py():  # Python's json reads and writes these, no other does
+    if pc.any(odd, min_count=0).as_py():  # Python's json reads and writes these, other readers do not
         inside = pa.array([_without_nan(text) for text in inside.to_pylist()], pa.string())
     return inside
 
 
 def without_nan(value: Any) -> Any:
-    """A tree of JSON values with null for what is no number: Python's json reads and writes it, no other does."""
+    """Replace non-finite numbers in a tree of JSON values by null; Python's json keeps them, others do not."""
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def _without_nan(text: str | None) -> str | None:
-    """The same fields, with null for what is no number."""
+    """The same fields, with non-finite numbers replaced by null."""
     if text is None or not _NO_JSON.search(text):
         return text
     return dump_json(json.loads("{" + text + "}"))[1:-1]

@@ -1,4 +1,4 @@
-"""Label Studio: tasks with pre-annotations, and the labelling configuration that fits them."""
+"""Write Label Studio tasks with pre-annotations, and the matching labelling configuration."""
 
 import re
 from dataclasses import dataclass
@@ -25,27 +25,27 @@ _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 @dataclass(frozen=True, slots=True)
 class LabelStudioOutput:
-    """`label_studio.json`: a task for each image that did not fail, and `label_studio_config.xml` for the project.
+    """Write `label_studio.json`, a task for each image that did not fail, and `label_studio_config.xml`.
 
-    One region for each annotation: a polygon along the borders of the mask's pixels (its parts and holes joined by cuts
-    without width), or a rectangle where there is no mask; boxes are cut at the picture's border. Brush masks would be
-    exact too, but Label Studio's own COCO export has none of them. A region has the annotation's id and its score, a
-    prediction the mean of these. `data` tells the image and the run, so that the JSON export of the project is a file
-    of corrections (label_studio_export.py).
+    One region for each annotation: a polygon along the borders of the mask's pixels (parts and holes joined by
+    zero-width cuts), or a rectangle where there is no mask; boxes are clipped to the image. Brush masks would be exact
+    too, but Label Studio's own COCO export omits them. A region has the annotation's id and its score, a prediction the
+    mean of these. `data` states the image and the run, so that the JSON export of the project is a file of corrections
+    (label_studio_export.py).
     """
 
     categories: tuple[Category, ...]
-    """(C,) of the output."""
+    """(C,) categories of the output."""
     model_version: str
     run: dict[str, Any]
     """Fingerprint, K, layout hash."""
     url_prefix: str | None = None
-    """Before the file name, quoted, makes the URL of an image; None: the manifest's URI, or for images in a tar or
+    """Prepended to the quoted file name, makes the URL of an image; None: the manifest's URI, or for images in a tar or
     Parquet file the name alone."""
     name: str = "label_studio"
 
     def render(self, labels: ShardLabels) -> Rendered:
-        """A line for each task."""
+        """Render a line for each task."""
         images, table = labels.images, labels.annotations
         rows = table["image"].to_numpy()
         count = images.num_rows
@@ -72,7 +72,7 @@ class LabelStudioOutput:
         return Rendered({"tasks": bytes(text_bytes(lines))})
 
     def assemble(self, parts: Parts) -> list[str]:
-        """A list of tasks for each span, and the configuration."""
+        """Write a list of tasks for each span, and the configuration."""
         names = []
         for span in parts.spans:
             names.append(span.name(TASKS, ".json"))
@@ -85,7 +85,7 @@ class LabelStudioOutput:
         return [*names, CONFIG]
 
     def _urls(self, images: pa.Table) -> pa.Array:
-        """(images,) JSON."""
+        """(images,) URLs as JSON."""
         names = column_of(images, "file_name")
         if self.url_prefix is None:
             return json_strings(pc.coalesce(column_of(images, "uri"), names))
@@ -94,8 +94,8 @@ class LabelStudioOutput:
         return json_strings(pc.binary_join_element_wise(self.url_prefix, names, ""))
 
     def _regions(self, table: pa.Table, is_first: NDArray[np.bool_]) -> pa.LargeStringArray:
-        """(N,) JSON of each, with a comma before those that are not the first of their image."""
-        # Imported here: others need neither OpenCV nor pycocotools.
+        """(N,) JSON of each region, with a leading comma except for the first of its image."""
+        # Imported here: other formats need neither OpenCV nor pycocotools.
         from owlsam_ray.reduce.formats.polygons import trace
 
         polygons = trace(table, join_parts=True, check=False)
@@ -129,7 +129,7 @@ class LabelStudioOutput:
 
 
 def _percent_boxes(table: pa.Table) -> NDArray[np.float32]:
-    """(N, 4) x, y, width, height in percent of the picture."""
+    """(N, 4) x, y, width, height in percent of the image."""
     boxes = np.stack([table[side].to_numpy() for side in ("x0", "y0", "x1", "y1")], axis=1)
     sizes = np.stack([table[side].to_numpy() for side in ("width", "height")], axis=1).astype(np.float32)
     corners = np.clip(boxes, 0, np.tile(sizes, 2)) * np.float32(100) / np.tile(sizes, 2)
@@ -137,12 +137,12 @@ def _percent_boxes(table: pa.Table) -> NDArray[np.float32]:
 
 
 def _points(table: pa.Table, points: NDArray[np.int64], ends: NDArray[np.int64]) -> pa.LargeStringArray:
-    """(P,) `[x, y]` in percent, with a comma before those that are not the first of their annotation.
+    """(P,) `[x, y]` in percent, with a leading comma except for the first of its annotation.
 
     Args:
         table: (N rows) annotations.
         points: (P, 2) pixels.
-        ends: (N + 1,) where the points of each begin.
+        ends: (N + 1,) start of each annotation's points, and the end of the last.
     """
     lengths = np.diff(ends)
     sizes = np.stack([table[side].to_numpy() for side in ("width", "height")], axis=1)
@@ -179,5 +179,5 @@ def labelling_config(head: Head) -> str:
 
 
 def xml_text(text: str) -> str:
-    """Without what no XML file may hold."""
+    """Replace characters that XML does not allow by U+FFFD."""
     return _NO_XML.sub("\ufffd", text)

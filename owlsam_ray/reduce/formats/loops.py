@@ -1,4 +1,4 @@
-"""Loops over pixels and lists of the outputs, compiled by numba: outlines of masks, lists of all but a few words."""
+"""Compiled (numba) loops of the output formats: outlines of masks, and lists of all but a few strings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,30 +12,30 @@ from owlsam_ray.ops.compiled import compiled
 
 @dataclass(frozen=True, slots=True)
 class Rings:
-    """The border of a mask: closed rings along the sides of its pixels, the mask on the right of each."""
+    """The border of a mask: closed rings along the sides of its pixels, with the mask on the right of each ring."""
 
     corners: NDArray[np.int64]
-    """(P, 2) x, y of the corners, one ring after the other, in pixels from the picture's upper left corner. Steps are
-    horizontal and vertical in turn."""
+    """(P, 2) x, y of the corners, ring by ring, in pixels from the image's upper left corner. Steps alternate between
+    horizontal and vertical."""
     ends: NDArray[np.int64]
-    """(R + 1,) where each ring begins in `corners`, and where the last one ends."""
+    """(R + 1,) start of each ring in `corners`, and the end of the last."""
     is_hole: NDArray[np.bool_]
     """(R,)"""
     starts: NDArray[np.int64]
-    """(R, 2) x, y in `pixels` of a pixel of the mask beside each ring."""
+    """(R, 2) x, y in `pixels` of a mask pixel beside each ring."""
     pixels: NDArray[np.uint8]
     """(h + 2, w + 2) the mask in its tight box, with a margin of one pixel."""
 
 
 def rings_of(counts: bytes, height: int) -> Rings | None:
-    """The border of a mask. Pixels that touch at a side or a corner are of one part, those of a hole at sides only.
+    """Trace the border of a mask. Mask pixels are 8-connected, hole pixels 4-connected.
 
     Args:
-        counts: of the mask's compressed RLE, proven.
-        height: pixels.
+        counts: compressed RLE of the mask, already validated.
+        height: height of the image in pixels.
 
     Returns:
-        Outer rings before the holes in them; None of a mask without pixels.
+        Outer rings before the holes in them; None for a mask without pixels.
     """
     runs, (x0, y0, x1, y1) = _runs_and_box(np.frombuffer(counts, np.uint8), height)
     if x0 >= x1:
@@ -83,7 +83,7 @@ def _runs_and_box(data, height):  # type: ignore[no-untyped-def]
 
 @compiled
 def _draw(runs, height, x0, y0, pixels):  # type: ignore[no-untyped-def]
-    """Set the pixels of every second run, in a picture that begins at x0 - 1, y0 - 1."""
+    """Set the pixels of every second run, in an array whose origin is x0 - 1, y0 - 1."""
     for index in range(1, len(runs), 2):
         row, column = runs[index - 1] % height, runs[index - 1] // height
         for _ in range(runs[index] - runs[index - 1]):
@@ -95,7 +95,7 @@ def _draw(runs, height, x0, y0, pixels):  # type: ignore[no-untyped-def]
 
 @compiled
 def _trace(pixels):  # type: ignore[no-untyped-def]
-    """Follow each ring from its first upper side by rows; directions are right, down, left, up."""
+    """Follow each ring from its first upper side in row order; directions are right, down, left, up."""
     height, width = pixels.shape[0] - 2, pixels.shape[1] - 2
     count = 0
     for y in range(height + 1):
@@ -144,7 +144,7 @@ def _trace(pixels):  # type: ignore[no-untyped-def]
 
 @compiled
 def _turns_left(corners, ends):  # type: ignore[no-untyped-def]
-    """Which rings go around what they do not hold."""
+    """Which rings are the borders of holes."""
     found = np.zeros(len(ends) - 1, np.bool_)
     for ring in range(len(ends) - 1):
         area, before = np.int64(0), ends[ring + 1] - 1
@@ -158,13 +158,13 @@ def _turns_left(corners, ends):  # type: ignore[no-untyped-def]
 def rows_of_all_but(
     words: Sequence[str], left_out: NDArray[np.int64], ends: NDArray[np.int64], *, is_blank: NDArray[np.bool_]
 ) -> pa.LargeStringArray:
-    """Rows of all words but a few, with `, ` between them.
+    """List all words except a few in each row, separated by `, `.
 
     Args:
         words: (W,) ASCII.
-        left_out: words that rows leave out, those of one row after those of another, rising within each.
-        ends: (N + 1,) where those of each row begin, and where the last one's end.
-        is_blank: (N,) rows that are to hold nothing.
+        left_out: indices of words that rows leave out, row by row, ascending within each row.
+        ends: (N + 1,) start of each row in `left_out`, and the end of the last.
+        is_blank: (N,) rows that are to be empty.
 
     Returns:
         (N,) texts.

@@ -1,4 +1,4 @@
-"""LVIS: COCO with what its API and its evaluation need, and no claim that the labels do not bear."""
+"""Write LVIS: COCO with the fields that its API and evaluation need, claiming no more than the labels support."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -26,34 +26,34 @@ from owlsam_ray.reduce.outputs import Head, Parts, Rendered
 from owlsam_ray.vocabulary.builtin import builtin
 
 MOST_DETECTIONS = 300
-"""Of an image, as the LVIS challenge allows."""
+"""Most detections of an image that the LVIS challenge allows."""
 _OWN_FIELDS = ("neg_category_ids", "not_exhaustive_category_ids")
 _FREQUENCIES = (("r", 10), ("c", 100))
-"""LVIS's own borders, by images."""
+"""LVIS's own upper limits, by number of images."""
 _log = logging.getLogger(__name__)
 
 Pairs = NDArray[np.int64]
-"""(P, 2) row of an image among those that did not fail, and index of a category: unique, rising."""
+"""(P, 2) row of an image among those that did not fail, and index of a category: unique, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
 class LvisOutput:
-    """`lvis.json`.
+    """Write `lvis.json`.
 
-    Images carry `neg_category_ids`, the categories that were asked for and not found, and
-    `not_exhaustive_category_ids`, those found of which a limit may have cut some: the 300 best detections of an image
-    (by score, of equal ones the first by id), `reduce.max_per_image` or `detector.max_detections`. In an image that
-    reached one of the latter two, with scores above a threshold, nothing is said to be absent. `coco_url` and what else
-    the source tells is carried along, but not its own two lists. A detection without a mask gets its box as the
-    polygon, as LVIS's reader of results does.
+    Images have `neg_category_ids`, the categories that were queried and not found, and `not_exhaustive_category_ids`,
+    found categories of which a limit may have dropped detections. The limits are the 300 best detections of an image
+    (by score, ties by ascending id), `reduce.max_per_image` and `detector.max_detections`. In an image that reached one
+    of the latter two, with scores above a threshold, no category is listed as negative. `coco_url` and the source's
+    other fields are kept, except its own two lists. A detection without a mask gets its box as the polygon, as LVIS's
+    reader of results does.
     """
 
     categories: tuple[Category, ...]
-    """(C,) of the output."""
+    """(C,) categories of the output."""
     asked: tuple[bool, ...]
-    """(C,) those that the run looked for and no setting leaves out."""
+    """(C,) whether the run queried the category and no setting leaves it out."""
     least_score: float = -np.inf
-    """The lowest threshold of a category: what inference cut below it is no loss."""
+    """The lowest threshold of any category: detections that inference cut below it do not matter."""
     max_per_image: int | None = None
     prompts: tuple[str, ...] | None = None
     """See `CocoOutput`."""
@@ -61,21 +61,21 @@ class LvisOutput:
 
     @staticmethod
     def of(decisions: Decisions, prompts: tuple[str, ...] | None = None) -> "LvisOutput":
-        """For a reduce with these decisions."""
+        """Create the output for a reduce with these decisions."""
         asked = np.isin(np.arange(len(decisions.categories)), decisions.target).tolist()
         thresholds = decisions.thresholds[decisions.target >= 0]
         least = float(thresholds.min()) if len(thresholds) else np.inf
         return LvisOutput(decisions.categories, tuple(asked), least, decisions.max_per_image, prompts)
 
     def render(self, labels: ShardLabels) -> Rendered:
-        """Lines of images and annotations, and how often each category occurs."""
+        """Render the lines of images and annotations, and count each category."""
         row_of = np.cumsum(labels.is_labelled) - 1
         images, category = (
             each.astype(np.int64)
             for each in (row_of[labels.annotations["image"].to_numpy()], labels.annotations["category"].to_numpy())
         )
         found = self._pairs(images, category)
-        limits = labels.images["limit_score"].to_numpy()[labels.is_labelled]  # NaN where none was reached
+        limits = labels.images["limit_score"].to_numpy()[labels.is_labelled]  # NaN where no limit was reached
         is_full = limits > self.least_score
         if self.max_per_image is not None:
             is_full = is_full | (np.bincount(images, minlength=len(is_full)) >= self.max_per_image)
@@ -103,7 +103,7 @@ class LvisOutput:
         )
 
     def assemble(self, parts: Parts) -> list[str]:
-        """One file for each span; counts of categories are of all of them."""
+        """Write one file for each span; category counts cover all files."""
         totals = np.zeros((len(parts.head.categories), 2), np.int64)
 
         def add(file: IO[bytes]) -> None:
@@ -132,13 +132,13 @@ class LvisOutput:
         return np.stack(np.divmod(np.unique(images * count + categories), count), axis=1)
 
     def _counts(self, images: NDArray[np.int64], categories: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(categories that occur, 3) index, images with it, annotations of it."""
+        """(categories that occur, 3) index, number of images, number of annotations."""
         present, instances = np.unique(categories, return_counts=True)
         _, with_it = np.unique(self._pairs(images, categories)[:, 1], return_counts=True)
         return np.stack([present, with_it, instances], axis=1).astype(np.int64)
 
     def _about_categories(self, found: Pairs, partly: Pairs, is_full: NDArray[np.bool_]) -> list[Piece]:
-        """The two lists of each image."""
+        """The fields `neg_category_ids` and `not_exhaustive_category_ids` of each image."""
         asked = np.flatnonzero(self.asked)
         place = np.full(len(self.asked), -1)
         place[asked] = np.arange(len(asked))
@@ -162,14 +162,14 @@ class LvisOutput:
 
 
 def category_entries(head: Head, totals: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """The list `categories`, as LVIS has it.
+    """The list `categories` in LVIS's form.
 
     Args:
-        head: of the output.
-        totals: (C, 2) images with each category, and annotations of it.
+        head: what is known once all shards are counted.
+        totals: (C, 2) images with each category, and its annotations.
 
-    `synset` stands where the built-in lists know the category, by id and name. `frequency` is the one that LVIS states,
-    else what its rule makes of the images counted here. Definitions are not known.
+    `synset` is present where the built-in lists know the category, by id and name. `frequency` is the one that LVIS
+    states, else LVIS's rule applied to the images counted here. Definitions are not known.
     """
     synsets = {
         (each.id, name): each.synset
@@ -197,7 +197,7 @@ def category_entries(head: Head, totals: NDArray[np.int64]) -> list[dict[str, An
 
 
 def _best(table: pa.Table, images: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(annotations,) those that the limit of 300 keeps."""
+    """(annotations,) whether the limit of 300 keeps each."""
     best = np.ones(len(images), np.bool_)
     starts = np.flatnonzero(np.diff(images, prepend=-1))
     ends = np.append(starts[1:], len(images))

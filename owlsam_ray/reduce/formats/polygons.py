@@ -1,7 +1,7 @@
-"""Masks → polygons along the borders of their pixels, so that drawing them gives the same pixels back.
+"""Convert masks to polygons along their pixel borders; drawing the polygons gives the same pixels back.
 
-Corners are whole pixels. A ring of a hole is joined to the ring around it by a cut without width, there and back,
-between two near corners; both rules by which polygons are filled, even-odd and winding, leave the hole open.
+Corners are whole pixels. The ring of a hole is joined to the ring around it by a zero-width cut, there and back,
+between two nearby corners. Both fill rules, even-odd and winding, leave the hole open.
 """
 
 from dataclasses import dataclass
@@ -25,24 +25,25 @@ Ring = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Polygons:
-    """Of the annotations of a shard."""
+    """Polygons of the annotations of a shard."""
 
     points: NDArray[np.int64]
-    """(P, 2) x, y, those of one polygon after those of another."""
+    """(P, 2) x, y, polygon by polygon."""
     point_ends: NDArray[np.int64]
-    """(R + 1,) where each polygon begins in `points`, and where the last one ends."""
+    """(R + 1,) start of each polygon in `points`, and the end of the last."""
     polygon_ends: NDArray[np.int64]
-    """(N + 1,) where the polygons of each annotation begin among the R; none without a mask, or without a pixel."""
+    """(N + 1,) start of each annotation's polygons among the R, and the end of the last; none without a mask or pixels.
+    """
     pixels_off: int
-    """Pixels of masks that pycocotools draws otherwise from the polygons."""
+    """Mask pixels that differ when pycocotools draws the polygons."""
 
     @property
     def has_polygon(self) -> NDArray[np.bool_]:
-        """(N,) where there is one."""
+        """(N,) whether an annotation has a polygon."""
         return np.diff(self.polygon_ends) > 0
 
     def rows(self, points: pa.LargeStringArray) -> pa.LargeStringArray:
-        """(N,) texts of the annotations, from the (P,) texts of their points."""
+        """(N,) texts of the annotations, joined from the (P,) texts of their points."""
         offsets = np.frombuffer(points.buffers()[1], np.int64)[points.offset :][self.point_ends[self.polygon_ends]]
         return pa.LargeStringArray.from_buffers(
             len(offsets) - 1, pa.py_buffer(np.ascontiguousarray(offsets)), points.buffers()[2]
@@ -50,7 +51,7 @@ class Polygons:
 
 
 def trace(annotations: pa.Table, *, join_parts: bool = False, check: bool = True) -> Polygons:
-    """Polygons of the masks of a shard.
+    """Trace the polygons of the masks of a shard.
 
     Args:
         annotations: (N rows) `ANNOTATION_SCHEMA`.
@@ -75,7 +76,7 @@ def trace(annotations: pa.Table, *, join_parts: bool = False, check: bool = True
 
 def polygon_json(polygons: Polygons) -> pa.Array:
     """(N,) COCO's list of polygons, each a list of x, y, x, y, …; null where there is none."""
-    starts = np.full(len(polygons.points), 2)  # of a point: what stands before it
+    starts = np.full(len(polygons.points), 2)  # for each point: which text precedes it
     starts[polygons.point_ends[:-1]] = 1
     starts[polygons.point_ends[polygons.polygon_ends[:-1][polygons.has_polygon]]] = 0
     ends = np.zeros(len(polygons.points), np.bool_)
@@ -100,13 +101,13 @@ def _polygons(rings: Rings, *, join_parts: bool) -> list[Ring]:
         return parts
     _, labels = cv2.connectedComponents(rings.pixels, connectivity=8)
     part_of = labels[rings.starts[:, 1], rings.starts[:, 0]]
-    # Within a part the outer ring is met first by rows.
+    # In row order, the outer ring of a part comes before its holes.
     order = [int(part_of[ring]) for ring in np.flatnonzero(~rings.is_hole)]
     return [_joined([parts[ring] for ring in np.flatnonzero(part_of == part)]) for part in order]
 
 
 def _joined(rings: list[Ring]) -> Ring:
-    """One ring: each further one is entered and left by a short cut, between two corners near to each other."""
+    """Join rings into one: each further ring is entered and left by a short cut between two nearby corners."""
     whole = rings[0]
     for ring in rings[1:]:
         own = _nearest(ring, whole[_nearest(whole, ring[0])])
@@ -120,7 +121,7 @@ def _nearest(ring: Ring, point: NDArray[np.int64]) -> int:
 
 
 def _pixels_off(polygons: list[Ring], counts: bytes, height: int, width: int) -> int:
-    """Pixels that are in the mask or in the polygons, but not in both."""
+    """Count the pixels that are in the mask or in the polygons, but not in both."""
     drawn = coco_mask.merge(coco_mask.frPyObjects([ring.ravel().tolist() for ring in polygons], height, width))
     if drawn["counts"] == counts:
         return 0

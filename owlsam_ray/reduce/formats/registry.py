@@ -1,4 +1,4 @@
-"""The formats of `reduce.formats` by name."""
+"""List the formats of `reduce.formats` by name."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,13 +21,13 @@ from owlsam_ray.run.record import RunRecord
 def outputs_of(
     settings: ReduceConfig, record: RunRecord, decisions: Decisions, manifest: Manifest
 ) -> tuple[Output, ...]:
-    """The formats that are asked for, in that order.
+    """Create the requested formats, in the order of the settings.
 
     Args:
-        settings: which, and how.
-        record: of the run.
-        decisions: resolved for it.
-        manifest: of it.
+        settings: which formats, and their options.
+        record: record of the run.
+        decisions: settings resolved for the run.
+        manifest: manifest of the run.
     """
     texts = tuple(query.text for query in record.queries)
     prompts = texts if settings.provenance else None
@@ -60,7 +60,7 @@ def _label_studio(
 
 
 def file_names(name: str, spans: Sequence[FileSpan]) -> list[str]:
-    """Files and folders that a format of this name gives."""
+    """Names of the files and folders that a format writes."""
     stems = {"coco": "annotations", "lvis": "lvis", "label_studio": TASKS}
     cut = [span.name(stems[name], ".json") for span in spans] if name in stems else []
     fixed = {

@@ -1,4 +1,4 @@
-"""Names of images, which anybody may have written → paths that stay below a folder, on a disk and on object stores."""
+"""Map untrusted image names to relative paths that stay below a folder, on disks and on object stores."""
 
 import hashlib
 import re
@@ -9,16 +9,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 ENDINGS = ("bmp", "dng", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp")
-"""Of images that readers of YOLO's folders take; they go by them, and by the content once the file is open."""
+"""Endings that readers of YOLO folders accept. They select files by ending, and decode by content."""
 _ENDING = ".jpg"
-"""Of images without any of these: rows do not tell the format, and no reader needs it to be right."""
+"""Ending for images without any of these: rows do not state the format, and no reader needs it to be right."""
 _MOST_BYTES = 251
-"""Of a name between slashes, so that `.txt` in the place of a shorter suffix still fits into 255."""
+"""Most bytes of a name between slashes, so that `.txt` in place of a shorter suffix still fits into 255."""
 _MOST_BYTES_OF_ALL = 900
-"""Object stores take keys of 1,024."""
-# Control characters, whatever ends a line of text for Python, and the backslash; dots in front, space at the end.
+"""Most bytes of a whole path; object stores take keys of 1,024."""
+# Control characters, everything that Python treats as a line end, the backslash, leading dots, trailing whitespace.
 _ODD = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u2028\u2029]|^\\.+$|^\\.|\\s$")
-# Readers put `labels` in the place of the last folder of this name, so that the only one must be ours.
+# Readers replace the last folder of this name by `labels`, so ours must be the only one.
 _IMAGES = re.compile("images_*")
 _LAST = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
 _FINE = rf"^([A-Za-z0-9_-]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?/)*{_LAST}\.(?i:{'|'.join(ENDINGS)})$"
@@ -27,18 +27,20 @@ _IS_FINE, _IS_IN_IMAGES = re.compile(_FINE), re.compile(_IN_IMAGES)
 
 
 def safe_path(name: str, *, suffix: str = ".txt") -> str:
-    """A relative path for an image's name: the same name in nearly all cases.
+    """Convert an image's name to a relative path: the same name in nearly all cases.
 
-    What could leave the folder, hide a file, break a line of a list, or name a drive or a scheme is written as in URLs
-    (`../a.png` → `%2E%2E/a.png`), and so is a dot at the end of a folder's name, which some readers take for the start
-    of a path, and the end of a folder's name that is `suffix`, because a file beside it may need that name. A folder
-    `images` in front goes, so that it is the folder to link; further in it becomes `images_` (and `images_` gets one
-    more). A name without one of `ENDINGS` gets one. Slashes at the start, the end, or behind another one go. Too long
-    names are cut, and end in a hash.
+    - Anything that could leave the folder, hide a file, break a line of a list, or name a drive or a scheme is
+      percent-encoded (`../a.png` → `%2E%2E/a.png`). So is a dot at the end of a folder's name, which some readers take
+      for the start of a path, and a folder's ending that equals `suffix`, because a file beside it may need that name.
+    - A leading folder `images` is dropped, because it is the folder to link; further in, `images` becomes `images_`
+      (and `images_` gets one more `_`).
+    - A name without one of `ENDINGS` gets one.
+    - Leading, trailing and repeated slashes are dropped.
+    - Names that are too long are cut, and end in a hash.
 
     Args:
         name: any text.
-        suffix: of the files that will stand beside or below it.
+        suffix: suffix of the files that will be beside or below it.
     """
     if len(name) <= 200 and suffix not in name.lower() and _IS_FINE.fullmatch(name) and not _IS_IN_IMAGES.search(name):
         return name
@@ -56,21 +58,21 @@ def safe_path(name: str, *, suffix: str = ".txt") -> str:
 
 
 def label_path(path: str, suffix: str = ".txt") -> str:
-    """The file of labels of an image with a safe path: another suffix in the place of its own."""
+    """Return the label file of an image with a safe path: its suffix is replaced."""
     folder, slash, name = path.rpartition("/")
     stem, dot, _ = name.rpartition(".")
     return folder + slash + (stem if dot and stem else name) + suffix
 
 
 def numbered_paths(names: Iterable[pa.ChunkedArray]) -> dict[str, str]:
-    """Paths of the images that would share a file of labels with an earlier one, by name.
+    """Map names of images that would share a label file with an earlier one to numbered paths.
 
-    The first one keeps its path, the others get a number (`same.jpg`, `same.png` → `same.jpg`, `same-2.png`) with which
-    no other image collides. So a path depends on the names before it only, as far as those behind do not hold the
-    number already.
+    The first image keeps its path, the others get a number (`same.jpg`, `same.png` → `same.jpg`, `same-2.png`) that
+    collides with no other image. So a path depends only on the names before it, unless a later name already has the
+    number.
 
     Args:
-        names: of all images in order, some at a time; distinct.
+        names: names of all images in order, in chunks; distinct.
     """
     kept, parts = [], []
     for column in names:
@@ -95,11 +97,11 @@ def numbered_paths(names: Iterable[pa.ChunkedArray]) -> dict[str, str]:
 
 
 def _numbered(pending: list[tuple[str, str]], stems: pa.ChunkedArray) -> dict[str, str]:
-    """Paths by name of images with stems that earlier ones have.
+    """Number the images whose stems earlier ones have; returns paths by name.
 
     Args:
         pending: name and stem of each, in order.
-        stems: of all images.
+        stems: stems of all images.
     """
     found: dict[str, str] = {}
     taken: set[str] = set()
@@ -121,7 +123,7 @@ def _numbered(pending: list[tuple[str, str]], stems: pa.ChunkedArray) -> dict[st
 
 
 def _stems(names: pa.Array) -> pa.Array:
-    """(N,) files of labels of N images, without their ending."""
+    """(N,) label files of N images, without their ending."""
     fine = pc.and_(
         pc.match_substring_regex(names, _FINE),
         pc.and_(

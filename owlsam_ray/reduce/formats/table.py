@@ -1,4 +1,4 @@
-"""Parquet: flat tables of annotations and images, for DuckDB, Polars, Spark."""
+"""Write Parquet: flat tables of annotations and images, for DuckDB, Polars, Spark."""
 
 import io
 import struct
@@ -23,7 +23,7 @@ ANNOTATION_COLUMNS = pa.schema(
         pa.field("id", pa.int64(), nullable=False),
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("file_name", pa.string(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),  # of the picture
+        pa.field("height", pa.int32(), nullable=False),  # of the image
         pa.field("width", pa.int32(), nullable=False),
         pa.field("category_id", pa.int64(), nullable=False),
         pa.field("category", pa.dictionary(pa.int32(), pa.string()), nullable=False),  # its name
@@ -31,13 +31,13 @@ ANNOTATION_COLUMNS = pa.schema(
         pa.field("bbox_y", pa.float32(), nullable=False),
         pa.field("bbox_w", pa.float32(), nullable=False),
         pa.field("bbox_h", pa.float32(), nullable=False),
-        pa.field("area", pa.float64(), nullable=False),  # pixels of the mask; of the box where there is none
+        pa.field("area", pa.float64(), nullable=False),  # mask pixels, or the area of the box if there is no mask
         pa.field("score", pa.float32(), nullable=False),
         pa.field("raw_score", pa.float32()),  # the detector's own
-        pa.field("num_merged", pa.int32()),  # boxes that became this one
-        pa.field("prompt", pa.dictionary(pa.int32(), pa.string())),  # that matched
-        pa.field("corrected", pa.bool_(), nullable=False),  # drawn or changed by people
-        # Of the mask; null where there is none.
+        pa.field("num_merged", pa.int32()),  # boxes merged into this one
+        pa.field("prompt", pa.dictionary(pa.int32(), pa.string())),  # the query that matched
+        pa.field("corrected", pa.bool_(), nullable=False),  # drawn or changed by reviewers
+        # Fields of the mask; null where there is none.
         pa.field("predicted_iou", pa.float32()),
         pa.field("stability", pa.float32()),
         pa.field("mask_bbox_x", pa.int32()),
@@ -47,7 +47,7 @@ ANNOTATION_COLUMNS = pa.schema(
         pa.field("rle_counts", pa.string()),  # COCO's compressed RLE; its size is height, width
     ]
 )
-"""Of `annotations.parquet`: a row for each annotation, by rising id."""
+"""Schema of `annotations.parquet`: a row for each annotation, by ascending id."""
 
 IMAGE_COLUMNS = pa.schema(
     [
@@ -56,40 +56,40 @@ IMAGE_COLUMNS = pa.schema(
         pa.field("height", pa.int32()),  # null only for failed images
         pa.field("width", pa.int32()),
         pa.field("status", pa.string(), nullable=False),  # ok | empty | failed
-        pa.field("reason", pa.string()),  # of a failure; or a remark
+        pa.field("reason", pa.string()),  # of a failure, or a remark
         pa.field("status_class", pa.string()),  # permanent | transient | quarantined
         pa.field("num_annotations", pa.int32(), nullable=False),  # after all decisions
     ]
 )
-"""Of `images.parquet`: a row for each image of the run, failed ones too, in manifest order."""
+"""Schema of `images.parquet`: a row for each image of the run, including failed ones, in manifest order."""
 
 ROW_GROUP = 2**16
-"""Rows; the last group of a file has fewer."""
+"""Rows per row group; the last group of a file has fewer."""
 _LENGTH = struct.Struct("<q")
 
 
 @dataclass(frozen=True, slots=True)
 class TableOutput:
-    """`annotations.parquet`, with the columns of `ANNOTATION_COLUMNS`, and `images.parquet`, of `IMAGE_COLUMNS`.
+    """Write `annotations.parquet` (`ANNOTATION_COLUMNS`) and `images.parquet` (`IMAGE_COLUMNS`).
 
-    Row groups have `ROW_GROUP` rows whatever the shards have, compressed with zstd. `info` stands in the metadata of
-    both files, as JSON under the key `info`.
+    Row groups have `ROW_GROUP` rows regardless of the size of shards, compressed with zstd. The metadata of both files
+    has `info`, as JSON under the key `info`.
     """
 
     categories: tuple[str, ...]
-    """(C,) names of the output's."""
+    """(C,) names of the output's categories."""
     prompts: tuple[str, ...]
     """(Q,) texts of the queries."""
     name: str = "parquet"
 
     def render(self, labels: ShardLabels) -> Rendered:
-        """Rows of both tables, as Arrow streams."""
+        """Render the rows of both tables as Arrow streams."""
         return Rendered(
             {"annotations": _stream(self._annotations(labels)), "images": _stream(_images(labels))},
         )
 
     def assemble(self, parts: Parts) -> list[str]:
-        """Both files."""
+        """Write both files."""
         for name, section, schema in (
             (ANNOTATION_TABLE, "annotations", ANNOTATION_COLUMNS),
             (IMAGE_TABLE, "images", IMAGE_COLUMNS),
@@ -137,7 +137,7 @@ def _of_dictionary(places: pa.Array, texts: tuple[str, ...]) -> pa.Array:
 
 
 def _stream(table: pa.Table) -> bytes:
-    """An Arrow stream behind its length."""
+    """Serialize a table to an Arrow stream, preceded by its length."""
     sink = io.BytesIO()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -145,7 +145,7 @@ def _stream(table: pa.Table) -> bytes:
 
 
 def _write(out: IO[bytes], parts: Parts, section: str, schema: pa.Schema, *, info: str) -> None:
-    """Rows of all shards in groups of one size, of which one is in memory."""
+    """Write the rows of all shards in groups of one size, with one group in memory."""
     with ExitStack() as stack:
         writer = stack.enter_context(pq.ParquetWriter(out, schema, compression="zstd"))
         writer.add_key_value_metadata({"info": info})

@@ -1,4 +1,4 @@
-"""YOLO: a folder with a text file of boxes or outlines for each image."""
+"""Write YOLO: a folder with a text file of boxes or outlines for each image."""
 
 import io
 import logging
@@ -24,19 +24,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class YoloOutput:
-    """Folder `yolo`, or `yolo_segment`: `labels/<name of the image>.txt`, `train.txt`, `data.yaml`.
+    """Write the folder `yolo` or `yolo_segment`: `labels/<name of the image>.txt`, `train.txt`, `data.yaml`.
 
-    A line for each annotation: the class, counted from 0 in the order of the output's categories, then centre and size
-    of the box, or the corners of the outline, as shares of the picture's sides. Boxes are cut at the picture's border;
-    what has no area left is left out. An outline is one polygon along the borders of the mask's pixels, its parts and
-    holes joined by cuts without width: one line for each object, whatever it is made of; who draws it with a line
-    around it sees the cuts. A detection without a mask, or whose mask has no pixel, gets its box as the outline.
+    A line for each annotation has the class, counted from 0 in the order of the output's categories, then centre and
+    size of the box, or the corners of the outline, as fractions of the image's width and height. Boxes are clipped to
+    the image; those without any area left are left out. An outline is one polygon along the borders of the mask's
+    pixels, with parts and holes joined by zero-width cuts: one line for each object, however many parts it has. Cuts
+    are visible when the outline is drawn as a line. A detection without a mask, or whose mask has no pixel, gets its
+    box as the outline.
 
-    An empty image has an empty file; a failed one none, and it is not in `train.txt`, which expects the pictures, or a
-    link to their folder, at `images` beside it. Names that are no safe paths, or have no ending that readers know, are
-    written otherwise (see `safe_path`), those that would share a file of labels with an earlier one get a number, and
-    all of these are listed in `renamed.jsonl`. `data.yaml` names `train.txt` for `train`, and for `val` what is asked
-    for.
+    An empty image has an empty file. A failed one has none, and is not in `train.txt`, which expects the images, or a
+    link to their folder, at `images` beside it. Names that are not safe paths, or whose ending readers do not know, are
+    rewritten (see `safe_path`); names that would share a label file with an earlier one get a number; all of these are
+    listed in `renamed.jsonl`. `data.yaml` names `train.txt` for `train`, and the configured value for `val`.
     """
 
     outlines: bool = False
@@ -46,11 +46,11 @@ class YoloOutput:
 
     @property
     def name(self) -> str:
-        """Also of the folder."""
+        """Also the name of the folder."""
         return "yolo_segment" if self.outlines else "yolo"
 
     def render(self, labels: ShardLabels) -> Rendered:
-        """A file for each image."""
+        """Render a file for each image."""
         table = labels.annotations
         boxes = _shares(table)
         has_area = (boxes[:, 2:] > 0).all(axis=1)
@@ -88,13 +88,13 @@ class YoloOutput:
         )
 
     def assemble(self, parts: Parts) -> list[str]:
-        """The folder."""
+        """Write the folder."""
         train, renamed = _bytes(parts, "train"), _bytes(parts, "renamed")
         names = {number: category.name for number, category in enumerate(parts.head.categories)}
         content: dict[str, Any] = {"train": "train.txt", **({} if self.val is None else {"val": self.val})}
         content |= {"nc": len(names), "names": names}
         more = {"train.txt": train} | ({"renamed.jsonl": renamed} if renamed else {})
-        # Last: who finds it finds the rest.
+        # Written last: its presence means that the rest is complete.
         more["data.yaml"] = yaml.safe_dump(content, sort_keys=False).encode()
         parts.install_folder(self.name, more)
         told = parts.head.told.get(self.name, {})
@@ -115,7 +115,7 @@ class YoloOutput:
 
 
 def _shares(table: pa.Table) -> NDArray[np.float32]:
-    """(N, 4) x and y of the centre, width, height of the boxes, cut at the border, as shares of the picture's sides."""
+    """(N, 4) x and y of the centre, width and height of the clipped boxes, as fractions of the image's sides."""
     x0, x1 = _cut(table, "x0", "width"), _cut(table, "x1", "width")
     y0, y1 = _cut(table, "y0", "height"), _cut(table, "y1", "height")
     return np.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], axis=1).astype(np.float32)
@@ -126,7 +126,7 @@ def _cut(table: pa.Table, side: str, length: str) -> NDArray[np.float64]:
 
 
 def _outlines(table: pa.Table, boxes: NDArray[np.float32]) -> tuple[pa.Array, int]:
-    """(N,) ` x y x y …` of the masks, or of the boxes; and how many of the latter."""
+    """(N,) ` x y x y …` of the masks, or of the boxes; and the number of the latter."""
     # Imported here: boxes need neither OpenCV nor pycocotools.
     from owlsam_ray.reduce.formats.polygons import trace
 
