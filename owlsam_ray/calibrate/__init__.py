@@ -1,1 +1,1 @@
-"""From labelled images to a score threshold for each category, for a precision, a recall, or the best F1."""
+"""Fit a score threshold for each category to labelled images, for a precision, a recall, or the best F1."""

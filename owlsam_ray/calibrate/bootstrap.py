@@ -1,6 +1,6 @@
-"""How much thresholds and what they give would differ on other images: resamples of the images, all at once.
+"""Estimate by resampling images how much thresholds, precision and recall would differ on other images.
 
-Letters: B resamples, I images, G cuts.
+All categories share the resamples. Shapes: B resamples, I images, G cuts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,22 +16,22 @@ from owlsam_ray.calibrate.samples import Sample
 
 Floats = NDArray[np.float64]
 _AT_ONCE = 2**23
-"""Entries of the matrix of how often each image is drawn."""
+"""Most entries of the matrix of how often each image is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of one category over the resamples: both ends of percentile intervals; None where no resample tells."""
+    """Percentile intervals (low, high) of one category over the resamples; None where no resample defines the value."""
 
     threshold: tuple[float, float]
     precision: tuple[float, float] | None
-    """Above the chosen threshold."""
+    """Precision above the chosen threshold."""
     recall: tuple[float, float] | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Bins:
-    """A sample as how many detections of each image lie between which cuts."""
+    """A sample as the number of detections of each image between successive cuts."""
 
     right: csr_array
     """(G, I)"""
@@ -55,7 +55,7 @@ class _Bins:
         )
 
     def counts(self, times: Floats) -> CurveCounts:
-        """CurveCounts (B, G) when each image is there so many times: (I, B)."""
+        """Count detections above each cut, (B, G), when images are repeated as often as `times`, (I, B), says."""
         right, found = (np.cumsum((side @ times).T, axis=1) for side in (self.right, self.found))
         return CurveCounts.plain(right, found, (self.objects @ times)[:, None])
 
@@ -63,16 +63,16 @@ class _Bins:
 def spreads(
     chosen: Sequence[tuple[Basis, int]], target: Target, *, num_images: int, resamples: int, seed: int
 ) -> list[Spread]:
-    """Intervals of each category.
+    """Compute the intervals of each category.
 
     Args:
-        chosen: what a threshold was chosen from, and its cut.
-        target: by which it was chosen, and is again in each resample.
-        num_images: of the samples.
-        resamples: how many times as many images are drawn, with replacement.
-        seed: of the draws.
+        chosen: for each category, what its threshold was chosen from, and the chosen cut.
+        target: target of the choice, which is repeated in each resample.
+        num_images: number of images of the samples.
+        resamples: number of resamples; each draws `num_images` images with replacement.
+        seed: seed of the draws.
 
-    The cuts are at most some hundred, so the threshold's interval has no finer steps.
+    There are at most a few hundred cuts, so the threshold's interval has no finer steps.
     """
     prepared = [_prepare(basis, cut, num_images) for basis, cut in chosen]
     pools = {basis.pool.name: basis.pool for basis, _ in chosen if basis.pool is not None}
@@ -92,7 +92,7 @@ def spreads(
 
 
 def _prepare(basis: Basis, cut: int, num_images: int) -> tuple[Cuts, _Bins, int]:
-    """Few cuts, the chosen one among them; the counts between them; and its place."""
+    """Thin out the cuts, keeping the chosen one; return them, the counts between them, and the chosen cut's index."""
     cuts = basis.cuts
     if basis.pool is None and len(cuts.lowest) > GRID:
         few = cuts_of(basis.sample.score, cuts.floor, GRID)
@@ -105,7 +105,7 @@ def _prepare(basis: Basis, cut: int, num_images: int) -> tuple[Cuts, _Bins, int]
 
 
 def _draws(num_images: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """(I, some of B) how often each image is drawn."""
+    """(I, part of B) how often each image is drawn."""
     random = np.random.default_rng(seed)
     step = max(1, _AT_ONCE // num_images)
     for start in range(0, resamples, step):
@@ -116,7 +116,7 @@ def _draws(num_images: int, resamples: int, seed: int) -> Iterator[Floats]:
 
 
 def _resampled(counts: CurveCounts, place: int, target: Target) -> tuple[NDArray[np.int64], Floats, Floats]:
-    """(B,) the cut that each resample would choose; precision and recall above `place`, NaN where there is none."""
+    """(B,) the cut that each resample chooses; precision and recall above `place`, NaN where not defined."""
     size = len(counts.right)
     if counts.right.shape[1] == 0:
         return np.full(size, NOTHING), np.full(size, np.nan), np.full(size, np.nan)

@@ -1,6 +1,6 @@
-"""A run's shards and a ground truth → samples of each category, shard by shard.
+"""Match a run's shards against a ground truth, shard by shard, to collect a sample for each category.
 
-Only columns of scores and flags stay in memory, with the ground truth. Shards without an image of it are not read.
+Only columns of scores and flags stay in memory, besides the ground truth. Shards without an image of it are not read.
 """
 
 import logging
@@ -44,14 +44,14 @@ _TOLD = (
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What thresholds are fitted on."""
+    """The data that thresholds are fitted to."""
 
     samples: tuple[Sample, ...]
-    """Of each category of the decisions."""
+    """One sample for each category of the decisions."""
     num_images: int
-    """That are in the ground truth and labelled."""
+    """Number of images that are in the ground truth and labelled."""
     counts: dict[str, int]
-    """For people: images of the ground truth by what became of them, objects, detections."""
+    """Counts for the report: images of the ground truth by outcome, objects, detections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +66,12 @@ class Rules:
 
 @dataclass(slots=True)
 class _Columns:
-    """Of one category, while they grow."""
+    """Columns of one category's sample while they grow."""
 
     score: list[NDArray[np.float32]] = field(default_factory=list)
     right: list[NDArray[np.bool_]] = field(default_factory=list)
     image: list[int] = field(default_factory=list)
-    """Of each entry of `score`."""
+    """Image of each entry of `score`."""
     objects: list[int] = field(default_factory=list)
 
     def sample(self) -> Sample:
@@ -90,14 +90,14 @@ def collect(
     """Match the labels of every listed image with its objects.
 
     Args:
-        manifest: of the run.
-        truth: with masks where these are matched.
-        rules: thresholds of its decisions at the score floor.
-        show: called with ("calibrated", shards by now, shards with a listed image).
+        manifest: manifest of the run.
+        truth: the ground truth, with masks if masks are matched.
+        rules: rules of reading and matching; their decisions have all thresholds at the score floor.
+        show: called with ("calibrated", shards so far, shards with a listed image).
 
-    Images and categories go by name, so that ids may differ, and where the names tell nothing, by id. Detections of a
-    category that the ground truth does not list are left out, and, as LVIS has it, those of one that was not looked for
-    in an image.
+    Images and categories are matched by name, so that ids may differ, and where names say nothing, by id. Detections of
+    a category that the ground truth does not list are left out. So are, as in LVIS, detections of a category that was
+    not annotated in their image.
 
     Raises:
         InputError: the ground truth has no image or no category of the run, or nothing to compare.
@@ -142,7 +142,7 @@ class _Collector:
         self.counts: Counter[str] = Counter()
 
     def add(self, labels: ShardLabels, listed: dict[int, int]) -> None:
-        """Add what one shard tells; `listed`: its image ids → the ground truth's."""
+        """Add the labels of one shard; `listed` maps its image ids to the ground truth's."""
         image_ids = labels.images["image_id"].to_pylist()
         is_labelled = labels.is_labelled
         rows = {row: listed[each] for row, each in enumerate(image_ids) if each in listed}
@@ -192,7 +192,7 @@ class _Collector:
             self.counts[name] += int(np.count_nonzero(flags))
 
     def _regions(self, labels: ShardLabels, used: dict[int, int]) -> Iterator[Region]:
-        """The annotations of these rows, of the categories that the ground truth lists."""
+        """Yield the annotations of the given rows whose category the ground truth lists."""
         known = np.array([partner is not None for partner in self._partners], np.bool_)
         with_masks = self._rules.shape == "mask"
         table = labels.annotations
@@ -215,7 +215,7 @@ class _Collector:
         """(H, W) by row.
 
         Raises:
-            InputError: the ground truth has another one.
+            InputError: the ground truth states another size.
         """
         sizes = {}
         heights, widths = (labels.images[side].to_pylist() for side in ("height", "width"))

@@ -1,7 +1,7 @@
-"""CurveCounts above every threshold, and the choice of one.
+"""Count detections above every threshold, and choose a threshold for a target.
 
-A *cut* is a threshold told by the lowest score that it keeps, so that equal scores are kept or cut together. Letters:
-G cuts by falling score. Leading axes, if any, are resamples.
+A *cut* is a threshold identified by the lowest score that it keeps, so that equal scores are kept or cut together.
+Shapes: G cuts by descending score. Leading axes, if any, are resamples.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from owlsam_ray.errors import ConfigError
 
 Floats = NDArray[np.float64]
 CONFIDENCE = 0.95
-"""Of every interval, both ends together."""
+"""Coverage of every two-sided interval."""
 Z = 1.959963984540054
-"""Standard deviations of a normal variable to either side that hold so much."""
+"""Standard deviations of a normal variable to either side of the mean that cover `CONFIDENCE`."""
 SAFE_Z = 2.3263478740408408
-"""Likewise of what holds 98 %: a ratio is *safely* at least a target when the lower end of such an interval is. That is
-99 % on one side; and, since two ratios of equally many differ by √2 as much as one from the truth, 95 % for the ratio
-in another set of as many detections."""
+"""Standard deviations that cover 98 %. A ratio is *safely* at least a target when the lower end of this interval is.
+That is 99 % one-sided. Since the difference of two ratios of equally many detections has √2 times the deviation of one
+from the truth, it is 95 % for the ratio in another set of as many detections."""
 NOTHING = -1
 """The cut that keeps nothing."""
 
@@ -29,17 +29,17 @@ NOTHING = -1
 class Target:
     """What thresholds are chosen for.
 
-    - `precision`: the lowest threshold at which precision is safely (`SAFE_Z`) at least `value`. Where only the bare
-      ratio is, every other new set of images would miss it.
+    - `precision`: the lowest threshold at which precision is safely (`SAFE_Z`) at least `value`. If only the bare ratio
+      were, every other new set of images would miss the target.
     - `recall`: the highest threshold at which recall is safely at least `value`.
-    - `f1`: the threshold with the best F1, of equal ones the highest.
+    - `f1`: the threshold with the best F1, the highest one in case of ties.
     """
 
     name: TargetName = "f1"
     value: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no data can show."""
+        """Reject targets that no data can show to be reached."""
         if self.name == "f1" and self.value is not None:
             raise ConfigError(f"the best F1 is looked for, whatever it is: leave {self.value} out")
         if self.name != "f1" and not (self.value is not None and 0 < self.value < 1):
@@ -47,7 +47,7 @@ class Target:
 
     @property
     def fewest_examples(self) -> int:
-        """How many there must be so that the target can be shown, were all of them right."""
+        """Fewest examples that can show the target to be reached, if all of them are right."""
         return 1 if self.value is None else int(np.ceil(SAFE_Z**2 * self.value / (1 - self.value)))
 
 
@@ -56,16 +56,16 @@ class Cuts:
     """Thresholds to choose from."""
 
     lowest: Floats
-    """(G,) the lowest score that each keeps, falling."""
+    """(G,) the lowest score that each cut keeps, descending."""
     below: Floats
-    """(G,) the score next to it that is cut; the score floor for the last, which keeps all."""
+    """(G,) the next lower score, which the cut drops; the score floor for the last cut, which keeps all."""
     floor: float
 
     def threshold(self, cut: int) -> float:
-        """A score that keeps exactly these, in few digits; the floor itself for the cut that keeps all.
+        """Return a threshold with few digits that keeps exactly a cut's scores; the floor for the cut of all.
 
-        `NOTHING` gives 1, which no score is above, be it of these images or of others; without any detection there is
-        only the floor.
+        `NOTHING` gives 1, which no score exceeds, in these images or in others. Without any detection, the result is
+        the floor.
         """
         if len(self.lowest) == 0:
             return self.floor
@@ -77,9 +77,9 @@ class Cuts:
 
 
 def between(low: float, high: float) -> float:
-    """A number of few decimals near the middle of two float32 scores.
+    """Return a number with few decimals near the middle of two float32 scores.
 
-    It keeps the higher and cuts the lower one off, be it compared in float64 or in float32.
+    As a threshold it keeps the higher score and drops the lower one, whether compared in float64 or in float32.
     """
     middle = low + (high - low) / 2
     for digits in range(2, 18):
@@ -90,16 +90,16 @@ def between(low: float, high: float) -> float:
 
 
 def cuts_of(score: NDArray[np.float32], floor: float, most: int | None = None) -> Cuts:
-    """Cuts of detections.
+    """Make the cuts of detections.
 
     Args:
-        score: (D,) falling, all greater than the floor.
+        score: (D,) descending, all greater than the floor.
         floor: the lowest threshold.
-        most: so many at most, half of them evenly spread over the detections, half with steps that grow from the best
-            one on; the lowest is among them. Default: every distinct score.
+        most: maximum number of cuts: half of them evenly spread over the detections, half with steps that grow from the
+            best detection on; the lowest is among them. Default: every distinct score.
     """
     values = score.astype(np.float64)
-    last = np.flatnonzero(np.diff(values, append=-np.inf))  # of equal ones
+    last = np.flatnonzero(np.diff(values, append=-np.inf))  # last index of each run of equal scores
     lowest = values[last]
     below = np.append(lowest[1:], floor)
     if most is not None and len(lowest) > most:
@@ -111,26 +111,26 @@ def cuts_of(score: NDArray[np.float32], floor: float, most: int | None = None) -
 
 @dataclass(frozen=True, slots=True)
 class CurveCounts:
-    """Above each cut; weights may make them fractions."""
+    """Counts above each cut; weights may make them fractional."""
 
     right: Floats
-    """(…, G)"""
+    """(…, G) correct detections."""
     found: Floats
-    """(…, G) right or false."""
+    """(…, G) all detections, right or wrong."""
     objects: Floats
-    """(…, 1)"""
+    """(…, 1) objects."""
     evidence: Floats
-    """(…, G) the number of equally weighted detections that tell as much as `found` (Kish's effective size)."""
+    """(…, G) number of equally weighted detections with as much information as `found` (Kish's effective size)."""
     object_evidence: Floats
-    """(…, 1) likewise of `objects`."""
+    """(…, 1) the same for `objects`."""
 
     @staticmethod
     def plain(right: Floats, found: Floats, objects: Floats) -> "CurveCounts":
-        """All with the weight 1."""
+        """Counts in which everything has the weight 1."""
         return CurveCounts(right, found, objects, found, objects)
 
     def at(self, cut: int) -> "CurveCounts":
-        """Above one cut."""
+        """Counts above one cut."""
         return CurveCounts(self.right[..., cut, None], self.found[..., cut, None], self.objects,
                       self.evidence[..., cut, None], self.object_evidence)  # fmt: skip
 
@@ -146,12 +146,12 @@ class CurveCounts:
 
     @property
     def f1(self) -> Floats:
-        """(…, G) their harmonic mean."""
+        """(…, G) harmonic mean of precision and recall."""
         return _ratio(2 * self.right, self.found + self.objects)
 
 
 def counts_of(sample: Sample, cuts: Cuts) -> CurveCounts:
-    """CurveCounts of a sample above each cut."""
+    """Count a sample above each cut."""
     kept = np.searchsorted(-sample.score.astype(np.float64), -cuts.lowest, side="right")
     right = np.append(0, np.cumsum(sample.right))[kept]
     return CurveCounts.plain(
@@ -160,12 +160,12 @@ def counts_of(sample: Sample, cuts: Cuts) -> CurveCounts:
 
 
 def blended(own: CurveCounts, pool: CurveCounts, weight: float) -> CurveCounts:
-    """CurveCounts of a category, and with a weight those of the others of its pool.
+    """Add to the counts of a category, with a weight, those of the other categories of its pool.
 
     Args:
-        own: of the category, at the cuts of the pool.
-        pool: of all of its categories, this one among them.
-        weight: of the others' detections and objects.
+        own: counts of the category, at the cuts of the pool.
+        pool: counts of all categories of the pool, including this one.
+        weight: weight of the others' detections and objects.
     """
     others = [getattr(pool, name) - getattr(own, name) for name in ("right", "found", "objects")]
     right, found, objects = (
@@ -179,16 +179,16 @@ def blended(own: CurveCounts, pool: CurveCounts, weight: float) -> CurveCounts:
 
 
 def choose(counts: CurveCounts, target: Target) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The cut for a target.
+    """Choose the cut for a target.
 
     Args:
-        counts: of at least one cut.
-        target: what for.
+        counts: counts above at least one cut.
+        target: what the cut is chosen for.
 
     Returns:
-        (…) its index, or `NOTHING`; and (…) whether the target is reached. Where it is not: for precision, of the cuts
-        whose interval still holds the target the one whose lower end is highest, and `NOTHING` where there is none; for
-        recall the lowest cut; for F1, which is 0 then, `NOTHING`.
+        (…) index of the cut, or `NOTHING`; and (…) whether the target is reached. If it is not: for precision, among
+        the cuts whose interval contains the target, the one with the highest lower end, or `NOTHING` if there is none;
+        for recall, the lowest cut; for F1, which is 0 then, `NOTHING`.
     """
     if target.value is None:
         chosen = counts.f1.argmax(-1)
@@ -212,9 +212,9 @@ def choose(counts: CurveCounts, target: Target) -> tuple[NDArray[np.int64], NDAr
 
 
 def agrees(own: CurveCounts, target: Target) -> bool:
-    """Whether a category's own counts above one cut allow for the target: their interval does not end below it.
+    """Whether a category's own counts above one cut allow the target: their interval does not end below it.
 
-    The interval is that of `CONFIDENCE`. Of an F1 above 0 nothing can be said that way; nor of a ratio of none.
+    The interval is that of `CONFIDENCE`. Always True for F1, and for a ratio without any examples.
     """
     if target.value is None:
         return True
@@ -223,11 +223,11 @@ def agrees(own: CurveCounts, target: Target) -> bool:
 
 
 def wilson(share: Floats, number: Floats, z: float = Z) -> tuple[Floats, Floats]:
-    """Both ends of Wilson's score interval of a share.
+    """Return both ends of Wilson's score interval of a proportion.
 
     Args:
-        share: right ones among all.
-        number: of all, maybe a fraction; 0 gives 0 and 1.
+        share: fraction of successes.
+        number: number of trials, may be fractional; 0 gives the interval from 0 to 1.
         z: standard deviations; default: those of `CONFIDENCE`.
 
     Source: Wilson, 1927.

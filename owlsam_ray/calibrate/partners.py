@@ -1,4 +1,4 @@
-"""Which images and categories of a run a ground truth speaks of."""
+"""Find the images and categories of a run that a ground truth lists."""
 
 import logging
 from collections import defaultdict
@@ -17,12 +17,12 @@ _log = logging.getLogger(__name__)
 
 
 def listed_images(manifest: Manifest, truth: GroundTruth) -> dict[int, dict[int, int]]:
-    """Shard → the manifest's image id → the ground truth's, as `evaluate.pairing` has it.
+    """Map shard → the manifest's image id → the ground truth's, by the rules of `evaluate.pairing`.
 
-    Only rows that may be meant become Python objects.
+    Only rows that may match become Python objects.
 
     Raises:
-        InputError: there is none, or names and ids contradict each other.
+        InputError: no image matches, or names and ids contradict each other.
     """
     ids = pa.array([each for each in truth.images if abs(each) < 2**63], pa.int64())
     names = {each: image.names for each, image in truth.images.items()}
@@ -56,10 +56,10 @@ def listed_images(manifest: Manifest, truth: GroundTruth) -> dict[int, dict[int,
 
 
 def listed_categories(categories: Sequence[Category], truth: GroundTruth) -> list[int | None]:
-    """The ground truth's id of each category, as `evaluate.pairing` has it; None where it has none.
+    """Return the ground truth's id of each category, by the rules of `evaluate.pairing`; None where it has none.
 
     Raises:
-        InputError: not one has any, or names and ids contradict each other.
+        InputError: no category has one, or names and ids contradict each other.
     """
     pairs = pair_categories(
         {each.id: each.name for each in categories},

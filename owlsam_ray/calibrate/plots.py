@@ -1,4 +1,4 @@
-"""Operating points as one page of plots."""
+"""Draw operating points as one page of plots."""
 
 import io
 import warnings
@@ -24,14 +24,14 @@ _STYLE: Any = PAGE_STYLE | {
 
 
 def draw_operating_points(result: dict[str, Any]) -> bytes:
-    """One PNG: the reliability curve, how many detections have which score, and what each threshold gives.
+    """Draw the reliability curve, the distribution of scores, and the effect of each threshold as one PNG.
 
     Args:
-        result: of `calibrate_run`.
+        result: return value of `calibrate_run`.
     """
     rows = result["categories"][:SHOWN_CATEGORIES]
     with rc_context(_STYLE), warnings.catch_warnings():
-        # Names in scripts that the font does not have are drawn as boxes.
+        # Names in scripts that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(
             figsize=(12, max(6.5, 1.6 + 0.2 * len(rows))),

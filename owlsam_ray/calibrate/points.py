@@ -1,4 +1,4 @@
-"""Samples → an operating point for each category, as JSON values: None for what is not defined, never NaN."""
+"""Fit an operating point for each category, as JSON values: undefined numbers are None, never NaN."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from owlsam_ray.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 _NAMED = 8
-"""As many names a log line tells."""
+"""Most names in a log line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +25,15 @@ class Fitting:
     """How thresholds are fitted."""
 
     min_examples: int = 50
-    """Categories with fewer (detections for a precision, objects for a recall, for F1 of both) borrow from others."""
+    """Categories with fewer examples are pooled. Examples are detections for a precision, objects for a recall, and for
+    F1 whichever are fewer."""
     resamples: int = 1000
-    """Of the images, for the intervals."""
+    """Number of resamples of the images, for the intervals."""
     seed: int = 0
-    """Of the resamples."""
+    """Seed of the resamples."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
+        """Reject invalid values."""
         for name, least in (("min_examples", 1), ("resamples", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} {getattr(self, name)} is too small: give at least {least}")
@@ -48,36 +49,35 @@ def operating_points(
     num_images: int,
     floor: float,
 ) -> dict[str, Any]:
-    """Fit.
+    """Fit the operating points of all categories.
 
     Args:
-        samples: of each category; at least one detection in all, and all scores above the floor.
-        categories: the same.
-        groups: of each, names of pools, the narrowest first.
-        target: what for.
-        fitting: how.
-        num_images: of the samples.
+        samples: one sample for each category; at least one detection in total, and all scores above the floor.
+        categories: the categories, in the same order.
+        groups: for each category, names of pools, the narrowest first.
+        target: what thresholds are chosen for.
+        fitting: how they are fitted.
+        num_images: number of images of the samples.
         floor: the lowest threshold.
 
     Returns:
-        `enough_examples`: with which a category stands for itself, so many that the target can be shown.
-        `overall`: detections and precision `before` (everything above the floor) and `after`, and recall; how many
-        categories reach the target, and how many of these only with what they borrow. `reliability` of all categories
+        `enough_examples`: number of examples from which a category is not pooled, enough to show that the target is
+        reached. `overall`: detections and precision `before` (everything above the floor) and `after`, and recall; how
+        many categories reach the target, and how many of these only with their pool. `reliability` of all categories
         together. `categories`: rows of `category_id`, `name`, `threshold`, `threshold_interval`, `reached` (safely,
-        with what is borrowed, and not against the category's own detections and objects), `reached_alone` (these alone
-        show it at this threshold), `too_few_examples` (it is not reached, and what there is of its own says nothing
-        against it), `pool` (None, or its `name`, `categories`, and the `weight` of each of the others' detections and
-        objects),
-        `precision`, `precision_interval`, `recall`, `recall_interval`, `f1` (estimates, with what is borrowed),
-        `num_objects`, `num_detections`, `num_kept`, `num_right` (of its own images), `reliability`.
+        with pooled counts, and not contradicted by the category's own detections and objects), `reached_alone` (the
+        category's own counts alone show it at this threshold), `too_few_examples` (not reached, but its own counts do
+        not contradict the target), `pool` (None, or its `name`, `categories`, and the `weight` of each of the others'
+        detections and objects), `precision`, `precision_interval`, `recall`, `recall_interval`, `f1` (estimates, with
+        pooled counts), `num_objects`, `num_detections`, `num_kept`, `num_right` (of its own images), `reliability`.
 
-        A category of which nothing is kept reaches nothing, whatever it borrows, and borrows no precision and recall.
-        A category whose own detections and objects speak against the threshold that it would get with its pool borrows
-        nothing.
+        A category of which nothing is kept never reaches the target, whatever its pool, and takes no precision or
+        recall from it. A category whose own detections and objects contradict the threshold that its pool would give it
+        is fitted alone.
 
-        Intervals of 95 %. A threshold's is the bootstrap's. Those of precision and recall, above the chosen threshold,
-        are the hull of the bootstrap's and Wilson's: the one knows that detections of one picture go together, the
-        other what a unanimous sample does not show.
+        Intervals are 95 %. That of a threshold is the bootstrap's. Those of precision and recall, above the chosen
+        threshold, are the hull of the bootstrap's and Wilson's: the bootstrap accounts for detections of one image
+        being correlated, Wilson's for the uncertainty that a unanimous sample does not show.
     """
     enough = max(fitting.min_examples, target.fewest_examples)
     found, everything = bases(samples, groups, floor, enough, target=target.name)
@@ -102,7 +102,7 @@ def operating_points(
 
 
 def _choose(basis: Basis, target: Target, floor: float) -> tuple[Basis, int, tuple[bool, bool]]:
-    """What the threshold is chosen from, its cut, and whether the target is reached: at all, by the category alone."""
+    """Return the basis, the cut, and whether the target is reached: with the pool, and by the category alone."""
     if len(basis.cuts.lowest) == 0:
         return basis, NOTHING, (False, False)
     chosen, fits = choose(basis.counts, target)
@@ -116,10 +116,10 @@ def _choose(basis: Basis, target: Target, floor: float) -> tuple[Basis, int, tup
 
 
 def _too_few(sample: Sample, kept: int, right: int, target: Target) -> bool:
-    """Whether a category's own detections and objects say nothing against the target, and are only too few to show it.
+    """Whether a category's own counts do not contradict the target, and are only too few to show that it is reached.
 
-    So it is when there are none, or fewer than show the target were all of them right, and the bare ratio of what is
-    kept is at least the target.
+    True if there are none; or if there are fewer than would show the target with all of them right, and the bare ratio
+    of what is kept is at least the target.
     """
     found, objects = len(sample.score), len(sample.object_image)
     if target.value is None:
@@ -138,7 +138,7 @@ def _row(basis: Basis, cut: int, reached: tuple[bool, bool], spread: Spread, tar
     if cut == NOTHING:
         estimates = _of_nothing(basis.counts)
     elif kept == 0 and pool is not None:
-        # What others show above a threshold that keeps nothing of its own says nothing about this category.
+        # What others show above a threshold that keeps none of this category's detections says nothing about it.
         reached = (False, False)
         estimates = _of_nothing(counts_of(basis.sample, basis.cuts))
     else:
@@ -178,7 +178,7 @@ def _estimates(counts: CurveCounts, spread: Spread) -> dict[str, Any]:
 
 
 def _of_nothing(counts: CurveCounts) -> dict[str, Any]:
-    """Of a threshold that keeps nothing."""
+    """Estimates for a threshold that keeps nothing."""
     recall, interval = None, None
     if counts.objects[0] > 0:
         low, high = wilson(np.zeros(1), counts.object_evidence)
@@ -187,7 +187,7 @@ def _of_nothing(counts: CurveCounts) -> dict[str, Any]:
 
 
 def _overall(rows: list[dict[str, Any]], everything: Sample) -> dict[str, Any]:
-    """Own detections of all categories, counted together."""
+    """Sum the own detections of all categories."""
     objects, kept, right = (sum(row[f"num_{name}"] for row in rows) for name in ("objects", "kept", "right"))
     return {
         "num_objects": objects,

@@ -1,10 +1,10 @@
-"""Categories with few examples borrow from others.
+"""Pool categories with few examples with similar categories.
 
-A category with n < m examples counts as if the others of its pool had m - n objects, with the detections that go with
-them, on top of its own: with no example it gets the pool's threshold, with m its own. The pool is that of its frequency
-(LVIS), else of its supercategory, else all: the first whose others have m. What an example is depends on the target
-(`Sample.num_examples`); of others it is always an object, or a detection where these are fewer, since most detections
-have scores so low that they say nothing about a threshold.
+A category with n < m examples counts as if the others of its pool had m - n objects, with the detections that belong to
+them, in addition to its own: with no example it gets the pool's threshold, with m its own. The pool is that of its
+frequency (LVIS), else of its supercategory, else all categories: the first whose other categories have m examples. What
+an example is depends on the target (`Sample.num_examples`). For the others it is always an object, or a detection where
+these are fewer, since most detections have scores so low that they say nothing about a threshold.
 """
 
 from collections.abc import Sequence
@@ -17,50 +17,50 @@ from owlsam_ray.calibrate.curves import CurveCounts, Cuts, blended, counts_of, c
 from owlsam_ray.calibrate.samples import Sample, TargetName, pooled
 
 GRID = 256
-"""Cuts of a pool, and of resamples."""
+"""Number of cuts of pools and of resamples."""
 ALL = "all categories"
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Categories that are taken together."""
+    """Categories whose samples are combined."""
 
     name: str
     members: frozenset[int]
-    """Places of its categories."""
+    """Indices of its categories."""
     sample: Sample
     floor: float
 
     @cached_property
     def cuts(self) -> Cuts:
-        """At most `GRID`."""
+        """At most `GRID` cuts."""
         return cuts_of(self.sample.score, self.floor, GRID)
 
     @cached_property
     def counts(self) -> CurveCounts:
-        """At its cuts."""
+        """Counts at its cuts."""
         return counts_of(self.sample, self.cuts)
 
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """What a category's threshold is chosen from."""
+    """The data that a category's threshold is chosen from."""
 
     place: int
-    """Of the category."""
+    """Index of the category."""
     sample: Sample
-    """Its own."""
+    """The category's own sample."""
     cuts: Cuts
-    """Every distinct score; those of the pool where there is one."""
+    """Every distinct score; the pool's cuts if there is a pool."""
     counts: CurveCounts
     pool: Pool | None = None
-    """None for a category that stands for itself."""
+    """None for a category that is not pooled."""
     weight: float = 0.0
-    """Of each detection and object of the pool's other categories."""
+    """Weight of each detection and object of the pool's other categories."""
 
     @staticmethod
     def alone(place: int, sample: Sample, floor: float) -> "Basis":
-        """Of a category that stands for itself."""
+        """Basis of a category that is not pooled."""
         cuts = cuts_of(sample.score, floor)
         return Basis(place, sample, cuts, counts_of(sample, cuts))
 
@@ -73,14 +73,14 @@ def bases(
     *,
     target: TargetName,
 ) -> tuple[list[Basis], Pool]:
-    """What the threshold of each category is chosen from, and the pool of all.
+    """Return the basis of each category's threshold, and the pool of all categories.
 
     Args:
-        samples: of each category; at least one has a detection.
-        groups: of each category, names of pools, the narrowest first.
+        samples: one sample for each category; at least one has a detection.
+        groups: for each category, names of pools, the narrowest first.
         floor: the lowest threshold.
-        enough: examples with which a category stands for itself.
-        target: says what an example is.
+        enough: number of examples from which a category is not pooled.
+        target: determines what an example is.
     """
     members: dict[str, list[int]] = {}
     for place, names in enumerate(groups):

@@ -1,4 +1,4 @@
-"""What scores are worth: in bins of score, how many detections are right."""
+"""Compute reliability curves: the fraction of correct detections in each bin of scores."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from owlsam_ray.calibrate.curves import wilson
 from owlsam_ray.calibrate.samples import Sample
 
 BINS = 10
-"""Of equal width, between 0 and 1; a bin holds its upper end."""
+"""Number of bins of equal width between 0 and 1; a bin includes its upper end."""
 
 
 def reliability(sample: Sample) -> dict[str, Any]:
-    """The curve of a sample, as JSON values.
+    """Return the curve of a sample as JSON values.
 
     Returns:
-        `bins`, without empty ones, by rising score: `low`, `high`, `count`, `mean_score`, `precision`,
+        `bins`, without empty ones, by ascending score: `low`, `high`, `count`, `mean_score`, `precision`,
         `precision_interval` (Wilson). `ece`: the mean difference between score and precision of the bins, weighted by
-        their detections; None without any.
+        the number of detections; None without any.
     """
     score = sample.score.astype(np.float64)
     place = np.clip(np.ceil(score * BINS).astype(np.int64) - 1, 0, BINS - 1)

@@ -1,4 +1,4 @@
-"""A labelled run and a ground truth of some of its images → `operating_points.json`, which `reduce` applies."""
+"""Calibrate a labelled run on a ground truth of some of its images; `reduce` applies the result."""
 
 import json
 import logging
@@ -29,20 +29,20 @@ _log = logging.getLogger(__name__)
 _APART: dict[str, Any] = {
     "score_threshold": None, "score_thresholds": {}, "operating_points": None, "mapping": None, "corrections": None,
 }  # fmt: skip
-"""Settings of `reduce` that do not take part: what is fitted, and what is put over it."""
+"""Settings of `reduce` that are ignored: those being fitted, and those applied after them."""
 
 
 @dataclass(frozen=True, slots=True)
 class MatchRule:
-    """When a detection is right."""
+    """When a detection counts as right."""
 
     shape: Shape = "box"
-    """IoU of what."""
+    """Shape whose IoU is compared."""
     iou_threshold: float = 0.5
-    """It needs at least this with an object."""
+    """Minimum IoU with an object."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
+        """Reject invalid values."""
         if not 0 < self.iou_threshold <= 1:
             raise ConfigError(f"an IoU of {self.iou_threshold} is none: give one above 0, up to 1")
 
@@ -57,25 +57,25 @@ def calibrate_run(
     out: str | None = None,
     show: Show = quiet,
 ) -> dict[str, Any]:
-    """Fit score thresholds on what `reduce` would show of the images that a ground truth lists, without a model.
+    """Fit score thresholds to what `reduce` would show of the images that a ground truth lists, without a model.
 
-    The section `reduce` decides as it does there (subset, mask area, predicted IoU, stability, suppression, most per
-    image), but for score thresholds, mapping and corrections.
+    The section `reduce` applies as it does there (subset, mask area, predicted IoU, stability, suppression, most per
+    image), except score thresholds, mapping and corrections.
 
     Args:
-        config: of the run.
-        target: what for.
-        ground_truth: path or fsspec URL of a COCO or LVIS file of some of the run's images, all of whose objects (of
-            the categories that were looked for) are annotated; default: `evaluate.ground_truth`, `data.annotations`.
-        matching: default: boxes, IoU 0.5.
-        fitting: default: pools below 50 examples, 1,000 resamples.
-        out: of the JSON; a PNG comes beside it. Default: `RUN/operating_points.json`.
-        show: called with ("calibrated", shards by now, shards with a listed image).
+        config: the run's configuration, whose section `reduce` applies.
+        target: what thresholds are chosen for.
+        ground_truth: path or fsspec URL of a COCO or LVIS file of some of the run's images, in which all objects (of
+            the categories that were queried) are annotated; default: `evaluate.ground_truth`, else `data.annotations`.
+        matching: when a detection is right; default: boxes, IoU 0.5.
+        fitting: how thresholds are fitted; default: pools below 50 examples, 1,000 resamples.
+        out: path or URL of the JSON; a PNG is written beside it. Default: `RUN/operating_points.json`.
+        show: called with ("calibrated", shards so far, shards with a listed image).
 
     Returns:
-        What the file holds: `version`, `fingerprint`, `target`, `ground_truth`, `matching`, `fitting`, `settings` (of
-        `reduce`), `score_floor`, `counts` (images, objects, detections by what became of them), and what
-        `operating_points` returns.
+        The content of the file: `version`, `fingerprint`, `target`, `ground_truth`, `matching`, `fitting`, `settings`
+        (of `reduce`), `score_floor`, `counts` (images, objects, detections by outcome), and what `operating_points`
+        returns.
 
     Raises:
         InputError: there is no run, no ground truth, or they do not fit each other.
@@ -134,7 +134,7 @@ def _load_truth(config: RunConfig, given: str | None, shape: Shape) -> GroundTru
 
 
 def _groups(categories: Sequence[Category], truth: GroundTruth) -> list[list[str]]:
-    """Names of each one's pools: LVIS's frequency, the supercategory; by the ground truth where it has the category."""
+    """Names of each category's pools: LVIS's frequency, supercategory; the ground truth's if it has the category."""
     by_name = {fold_category(each.name): each for each in truth.categories.values()}
     found = []
     for category in categories:
@@ -147,7 +147,7 @@ def _groups(categories: Sequence[Category], truth: GroundTruth) -> list[list[str
 
 
 def _warn(settings: ReduceConfig) -> None:
-    """Tell where a threshold does more than to cut the end off."""
+    """Warn where a threshold does more than drop the lowest scores."""
     late = settings.suppress
     for name, matters in (
         ("suppress.strategy: merge", late is not None and late.strategy == "merge"),

@@ -1,4 +1,4 @@
-"""Operating points for people."""
+"""Print operating points as a table."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from rich.table import Table
 from owlsam_ray.terminal import safe_text
 
 MAX_CATEGORIES = 60
-"""More categories than that are left to the JSON file, but for those that miss the target."""
+"""Most categories printed. With more, only those that miss the target are printed; the JSON file has all."""
 _UNDEFINED = "–"
 
 
 def operating_points_table(result: dict[str, Any]) -> RenderableType:
-    """A table of what `calibrate_run` returns; "–" stands for what is not defined."""
+    """Make a table of what `calibrate_run` returns; undefined values are shown as "–"."""
     rows = result["categories"]
     shown = rows if len(rows) <= MAX_CATEGORIES else [row for row in rows if not row["reached"]][:MAX_CATEGORIES]
     parts: list[RenderableType] = [_categories(result, shown)] if shown else []
@@ -24,7 +24,7 @@ def operating_points_table(result: dict[str, Any]) -> RenderableType:
 
 
 def target_words(target: dict[str, Any]) -> str:
-    """`precision of at least 0.9`, `best F1`; and what makes a detection right."""
+    """Describe the target, such as `precision of at least 0.9` or `best F1`, and what makes a detection right."""
     wanted = "best F1" if target["name"] == "f1" else f"{target['name']} of at least {target['value']:g}"
     return f"{wanted}, by {target['shape']} IoU of at least {target['iou_threshold']:g}"
 

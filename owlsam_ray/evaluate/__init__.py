@@ -1,1 +1,1 @@
-"""Labels against a ground truth: average precision, matched masks, seconds per image."""
+"""Evaluate labels against a ground truth: average precision, matched masks, seconds per image."""

@@ -1,6 +1,6 @@
-"""Average precision of boxes and masks, by faster-coco-eval, whose numbers are pycocotools'.
+"""Compute average precision of boxes and masks with faster-coco-eval, whose numbers equal pycocotools'.
 
-Letters: T IoU thresholds 0.50…0.95, R recall steps, K categories, A ranges of area, M caps on detections.
+Shapes: T IoU thresholds 0.50…0.95, R recall steps, K categories, A ranges of area, M caps on detections.
 """
 
 from collections import defaultdict
@@ -23,23 +23,23 @@ COCO_RANGES = {
     "medium": (32.0**2, 96.0**2),
     "large": (96.0**2, EVERYTHING),
 }
-"""COCO's areas; both ends belong to a range."""
+"""COCO's areas; both ends are inside a range."""
 LVIS_DETECTIONS = 300
 _AT_ONCE = 8
-"""Categories that are evaluated at once: the evaluator walks all pairs of image and category, empty or not, so that few
-categories and their images alone save most of LVIS's time and memory."""
+"""Number of categories evaluated at once. The evaluator visits all pairs of image and category, empty or not, so
+passing few categories, and only their images, saves most of LVIS's time and memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrecisionRecall:
-    """What the evaluator counted; -1 where there is no object."""
+    """Precision and recall as counted by the evaluator; -1 where there is no object."""
 
     categories: tuple[int, ...]
-    """K ids."""
+    """K category ids."""
     ranges: tuple[str, ...]
     """A labels, `all` first."""
     max_detections: tuple[int, ...]
-    """M caps per image and category, rising."""
+    """M caps per image and category, ascending."""
     iou_thresholds: NDArray[np.float64]
     """(T,)"""
     precision: NDArray[np.float64]
@@ -50,12 +50,12 @@ class PrecisionRecall:
     def ap(
         self, categories: Collection[int] | None = None, *, size: str = ALL, iou: float | None = None
     ) -> float | None:
-        """Mean average precision with the highest cap; None where no category has an object.
+        """Return mean average precision with the highest cap; None if no category has an object.
 
         Args:
-            categories: ids; default: all.
+            categories: category ids; default: all.
             size: label of a range.
-            iou: one threshold; default: the mean over all.
+            iou: a single IoU threshold; default: the mean over all.
         """
         values = self.precision[:, :, :, self.ranges.index(size), -1]
         if categories is not None:
@@ -63,7 +63,7 @@ class PrecisionRecall:
         return _mean(values if iou is None else values[np.isclose(self.iou_thresholds, iou)])
 
     def ar(self, *, size: str = ALL, cap: int = -1) -> float | None:
-        """Mean recall over categories and thresholds; None where no category has an object.
+        """Return mean recall over categories and thresholds; None if no category has an object.
 
         Args:
             size: label of a range.
@@ -73,7 +73,7 @@ class PrecisionRecall:
 
 
 def federated(truth: GroundTruth, regions: Sequence[Region]) -> list[Region]:
-    """What LVIS looks at: the 300 best predictions of each image, of categories that were looked for in it.
+    """Keep what LVIS scores: the 300 best predictions of each image, of categories that were annotated in it.
 
     Source: lvis-api's `LVISResults` and `LVISEval`. For COCO nothing is left out.
     """
@@ -104,14 +104,14 @@ def precision_recall(
     """Match predictions to objects as COCO (or LVIS) does.
 
     Args:
-        truth: with a mask of every object for `segm`.
-        regions: after `federated`; those without a mask are left out of `segm`.
+        truth: the ground truth; for `segm`, with a mask of every object.
+        regions: predictions, after `federated`; those without a mask are left out of `segm`.
         kind: IoU of boxes or of masks.
-        ranges: lowest and highest area, both included, by label; `all` comes on top. Objects outside are ignored, and
-            unmatched predictions whose own area is outside.
-        by_box_area: areas are w × h of the boxes; default: the ground truth's `area` and the predictions', for `bbox`
-            w × h of a prediction that has a mask too.
-        categories_at_once: bounds time and memory; no number depends on it.
+        ranges: lowest and highest area, both inclusive, by label; `all` is added. Objects outside are ignored, and so
+            are unmatched predictions whose own area is outside.
+        by_box_area: areas are w × h of the boxes. Default: the ground truth's `area` and the predictions'; for `bbox`,
+            w × h for a prediction that also has a mask.
+        categories_at_once: bounds time and memory; does not affect any number.
     """
     if kind == "segm":
         regions = [region for region in regions if region.rle is not None]
@@ -134,7 +134,7 @@ def precision_recall(
 
 
 def coco_numbers(counted: PrecisionRecall) -> dict[str, float | None]:
-    """COCO's twelve numbers, in its order; from a count with `COCO_RANGES`."""
+    """Return COCO's twelve numbers, in its order; counted with `COCO_RANGES`."""
     first, second, last = counted.max_detections
     return {
         **_ap_numbers(counted),
@@ -146,7 +146,7 @@ def coco_numbers(counted: PrecisionRecall) -> dict[str, float | None]:
 
 
 def lvis_numbers(counted: PrecisionRecall, truth: GroundTruth) -> dict[str, float | None]:
-    """LVIS's thirteen numbers; from a count with `COCO_RANGES`."""
+    """Return LVIS's thirteen numbers; counted with `COCO_RANGES`."""
     by_frequency = {
         f"AP{letter}": counted.ap({each for each, found in truth.categories.items() if found.frequency == letter})
         for letter in FREQUENCIES
@@ -173,7 +173,7 @@ def _falling(region: Region) -> float:
 
 
 def _by_category(regions: Sequence[Region]) -> dict[int, list[Region]]:
-    """Regions by category, in their order."""
+    """Group regions by category, keeping their order."""
     found: dict[int, list[Region]] = defaultdict(list)
     for region in regions:
         found[region.category_id].append(region)
@@ -190,17 +190,17 @@ def _evaluate(
     ranges: Mapping[str, tuple[float, float]],
     by_box_area: bool,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Precision and recall of some categories, on the images that hold anything of them."""
+    """Compute precision and recall of some categories, on the images that have any of their objects or predictions."""
     image_ids = {each.image_id for each in objects} | {each.image_id for each in found}
     head = {
         "images": [_image(truth, image_id) for image_id in sorted(image_ids)],
         "categories": [{"id": each, "frequency": truth.categories[each].frequency} for each in categories],
     }
     gt, dt = COCO(), COCO()
-    # Of a prediction with both, the box is what is compared: its area counts, not the mask's.
+    # For a prediction with both, the box is compared, so the box's area counts, not the mask's.
     by_box = by_box_area or (kind == "bbox" and any(each.rle is not None for each in found))
     for coco, of_side, box_area in ((gt, objects, by_box_area), (dt, found, by_box)):
-        # Numbered from 1: the evaluator takes an annotation with the id 0 for unmatched.
+        # Numbered from 1: the evaluator treats an annotation with the id 0 as unmatched.
         annotations = [_annotation(number, each, kind, box_area) for number, each in enumerate(of_side, start=1)]
         coco.dataset = head | {"annotations": annotations}
         coco.createIndex()
@@ -229,7 +229,7 @@ def _evaluator(gt: Any, dt: Any, kind: Kind, is_lvis: bool, ranges: Mapping[str,
 
 
 def _silent(*_: object) -> None:
-    """The evaluator tells its progress to this."""
+    """Swallow the evaluator's progress output."""
 
 
 def _image(truth: GroundTruth, image_id: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A ground truth, read and checked: what is wrong is told by file, entry and value."""
+"""Read and check a ground truth; errors name the file, the entry and the value."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ FREQUENCIES = ("r", "c", "f")
 """LVIS: rare, common, frequent."""
 NO_GROUP = "(none)"
 _MAX_SIDE = 2**20
-"""Pixels: the code that draws masks counts them in 32 bits."""
+"""In pixels: the code that draws masks counts them in 32 bits."""
 _OF_2014 = re.compile(r"(^|/)COCO_(?:train|val|test)2014_(?=\d+\.)")
 _log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class EvaluatedCategory:
 
     name: str
     group: str
-    """Its supercategory; `NO_GROUP` without one."""
+    """Supercategory; `NO_GROUP` if there is none."""
     frequency: str | None
     """LVIS's r, c or f; None for COCO."""
 
@@ -39,10 +39,10 @@ class EvaluatedImage:
     """An image of the ground truth."""
 
     names: tuple[str, ...]
-    """Spellings of its file name, as far as the file states any: `file_name`, the end of LVIS's `coco_url`, and the
-    number alone of names of 2014 (COCO_val2014_000000000073.jpg)."""
+    """Spellings of its file name, if the file states any: `file_name`, the end of LVIS's `coco_url`, and for names of
+    2014 the number alone (COCO_val2014_000000000073.jpg)."""
     size_hw: tuple[int, int] | None
-    """(H, W); None where the file does not state it."""
+    """(H, W); None if the file does not state it."""
     negative: frozenset[int] = frozenset()
     """LVIS: categories that are known to be absent."""
     not_exhaustive: frozenset[int] = frozenset()
@@ -55,18 +55,18 @@ class GroundTruth:
 
     url: str
     images: dict[int, EvaluatedImage]
-    """By id."""
+    """Images by id."""
     categories: dict[int, EvaluatedCategory]
-    """By id, in the file's order."""
+    """Categories by id, in the file's order."""
     objects: list[Region]
-    """In the file's order; at least one."""
+    """Objects in the file's order; at least one."""
     has_masks: bool
-    """Whether masks were read; an object whose segmentation encloses nothing has none all the same."""
+    """Whether masks were read; an object whose segmentation encloses nothing has no mask even so."""
     is_lvis: bool
-    """Whether only some categories were looked for in each image."""
+    """Whether only some categories were annotated in each image."""
 
     def of_images(self, images: Collection[int]) -> Self:
-        """Only these images, with their objects; maybe none is left."""
+        """Keep only these images and their objects; may leave none."""
         if len(images) == len(self.images):
             return self
         chosen = frozenset(images)
@@ -77,22 +77,22 @@ class GroundTruth:
         )
 
     def with_masks(self) -> Self:
-        """Without the objects that have no mask; maybe none is left."""
+        """Drop the objects that have no mask; may leave none."""
         return replace(self, objects=[each for each in self.objects if each.rle is not None])
 
 
 def load_ground_truth(url: str, *, masks: bool, lvis: bool = False) -> GroundTruth:
-    """Read a COCO or LVIS file. Ids of annotations are not used: they may be 0 or repeat.
+    """Read a COCO or LVIS file. Annotation ids are not used: they may be 0 or repeat.
 
     Args:
         url: path or fsspec URL.
-        masks: read the segmentations, unless not one annotation has any. An object of which nothing is drawn (no
-            `segmentation`, an empty one, polygons of fewer than three points) is kept for its box, and a log line says
-            so. What pycocotools can draw is an object for masks too, be its mask empty.
-        lvis: evaluate as LVIS does; without it, that is so when an image has `neg_category_ids`.
+        masks: read the segmentations, unless no annotation has any. An object without a drawable shape (no
+            `segmentation`, an empty one, polygons of fewer than three points) is kept for its box, and this is logged.
+            What pycocotools can draw is an object for masks too, even if its mask is empty.
+        lvis: evaluate as LVIS does; also set when an image has `neg_category_ids`.
 
     Raises:
-        InputError: the file cannot be read, has no annotations, or an entry is malformed; names it.
+        InputError: the file cannot be read, has no annotations, or an entry is malformed; names the entry.
     """
     tree = read_json(url)
     if not isinstance(tree, dict) or not isinstance(tree.get("images"), list):
@@ -115,7 +115,7 @@ def load_ground_truth(url: str, *, masks: bool, lvis: bool = False) -> GroundTru
 
 
 def read_json(url: str) -> Any:
-    """The content of a JSON file.
+    """Read the content of a JSON file.
 
     Raises:
         InputError: it cannot be read or parsed.
@@ -129,10 +129,10 @@ def read_json(url: str) -> Any:
 
 
 def named_entries(values: list[Any], key: str, url: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a list, with the words that name it.
+    """Yield each object of a list, with a description that names it.
 
     Raises:
-        InputError: one is no object.
+        InputError: an element is not an object.
     """
     for position, value in enumerate(values):
         where = f"{url}: {key}[{position}]"
@@ -142,10 +142,10 @@ def named_entries(values: list[Any], key: str, url: str) -> Iterator[tuple[str, 
 
 
 def read_images(values: list[Any], url: str) -> Iterator[tuple[int, EvaluatedImage]]:
-    """Images by id.
+    """Read images by id.
 
     Raises:
-        InputError: an id is no integer or repeats, or a list of LVIS's is malformed.
+        InputError: an id is not an integer or repeats, or one of LVIS's lists is malformed.
     """
     seen: set[int] = set()
     for where, image in named_entries(values, "images", url):
@@ -165,10 +165,10 @@ def read_images(values: list[Any], url: str) -> Iterator[tuple[int, EvaluatedIma
 
 
 def read_categories(values: Any, url: str, *, lvis: bool) -> Iterator[tuple[int, EvaluatedCategory]]:
-    """Categories by id.
+    """Read categories by id.
 
     Raises:
-        InputError: there are none, an id is no integer or repeats, a name or (for LVIS) a frequency is missing.
+        InputError: there are none, an id is not an integer or repeats, a name or (for LVIS) a frequency is missing.
     """
     if not isinstance(values, list) or not values:
         raise InputError(f"{url} has no `categories`")
@@ -197,16 +197,16 @@ def check_ids(
     names: Mapping[int, str] | None = None,
     hint: str = "",
 ) -> None:
-    """Refuse an annotation of something that is not listed.
+    """Refuse an annotation whose image or category is not listed.
 
     Args:
         entry: the annotation.
-        where: words for it.
+        where: description of the annotation.
         images: ids that are listed; None: any integer.
         categories: ids that are listed.
-        image_lister: words for who lists the images.
-        lister: words for who lists the categories.
-        names: of categories that may not be listed.
+        image_lister: name of the source that lists the images.
+        lister: name of the source that lists the categories.
+        names: names of categories that may not be listed.
         hint: what to do about a category that is not listed; the end of the sentence.
 
     Raises:
@@ -240,7 +240,7 @@ def _spellings(image: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:
-    """(H, W); None where the file does not state both in pixels, which only masks need."""
+    """(H, W); None if the file does not state both in pixels, which only masks need."""
     try:
         height, width = (stated_side(image.get(name)) for name in ("height", "width"))
     except ValueError:
@@ -282,7 +282,7 @@ def _crowd(entry: dict[str, Any], where: str) -> bool:
 
 
 def _mask(segmentation: object, size_hw: tuple[int, int] | None) -> Rle | None:
-    """None where the file draws nothing."""
+    """None if the file draws nothing."""
     if segmentation is None or segmentation == []:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Which predictions find which objects at one score and one IoU: precision, recall, mIoU, Dice."""
+"""Match predictions to objects at one score and one IoU: precision, recall, mIoU, Dice."""
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -14,10 +14,10 @@ from owlsam_ray.evaluate.ground_truth import GroundTruth
 
 Shape = Literal["box", "mask"]
 Outcome = tuple[int, float, bool, float | None]
-"""Category; w × h of the object's box, or of the prediction's where it found none; whether there is an object; IoU, or
-None where nothing was paired."""
+"""(category; w × h of the object's box, or of the prediction's if it found none; whether there is an object; IoU, or
+None if nothing was paired)."""
 FALSE, IGNORED = -1, -2
-"""Of a prediction that found no object: whether it counts."""
+"""Outcomes of a prediction that found no object: counted as false, or not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class MatchCounts:
     num_objects: int
     num_matched: int
     num_false: int
-    """Predictions that found no object."""
+    """Number of predictions that found no object."""
     miou: float | None
     """Mean IoU of the matched pairs."""
     dice: float | None
@@ -35,12 +35,12 @@ class MatchCounts:
 
     @property
     def precision(self) -> float | None:
-        """Matched among the predictions."""
+        """Fraction of the predictions that are matched."""
         return _ratio(self.num_matched, self.num_matched + self.num_false)
 
     @property
     def recall(self) -> float | None:
-        """Matched among the objects."""
+        """Fraction of the objects that are matched."""
         return _ratio(self.num_matched, self.num_objects)
 
 
@@ -49,18 +49,18 @@ class Matches:
     """One row for each object and each prediction that found none; ignored predictions have no row."""
 
     category: NDArray[np.int64]
-    """(N,) ids."""
+    """(N,) category ids."""
     area: NDArray[np.float64]
-    """(N,) w × h of the object's box; of the prediction's where it found none."""
+    """(N,) w × h of the object's box, or of the prediction's if it found none."""
     is_object: NDArray[np.bool_]
-    """(N,) False for a prediction that found none."""
+    """(N,) False for a prediction that found no object."""
     iou: NDArray[np.float64]
-    """(N,) of a matched pair; NaN elsewhere."""
+    """(N,) IoU of a matched pair; NaN elsewhere."""
 
     def tally(self, categories: Collection[int] | None, area_range: tuple[float, float]) -> MatchCounts:
-        """Counts of these categories (default: all) within a half-open range of areas.
+        """Count these categories (default: all) within a half-open range of areas.
 
-        A pair belongs to the size of its object, a prediction that found none to its own.
+        A pair counts by the area of its object, a prediction that found none by its own.
         """
         low, high = area_range
         chosen = (self.area >= low) & (self.area < high)
@@ -83,16 +83,16 @@ def match(
     """Pair predictions with objects of the same image and category.
 
     Args:
-        truth: with a mask of every object for `mask`.
+        truth: the ground truth; for `mask`, with a mask of every object.
         regions: predictions, after `federated`; those without a mask are left out of `mask`.
-        by: IoU of what.
-        score_threshold: predictions take part from this score on.
-        iou_threshold: a pair needs at least this.
+        by: shape whose IoU is compared.
+        score_threshold: minimum score of predictions.
+        iou_threshold: minimum IoU of a pair.
 
-    By falling score, equal ones in the file's order, each prediction takes the object that is still free and has the
-    highest IoU with it, the first of equal ones. One that finds none is ignored when a crowd region covers at least
+    In order of descending score, ties in the file's order, each prediction takes the free object with the highest IoU,
+    the first one in case of ties. A prediction that finds none is ignored when a crowd region covers at least
     `iou_threshold` of it, or (LVIS) when its image does not list every object of the category; otherwise it is false.
-    Crowd regions are no objects here.
+    Crowd regions do not count as objects here.
     """
     kept = [
         each for each in regions if each.score >= score_threshold and (by == "box" or each.rle is not None)
@@ -117,7 +117,7 @@ def match(
 
 
 def _by_cell(regions: Sequence[Region]) -> dict[tuple[int, int], list[Region]]:
-    """Regions by image and category, in their order."""
+    """Group regions by image and category, keeping their order."""
     cells: dict[tuple[int, int], list[Region]] = defaultdict(list)
     for region in regions:
         cells[region.image_id, region.category_id].append(region)
@@ -127,7 +127,7 @@ def _by_cell(regions: Sequence[Region]) -> dict[tuple[int, int], list[Region]]:
 def _match_cell(
     objects: list[Region], predictions: list[Region], by: Shape, *, iou_threshold: float, exhaustive: bool
 ) -> list[Outcome]:
-    """One image and category; predictions by falling score."""
+    """Match one image and category; predictions by descending score."""
     outcomes, ious = pair_cell(objects, predictions, by, iou_threshold=iou_threshold, exhaustive=exhaustive)
     pairs = {int(found): float(iou) for found, iou in zip(outcomes, ious, strict=True) if found >= 0}
     rows: list[Outcome] = [
@@ -145,13 +145,13 @@ def _match_cell(
 def pair_cell(
     objects: Sequence[Region], predictions: Sequence[Region], by: Shape, *, iou_threshold: float, exhaustive: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """What becomes of each prediction of one image and category, by the rules of `match`.
+    """Return the outcome of each prediction of one image and category, by the rules of `match`.
 
     Args:
-        objects: crowd regions among them.
-        predictions: by falling score. What becomes of one depends on those before it only.
-        by: IoU of what.
-        iou_threshold: a pair needs at least this.
+        objects: the objects, including crowd regions.
+        predictions: by descending score. Each outcome depends only on the predictions before it.
+        by: shape whose IoU is compared.
+        iou_threshold: minimum IoU of a pair.
         exhaustive: whether every object is listed.
 
     Returns:
@@ -174,7 +174,7 @@ def pair_cell(
 
 
 def _ious(predictions: Sequence[Region], objects: Sequence[Region], by: Shape) -> NDArray[np.float64]:
-    """(predictions, objects) IoU; with a crowd region the share of the prediction that it covers."""
+    """(predictions, objects) IoU; for a crowd region, the fraction of the prediction that it covers."""
     if not predictions or not objects:
         return np.zeros((len(predictions), len(objects)))
     left, right = (_shapes(side, by) for side in (predictions, objects))

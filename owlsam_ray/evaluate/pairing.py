@@ -1,7 +1,7 @@
-"""Which images and which categories of two files are the same.
+"""Find the images and categories that two files have in common.
 
-Names decide. Ids count only where no name speaks against them: two files that number their images from 1 on share all
-ids and not one image.
+Names take precedence. Ids count only where no name contradicts them: two files that both number their images from 1
+share all ids, but may not share a single image.
 """
 
 import logging
@@ -14,50 +14,50 @@ from owlsam_ray.vocabulary.names import by_name, fold_category
 
 _log = logging.getLogger(__name__)
 _EXAMPLES = 3
-"""In a message."""
+"""Number of examples in a message."""
 
 Parts = tuple[str, ...]
 """A path without its slashes."""
 
 
 def path_parts(name: str) -> Parts:
-    """The parts of a path, whichever slashes it has; without `.`."""
+    """Split a path at slashes of either kind; `.` is dropped."""
     return tuple(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePairs:
-    """Images of one file, and which of another they are."""
+    """Images of one file, paired with those of another."""
 
     ids: dict[int, int]
     """Theirs → ours, one to one."""
     num_repeated: int
-    """Theirs that another one of the same name comes before."""
+    """Number of their images that come after another one of the same name."""
 
 
 def pair_images(
     theirs: Mapping[int, Sequence[str]], ours: Mapping[int, Sequence[str]], *, what: str, lister: str
 ) -> ImagePairs:
-    """Pair images by name; by id only where no name speaks against it.
+    """Pair images by name; by id only where no name contradicts it.
 
     Args:
         theirs: spellings of each image's name by id; an image without a name has none.
-        ours: likewise.
-        what: words for theirs.
-        lister: words for who lists ours.
+        ours: the same for our images.
+        what: description of theirs, for messages.
+        lister: name of the source that lists ours, for messages.
 
-    Names pair in this order: equal ones (of equal ones the one with the same id, else the first); a path of which the
-    other one is the end, if there is a single such pair; paths that share the longest end, or at least the last part,
-    if no other path of either side has it, and neither one's folder is among the other side's (there it would have its
-    partner, if any). An image without a name, or one whose name fits several, goes by its id,
-    unless a pair of names showed that the ids differ.
+    Names are paired in this order. First, equal names (if several are equal, the one with the same id, else the first).
+    Then a path with a path that it ends in, if there is exactly one such pair. Then paths that share the longest end,
+    or at least the last part, if no other path of either side has that end, and neither path's folder occurs on the
+    other side (there it would have its partner, if any). An image without a name, or whose name fits several, is paired
+    by its id, unless a pair of names showed that the ids differ.
 
     Returns:
-        The pairs. What has no partner is absent.
+        The pairs. Images without a partner are absent.
 
     Raises:
         InputError: images with the same id have names that do not fit, and no pair of names shows that the ids differ;
-            or a name fits several images, and no id tells which. Names three.
+            or a name fits several images, and no id decides which. Names three of them.
     """
     pairs = _Pairs(theirs, ours)
     pairs.pair_equal()
@@ -100,10 +100,10 @@ class _Pairs:
         self._taken: set[int] = set()
         self._repeated: set[int] = set()
         self._fitting: dict[int, list[int]] = {}
-        """Ours without a partner → theirs without one whose names fit."""
+        """Our images without a partner → their images without one whose names fit."""
 
     def pair_equal(self) -> None:
-        """Equal names."""
+        """Pair equal names."""
         first: dict[str, int] = {}
         for each, names in self._ours.items():
             for name in names:
@@ -122,16 +122,16 @@ class _Pairs:
 
     @property
     def num_repeated(self) -> int:
-        """Theirs that another one of the same name comes before."""
+        """Number of their images that come after another one of the same name."""
         return sum(each not in self.ids for each in self._repeated)
 
     def pair_ends(self) -> None:
-        """Names of which one is the end of the other, then names with the longest common end."""
+        """Pair names of which one ends in the other, then names with the longest common end."""
         left, right = self._left(), self._right()
         lasts = {parts[-1] for parts in _paths(self._theirs, left)} & {parts[-1] for parts in _paths(self._ours, right)}
         if not lasts:
             return
-        # All names take part, those with a partner as well: an end that two images have tells nothing.
+        # All names take part, including those with a partner: an end that two images share does not identify either.
         their_ends, our_ends = _Ends(self._theirs, lasts), _Ends(self._ours, lasts)
         for each in left:
             fitting = our_ends.fitting(each, their_ends)
@@ -153,17 +153,17 @@ class _Pairs:
                     self._fitting[each] = sorted(fitting)
 
     def pair_ids(self) -> None:
-        """Images with one id of which one has no name, or whose names fit beside others that do."""
+        """Pair images with the same id if one has no name, or if the names fit but are not the only ones that do."""
         for each in self._same_ids():
             if not self._theirs[each] or not self._ours[each] or each in self._fitting.get(each, ()):
                 self._add(each, each)
 
     def contradictions(self) -> list[int]:
-        """Ids that mean images of different names."""
+        """Ids that stand for images of different names."""
         return [each for each in self._same_ids() if each not in self._repeated]
 
     def ambiguous(self) -> list[tuple[str, list[str]]]:
-        """Our names that fit several images of theirs, or of which several fit one; with these."""
+        """Our names that fit several of their images, or of which several fit one; each with these names."""
         found: list[tuple[str, list[str]]] = []
         several: dict[int, list[int]] = defaultdict(list)
         for our_id, their_ids in self._fitting.items():
@@ -200,10 +200,10 @@ class _Pairs:
 
 
 class _Ends:
-    """Names of one side by what they end in."""
+    """Names of one side, indexed by their ends."""
 
     def __init__(self, names: Mapping[int, Sequence[str]], lasts: set[str]) -> None:
-        """Index those whose last part is one of these."""
+        """Index the names whose last part is in `lasts`."""
         self._paths: dict[int, list[Parts]] = {}
         self._whole: dict[Parts, set[int]] = defaultdict(set)
         self._ends: dict[Parts, set[int]] = defaultdict(set)
@@ -216,7 +216,7 @@ class _Ends:
                         self._ends[parts[start:]].add(each)
 
     def fitting(self, each: int, others: "_Ends") -> set[int]:
-        """Those of this side of which one of the other's is the end, or that are the end of it."""
+        """Return the images of this side whose name ends in the other's, or the other way round."""
         found: set[int] = set()
         for parts in others._paths.get(each, ()):
             found |= self._ends.get(parts, set())
@@ -225,7 +225,7 @@ class _Ends:
         return found
 
     def sharing(self, each: int, others: "_Ends") -> int | None:
-        """The one of this side that shares the longest end with one of the other's; None: others share it, too."""
+        """Return the one image of this side that shares the longest end with the other's; None: there are several."""
         for parts in others._paths.get(each, ()):
             for start in range(len(parts)):
                 end = parts[start:]
@@ -237,7 +237,7 @@ class _Ends:
 
 
 def _folders(names: Mapping[int, Sequence[str]]) -> set[Parts]:
-    """Folders of paths that have any."""
+    """Folders of the paths that have one."""
     return {parts[:-1] for parts in _paths(names, names)} - {()}
 
 
@@ -246,12 +246,12 @@ def _paths(names: Mapping[int, Sequence[str]], ids: Iterable[int]) -> Iterable[P
 
 
 def contradiction(same_ids: Sequence[tuple[int, str, str]], *, what: str, lister: str, way_out: str) -> str:
-    """What to say where ids agree and names do not.
+    """Compose the message for images or categories whose ids agree and whose names do not.
 
     Args:
         same_ids: id, their name, our name; at least one.
-        what: words for theirs.
-        lister: words for who lists ours.
+        what: description of theirs.
+        lister: name of the source that lists ours.
         way_out: the end of the sentence.
     """
     examples = "; ".join(
@@ -265,24 +265,24 @@ def contradiction(same_ids: Sequence[tuple[int, str, str]], *, what: str, lister
 
 @dataclass(frozen=True, slots=True)
 class CategoryPairs:
-    """Categories of one file, and which of another they are."""
+    """Categories of one file, paired with those of another."""
 
     ids: dict[int, int]
-    """Theirs → ours; several may be one."""
+    """Theirs → ours; several may map to one."""
     contradictions: dict[int, tuple[int, str, str]] = field(default_factory=dict)
-    """Theirs that have the id of one of ours under another name, where no pair of names shows that the ids differ; by
-    id, as `contradiction` takes them."""
+    """Their categories that have the id of one of ours under another name, where no pair of names shows that the ids
+    differ; by id, as `contradiction` takes them."""
 
 
 def pair_categories(theirs: Mapping[int, str], ours: Mapping[int, str], *, what: str) -> CategoryPairs:
-    """Pair categories by name, whatever its case and spaces; by id only where one of them has no name.
+    """Pair categories by name, ignoring case and spaces; by id only where one of them has no name.
 
     Args:
         theirs: names by id; empty without one.
-        ours: likewise; of a name that repeats, the one with the same id counts, else the first.
-        what: words for theirs.
+        ours: the same for ours; if a name repeats, the one with the same id counts, else the first.
+        what: description of theirs, for messages.
 
-    What has no partner is absent. Ids count as long as no pair of names showed that they differ.
+    Categories without a partner are absent. Ids count unless a pair of names shows that they differ.
     """
     found = by_name(theirs, {each: (name,) for each, name in ours.items()}, fold=fold_category)
     if any(their_id != our_id for their_id, our_id in found.items()):

@@ -1,4 +1,4 @@
-"""Predictions, read and checked: COCO results, or labels with scores as `reduce` writes them."""
+"""Read and check predictions: COCO results, or labels with scores as `reduce` writes them."""
 
 import logging
 from collections import Counter
@@ -31,42 +31,42 @@ class Predictions:
 
     url: str
     regions: list[Region]
-    """In the file's order."""
+    """Predictions in the file's order."""
     labelled: frozenset[int] | None = None
-    """The ground truth's image ids that the file lists; None for a bare list of results, which lists none."""
+    """The ground truth's image ids that the file lists; None for a bare list of results, which lists no images."""
     failed: frozenset[int] = frozenset()
-    """The ground truth's image ids that the run failed on."""
+    """The ground truth's image ids that failed in the run."""
     num_images_left_out: int = 0
-    """Images of the file, or of the entries of a bare list, that the ground truth does not list."""
+    """Number of images in the file, or in the entries of a bare list, that the ground truth does not list."""
     num_left_out: int = 0
-    """Predictions of these."""
+    """Number of predictions of these images."""
     info: dict[str, Any] = field(default_factory=dict)
     """`info` of a COCO file."""
     translation: Translation | None = None
-    """Where the categories were another dataset's."""
+    """Set if the categories are another dataset's."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Ids:
-    """Ids of the file → ids of the ground truth."""
+    """Map ids of the file to ids of the ground truth."""
 
     images: dict[int, int]
-    """Of those that the ground truth lists."""
+    """Images that the ground truth lists."""
     listed: Collection[int] | None
-    """All of the file's; None for a bare list, whose entries may be of any image."""
+    """All image ids of the file; None for a bare list, whose entries may be of any image."""
     categories: dict[int, int]
     translation: Translation | None = None
     names: Mapping[int, str] = field(default_factory=dict)
-    """Of the file's categories."""
+    """Names of the file's categories."""
     hint: str = ""
     """What to do about a category that is not listed."""
     contradictions: Mapping[int, tuple[int, str, str]] = field(default_factory=dict)
     """See `CategoryPairs`."""
     images_left_out: Counter[int] = field(default_factory=Counter)
-    """Predictions by image of the file that the ground truth does not list; filled while they are read."""
+    """Number of predictions for each image of the file that the ground truth does not list; filled while reading."""
 
     def left_out(self) -> tuple[dict[int, str], Counter[str], str]:
-        """Category ids of what is left out, with names; where it is counted; who lists the categories."""
+        """Names by id of the categories to leave out, the counter for them, and the source that lists categories."""
         each = self.translation
         return (each.without, each.left_out, each.lister) if each else ({}, Counter(), "the ground truth")
 
@@ -83,20 +83,20 @@ def load_predictions(
 
     Args:
         url: path or fsspec URL.
-        truth: whose images and categories the predictions must be of. Those of a COCO file go by file name and by
-            category name, so that ids may differ (see `pairing.py`); those of a list have only ids.
+        truth: the ground truth whose images and categories the predictions must be of. Images and categories of a COCO
+            file are paired by name, so that ids may differ (see `pairing.py`); those of a list have only ids.
         masks: read the segmentations. A prediction without one is kept, without a mask.
-        mapping: the predictions are of another dataset's categories; they get the ground truth's. Those of a category
-            without a counterpart are left out, counted, and told in the log. See `evaluate.translation`.
+        mapping: the predictions are of another dataset's categories and are mapped to the ground truth's. Those of a
+            category without a counterpart are left out, counted and logged. See `evaluate.translation`.
         failed: file names by id of images that the file leaves out because the run failed on them.
 
-    Boxes are read where they stand; else they are drawn around the masks. A prediction's `area` is, as in pycocotools,
-    w × h of its box in a list whose first entry has a box; else the pixels of its mask. Predictions of images that the
-    ground truth does not list are counted and left out.
+    Boxes are read if present, else drawn around the masks. A prediction's `area` is, as in pycocotools, w × h of its
+    box in a list whose first entry has a box; else the pixels of its mask. Predictions of images that the ground truth
+    does not list are counted and left out.
 
     Raises:
-        InputError: the file cannot be read, an entry is malformed or of another dataset, or none of the images is one
-            of the ground truth; names it.
+        InputError: the file cannot be read, an entry is malformed or of another dataset, or none of the images is in
+            the ground truth; names the entry.
     """
     tree = read_json(url)
     if isinstance(tree, list):
@@ -137,7 +137,7 @@ def load_predictions(
 def _results(
     results: list[Any], url: str, truth: GroundTruth, *, masks: bool, mapping: MappingName | None
 ) -> Predictions:
-    """A bare list.
+    """Read a bare list.
 
     Raises:
         InputError: an entry is malformed or of another dataset, or none is of an image of the ground truth.
@@ -178,7 +178,7 @@ def _ids_of(
     listed: Collection[int],
     mapping: MappingName | None,
 ) -> _Ids:
-    """Ids of a COCO file."""
+    """Map the ids of a COCO file."""
     names = {each: category.name for each, category in read_categories(tree.get("categories"), url, lvis=False)}
     if mapping:
         translated = translation(mapping, names, truth, url)
@@ -192,7 +192,7 @@ def _ids_of(
 
 
 def _first(images: Mapping[int, Sequence[str]]) -> str:
-    """The first image, for a message."""
+    """Describe the first image, for a message."""
     for each, names in images.items():
         return f"id {each} {shown(names[0], 80)}" if names else f"id {each}"
     return "none"
@@ -218,7 +218,7 @@ def _regions(
     known = ids.categories.keys() | without.keys()
     _refuse_contradictions(entries, url, truth, ids)
     for where, entry in named_entries(entries, key, url):
-        # An image that the ground truth lacks may well show what it has no category for.
+        # An image that is not in the ground truth may show categories that are not in it either.
         if is_id(entry.get("image_id")) and entry["image_id"] not in ids.images and _may_be_of(entry, ids.listed):
             ids.images_left_out[entry["image_id"]] += 1
             continue
@@ -246,10 +246,10 @@ def _may_be_of(entry: dict[str, Any], listed: Collection[int] | None) -> bool:
 
 
 def _refuse_contradictions(entries: list[Any], url: str, truth: GroundTruth, ids: _Ids) -> None:
-    """Refuse predictions of categories whose ids and names say different things.
+    """Refuse predictions of categories whose ids and names contradict each other.
 
     Raises:
-        InputError: names three.
+        InputError: names three of them.
     """
     if not ids.contradictions:
         return

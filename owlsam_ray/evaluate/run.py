@@ -1,4 +1,4 @@
-"""A reduced run, or a file of predictions, against a ground truth."""
+"""Evaluate a reduced run, or a file of predictions, against a ground truth."""
 
 import json
 import logging
@@ -25,10 +25,10 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     """Evaluate what `reduce` wrote, boxes and masks, and write `RUN/evaluation.json`.
 
     Returns:
-        What the file holds: the keys of `summarize`, `ground_truth`, `predictions`, `reduce_score_threshold`, and
-        `speed` (see `run_speed`). Scored are the images that both the ground truth and the run have; of these, the ones
-        that failed count as images in which nothing was found. How many others either of them has is counted and
-        logged. Numbers of masks are None, and a log line says so, where the ground truth or the run has none.
+        The content of the file: the keys of `summarize`, `ground_truth`, `predictions`, `reduce_score_threshold`, and
+        `speed` (see `run_speed`). Images that both the ground truth and the run have are scored; those that failed
+        count as images without predictions. The numbers of other images on either side are counted and logged. Numbers
+        of masks are None, and this is logged, if the ground truth or the run has no masks.
 
     Raises:
         InputError: there is no run, no ground truth, or an entry of a file is malformed or of another dataset.
@@ -78,10 +78,10 @@ def evaluate_files(
         predictions: path or fsspec URL.
         kind: IoU of boxes or of masks.
         settings: thresholds, sizes, and the mapping of categories.
-        lvis: as LVIS does, also where no image has `neg_category_ids`.
+        lvis: evaluate as LVIS does, even if no image has `neg_category_ids`.
 
     Returns:
-        As `evaluate_run`, with None for `reduce_score_threshold` and `speed`.
+        The same as `evaluate_run`, with None for `reduce_score_threshold` and `speed`.
 
     Raises:
         InputError: an entry of a file is malformed or of another dataset, or masks are missing.
@@ -111,10 +111,10 @@ def _ground_truth_url(config: RunConfig) -> str:
 
 
 def _provenance(predictions: Predictions, record: RunRecord) -> dict[str, Any]:
-    """What `reduce` said about the labels.
+    """Return what `reduce` recorded about the labels.
 
     Raises:
-        IncompleteError: they are not of this run's shards.
+        IncompleteError: they were not made from this run's shards.
     """
     provenance = predictions.info.get("owlsam_ray")
     if not isinstance(provenance, dict) or provenance.get("fingerprint") != record.fingerprint:
@@ -146,10 +146,9 @@ def _failed_images(url: str) -> dict[int, str]:
 
 
 def _scored(truth: GroundTruth, predictions: Predictions) -> GroundTruth:
-    """The images that are scored: those that the predictions' file lists, and those that failed.
+    """Keep the images that are scored: those that the predictions' file lists, and those that failed.
 
-    All for a bare list of results, which does not tell an image in which nothing was found from one that was not looked
-    at.
+    For a bare list of results, keep all: it does not distinguish images without detections from images not processed.
     """
     return truth if predictions.labelled is None else truth.of_images(predictions.labelled | predictions.failed)
 

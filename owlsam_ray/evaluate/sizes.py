@@ -1,4 +1,4 @@
-"""Rows per size: sides in pixels → ranges of box areas."""
+"""Convert object sides in pixels to ranges of box areas."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -6,14 +6,14 @@ from itertools import pairwise
 ALL = "all"
 """Every size; also the group of all categories."""
 EVERYTHING = 1e10
-"""Upper area of COCO's evaluators."""
+"""Upper limit of areas in COCO's evaluators."""
 
 
 def size_ranges(edges_px: Sequence[float]) -> dict[str, tuple[float, float]]:
-    """Half-open ranges of w × h by label: `all`, then `<32`, `32-96`, `>=96` for the edges (32, 96).
+    """Return half-open ranges of w × h by label: `all`, then `<32`, `32-96`, `>=96` for the edges (32, 96).
 
     Args:
-        edges_px: rising sides in pixels; with none there is only `all`.
+        edges_px: ascending sides in pixels; without any, there is only `all`.
     """
     ranges = {ALL: (0.0, EVERYTHING)}
     bounds = [0.0, *(edge * edge for edge in edges_px), EVERYTHING]

@@ -1,4 +1,4 @@
-"""Seconds per image, split into detector and segmenter, from the footers of a run's shards."""
+"""Compute seconds per image, split into detector and segmenter, from the footers of a run's shards."""
 
 import contextlib
 import json
@@ -13,18 +13,18 @@ DETECTOR_STAGE, SEGMENTER_STAGE = "detect", "segment"
 
 
 def run_speed(run_url: str, manifest: Manifest, fingerprint: str) -> dict[str, Any]:
-    """Busy seconds of the models, and the rate of the last attempt.
+    """Return busy seconds of the models, and the rate of the last attempt.
 
     Args:
         run_url: the run directory.
-        manifest: of the run.
-        fingerprint: that every shard must carry.
+        manifest: manifest of the run.
+        fingerprint: label fingerprint that every shard must have.
 
     Returns:
-        `images` (those that reached the models), `stage_s` (busy seconds of each stage, all actors together),
+        `images` (those that reached the models), `stage_s` (busy seconds of each stage, summed over all actors),
         `detector_s_per_image` + `segmenter_s_per_image` = `models_s_per_image`, its inverse `images_per_s_per_actor`
-        (what one actor's models do when nothing holds them up), and `wall_images_per_s` (the last attempt that labelled
-        something, start-up included, as `progress.json` has it). None where nothing was measured.
+        (the rate of one actor's models when nothing holds them up), and `wall_images_per_s` (of the last attempt that
+        labelled something, including start-up, as in `progress.json`). None where nothing was measured.
 
     Raises:
         IncompleteError: a shard file is damaged or foreign.
@@ -49,7 +49,7 @@ def run_speed(run_url: str, manifest: Manifest, fingerprint: str) -> dict[str, A
 
 
 def _wall_rate(run_url: str) -> float | None:
-    """Images per second that the last attempt told; None when it did none, or told nothing."""
+    """Images per second reported by the last attempt; None if it labelled nothing, or reported nothing."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
         rate = json.loads(storage.read_bytes(storage.join(run_url, PROGRESS_FILE))).get("images_per_s")
         return float(rate) if rate > 0 else None

@@ -1,4 +1,4 @@
-"""All numbers of an evaluation, as plain JSON values: None for what is not defined, never -1 or NaN."""
+"""Compute all numbers of an evaluation, as plain JSON values: undefined ones are None, never -1 or NaN."""
 
 from collections import defaultdict
 from collections.abc import Collection
@@ -23,20 +23,20 @@ from owlsam_ray.evaluate.predictions import Predictions
 from owlsam_ray.evaluate.sizes import ALL, EVERYTHING, size_ranges
 
 MAPPED = "(mapped)"
-"""The row of all categories that a mapping reaches."""
+"""Name of the row of all categories that a mapping reaches."""
 _SHAPE: dict[Kind, Shape] = {"bbox": "box", "segm": "mask"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
-    """What rows are made of."""
+    """Counts that rows are computed from."""
 
     ranges: dict[str, tuple[float, float]]
     precision: dict[Shape, PrecisionRecall]
     matches: dict[Shape, Matches]
 
     def row(self, categories: Collection[int] | None, size: str) -> dict[str, Any]:
-        """One row of the report."""
+        """Compute one row of the report."""
         row: dict[str, Any] = {}
         for shape in ("box", "mask"):
             counted = self.precision.get(shape)
@@ -74,25 +74,25 @@ def summarize(
     """Evaluate predictions.
 
     Args:
-        truth: of the images that are scored; with masks when `segm` is among the kinds; objects without one are left
-            out there, so that a prediction of such an object is false in masks.
-        predictions: of its images and categories.
+        truth: ground truth of the scored images; with masks when `segm` is among the kinds. Objects without a mask are
+            left out there, so that a prediction of such an object is false in masks.
+        predictions: predictions of its images and categories.
         kinds: boxes, masks or both; at least one.
         settings: thresholds and sizes.
-        num_listed: images of the whole ground truth.
+        num_listed: number of images of the whole ground truth.
 
     Returns:
-        `box` and `mask`: COCO's twelve or LVIS's thirteen numbers, None for a kind that was not asked for.
+        `box` and `mask`: COCO's twelve or LVIS's thirteen numbers, None for a kind that was not requested.
         `groups[name][size]` and `categories[i]["sizes"][size]`: rows. `name` is `all`, a supercategory or, with a
-        mapping, `(mapped)`: those that predictions reach; `size` is `all` or one of `size_ranges`. `precision`,
-        `recall`, `num_matched` (objects found) and `num_false` (predictions that found none) are of masks where masks
-        are evaluated, else of boxes, at `score_threshold` and `iou_threshold`, over all objects together; `miou` and
-        `dice` are means over the matched masks; `box_…` is the same of boxes. AP in a row is a mean over categories, of
-        all scores. `mapping`: see `Translation.report`; None without one.
+        mapping, `(mapped)`: the categories that predictions can reach. `size` is `all` or one of `size_ranges`.
+        `precision`, `recall`, `num_matched` (objects found) and `num_false` (predictions that found none) are of masks
+        if masks are evaluated, else of boxes, at `score_threshold` and `iou_threshold`, over all objects together;
+        `miou` and `dice` are means over the matched masks; `box_…` is the same for boxes. AP in a row is a mean over
+        categories, over all scores. `mapping`: see `Translation.report`; None without one.
 
-    Sizes go by w × h of the object's box everywhere in the rows, `box` and `mask` by the ground truth's `area`.
+    In rows, sizes are w × h of the object's box; in `box` and `mask`, the ground truth's `area`.
     """
-    # Boxes without a mask are left out before LVIS's cap: they must not take the places of masks.
+    # Predictions without a mask are left out before LVIS's cap, so that they do not displace masks.
     truths: dict[Kind, GroundTruth] = {kind: truth if kind == "bbox" else truth.with_masks() for kind in kinds}
     regions: dict[Kind, list[Region]] = {
         kind: federated(truths[kind], [each for each in predictions.regions if kind == "bbox" or each.rle is not None])
@@ -104,7 +104,7 @@ def summarize(
         for kind, counted in official.items()
     }
     ranges = size_ranges(settings.size_edges_px)
-    # The evaluator takes both ends into a range: an object at an edge belongs to the upper one only.
+    # The evaluator includes both ends of a range; an object at an edge must be in the upper range only.
     closed = {
         label: (low, high if high == EVERYTHING else float(np.nextafter(high, 0)))
         for label, (low, high) in ranges.items()
@@ -150,7 +150,7 @@ def summarize(
 
 
 def _groups(truth: GroundTruth, predictions: Predictions) -> dict[str, Collection[int] | None]:
-    """`all`, what a mapping reaches, then category ids by supercategory, where categories have one."""
+    """Return `all`, what a mapping reaches, then category ids by supercategory, where categories have one."""
     members: dict[str, set[int]] = defaultdict(set)
     for category_id, category in truth.categories.items():
         members[category.group].add(category_id)
@@ -182,16 +182,16 @@ def _counts(truth: GroundTruth, predictions: Predictions, num_listed: int) -> di
     is_bare = predictions.labelled is None
     return {
         "images": len(truth.images),
-        # Of the ground truth, left out; None for a bare list of results, which does not tell.
+        # Images of the ground truth that are left out; None for a bare list of results, which does not say.
         "images_not_labelled": None if is_bare else num_listed - len(truth.images),
-        # Of those that are scored.
+        # Of the scored images.
         "images_failed": len(predictions.failed),
-        # Of the predictions.
+        # Images of the predictions.
         "images_not_in_the_ground_truth": predictions.num_images_left_out,
         "predictions_left_out": predictions.num_left_out,
         "objects": len(truth.objects) - crowds,
         "crowd_regions": crowds,
-        # Crowd regions among them; None where masks were not read.
+        # Including crowd regions; None if masks were not read.
         "annotations_without_mask": sum(each.rle is None for each in truth.objects) if truth.has_masks else None,
         "predictions": len(predictions.regions),
         "predictions_without_mask": sum(each.rle is None for each in predictions.regions),

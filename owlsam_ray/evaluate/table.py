@@ -1,4 +1,4 @@
-"""An evaluation for people."""
+"""Print an evaluation as tables."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,14 +11,14 @@ from owlsam_ray.terminal import safe_text
 
 UNDEFINED = "–"
 MAX_CATEGORIES = 40
-"""More categories than that are left to the JSON file."""
+"""Most categories printed. With more, their rows are only in the JSON file."""
 _OF_BOXES = {"box_ap": "box AP", "box_ap50": "box AP50"}
 _OF_MASKS = {"mask_ap": "mask AP", "mask_ap50": "mask AP50", "miou": "mIoU", "dice": "Dice"}
 _OF_BOTH = {"precision": "precision", "recall": "recall", "num_objects": "objects"}
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> RenderableType:
-    """Tables of an evaluation as `evaluate_run` returns it; "–" stands for what is not defined."""
+    """Make tables of an evaluation as returned by `evaluate_run`; undefined values are shown as "–"."""
     columns = _columns(evaluation)
     parts: list[RenderableType] = [_numbers(evaluation), _groups(evaluation, columns)]
     categories = evaluation["categories"]
@@ -90,7 +90,7 @@ def _footnote(evaluation: dict[str, Any]) -> str:
 
 
 def _left_out(counts: dict[str, Any]) -> list[str]:
-    """Images of one side that the other one lacks, and objects that are none."""
+    """Describe images of one side that the other one lacks, and annotations that do not count as objects."""
     lines = []
     if counts["images_not_labelled"]:
         lines.append(f"{counts['images_not_labelled']} more images of the ground truth are not labelled: not scored")

@@ -1,8 +1,8 @@
-"""Predictions of one dataset's categories on the ground truth of another's.
+"""Map predictions of one dataset's categories to the ground truth of another's.
 
 Two steps by name and one by the mapping: the predictions' categories → the built-in list that the mapping starts from →
-the one it leads to → the ground truth's categories. Where several categories become one, an object that was found under
-two of them is there twice, and all but one of its predictions count as false.
+the list that it leads to → the ground truth's categories. Where several categories are merged, an object found under
+two of them appears twice, and all but one of its predictions count as false.
 """
 
 import logging
@@ -20,33 +20,33 @@ from owlsam_ray.vocabulary.names import by_name, fold_category
 
 _log = logging.getLogger(__name__)
 _NAMED = 5
-"""As many names a log line tells."""
+"""Most names in a log line."""
 _STRANGERS = 0.1
-"""The share of names foreign to a built-in list up to which categories are taken for its."""
+"""Largest fraction of unknown names with which categories still count as those of a built-in list."""
 _TELLING = 3
-"""So many categories cannot agree with a list in name and id by chance."""
+"""Fewest categories that cannot agree with a list in name and id by chance."""
 
 
 @dataclass(slots=True)
 class Translation:
-    """What becomes of the predictions' categories."""
+    """How the predictions' categories are mapped."""
 
     name: MappingName
     ids: dict[int, int]
     """The predictions' category ids → the ground truth's."""
     without: dict[int, str]
-    """Their ids that have no counterpart in the ground truth, with names."""
+    """Names by id of the predictions' categories without a counterpart in the ground truth."""
     lister: str
-    """Words for what lists the predictions' categories."""
+    """Name of the source that lists the predictions' categories."""
     unreached: dict[int, str]
-    """The ground truth's ids that none of the predictions' categories means, with names."""
+    """Names by id of the ground truth's categories that no category of the predictions maps to."""
     hint: str = ""
-    """For a prediction of a category that is not listed: which mapping fits."""
+    """For a prediction of an unlisted category: which mapping fits."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Predictions that were left out, by the name of their category; filled while they are read."""
+    """Number of predictions left out, by the name of their category; filled while reading."""
 
     def report(self) -> dict[str, Any]:
-        """For the evaluation's JSON: numbers, and names from the most frequent on."""
+        """Return counts for the evaluation's JSON, and names by descending frequency."""
         return {
             "name": self.name,
             "categories_without_counterpart": list(self.unreached.values()),
@@ -72,23 +72,23 @@ class Translation:
 def translation(
     name: MappingName, listed: Mapping[int, str] | frozenset[int], truth: GroundTruth, url: str
 ) -> Translation:
-    """How the categories of a file of predictions become those of a ground truth.
+    """Map the categories of a file of predictions to those of a ground truth.
 
     Args:
-        name: of the mapping.
+        name: name of the mapping.
         listed: the file's own categories, names by id; for a bare list of results the ids in it, which are those of the
             dataset that the mapping starts from.
-        truth: whose categories are asked for; they go by name.
-        url: of the predictions, for the messages.
+        truth: the ground truth; its categories are matched by name.
+        url: URL of the predictions, for messages.
 
-    A name that the built-in list lacks has no counterpart; only an empty one goes by its id, when all others agree in
-    name and id.
+    A name that the built-in list lacks has no counterpart. Only an empty name is matched by its id, when all others
+    agree in name and id.
 
     Raises:
-        InputError: the file's categories are not of the mapping's start, or are the ground truth's already; or the
-            ground truth's are not of its end. So it is when none is, when more than a tenth is not and another built-in
-            list has more of them or this one less than half, or when all agree with another list in name and id and
-            none with this one's ids. Names the mapping that fits.
+        InputError: the file's categories are not those that the mapping starts from, or are the ground truth's already;
+            or the ground truth's are not those that it leads to. Categories are not those of a list if none of them is
+            in it; if more than a tenth are not, and another built-in list has more of them or this one less than half;
+            or if all agree with another list in name and id and none with this one's ids. Names the mapping that fits.
     """
     mapping = category_mapping(name)
     start, end = ENDS[name]
@@ -128,7 +128,7 @@ def translation(
 
 
 def fitting_mapping(listed: Mapping[int, str], truth: GroundTruth) -> MappingName | None:
-    """The mapping from the built-in list that categories are of to the one that the ground truth's are of, if any.
+    """Find the mapping from the built-in list of the given categories to that of the ground truth's, if any.
 
     Args:
         listed: names by id.
@@ -143,7 +143,7 @@ def _mapping_between(start: BuiltinVocabulary | None, end: BuiltinVocabulary | N
 
 
 def _way_out(start: BuiltinVocabulary | None, truth_names: Mapping[int, str]) -> str:
-    """The end of a sentence that refuses a mapping."""
+    """Compose the end of a message that refuses a mapping."""
     end = _likely_list(truth_names)
     if start is not None and start == end:
         return f": predictions and ground truth are both of {start}, leave the mapping out (null)"
@@ -156,28 +156,28 @@ def _names(truth: GroundTruth) -> dict[int, str]:
 
 
 def _fits(listed: Mapping[int, str]) -> dict[BuiltinVocabulary, tuple[int, int]]:
-    """Per built-in list, how many categories it knows by name, and how many of these also by id."""
+    """Count for each built-in list how many categories it has by name, and how many of these also by id."""
     lists: tuple[BuiltinVocabulary, ...] = get_args(BuiltinVocabulary)
     found = {of: _partners(listed, {each.id: each.spellings for each in builtin(of)}) for of in lists}
     return {of: (len(ids), sum(theirs == ours for theirs, ours in ids.items())) for of, ids in found.items()}
 
 
 def _likely_list(listed: Mapping[int, str]) -> BuiltinVocabulary | None:
-    """The built-in list that the categories are of; None if they are of none."""
+    """Return the built-in list that the categories are from; None if there is none."""
     fits = _fits(listed)
     best = max(fits, key=lambda of: fits[of])
     return best if fits[best][0] >= (1 - _STRANGERS) * len(listed) else None
 
 
 def _start_of_ids(ids: frozenset[int], truth_names: Mapping[int, str]) -> BuiltinVocabulary | None:
-    """A built-in list that has all the ids, and a mapping to the ground truth's."""
+    """Return a built-in list that has all the ids, and a mapping to the ground truth's."""
     end = _likely_list(truth_names)
     having = [of for of in get_args(BuiltinVocabulary) if ids <= {each.id for each in builtin(of)}]
     return next((of for of in having if of == end or _mapping_between(of, end)), None)
 
 
 def _misfit(listed: Mapping[int, str], wanted: BuiltinVocabulary) -> str:
-    """Why categories are not those of a built-in list, or a part of them; empty if they may be."""
+    """Say why categories are not those of a built-in list, or a part of them; empty if they may be."""
     fits = _fits(listed)
     known, same_ids = fits.pop(wanted)
     if not known:
@@ -196,7 +196,7 @@ def _partners(theirs: Mapping[int, str], ours: Mapping[int, Sequence[str]]) -> d
     found = by_name(theirs, ours, fold=fold_category)
     if any(their_id != our_id for their_id, our_id in found.items()):
         return found
-    # A name that the other side lacks is another thing, whatever its id.
+    # A name that the other side lacks is a different category, whatever its id.
     unnamed = (each for each, name in theirs.items() if each in ours and not (name.strip() and any(ours[each])))
     return found | {each: each for each in unnamed}
 
