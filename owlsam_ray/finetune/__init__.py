@@ -1,1 +1,1 @@
-"""Training data, losses and the loop that adapt detector and segmenter, and directories that `annotate` loads."""
+"""Fine-tune detector and segmenter: data, losses and the loop, and directories that `annotate` loads."""

@@ -1,7 +1,7 @@
-"""Augmentation of a training image: boxes and masks move along with the pixels.
+"""Augment a training image: boxes and masks move along with the pixels.
 
-Letters: N objects of one image, H W pixels. Everything random is drawn from the caller's generator, never from torch's
-global one, so that the same generator state gives the same image in any thread.
+Shapes: N objects of one image, H W pixels. All randomness comes from the caller's generator, never from torch's global
+one, so that the same generator state gives the same image in any thread.
 """
 
 import math
@@ -23,42 +23,43 @@ Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class AugmentSettings(Section):
-    """What may happen to a training image, in the order given here."""
+    """Augmentations of a training image, in the order given here."""
 
     horizontal_flip: Fraction = 0.5
     """Probability of mirroring left and right."""
     rotate90: Fraction = 0.0
-    """Probability of a turn by 90, 180 or 270 degrees, each as likely."""
+    """Probability of a rotation by 90, 180 or 270 degrees, each equally likely."""
     brightness: Strength = 0.0
-    """Largest relative change: 0.2 draws a factor from 0.8 to 1.2. Colour changes come in random order."""
+    """Largest relative change: 0.2 draws a factor from 0.8 to 1.2. Colour changes are applied in random order."""
     contrast: Strength = 0.0
-    """As brightness."""
+    """Largest relative change, as for brightness."""
     saturation: Strength = 0.0
-    """As brightness."""
+    """Largest relative change, as for brightness."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Largest shift, as a share of the colour circle."""
+    """Largest shift, as a fraction of the colour circle."""
     cutout: Fraction = 0.0
-    """Probability of erasing rectangles; they are filled with noise, which looks like no object."""
+    """Probability of erasing rectangles; they are filled with noise, which does not look like an object."""
     cutout_rectangles: PositiveInt = 1
-    """Most rectangles that one image loses."""
+    """Most rectangles erased from one image."""
     cutout_max_share: Fraction = 0.2
-    """Largest share of the image that one rectangle covers."""
+    """Largest fraction of the image that one rectangle covers."""
     min_visible: Fraction = 0.3
-    """Objects that cutout leaves less of are dropped, and so are those that it hides altogether."""
+    """Smallest fraction of an object that must stay visible after cutout. Objects with less are dropped, and so are
+    those that are hidden completely."""
 
 
 def augment(sample: Sample, settings: AugmentSettings, rng: np.random.Generator) -> Sample:
-    """A changed copy of an image; the image itself when nothing is drawn.
+    """Return a changed copy of an image; the image itself when no change is drawn.
 
     Args:
-        sample: is not written to.
-        settings: what may happen.
+        sample: not modified.
+        settings: which augmentations to draw from.
         rng: a generator that no other thread uses at the same time.
 
     Returns:
-        Objects in their order. Flips and turns are exact for boxes on the grid that `TrainingImages.load` puts them on.
-        After cutout masks lack the erased pixels, and boxes that lost some are tight around the rest; without masks
-        boxes stay as they were, since it is not known where in a box its object lies.
+        Objects in their order. Flips and rotations are exact for boxes on the grid of `TrainingImages.load`. After
+        cutout, masks lack the erased pixels, and boxes that lost some are tight around the rest. Without masks, boxes
+        stay as they were, since the location of the object inside its box is not known.
     """
     if rng.random() < settings.horizontal_flip:
         sample = flip(sample)
@@ -83,7 +84,7 @@ def flip(sample: Sample) -> Sample:
 
 
 def turn(sample: Sample, quarters: int) -> Sample:
-    """Turn counterclockwise by a number of quarters; the image becomes (W, H) when it is odd."""
+    """Rotate counterclockwise by a number of quarter turns; the image becomes (W, H) if it is odd."""
     image, boxes, masks = _to_tensors(sample)
     angle = 90.0 * (quarters % 4)
     return _to_sample(
@@ -98,10 +99,10 @@ def cut_out(sample: Sample, rectangles: NDArray[np.int64], *, min_visible: float
     """Erase rectangles.
 
     Args:
-        sample: is not written to.
+        sample: not modified.
         rectangles: (R, 4) xyxy whole pixels, inside the image, half-open.
-        min_visible: objects that are left with a smaller share of their mask are dropped; without masks, of the pixels
-            that their box touches.
+        min_visible: objects left with a smaller fraction of their mask are dropped; without masks, the fraction is of
+            the pixels that their box touches.
         rng: draws the noise.
     """
     image = tv_tensors.Image(_tensor(sample.pixels).permute(2, 0, 1))
@@ -131,7 +132,7 @@ def cut_out(sample: Sample, rectangles: NDArray[np.int64], *, min_visible: float
 
 
 def _covered_share(boxes_xyxy: NDArray[np.float32], erased: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """(N,) share of the pixels that a box touches which are erased; 0 for a box that touches none."""
+    """(N,) fraction of the pixels touched by a box that are erased; 0 for a box that touches none."""
     low, high = np.floor(boxes_xyxy[:, :2]).astype(int).clip(0), np.ceil(boxes_xyxy[:, 2:]).astype(int).clip(0)
     windows = [erased[y0:y1, x0:x1] for (x0, y0), (x1, y1) in zip(low.tolist(), high.tolist(), strict=True)]
     return np.array([window.mean() if window.size else 0.0 for window in windows], np.float64)
@@ -140,7 +141,7 @@ def _covered_share(boxes_xyxy: NDArray[np.float32], erased: NDArray[np.bool_]) -
 def _draw_rectangles(
     size_hw: tuple[int, int], settings: AugmentSettings, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """(R, 4) xyxy inside the image: shares uniform up to the largest, sides up to 2 : 1 either way."""
+    """(R, 4) xyxy inside the image: area fractions uniform up to the largest, aspect ratios up to 2 : 1 either way."""
     height, width = size_hw
     rectangles = []
     for _ in range(int(rng.integers(1, settings.cutout_rectangles + 1))):
@@ -177,13 +178,13 @@ def _jitter(sample: Sample, settings: AugmentSettings, rng: np.random.Generator)
 
 
 def _adjust_hue(image: torch.Tensor, shift: float) -> torch.Tensor:
-    """Of a (3, H, W) image, by Pillow's 8-bit HSV: a quarter of the time that torchvision takes for tensors."""
+    """Shift the hue of a (3, H, W) image in Pillow's 8-bit HSV: a quarter of the time of torchvision on tensors."""
     picture = functional.adjust_hue(Image.fromarray(_pixels(image)), shift)
     return tv_tensors.Image(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
 
 
 def _to_tensors(sample: Sample) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Pixels (3, H, W), boxes (N, 4) in float64 and masks (N, H, W) as torchvision's kinds of tensors."""
+    """Pixels (3, H, W), boxes (N, 4) in float64 and masks (N, H, W) as torchvision's tensor types."""
     height, width = sample.pixels.shape[:2]
     boxes = tv_tensors.BoundingBoxes(
         torch.from_numpy(sample.boxes_xyxy.astype(np.float64)),
@@ -196,7 +197,8 @@ def _to_tensors(sample: Sample) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def _to_sample(sample: Sample, image: torch.Tensor, boxes: torch.Tensor, masks: torch.Tensor | None) -> Sample:
-    # Turns go through sines and cosines: 2^-16 px takes away what they leave of a zero. Adding 0 makes -0 to 0.
+    # Rotations go through sines and cosines: rounding to 2^-16 px removes their errors near zero. Adding 0 turns -0
+    # into 0.
     exact = np.round(np.asarray(boxes, np.float64) * 2**16) / 2**16 + 0.0
     return Sample(
         image_id=sample.image_id,
@@ -212,5 +214,5 @@ def _pixels(image: torch.Tensor) -> NDArray[np.uint8]:
 
 
 def _tensor(array: NDArray[np.generic]) -> torch.Tensor:
-    """Shares the memory where torch may: it takes no read-only arrays."""
+    """Make a tensor that shares the array's memory if torch allows it: torch does not accept read-only arrays."""
     return torch.from_numpy(np.require(array, requirements="W"))

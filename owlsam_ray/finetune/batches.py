@@ -1,8 +1,8 @@
-"""Which images make which step, and threads that have them ready.
+"""Choose the images of each step, and prepare them in threads.
 
-Everything is a function of (seed, step): a resumed training goes on with the same batches, and no state is kept. Step t
-takes the images t·B … t·B + B − 1 of an endless sequence of shuffled epochs; the workers share each step's images out
-among themselves, so that no image is seen twice in an epoch however many workers there are.
+Everything is a function of (seed, step): a resumed training continues with the same batches, and no state is stored.
+Step t takes the images t·B … t·B + B − 1 of an endless sequence of shuffled epochs. The workers divide each step's
+images among themselves, so that no image is seen twice in an epoch, for any number of workers.
 """
 
 import logging
@@ -25,29 +25,30 @@ from owlsam_ray.finetune.data import Sample, TrainingImages
 _log = logging.getLogger(__name__)
 
 _AHEAD = 3
-"""Steps that are made ready before they are asked for; more where steps are so small that threads would stand idle."""
+"""Steps prepared in advance; more if steps are so small that threads would be idle."""
 _PAUSES_S = (0.5, 2.0)
-"""Between the tries of an image that storage did not give."""
+"""Pauses between attempts to read an image that storage did not return."""
 _OUTAGE = 32
-"""Images in a row that storage did not give: it is down, and pausing for each of them would take for ever."""
+"""Consecutive images that storage did not return after which storage counts as down: pausing for each would take too
+long."""
 _SHUFFLE, _AUGMENT, _COLLATE = 0, 1, 2
-"""Streams of chance under one seed."""
+"""Random streams under one seed."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How steps are cut out of the training set."""
+    """How steps are cut from the training set."""
 
     num_images: int
     batch_size: int
-    """Images of a step, over all workers."""
+    """Number of images of a step, over all workers."""
     accumulate: int = 1
     rank: int = 0
     world_size: int = 1
     seed: int = 0
 
     def images_of(self, step: int) -> list[list[tuple[int, int]]]:
-        """Micro batches of this worker in a step: (place in the endless sequence, image index) each."""
+        """Return this worker's micro batches of a step, each as (place in the endless sequence, image index) pairs."""
         per_call = self.batch_size // (self.world_size * self.accumulate)
         first = step * self.batch_size + self.rank * per_call * self.accumulate
         return [
@@ -56,10 +57,10 @@ class BatchPlan:
         ]
 
     def replacements_of(self, place: int) -> Iterator[int]:
-        """Every other image once, for a place whose image cannot be read: those of the next steps, then the rest."""
+        """Yield every other image once, to replace an unreadable one: those of the next steps, then the rest."""
         epoch, position = divmod(place, self.num_images)
         order = _epoch_order(self.seed, epoch, self.num_images)
-        # Strides of a whole step come back to where they began before they met every image: then one further.
+        # Strides of a whole step return to the start before they have visited every image: then shift by one.
         rounds = math.gcd(self.batch_size, self.num_images)
         for shift in range(rounds):
             for stride in range(self.num_images // rounds):
@@ -76,7 +77,7 @@ _orders_lock = Lock()
 
 
 def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The shuffled indices of an epoch; the last few stay in memory."""
+    """The shuffled indices of an epoch; the last few epochs are cached."""
     key = (seed, epoch, count)
     with _orders_lock:
         if key not in _orders:
@@ -87,13 +88,13 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray[Any, np.dtype[
 
 
 class SampleReader:
-    """Reads samples, keeps some in memory, and leaves out images that cannot be read. Threads may share it.
+    """Read samples, cache some in memory, and leave out images that cannot be read. Thread-safe.
 
     Args:
-        images: what is read.
-        masks: whether samples carry masks.
-        cache_mb: room for samples that stay in memory.
-        split: what the images are for, in messages.
+        images: the images to read.
+        masks: whether samples have masks.
+        cache_mb: memory for cached samples, in MiB.
+        split: purpose of the images, for messages.
     """
 
     def __init__(
@@ -106,26 +107,26 @@ class SampleReader:
     ) -> None:
         self.images = images
         self.failures: Counter[str] = Counter()
-        """Reason → images that were left out for it, each counted once; those of `fetch_failed` may come back."""
+        """Reason → number of images left out for it, each counted once; those of `fetch_failed` may be retried."""
         self._masks, self._split = masks, split
         self._room = cache_mb * 2**20
         self._cache: dict[int, Sample] = {}
         self._failed: set[int] = set()
         """Images that are not tried again."""
         self._not_given: set[int] = set()
-        """Images that storage did not give at least once."""
+        """Images that storage did not return at least once."""
         self._in_a_row = 0
-        """Images that storage did not give since it last answered."""
+        """Consecutive images that storage did not return since it last answered."""
         self._lock = Lock()
 
     def read(self, index: int) -> Sample | None:
-        """One sample without augmentation; None for an image that cannot be read, which is told once.
+        """Read one sample without augmentation; None for an image that cannot be read, which is logged once.
 
-        What storage does not give is tried again after a pause, and again whenever the image is asked for.
+        An image that storage does not return is retried after a pause, and again whenever it is requested.
 
         Raises:
             InputError: no image at all can be read.
-            IncompleteError: storage gave none of many images in a row.
+            IncompleteError: storage returned none of many images in a row.
         """
         sample = self._cache.get(index)
         if sample is not None:
@@ -200,22 +201,22 @@ def iterate_batches(
     steps: range,
     threads: int,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Steps in order, each with this worker's micro batches; made ready by threads.
+    """Yield steps in order, each with this worker's micro batches, prepared by threads.
 
     Args:
-        plan: which images.
-        reader: gives them.
-        collate: samples to a batch, see `task.Task`.
-        augmentation: applied to each sample, with chance that depends on its place in the sequence.
-        steps: to give.
-        threads: that read; at least one.
+        plan: which images make which step.
+        reader: reads the images.
+        collate: turns samples into a batch, see `task.Task`.
+        augmentation: applied to each sample, with randomness that depends on its place in the sequence.
+        steps: steps to yield.
+        threads: number of reading threads; at least one.
 
     Yields:
-        Step and micro batches. An image that cannot be read is replaced by another of the epoch that can.
+        Step and micro batches. An image that cannot be read is replaced by another one of the epoch.
 
     Raises:
         InputError: no image can be read.
-        IncompleteError: storage gave none of many images, or of all there are.
+        IncompleteError: storage returned none of many images in a row, or none of all images.
     """
 
     def sample_at(place: int, index: int) -> Sample:
@@ -260,7 +261,7 @@ def _replacement(plan: BatchPlan, reader: SampleReader, place: int) -> Sample:
 
 
 class _Parts:
-    """A micro batch that threads make together, one sample each; the thread that makes the last one collates."""
+    """A micro batch that threads prepare together, one sample each; the thread that finishes last collates."""
 
     def __init__(
         self,
@@ -275,7 +276,7 @@ class _Parts:
         self._batch: Future[dict[str, Any]] = Future()
 
     def submit(self, pool: ThreadPoolExecutor) -> Future[dict[str, Any]]:
-        """Hand all samples to the threads; the batch comes when they are there, or the first error."""
+        """Submit all samples to the threads; the future returns the batch when all are done, or the first error."""
         for number in range(len(self._makers)):
             pool.submit(self._make, number)
         return self._batch

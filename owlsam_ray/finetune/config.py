@@ -1,4 +1,4 @@
-"""The one typed tree that describes a training; files and overrides merge as those of a run."""
+"""Define the configuration of a training; files and overrides merge like those of a run."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ _NON_RESULT_PATHS: dict[str, Any] = {
     },
     "checkpoint": {"every": True, "keep": True},
 }
-"""Single fields of other sections; data are known by their content, not by where they lie."""
+"""Single fields of other sections that do not change it; data are identified by content, not by location."""
 
 
 class DatasetFiles(Section):
@@ -35,20 +35,20 @@ class DatasetFiles(Section):
     annotations: Name
     """The COCO JSON file: a path or any fsspec URL."""
     images: Name
-    """Root of the image files."""
+    """Root of the image files: a directory or an fsspec URL."""
 
 
 class DrawnDataset(Section):
-    """The demo's dataset, drawn when it is not there."""
+    """The demo's dataset, which is drawn if it does not exist."""
 
     directory: Name = "runs/drawn"
     """A local directory."""
     train: PositiveInt = 10_000
-    """Pictures to learn from."""
+    """Number of training images."""
     val: PositiveInt = 500
-    """Pictures to validate on."""
+    """Number of validation images."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the drawing."""
+    """Seed of the drawing."""
 
     @field_validator("directory")
     @classmethod
@@ -59,20 +59,20 @@ class DrawnDataset(Section):
 
 
 class TrainingData(Section):
-    """What is learned from."""
+    """Training and validation data."""
 
     train: DatasetFiles | None = None
     """The training set."""
     val: DatasetFiles | None = None
-    """The validation set; without one the last weights are kept instead of the best."""
+    """The validation set; without one, the last weights are kept instead of the best."""
     drawn: DrawnDataset | None = None
     """The drawn dataset instead of `train` and `val`."""
     val_images: PositiveInt = 500
-    """Images of the validation set that are looked at, evenly spread."""
+    """Number of images of the validation set that are used, evenly spread."""
     max_pixels: PositiveInt = 200_000_000
-    """Larger images are left out."""
+    """Largest image in pixels; larger ones are left out."""
     cache_mb: Annotated[int, Field(ge=0)] = 0
-    """Memory for decoded images, per worker. Worth it where the training set fits."""
+    """Memory for decoded images, per worker, in MiB. Worth it if the training set fits."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -84,11 +84,11 @@ class TrainingData(Section):
 
 
 class OptimizerConfig(Section):
-    """Steps, with warm-up and cosine."""
+    """Steps, and a learning rate with warm-up and cosine decay."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """`adamw`, or `muon` for the matrices inside the towers of a detector and AdamW for the rest: from random weights
-    it needs about half the steps."""
+    """`adamw`, or `muon` for the matrices inside the towers of a detector and AdamW for the rest. From random weights,
+    `muon` needs about half the steps."""
     steps: PositiveInt
     """Optimiser steps of the whole training."""
     batch_size: PositiveInt = 16
@@ -98,43 +98,43 @@ class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-5
     """Peak learning rate."""
     min_lr_scale: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Learning rate at the end over the peak."""
+    """Learning rate at the end, relative to the peak."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps in which the learning rate rises."""
+    """Steps during which the learning rate rises."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Of matrices; norms, biases and embeddings have none."""
+    """Weight decay of matrices; norms, biases and embeddings have none."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
-    """Of AdamW."""
+    """Betas of AdamW."""
     muon_lr_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
-    """Learning rate of Muon over that of AdamW; its steps are scaled to the size of AdamW's."""
+    """Learning rate of Muon relative to AdamW's; Muon's steps are scaled to the size of AdamW's."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Of the averaged weights, which are what is validated and kept; rises from 0 over the first steps."""
+    """Decay of the averaged weights, which are validated and kept; rises from 0 over the first steps."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of weights that start from nothing, of the order of images, of augmentation and prompts."""
+    """Seed of random initial weights, the order of images, augmentation and prompts."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the forward pass (autocast); weights and losses stay in fp32."""
+    """Type of the forward pass (autocast); weights and losses stay in fp32."""
 
 
 class CheckpointConfig(Section):
-    """When progress is kept."""
+    """When checkpoints are written and validation runs."""
 
     every: PositiveInt = 200
     """Steps between two checkpoints."""
     keep: PositiveInt = 2
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints that are kept."""
     validate_every: PositiveInt = 1000
     """Steps between two validations; the last step always validates."""
 
 
 class TrainingResources(Section):
-    """Where and how fast."""
+    """Devices, processes, threads and the Ray cluster."""
 
     workers: PositiveInt = 1
     """Processes that train together (DDP)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: CUDA where there is one."""
+    """`auto`: CUDA if available."""
     cpus_per_worker: Annotated[float, Field(gt=0)] | Auto = "auto"
     """CPUs that Ray reserves for one worker; `auto`: an equal share of the machine's, or 4 beside a GPU."""
     torch_threads: PositiveInt | Auto = "auto"
@@ -142,27 +142,27 @@ class TrainingResources(Section):
     loader_threads: PositiveInt = 2
     """Threads of a worker that read, decode and augment images."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """Times that lost workers are replaced; training goes on at the last checkpoint."""
+    """How often lost workers are replaced; training continues from the last checkpoint."""
     num_cpus: PositiveInt | None = None
     """CPUs of the Ray instance that is started here; default: the machine's."""
     object_store_mb: PositiveInt | None = 100
-    """Object store of the Ray instance that is started here; training hardly uses it."""
+    """Object store of the Ray instance that is started here, in MiB; training hardly uses it."""
     ray_address: Name | None = None
     """An existing cluster; default: start one on this machine."""
     auth_mode: Literal["disabled", "token"] = "disabled"
-    """RAY_AUTH_MODE of the cluster at `ray_address`; `token` needs the same token on every node. A Ray that is started
-    here always asks for a token of its own."""
+    """RAY_AUTH_MODE of the cluster at `ray_address`; `token` needs the same token on every node. A Ray instance that is
+    started here always requires its own token."""
 
 
 class FinetuneConfig(Section):
-    """A whole training."""
+    """The configuration of a training."""
 
     out: Name | None = None
-    """Where checkpoints, metrics and the model go: a path or an fsspec URL. `--out` replaces it."""
+    """Directory of checkpoints, metrics and the model: a path or an fsspec URL. `--out` overrides it."""
     detector: DetectorTraining | None = None
-    """Train a detector."""
+    """Train a detector. Exactly one of `detector` and `segmenter` must be set."""
     segmenter: SegmenterSettings | None = None
-    """Or a segmenter. Exactly one of the two."""
+    """Train a segmenter."""
     data: TrainingData
     cleaning: CleaningSettings = CleaningSettings()
     augment: AugmentSettings = AugmentSettings()
@@ -188,7 +188,7 @@ class FinetuneConfig(Section):
         return self
 
     def result_fields(self) -> dict[str, Any]:
-        """The part that decides what is learned, as plain JSON values; without added settings that change nothing."""
+        """The fields that decide what is learned, as plain JSON; added settings that change nothing are left out."""
         return without_added(self, exclude={**dict.fromkeys(NON_RESULT_FIELDS, True), **_NON_RESULT_PATHS})
 
 

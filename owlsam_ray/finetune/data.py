@@ -1,6 +1,6 @@
-"""A COCO dataset as training sees it: cleaned objects, decoded pictures.
+"""Read a COCO dataset for training: cleaned objects, decoded images.
 
-Letters: N objects of one image, H W original pixels. Boxes are half-open.
+Shapes: N objects of one image, H W original pixels. Boxes are half-open.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from owlsam_ray.sources.listing import ImageRecord
 from owlsam_ray.vocabulary import resolve_vocabulary
 
 GRID = 256
-"""Box coordinates are multiples of 1 / GRID px: float32 holds them up to 65,536 px, and W - (W - x) is x."""
+"""Box coordinates are multiples of 1 / GRID px: float32 is exact up to 65,536 px, and W - (W - x) is x."""
 
 _LIMITS = DecodeConfig()
 
@@ -39,30 +39,30 @@ class Sample:
     pixels: NDArray[np.uint8]
     """(H, W, 3) RGB, contiguous."""
     boxes_xyxy: NDArray[np.float32]
-    """(N, 4) original pixels, each with an area."""
+    """(N, 4) original pixels, each with a nonzero area."""
     labels: NDArray[np.int64]
     """(N,) index into the categories."""
     masks: NDArray[np.bool_] | None
-    """(N, H, W), none of them empty; None when not asked for."""
+    """(N, H, W), none of them empty; None when not requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingImages:
-    """M images and the objects that cleaning left. Opens a picture in `load` only; threads may share it."""
+    """M images and the objects left after cleaning. Only `load` opens images. Thread-safe."""
 
     categories: tuple[Category, ...]
-    """In the file's order, where `labels` point to."""
+    """Categories in the file's order; `labels` are indices into them."""
     report: CleaningReport
     image_ids: tuple[int, ...]
     """M ids in the file's order."""
     _root: str
     _records: tuple[ImageRecord, ...]
     _offsets: NDArray[np.int64]
-    """(M + 1,): objects of image i lie at _offsets[i] : _offsets[i + 1]."""
+    """(M + 1,): objects of image i are at _offsets[i] : _offsets[i + 1]."""
     _boxes_xyxy: NDArray[np.float32]
     _labels: NDArray[np.int64]
     _outlines: Sequence[Outline | None] | None
-    """None when they were not kept: a detector does not need them, and they are most of the memory."""
+    """None if they were not kept: a detector does not need them, and they are most of the memory."""
     _clip_boxes: bool
     _max_pixels: int
 
@@ -74,16 +74,16 @@ class TrainingImages:
 
         Args:
             index: 0 … M - 1.
-            masks: whether to draw them.
+            masks: whether to draw masks.
 
         Returns:
-            The objects by rising annotation id; N may be 0. With `masks`, objects without a segmentation and those
+            The objects by ascending annotation id; N may be 0. With `masks`, objects without a segmentation and those
             whose mask has no pixel (slivers) are left out.
 
         Raises:
-            ImageError: the file is missing or cannot be decoded (the reasons of `fetch_file` and `decode_image`), has
-                another size than the file of annotations states (`stated_size_differs`: its boxes would be wrong), or
-                an RLE is damaged (`bad_mask`).
+            ImageError: the file is missing or cannot be decoded (the reasons of `fetch_file` and `decode_image`), its
+                size differs from the one that the annotation file states (`stated_size_differs`: its boxes would be
+                wrong), or an RLE is damaged (`bad_mask`).
         """
         record = self._records[index]
         stated = (record.height, record.width) if record.height is not None and record.width is not None else None
@@ -96,7 +96,7 @@ class TrainingImages:
         mine = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
         boxes, labels = self._boxes_xyxy[mine], self._labels[mine]
         keep = np.ones(len(boxes), np.bool_)
-        if stated is None and len(boxes):  # the right and the bottom border were not known before
+        if stated is None and len(boxes):  # the right and bottom borders were unknown until now
             inside = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
             keep[:] = (inside[:, 2:] > inside[:, :2]).all(axis=1)
             boxes = inside if self._clip_boxes else boxes
@@ -118,18 +118,18 @@ def read_training_images(
     masks: bool = True,
     max_pixels: int = _LIMITS.max_pixels,
 ) -> TrainingImages:
-    """Read a COCO file and clean its annotations; no picture is opened.
+    """Read a COCO file and clean its annotations; no image is opened.
 
     Args:
         annotations: the COCO file: a path or an fsspec URL.
         images: root of its file names: a directory or an fsspec URL.
         cleaning: which annotations are trained on.
         masks: keep the outlines, so that `load` can draw masks.
-        max_pixels: larger pictures fail in `load`.
+        max_pixels: larger images fail in `load`.
 
     Raises:
-        InputError: the file cannot be read or contradicts itself (see `list_tree` and `read_objects`), its categories
-            are none or repeat, no looked-up picture is there, or cleaning leaves no annotation.
+        InputError: the file cannot be read or contradicts itself (see `list_tree` and `read_objects`), it has no
+            categories or repeats one, none of the looked-up images exists, or cleaning leaves no annotation.
     """
     tree = read_tree(annotations)
     listed = list_tree(tree, url=annotations, root=images)
@@ -169,7 +169,7 @@ def _categories(entries: list[dict[str, Any]], url: str) -> tuple[Category, ...]
 
 
 def _on_grid(boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(N, 4) boxes grown to the next multiples of 1 / GRID, so that none loses its area."""
+    """(N, 4) boxes expanded to multiples of 1 / GRID, so that none loses its area."""
     low, high = np.floor(boxes_xyxy[:, :2] * GRID), np.ceil(boxes_xyxy[:, 2:] * GRID)
     return (np.concatenate([low, high], axis=1) / GRID).astype(np.float32)
 
@@ -188,6 +188,6 @@ def _draw(outlines: Sequence[Outline | None], size_hw: tuple[int, int]) -> NDArr
 
 
 def _fill(polygons: Sequence[NDArray[np.float64]], size_hw: tuple[int, int]) -> bytes:
-    """Counts of the RLE of all polygons together, as pycocotools' `annToMask` draws them."""
+    """RLE counts of the union of all polygons, as drawn by pycocotools' `annToMask`."""
     parts = coco_mask.frPyObjects([polygon.tolist() for polygon in polygons], *size_hw)
     return bytes(coco_mask.merge(parts)["counts"])

@@ -1,10 +1,10 @@
-"""What is trained when a detector is: OwlViT or OWLv2 against boxes and the names of their categories.
+"""Train a detector: OwlViT or OWLv2 against boxes and the names of their categories.
 
-Letters: B images of a micro batch, Q prompts of it, L tokens of a prompt, S side of the detector's square input, N
+Shapes: B images of a micro batch, Q prompts of it, L tokens of a prompt, S side of the detector's square input, N
 objects of one image.
 
-Source: the training of OWL-ViT (Minderer et al., 2022): bipartite matching, focal loss over the prompts at hand, L1 and
-GIoU on the boxes, and a text tower that learns a hundred times more slowly than the rest.
+Source: the training of OWL-ViT (Minderer et al., 2022): bipartite matching, focal loss over the sampled prompts, L1 and
+GIoU on the boxes, and a text tower with a hundredth of the learning rate.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,21 +47,21 @@ class DetectorTraining(Section):
     """How a detector is trained."""
 
     weights: Name | None = None
-    """An OwlViT or OWLv2 to go on with: a directory in Hugging Face layout, or a hub name."""
+    """An OwlViT or OWLv2 to continue from: a directory in Hugging Face layout, or a hub name."""
     architecture: OwlVitArchitecture | None = None
-    """Or the sizes of an OwlViT that starts from nothing. Exactly one of the two."""
+    """Or the sizes of an OwlViT with random initial weights. Exactly one of the two."""
     template: Name = "a photo of a {}"
-    """Prompt of a category, `{}` becomes its name. Must be the one of `vocabulary.templates` of the runs to come."""
+    """Prompt of a category; `{}` is replaced by its name. Must equal `vocabulary.templates` of later runs."""
     frozen: tuple[Part, ...] = ()
-    """Parts that do not learn."""
+    """Parts that are not trained."""
     text_lr_scale: Weight = 0.01
-    """Learning rate of the text tower over that of the image tower; 1 when starting from nothing."""
+    """Learning rate of the text tower relative to that of the image tower; 1 when starting from random weights."""
     heads_lr_scale: Weight = 1.0
-    """Learning rate of the heads over that of the image tower."""
+    """Learning rate of the heads relative to that of the image tower."""
     max_prompts: PositiveInt = 100
-    """Prompts of a micro batch: the categories on its images, and sampled ones that are not."""
+    """Prompts of a micro batch: the categories on its images, and sampled ones that are not on them."""
     matches_per_object: PositiveInt = 1
-    """Patches that learn one object. More learn faster, and leave several boxes an object to suppression."""
+    """Patches that learn one object. More learn faster, and leave several boxes per object to suppression."""
     quality_targets: bool = False
     """The class target of a patch is the IoU of its box instead of 1: scores then rank boxes by fit."""
     class_weight: Weight = 4.0
@@ -73,9 +73,9 @@ class DetectorTraining(Section):
     focal_alpha: Fraction = 0.75
     """Weight of matched pairs in the focal loss; the others have one minus it."""
     focal_gamma: Weight = 2.0
-    """How strongly the focal loss discounts what is right already."""
+    """How strongly the focal loss discounts what is already right."""
     gradient_checkpointing: bool = False
-    """Compute activations of the towers again instead of keeping them: less memory, a third more time."""
+    """Recompute activations of the towers instead of keeping them: less memory, a third more time."""
     validation_iou: Fraction = 0.6
     """Suppression threshold at validation."""
 
@@ -88,7 +88,7 @@ class DetectorTraining(Section):
 
 
 class DetectorTask:
-    """`task.Task` of a detector."""
+    """The `task.Task` that trains a detector."""
 
     best_metric = "val/box_ap"
     needs_masks = False
@@ -97,13 +97,13 @@ class DetectorTask:
         """Load or build the model.
 
         Args:
-            settings: of the training.
-            categories: of the training set; labels of samples are indices into them.
-            seed: of new weights.
+            settings: how the detector is trained.
+            categories: categories of the training set; labels of samples are indices into them.
+            seed: seed of random initial weights.
 
         Raises:
             WeightsError: the weights do not load.
-            InputError: a prompt is longer than the text tower takes.
+            InputError: a prompt is longer than the text tower accepts.
         """
         self.settings = settings
         self.categories = tuple(categories)
@@ -129,7 +129,7 @@ class DetectorTask:
         return self.parts.module
 
     def collate(self, samples: Sequence[Sample], rng: np.random.Generator) -> dict[str, Any]:
-        """Samples to pixels, the prompts of this batch, and targets; see `task.Task`."""
+        """Convert samples to pixels, the prompts of this batch, and targets; see `task.Task`."""
         present = sorted({int(label) for sample in samples for label in sample.labels})
         absent = np.setdiff1d(np.arange(len(self.categories)), present)
         room = max(0, min(self.settings.max_prompts - len(present), len(absent)))
@@ -157,7 +157,7 @@ class DetectorTask:
         return batch["pixels"], batch["input_ids"], batch["attention_mask"]
 
     def loss(self, outputs: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Focal, L1 and GIoU loss; of OWLv2 also the focal loss of objectness. See `task.Task`."""
+        """Focal, L1 and GIoU loss; for OWLv2 also the focal loss of objectness. See `task.Task`."""
         settings = self.settings
         parts, matches = detection_losses(
             outputs["logits"],
@@ -183,7 +183,7 @@ class DetectorTask:
         return parts
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Towers and heads apart, each with and without weight decay; see `task.Task`."""
+        """Separate groups for towers and heads, each with and without weight decay; see `task.Task`."""
         text = {id(parameter) for parameter in _part(self.module, "text")}
         vision = {id(parameter) for parameter in _part(self.module, "vision")}
         groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
@@ -240,7 +240,7 @@ class DetectorTask:
         }
 
     def _detect(self, sample: Sample, boxes: Tensor, scores: NDArray[np.float32]) -> Detections:
-        """Proposals of one picture, (P, 4) and (P, Q), to detections in its pixels."""
+        """Convert proposals of one image, (P, 4) and (P, Q), to detections in original pixels."""
         size_hw = (sample.pixels.shape[0], sample.pixels.shape[1])
         found = select_detections(
             self.parts.preprocessing.unscale(boxes, size_hw).numpy(),
@@ -268,7 +268,7 @@ class DetectorTask:
 
 
 def _in_groups(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
-    """Lists of at most `size` samples."""
+    """Yield lists of at most `size` samples."""
     iterator = iter(samples)
     while group := list(islice(iterator, size)):
         yield group
@@ -277,7 +277,7 @@ def _in_groups(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
 def _regions(
     image_id: int, boxes_xyxy: NDArray[np.float32], labels: NDArray[np.int64], scores: NDArray[Any]
 ) -> list[Region]:
-    """Boxes of one image as the evaluation takes them."""
+    """Boxes of one image in the form that the evaluation takes."""
     return [
         Region(image_id, label, (x0, y0, x1 - x0, y1 - y0), (x1 - x0) * (y1 - y0), None, score)
         for (x0, y0, x1, y1), label, score in zip(boxes_xyxy.tolist(), labels.tolist(), scores.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""A training as a Ray Train job: the same loop in one process or many, on CPUs or GPUs."""
+"""Run a training as a Ray Train job: the same loop in one process or many, on CPUs or GPUs."""
 
 import contextlib
 import logging
@@ -43,19 +43,19 @@ forget_ray_types()  # ray.train imports ray.data
 _log = logging.getLogger(__name__)
 
 _PATIENCE_S = 4 * 3600
-"""That workers wait for the first one while it validates."""
+"""How long workers wait for the first one while it validates."""
 _ADVICE = "Most often memory is short: give the job more, or lower resources.workers or data.cache_mb."
 
 
 def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
-    """Run a training to its end; the same call again resumes.
+    """Run a training to its end; the same call again resumes it.
 
     Args:
-        config: of the training.
-        report: called with every line of metrics, here in the driver.
+        config: configuration of the training.
+        report: called in the driver with every line of metrics.
 
     Returns:
-        Steps, last loss, best validation, where the model is, and what cleaning removed.
+        Steps, last loss, best validation, location of the model, and what cleaning removed.
 
     Raises:
         OwlsamError: see `errors` for the kinds and their exit codes.
@@ -67,7 +67,7 @@ def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None]
     store = TrainingStore(config.out)
     cleaning = _check(config, store)
     kept = store.checkpoints()
-    # What was written after the last checkpoint is done again.
+    # Steps after the last checkpoint are repeated, so their lines are dropped.
     store.write_metrics([line for line in store.read_metrics() if kept and line["step"] <= kept[-1]])
     losses = LossCount(
         storage.join(config.out, f"finetune{SUFFIX}"),
@@ -82,7 +82,7 @@ def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None]
 
 
 def _check(config: FinetuneConfig, store: TrainingStore) -> dict[str, Any]:
-    """Tell what is wrong with data, model or directory before Ray starts; returns what cleaning did."""
+    """Report problems of data, model or directory before Ray starts; returns what cleaning removed."""
     training, _ = open_data(config)
     make_task(config, training)  # for its errors
     _log.info("%s", training.report.summary())
@@ -100,7 +100,7 @@ def _check(config: FinetuneConfig, store: TrainingStore) -> dict[str, Any]:
 
 
 def _files(config: FinetuneConfig) -> tuple[DatasetFiles, DatasetFiles | None]:
-    """Where the training and the validation set lie; the drawn one is drawn first when it is not there."""
+    """Location of the training and the validation set; the drawn set is drawn first if it does not exist."""
     data = config.data
     if data.drawn is not None:
         directory = Path(data.drawn.directory)
@@ -119,10 +119,10 @@ def _files(config: FinetuneConfig) -> tuple[DatasetFiles, DatasetFiles | None]:
 
 
 def open_data(config: FinetuneConfig) -> tuple[TrainingImages, TrainingImages | None]:
-    """Training and validation set, cleaned.
+    """Open the training and validation set, cleaned.
 
-    Small objects and images without any stay in the validation set: finding the ones is not wrong, finding something
-    on the others is.
+    Small objects and images without objects stay in the validation set: detecting the former is not wrong, detecting
+    anything on the latter is.
     """
     train_files, val_files = _files(config)
     options: dict[str, Any] = {"masks": config.segmenter is not None, "max_pixels": config.data.max_pixels}
@@ -141,10 +141,10 @@ def open_data(config: FinetuneConfig) -> tuple[TrainingImages, TrainingImages | 
 
 
 def make_task(config: FinetuneConfig, training: TrainingImages) -> Task:
-    """The model that the config names, ready to train.
+    """Build the model that the configuration names, ready to train.
 
     Raises:
-        ConfigError: nothing in it learns.
+        ConfigError: nothing in it is trained.
         WeightsError, InputError: see the tasks.
     """
     seed = config.optimizer.seed
@@ -161,7 +161,7 @@ def make_task(config: FinetuneConfig, training: TrainingImages) -> Task:
 
 
 def _fit_again(config: FinetuneConfig) -> None:
-    """`_fit`, again from the last checkpoint when workers were lost; what would only happen again is told at once."""
+    """Call `_fit`, again from the last checkpoint if workers were lost; errors that would recur are raised at once."""
     for left in range(config.resources.max_failures, -1, -1):
         try:
             return _fit(config)
@@ -173,7 +173,7 @@ def _fit_again(config: FinetuneConfig) -> None:
 
 
 def _fit(config: FinetuneConfig) -> None:
-    """Hand the training to Ray Train and wait for its end."""
+    """Submit the training to Ray Train and wait for its end."""
     resources = config.resources
     on_gpu, cpus = _share(config, ray.cluster_resources())
     _log.info("%d worker(s) on %s, %g CPUs each", resources.workers, "cuda" if on_gpu else "cpu", cpus)
@@ -193,7 +193,8 @@ def _fit(config: FinetuneConfig) -> None:
             ),
             run_config=ray.train.RunConfig(
                 name="train",
-                # Ray's own bookkeeping; checkpoints are ours. Workers on other nodes need a place that they share.
+                # For Ray's own bookkeeping only: checkpoints are ours. Workers on other nodes need a place that they
+                # share.
                 storage_path=storage.join(config.out or "", "ray") if elsewhere else scratch,
             ),
         )
@@ -226,7 +227,7 @@ def _share(config: FinetuneConfig, totals: dict[str, float]) -> tuple[bool, floa
 
 
 def _work(arguments: dict[str, Any]) -> None:
-    """One worker."""
+    """Run one worker."""
     config: FinetuneConfig = arguments["config"]
     logging.getLogger("owlsam_ray").setLevel(config.logging.level.upper())
     logging.getLogger("owlsam_ray").addHandler(stderr_handler())  # to Ray's log of this worker
@@ -234,7 +235,7 @@ def _work(arguments: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     if arguments["device"] == "cuda":
         device = ray.train.torch.get_device()
-        torch.set_num_threads(1)  # of each loader thread
+        torch.set_num_threads(1)  # for each loader thread
     else:
         device = torch.device("cpu")
         threads = config.resources.torch_threads
@@ -253,7 +254,7 @@ def _work(arguments: dict[str, Any]) -> None:
 
 
 def _told(error: BaseException) -> tuple[OwlsamError, bool]:
-    """Our own error out of Ray's wrappers, where there is one, and whether a worker was only lost."""
+    """Extract our own error from Ray's wrappers, if there is one, and say whether a worker was merely lost."""
     failures = list((getattr(error, "worker_failures", None) or {}).values())
     for failure in failures:
         cause: BaseException | None = failure
@@ -261,7 +262,7 @@ def _told(error: BaseException) -> tuple[OwlsamError, bool]:
             if isinstance(cause, OwlsamError):
                 return cause, False
             cause = getattr(cause, "cause", None) or cause.__cause__
-    # When one is lost, the others report a broken connection.
+    # When one worker is lost, the others report a broken connection.
     lost = isinstance(error, PreemptionError) or any(isinstance(failure, RayError) for failure in failures)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = IncompleteError(f"the training broke off ({lines[-1]}); the same command goes on at the last checkpoint")
@@ -270,7 +271,7 @@ def _told(error: BaseException) -> tuple[OwlsamError, bool]:
 
 @contextlib.contextmanager
 def _ray(config: FinetuneConfig, losses: LossCount) -> Iterator[None]:
-    """Ray for the time of a training; SIGTERM ends it as Ctrl-C does."""
+    """Start Ray for the duration of a training; SIGTERM ends it as Ctrl-C does."""
     try:
         ours = start_ray(config.resources, level=config.logging.level)
     except SystemExit:
@@ -281,13 +282,13 @@ def _ray(config: FinetuneConfig, losses: LossCount) -> Iterator[None]:
     try:
         with watch_ray(lambda cause: losses.count(cause, advice=_ADVICE)):
             yield
-    # Ray Train has a SIGINT handler of its own while it works, which leaves by `sys.exit(0)`.
+    # While it works, Ray Train has its own SIGINT handler, which exits by `sys.exit(0)`.
     except (KeyboardInterrupt, SystemExit):
         raise InterruptedRunError(
             "interrupted: the same command goes on at the last checkpoint (every checkpoint.every steps)"
         ) from None
     finally:
-        losses.clear()  # no loss: that does not come back here
+        losses.clear()  # Ray stops here on purpose: not a loss
         for number, handler in before.items():
             signal.signal(number, handler)
         if ours:
@@ -296,7 +297,7 @@ def _ray(config: FinetuneConfig, losses: LossCount) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tell_metrics(store: TrainingStore, report: Callable[[dict[str, Any]], None], interval_s: float) -> Iterator[None]:
-    """Pass on the lines that the first worker writes, as they come."""
+    """Report the lines that the first worker writes, as they appear."""
     stop = threading.Event()
     told = store.read_metrics()
 
@@ -304,7 +305,7 @@ def _tell_metrics(store: TrainingStore, report: Callable[[dict[str, Any]], None]
         nonlocal told
         with contextlib.suppress(OSError, ValueError):
             lines = store.read_metrics()
-            # Workers that replace lost ones cut off what they do again.
+            # Workers that replace lost ones cut off the lines of steps that they repeat.
             pairs = enumerate(zip(told, lines, strict=False))
             same = next((index for index, (old, new) in pairs if old != new), min(len(told), len(lines)))
             for line in lines[same:]:

@@ -1,7 +1,7 @@
-"""The training loop: one worker of one or many, with or without a process group around it. Knows no Ray.
+"""Train: the loop of one worker, alone or in a process group. Independent of Ray.
 
-The same command resumes: model, averaged model and optimiser come from the newest checkpoint, batches are a function of
-the step, so on a CPU the next losses are those that an uninterrupted training would have had.
+The same command resumes: model, averaged model and optimiser come from the newest checkpoint, and batches are a
+function of the step, so on a CPU the next losses are those of an uninterrupted training.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ from owlsam_ray.finetune.task import Task
 _log = logging.getLogger(__name__)
 
 LOG_EVERY = 10
-"""Steps that one line of metrics averages over."""
+"""Number of steps that one line of metrics averages over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """Who this process is among those that train together."""
+    """The place of this process among those that train together."""
 
     rank: int
     world_size: int
@@ -61,12 +61,12 @@ def train(
     """Train to the last step, from the newest checkpoint if there is one.
 
     Args:
-        task: what is trained.
-        config: of the training.
-        reader: of the training set.
-        validation: of the validation set, if there is one.
-        worker: who this process is.
-        store: where everything goes.
+        task: the model to train, with its losses.
+        config: configuration of the training.
+        reader: reads the training set.
+        validation: reads the validation set, if there is one.
+        worker: the place of this process among the workers.
+        store: directory of the training.
         report: called by the first worker with every line of metrics.
 
     Returns:
@@ -108,7 +108,7 @@ class _Training:
             self.wrapped = DistributedDataParallel(self.module)
 
     def run(self) -> dict[str, Any]:
-        """To the last step."""
+        """Train to the last step."""
         steps = self.settings.steps
         if self.step >= steps:
             _log.info("nothing to do: all %d steps of %s are done", steps, self.store.url)
@@ -153,7 +153,7 @@ class _Training:
                 self._save(board)
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Of all optimisers; not kept, since loading a state replaces them."""
+        """Parameter groups of all optimisers; not stored, since loading a state replaces them."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _batches(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -175,13 +175,13 @@ class _Training:
         )
 
     def _one_step(self, step: int, batches: list[dict[str, Any]]) -> dict[str, float]:
-        """One optimiser step; returns its losses."""
+        """Run one optimiser step; returns its losses."""
         self.module.train()
         losses: list[dict[str, float]] = []
         for number, batch in enumerate(batches):
             batch = _to_device(batch, self.worker.device)
             last = number == len(batches) - 1
-            # Gradients travel between workers once per step.
+            # Gradients are synchronized between workers once per step.
             wrapped = self.wrapped
             quiet = isinstance(wrapped, DistributedDataParallel) and not last
             with wrapped.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
@@ -210,7 +210,7 @@ class _Training:
         return {name: float(value.detach()) for name, value in parts.items()}
 
     def _average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        """Move the averaged weights; the decay rises from 0, or the random start would stay in them for long."""
+        """Update the averaged weights. The decay rises from 0, or the random start would persist for long."""
         if not averaged[0].is_floating_point():  # batch counters
             torch._foreach_copy_(list(averaged), list(current))
             return
@@ -218,7 +218,7 @@ class _Training:
         torch._foreach_lerp_(list(averaged), list(current), 1 - decay)
 
     def _validate(self, board: "_Board | None") -> None:
-        """The first worker validates the averaged weights, and keeps them when they are the best so far."""
+        """Validate the averaged weights in the first worker, and keep them if they are the best so far."""
         if self.worker.is_first and self.validation is not None:
             start = time.monotonic()
             metrics = self.task.validate(self._averaged_module(), self._validation_samples(), device=self.worker.device)
@@ -300,7 +300,10 @@ class _Training:
             self._tell({"step": self.step, "resumed": True}, None)
 
     def _check_agreement(self) -> None:
-        """Workers that do not see the same directory would go on from different checkpoints, or wait for ever."""
+        """Check that all workers found the same checkpoint.
+
+        Workers that do not share a directory would continue from different checkpoints, or wait forever.
+        """
         steps: list[Any] = [None] * self.worker.world_size
         dist.all_gather_object(steps, self.step)
         if len(set(steps)) > 1:
@@ -329,7 +332,7 @@ class _Training:
         }
 
     def _left_out(self) -> dict[str, int]:
-        """Reason → images that could not be read, over all workers and both sets."""
+        """Reason → number of images that could not be read, over all workers and both sets."""
         mine = self.reader.failures + (self.validation.failures if self.validation is not None else Counter())
         if self.worker.world_size == 1:
             return dict(mine)
@@ -339,14 +342,14 @@ class _Training:
 
 
 def make_optimizers(groups: list[dict[str, Any]], settings: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Optimisers over the groups of `task.Task.parameter_groups`.
+    """Create optimisers for the groups of `task.Task.parameter_groups`.
 
     Args:
-        groups: those marked `hidden_matrices` are Muon's, where that is asked for.
+        groups: those marked `hidden_matrices` go to Muon, if it is requested.
         settings: name, learning rate, and more.
 
     Returns:
-        AdamW, and Muon if it has anything to do. Every group keeps its `lr_scale`.
+        AdamW, and Muon if it has any groups. Every group keeps its `lr_scale`.
     """
     muon = [group for group in groups if settings.name == "muon" and group.get("hidden_matrices")]
     others = [group for group in groups if not any(group is one for one in muon)]
@@ -363,7 +366,7 @@ def make_optimizers(groups: list[dict[str, Any]], settings: OptimizerConfig) -> 
 
 
 def learning_rate(settings: OptimizerConfig, step: int) -> float:
-    """Of the step with this number from 0: a straight rise, then half a cosine down to `min_lr_scale`."""
+    """Return the learning rate of a step, numbered from 0: a linear rise, then half a cosine down to `min_lr_scale`."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
@@ -372,32 +375,32 @@ def learning_rate(settings: OptimizerConfig, step: int) -> float:
 
 
 class _Board:
-    """TensorBoard events, kept locally and copied to the store now and then."""
+    """TensorBoard events, written locally and copied to the store from time to time."""
 
     def __init__(self, store: TrainingStore, step: int) -> None:
         self._store, self._directory = store, temporary_directory()
-        # A resumed training does the steps after its checkpoint again.
+        # A resumed training repeats the steps after its checkpoint.
         self._writer = SummaryWriter(self._directory.name, purge_step=step)
 
     def add(self, line: dict[str, Any]) -> None:
-        """One line of metrics."""
+        """Add one line of metrics."""
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(name if "/" in name else f"train/{name}", value, line["step"])
 
     def upload(self) -> None:
-        """Copy what there is."""
+        """Copy the events written so far to the store."""
         self._writer.flush()
         self._store.put_directory(TENSORBOARD, Path(self._directory.name))
 
     def close(self) -> None:
-        """Forget the local copy; `upload` comes before."""
+        """Delete the local copy; `upload` must come first."""
         self._writer.close()
         self._directory.cleanup()
 
 
 def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tensors of a batch, also those in lists, to the device."""
+    """Move the tensors of a batch, including those in lists, to a device."""
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -408,7 +411,7 @@ def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _mean(lines: list[dict[str, float]]) -> dict[str, float]:
-    """Of each value over the lines that have it: a batch without objects has fewer."""
+    """Average each value over the lines that have it: a batch without objects has fewer."""
     values: dict[str, list[float]] = {}
     for line in lines:
         for name, value in line.items():

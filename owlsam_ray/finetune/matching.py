@@ -1,6 +1,6 @@
-"""Bipartite matching of proposed boxes and objects, and the losses on what it matched.
+"""Match proposed boxes to objects (bipartite), and compute the losses of matched pairs.
 
-Letters: B images, P proposals per image, Q prompts, N objects of one image. Boxes are cxcywh in units of the detector's
+Shapes: B images, P proposals per image, Q prompts, N objects of one image. Boxes are cxcywh in units of the detector's
 square input unless a name says xyxy.
 
 Source: matching and box losses as in DETR (Carion et al., 2020); focal loss (Lin et al., 2017) over prompts instead of
@@ -44,11 +44,11 @@ def match(
         boxes: (B, P, 4) float32.
         target_boxes: B times (N, 4) float32; N may be 0.
         target_prompts: B times (N,) int64 index into the prompts.
-        weights: of the cost's parts.
-        per_object: proposals that each object gets, where there are enough.
+        weights: weights of the cost's parts.
+        per_object: proposals for each object, if there are enough.
 
     Returns:
-        image, proposal, object: (M,) int64 each; the object counts within its image. Empty when there is none.
+        image, proposal, object: (M,) int64 each; the object index is within its image. Empty when there are no objects.
 
     Raises:
         TrainingError: the outputs are not finite.
@@ -102,15 +102,15 @@ def detection_losses(
         boxes: see `match`.
         target_boxes: see `match`.
         target_prompts: see `match`.
-        weights: of the sum.
+        weights: weights of the sum.
         per_object: see `match`.
         focal_alpha: weight of positives; negatives have one minus it.
         focal_gamma: how strongly easy pairs are discounted.
         quality_targets: the class target of a matched pair is its IoU instead of 1, so that scores rank boxes by fit.
 
     Returns:
-        `loss`, the weighted sum, and `loss_class`, `loss_l1`, `loss_giou`, its parts per matched pair, unweighted. And
-        what `match` found.
+        `loss`, the weighted sum, and its unweighted parts per matched pair, `loss_class`, `loss_l1` and `loss_giou`;
+        and the result of `match`.
     """
     logits, boxes = logits.float(), boxes.float()
     image, proposal, object_ = (
@@ -145,7 +145,7 @@ def focal_loss(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -
 
 
 def _paired_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """GIoU and IoU of (M, 4) xyxy boxes pair by pair, (M,) each."""
+    """GIoU and IoU of (M, 4) xyxy boxes, pairwise, (M,) each."""
     low, high = torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])
     shared = (high - low).clamp(min=0).prod(-1)
     union = (a[:, 2:] - a[:, :2]).prod(-1) + (b[:, 2:] - b[:, :2]).prod(-1) - shared

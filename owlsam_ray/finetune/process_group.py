@@ -1,6 +1,6 @@
-"""How the workers of a training find each other: on one machine by a file of the user's own.
+"""Connect the workers of a training on one machine through a file that only the user can access.
 
-torch's own store listens on every interface and authenticates nobody, and workers unpickle what they gather from each
+torch's own store listens on every interface without authentication, and workers unpickle what they gather from each
 other.
 """
 
@@ -38,19 +38,19 @@ class _ByFile(TorchConfig().backend_cls):  # type: ignore[misc]
 
 
 def _join(*, backend: str, meeting: str, size: int, number: int, timeout_s: int) -> None:
-    """Join the process group, in a worker. Ray asks for the name of what it runs, so this is no `partial`."""
+    """Join the process group, in a worker; not a `partial`, since Ray asks for the name of the function."""
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, init_method=meeting, world_size=size, rank=number, timeout=timeout)
 
 
 @dataclass
 class LocalTorchConfig(TorchConfig):
-    """Workers of this machine alone."""
+    """Ray Train's torch configuration for workers of a single machine."""
 
     folder: str = ""
-    """Absolute; nobody else may enter it."""
+    """Absolute path; only its owner may enter it."""
 
     @property
     def backend_cls(self) -> type[_ByFile]:
-        """What Ray Train calls."""
+        """The backend class that Ray Train instantiates."""
         return _ByFile

@@ -1,4 +1,4 @@
-"""What a trained model says about where it comes from."""
+"""Record where a trained model comes from."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ _LIBRARIES = ("torch", "torchvision", "transformers", "timm", "numpy", "pillow")
 
 
 def library_versions() -> dict[str, str]:
-    """Of what computes."""
+    """Versions of the libraries that compute."""
     return {name: version(name) for name in _LIBRARIES}
 
 
@@ -32,11 +32,11 @@ def write_provenance(
     """Write `provenance.json`: config, data, versions and scores; no path, host or time.
 
     Args:
-        directory: of the model.
-        config: of the training.
+        directory: directory of the model.
+        config: configuration of the training.
         best: step and scores of the model.
-        categories: that it learned.
-        data_sha256: of `annotations_sha256`, by set.
+        categories: the categories that it learned.
+        data_sha256: result of `annotations_sha256`, by set.
     """
     fields = config.result_fields()
     model = fields["detector"] or fields["segmenter"]
@@ -54,7 +54,7 @@ def write_provenance(
 
 
 def _weights(name: str | None) -> dict[str, Any] | None:
-    """Hash of the weights that a training started from, and what they say of themselves; None: from nothing."""
+    """Hash of the weights that a training started from, and their own provenance; None: random weights."""
     if name is None:
         return None
     path = Path(name)

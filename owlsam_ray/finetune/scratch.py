@@ -1,6 +1,7 @@
-"""An OwlViT of any size without pretrained weights: configuration, tokenizer and a start that trains.
+"""Build an OwlViT of any size with random weights: configuration, tokenizer and an initialization that trains.
 
-transformers' own initialisation makes the detection heads far too wide (box outputs of ±500); both are drawn anew.
+transformers' own initialization makes the detection heads far too wide (box outputs of ±500), so the heads are
+initialized here.
 """
 
 from collections.abc import Iterable
@@ -16,11 +17,12 @@ from owlsam_ray.config.base import PositiveInt, Section
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 _HEAD_STD = 0.05
 _PRIOR_SCALE, _PRIOR_SHIFT = 10.0, -0.45
-"""Of (cosine + shift) · scale: a logit near -4.5, a probability of 0.01, for a patch and prompt that do not match."""
+"""Initial (cosine + shift) · scale: a logit near -4.5, a probability of 0.01, for a patch and prompt that do not match.
+"""
 
 
 class OwlVitArchitecture(Section):
-    """Sizes of an OwlViT that starts from nothing."""
+    """Sizes of an OwlViT with random initial weights."""
 
     image_size: PositiveInt = 256
     """Side of the detector's square input in pixels; a multiple of `patch_size`."""
@@ -33,17 +35,17 @@ class OwlVitArchitecture(Section):
     heads: PositiveInt = 4
     """Attention heads of the image tower; divides `width`."""
     mlp_ratio: PositiveInt = 4
-    """Hidden channels of an MLP over `width`, both towers."""
+    """Hidden channels of an MLP relative to `width`, in both towers."""
     activation: Literal["quick_gelu", "gelu", "relu"] = "quick_gelu"
-    """Of the image tower's MLPs; `relu` saves a sixth of the time on a CPU."""
+    """Activation of the image tower's MLPs; `relu` saves a sixth of the time on a CPU."""
     text_width: PositiveInt = 64
-    """Channels of the text tower, and of the space where patches and prompts meet."""
+    """Channels of the text tower, and of the space in which patches and prompts are compared."""
     text_layers: PositiveInt = 1
     """Layers of the text tower."""
     text_positions: Annotated[int, Field(ge=4)] = 16
-    """Tokens of a prompt, start and end included."""
+    """Most tokens of a prompt, including start and end."""
     resample: Literal["bilinear", "bicubic"] = "bilinear"
-    """How pictures are brought to the square."""
+    """How images are resized to the square."""
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
@@ -57,18 +59,18 @@ class OwlVitArchitecture(Section):
 
 
 def word_tokenizer(words: Iterable[str], *, positions: int) -> CLIPTokenizer:
-    """A CLIP tokenizer in which each of `words` is one token, and any other text falls apart into bytes.
+    """Make a CLIP tokenizer in which each of `words` is one token, and any other text falls apart into bytes.
 
     Args:
-        words: lower case; repetitions do no harm.
-        positions: tokens that a prompt may have.
+        words: lower case; repetitions are harmless.
+        positions: most tokens of a prompt.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
     merges: list[tuple[str, str]] = []
     for word in dict.fromkeys(words):
         parts = _apply_merges([*word[:-1], f"{word[-1]}</w>"], merges)
-        # What is added later ranks lower, so the words before still come out whole.
+        # Later merges rank lower, so earlier words still come out whole.
         for part in parts[1:]:
             merges.append((parts[0], part))
             parts[0] += part
@@ -78,7 +80,7 @@ def word_tokenizer(words: Iterable[str], *, positions: int) -> CLIPTokenizer:
 
 
 def _apply_merges(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
-    """Byte pair encoding of one word: the earliest merge first, until none fits."""
+    """Byte pair encoding of one word: apply the earliest merge first, until none fits."""
     for left, right in merges:
         joined: list[str] = []
         for part in parts:
@@ -93,12 +95,12 @@ def _apply_merges(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
 def build_owlvit(
     architecture: OwlVitArchitecture, words: Iterable[str], *, seed: int
 ) -> tuple[OwlViTForObjectDetection, CLIPTokenizer, OwlViTImageProcessor]:
-    """A model with random weights, its tokenizer and its preprocessing.
+    """Build a model with random weights, its tokenizer and its preprocessing.
 
     Args:
         architecture: the sizes.
-        words: of all prompts; each becomes one token.
-        seed: of the weights; the global random state is left as it was.
+        words: words of all prompts; each becomes one token.
+        seed: seed of the weights; the global random state is unchanged.
     """
     tokenizer = word_tokenizer(words, positions=architecture.text_positions)
     text = {
@@ -138,7 +140,7 @@ def _start_heads(model: OwlViTForObjectDetection) -> None:
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         else:
-            # The last layer near zero: boxes start as their patch.
+            # The last layer starts near zero, so that boxes start as their patch.
             nn.init.normal_(parameter, std=0.1 * _HEAD_STD if name.startswith("dense2") else _HEAD_STD)
     for layer, value in ((model.class_head.logit_scale, _PRIOR_SCALE), (model.class_head.logit_shift, _PRIOR_SHIFT)):
         nn.init.zeros_(layer.weight)
@@ -148,10 +150,10 @@ def _start_heads(model: OwlViTForObjectDetection) -> None:
 
 @torch.no_grad()
 def _start_vision(model: OwlViTForObjectDetection, architecture: OwlVitArchitecture) -> None:
-    """Give the image tower what it would first have to find out: low frequencies, and that neighbours matter.
+    """Initialize the image tower with what it would first have to learn: low frequencies, and that neighbours matter.
 
     Positions start as sines and cosines of row and column, patches as their lowest cosine transform coefficients.
-    Queries and keys start equal, so that a patch first attends to what is alike in position and content.
+    Queries and keys start equal, so that a patch first attends to patches of similar position and content.
 
     Source: Trockman and Kolter, Mimetic Initialization of Self-Attention Layers (2023), for queries and keys.
     """
@@ -177,9 +179,10 @@ def _positions(grid: int, width: int) -> Tensor:
 
 
 def _cosines(patch: int, width: int) -> Tensor:
-    """(width, 3, patch, patch): brightness and two colour differences at the lowest frequencies, the higher the louder.
+    """(width, 3, patch, patch): brightness and two colour differences at the lowest frequencies.
 
-    Pictures have less of the higher ones, so that all channels come out about as strong.
+    Filters are stronger the higher their frequency. Images have less of the higher frequencies, so all channels come
+    out about equally strong.
     """
     places = (torch.arange(patch) + 0.5) / patch
     waves = torch.cos(torch.pi * torch.arange(patch)[:, None] * places)  # (frequency, place)

@@ -1,6 +1,6 @@
-"""The segmenter's training task: jittered box prompts, losses on points, mask metrics, and a directory to load.
+"""Train a segmenter: jittered box prompts, losses on points, mask metrics, and a directory to load.
 
-Letters: B images, M boxes of all of them, P points per box, S side of the sam frame, m = S / 4.
+Shapes: B images, M boxes of all of them, P points per box, S side of the sam frame, m = S / 4.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,28 +39,29 @@ class SegmenterSettings(Section):
     """How MobileSAM is trained."""
 
     weights: Name | None = None
-    """Where to start: what `segment.weights` of a run takes. Or give `architecture`."""
+    """Initial weights, as in `segment.weights` of a run. Alternatively, give `architecture`."""
     architecture: MobileSamConfig | None = None
-    """Sizes of a model that starts from random weights."""
+    """Sizes of a model with random initial weights."""
     image_size: Annotated[int, Field(ge=16, multiple_of=16)] | None = None
-    """Side of the sam frame, where it is not to be that of the weights: no tensor depends on it, so that a training may
-    begin with small pictures, which cost less, and go on with large ones."""
+    """Side of the sam frame, if it is to differ from that of the weights. No tensor depends on it, so a training may
+    begin with small images, which cost less, and continue with large ones."""
     freeze_encoder: bool = False
-    """Keep the image encoder as it is; prompt encoder and mask decoder learn."""
+    """Keep the image encoder fixed; prompt encoder and mask decoder are trained."""
     freeze_prompt_encoder: bool = False
-    """Keep the embeddings of the box corners as they are."""
+    """Keep the embeddings of the box corners fixed."""
     encoder_lr_scale: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
-    """The image encoder's learning rate is this times the others'."""
+    """Learning rate of the image encoder relative to that of the other parts."""
     box_jitter: NonNegative = 0.1
-    """Each side of a prompt box moves by a normal deviate of this times the box's width or height …"""
+    """Jitter of prompt boxes: each side moves by a normal deviate of this times the box's width or height, limited by
+    `box_jitter_px`."""
     box_jitter_px: NonNegative = 20.0
-    """… and by at most this many original pixels."""
+    """Largest jitter of a side, in original pixels."""
     max_boxes_per_image: PositiveInt = 16
-    """Objects of an image that one step uses, drawn anew each time; bounds memory."""
+    """Most objects of an image that one step uses, drawn again in each step; bounds memory."""
     focal_weight: NonNegative = 20.0
     """Weight of the focal loss."""
     focal_gamma: NonNegative = 2.0
-    """How much the focal loss leaves out what is already right; 0 makes it plain cross entropy."""
+    """How strongly the focal loss discounts what is already right; 0 makes it plain cross entropy."""
     dice_weight: NonNegative = 1.0
     """Weight of the Dice loss."""
     iou_weight: NonNegative = 1.0
@@ -82,11 +83,11 @@ class SegmenterTask:
     needs_masks = True
 
     def __init__(self, settings: SegmenterSettings, *, seed: int) -> None:
-        """Load or make the model.
+        """Load or build the model.
 
         Args:
-            settings: see there.
-            seed: of random weights, where there are no others.
+            settings: how the segmenter is trained.
+            seed: seed of random initial weights, if no others are given.
 
         Raises:
             WeightsError: `settings.weights` is missing, damaged, or of another layout.
@@ -113,7 +114,7 @@ class SegmenterTask:
         Returns:
             image_ids: B ints; pixels: (B, 3, S, S) float32; image_index: (M,) int64 and boxes: (M, 4) float32 in the
             sam frame, jittered; points: (M, P, 2) float32, -1 … 1 over the sam frame; targets: (M, P) bool;
-            point_pixels: (M, P) float32. Objects without a pixel, as cutouts leave them, are no objects.
+            point_pixels: (M, P) float32. Objects without a pixel, which cutout may leave, are skipped.
         """
         side = self._config.image_size
         boxes, points, targets, pixels, owners = [], [], [], [], []
@@ -141,7 +142,7 @@ class SegmenterTask:
         }
 
     def _draw_objects(self, sample: Sample, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Boxes and masks of the objects of this step, in the sample's order."""
+        """Draw the objects of this step; return their boxes and masks in the sample's order."""
         boxes, masks = _objects(sample)
         if len(boxes) <= self._settings.max_boxes_per_image:
             return boxes, masks
@@ -151,7 +152,7 @@ class SegmenterTask:
     def _jitter(
         self, boxes_xyxy: NDArray[np.float32], size_hw: tuple[int, int], rng: np.random.Generator
     ) -> NDArray[np.float32]:
-        """Move each side of each box, and cut at the picture; a box that would vanish stays."""
+        """Move each side of each box, and clip to the image; a box that would vanish stays unchanged."""
         settings = self._settings
         sides = np.tile(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2], 2)
         shift = np.clip(
@@ -170,9 +171,9 @@ class SegmenterTask:
     def loss(self, outputs: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         """See `Task.loss`.
 
-        The single mask learns, since inference uses it by default, and the one of the three that fits best. Predicted
-        IoU learns on all four: `best_of_three` chooses by it, so a mask that does not fit must know. Means over
-        objects. Parts: `focal`, `dice` and `iou_error` of the single mask, `miou`, `miou_best_of_three`.
+        The single mask is trained, since inference uses it by default, and the best-fitting one of the three. Predicted
+        IoU is trained on all four: `best_of_three` chooses by it, so it must be low for masks that do not fit. Losses
+        are means over objects. Parts: `focal`, `dice` and `iou_error` of the single mask, `miou`, `miou_best_of_three`.
         """
         low_res, predicted_iou = outputs
         settings = self._settings
@@ -199,7 +200,7 @@ class SegmenterTask:
         }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """See `Task.parameter_groups`. Tokens and attention biases do not decay either."""
+        """See `Task.parameter_groups`. Tokens and attention biases have no weight decay either."""
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         tokens = {id(layer.weight) for layer in self.module.modules() if isinstance(layer, nn.Embedding)}
         for name, parameter in self.module.named_parameters():
@@ -223,7 +224,7 @@ class SegmenterTask:
 
         Returns:
             val/miou and val/dice over all objects; val/miou_small over those whose box has sqrt(w · h) < 32 pixels,
-            val/miou_large over the others, where there are some; val/iou_error, how far the predicted IoU is off.
+            val/miou_large over the others, if there are any; val/iou_error, the error of the predicted IoU.
 
         Raises:
             TrainingError: there is no object with a mask.
@@ -232,7 +233,7 @@ class SegmenterTask:
             raise TypeError(f"validate takes a SegmenterModule, not a {type(module).__name__}")
         rows: list[tuple[float, float, float, float]] = []
         was_training = module.training
-        module.eval()  # also drops attention biases that the encoder cached before its weights moved
+        module.eval()  # also drops attention biases that the encoder cached before its weights changed
         try:
             with torch.no_grad():
                 for sample in samples:
@@ -254,7 +255,7 @@ class SegmenterTask:
     def _measure(
         self, module: SegmenterModule, sample: Sample, device: torch.device
     ) -> list[tuple[float, float, float, float]]:
-        """Side in pixels, IoU, Dice, error of the predicted IoU: of each object of one image."""
+        """For each object of one image: side in pixels, IoU, Dice, error of the predicted IoU."""
         side, (exact, wanted_masks) = self._config.image_size, _objects(sample)
         if len(exact) == 0:
             return []
@@ -272,7 +273,7 @@ class SegmenterTask:
         return rows
 
     def export(self, state: Mapping[str, Tensor], directory: Path) -> None:
-        """See `Task.export`; `MobileSam.load` takes the directory.
+        """See `Task.export`; `MobileSam.load` reads the directory.
 
         Raises:
             WeightsError: the state is not that of this task's module; nothing is written.
@@ -282,7 +283,7 @@ class SegmenterTask:
 
 
 def _objects(sample: Sample) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Boxes (N, 4) and masks (N, H, W) of the objects that have pixels and a box around them."""
+    """Boxes (N, 4) and masks (N, H, W) of the objects that have pixels and a nonempty box."""
     if sample.masks is None:
         raise ValueError(f"the segmenter learns from masks, and image {sample.image_id} was loaded without")
     sides = sample.boxes_xyxy[:, 2:] - sample.boxes_xyxy[:, :2]

@@ -1,6 +1,6 @@
-"""MobileSAM as a trainable module: all four masks of each box in one pass, and a start from random weights.
+"""Wrap MobileSAM as a trainable module: all four masks of each box in one pass, random initial weights.
 
-Letters: B images, M boxes, S side of the sam frame, m = S / 4.
+Shapes: B images, M boxes, S side of the sam frame, m = S / 4.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from owlsam_ray.models.sam_decoder import image_positions
 _HEAD_SCALE = 0.1
 _START_IOU = 0.5
 _POSITION_STD = 1.0
-"""Of SAM's random frequencies; transformers draws them hundreds of times larger, which makes noise of a position."""
+"""Standard deviation of SAM's random frequencies; transformers draws them hundreds of times larger, which turns
+positions into noise."""
 
 
 class SegmenterModule(nn.Module):
@@ -28,10 +29,10 @@ class SegmenterModule(nn.Module):
         """Take over the parts.
 
         Args:
-            parts: with random or loaded weights.
+            parts: parts with random or loaded weights.
             image_size: S.
-            freeze_encoder: keep the image encoder and its neck as they are, batch statistics included.
-            freeze_prompt_encoder: keep the embeddings of box corners, and of the missing mask prompt.
+            freeze_encoder: keep the image encoder and its neck fixed, batch statistics included.
+            freeze_prompt_encoder: keep the embeddings of box corners, and of the missing mask prompt, fixed.
         """
         super().__init__()
         self.parts = parts
@@ -39,7 +40,7 @@ class SegmenterModule(nn.Module):
         self.freeze_encoder = freeze_encoder
         for layer in parts.encoder.modules():
             if isinstance(layer, DropPath):
-                layer.drop_prob = 0.0  # as MobileSAM was made
+                layer.drop_prob = 0.0  # as in MobileSAM's own training
         for frozen in (parts.encoder, parts.neck) if freeze_encoder else ():
             frozen.requires_grad_(False)
         prompts = parts.prompt_encoder
@@ -50,7 +51,7 @@ class SegmenterModule(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; a frozen encoder stays in evaluation, or its batch statistics would move."""
+        """Set the mode; a frozen encoder stays in evaluation mode, or its batch statistics would change."""
         super().train(mode)
         if self.freeze_encoder:
             self.parts.encoder.eval()
@@ -60,7 +61,7 @@ class SegmenterModule(nn.Module):
         """Decode all four masks per box.
 
         Args:
-            pixels: (B, 3, S, S) float32 as `image_to_sam_frame` gives it.
+            pixels: (B, 3, S, S) float32 as `image_to_sam_frame` returns it.
             image_index: (M,) int64, the image that a box belongs to.
             boxes_xyxy: (M, 4) float32 in the sam frame; M may be 0.
 
@@ -70,15 +71,15 @@ class SegmenterModule(nn.Module):
         return self.decode(self.encode(pixels), image_index, boxes_xyxy)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) to image embeddings (B, C, h, w) float32."""
+        """Encode (B, 3, S, S) as image embeddings (B, C, h, w) float32."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             embeddings: Tensor = self.parts.neck(self.parts.encoder.forward_features(pixels))
         return embeddings.float()
 
     def decode(self, embeddings: Tensor, image_index: Tensor, boxes_xyxy: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, from embeddings (B, C, h, w). In float32 under autocast too, as in `MobileSam`."""
+        """Decode as `forward` does, from embeddings (B, C, h, w). In float32 under autocast too, as in `MobileSam`."""
         count = len(boxes_xyxy)
-        if count == 0:  # decode one of no interest: every parameter gets a gradient (of zero), as DDP wants
+        if count == 0:  # decode a padding box: DDP needs a gradient (of zero) for every parameter
             image_index, boxes_xyxy = image_index.new_zeros(1), boxes_xyxy.new_zeros(1, 4)
         with torch.autocast(embeddings.device.type, enabled=False):
             sparse, dense = self.parts.prompt_encoder(None, None, boxes_xyxy[:, None].float(), None)
@@ -95,10 +96,10 @@ class SegmenterModule(nn.Module):
 
 
 def _all_masks(decoder: nn.Module, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The single mask and the three, of one call of a decoder that gives out only one of the two kinds.
+    """Return the single mask and the three, from one call of a decoder that returns only one of the two kinds.
 
     The three are what it returns. The single one is the product of the first hypernetwork's output and the upscaled
-    features, which the decoder computes in any case; hooks pick them up.
+    features, which the decoder computes in any case; hooks capture them.
     """
     seen: dict[str, Tensor] = {}
 
@@ -113,7 +114,7 @@ def _all_masks(decoder: nn.Module, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         "weights": decoder.output_hypernetworks_mlps[0],  # type: ignore[index]
         "predicted_iou": decoder.iou_prediction_head,
     }
-    # Not for good: a copy of the module, such as an average, would write into the original's table.
+    # Hooks are removed afterwards: a copy of the module, such as an average, would write into the original's table.
     handles = [module.register_forward_hook(keep(name)) for name, module in watched.items()]
     try:
         three, _ = decoder(**inputs, multimask_output=True)
@@ -125,9 +126,9 @@ def _all_masks(decoder: nn.Module, **inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_parts(config: MobileSamConfig, *, seed: int) -> MobileSamModules:
-    """Parts with random weights that train: masks undecided, predicted IoU near a half.
+    """Build parts with random weights that train: undecided masks, predicted IoU near a half.
 
-    Equal seeds give equal weights; the global random state is left as it is.
+    Equal seeds give equal weights; the global random state is unchanged.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

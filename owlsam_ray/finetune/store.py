@@ -1,7 +1,7 @@
-"""A training's directory, on a disk or any fsspec URL.
+"""Read and write a training's directory, on a disk or any fsspec URL.
 
 finetune.json                 the resolved config, its fingerprint, versions, what cleaning removed
-checkpoints/step-00000200.pt  model, averaged model, optimiser, step: to go on with
+checkpoints/step-00000200.pt  model, averaged model, optimiser, step: to resume from
 metrics.jsonl                 one line per log interval and validation
 tensorboard/                  the same for TensorBoard
 model/                        what `annotate` loads: the best by validation; provenance.json beside it
@@ -36,7 +36,7 @@ _CHECKPOINTS = "checkpoints"
 
 
 class TrainingStore:
-    """Reads and writes the directory; one process writes, all may read."""
+    """Read and write the directory; one process writes, all may read."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -70,10 +70,10 @@ class TrainingStore:
             _log.warning("other library versions than before: the last digits may differ from here on")
 
     def read_record(self) -> dict[str, Any]:
-        """What `guard` wrote; empty when there is nothing.
+        """Read what `guard` wrote; empty when there is nothing.
 
         Raises:
-            GuardError: it is damaged.
+            GuardError: the file is damaged.
         """
         url = storage.join(self.url, RECORD_FILE)
         try:
@@ -85,15 +85,15 @@ class TrainingStore:
         return record
 
     def checkpoints(self) -> list[int]:
-        """Steps that have a checkpoint, rising."""
+        """Steps that have a checkpoint, ascending."""
         names = storage.list_names(storage.join(self.url, _CHECKPOINTS))
         return sorted(int(name[5:-3]) for name in names if name.startswith("step-") and name[5:-3].isdigit())
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any], *, keep: int) -> None:
-        """Write a checkpoint whole or not at all, and delete the oldest beyond `keep`.
+        """Write a checkpoint completely or not at all, and delete the oldest beyond `keep`.
 
         Raises:
-            IncompleteError: storage refused; earlier checkpoints are as they were.
+            IncompleteError: storage refused; earlier checkpoints are unchanged.
         """
         with self._telling(f"the checkpoint of step {step}"), storage.open_atomic(self._checkpoint_url(step)) as file:
             torch.save(dict(state), file)
@@ -103,10 +103,10 @@ class TrainingStore:
 
     @contextlib.contextmanager
     def _telling(self, what: str) -> Iterator[None]:
-        """A refusal of the storage, as an error that says what is kept and what to do."""
+        """Convert a refusal of the storage to an error that says what is kept and what to do."""
         try:
             yield
-        # torch's writer wraps what the file refuses.
+        # torch's writer wraps errors of the file.
         except (OSError, RuntimeError) as error:
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
@@ -119,7 +119,7 @@ class TrainingStore:
             ) from error
 
     def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, as (step, state); None when there is none.
+        """Return the newest readable checkpoint as (step, state); None when there is none.
 
         Raises:
             IncompleteError: storage does not answer; the checkpoints may be fine.
@@ -146,10 +146,10 @@ class TrainingStore:
         return None
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; none when there is no such file.
+        """Read the lines of `metrics.jsonl`; none when there is no such file.
 
         Raises:
-            GuardError: it is damaged.
+            GuardError: the file is damaged.
         """
         url = storage.join(self.url, METRICS_FILE)
         try:
@@ -162,18 +162,18 @@ class TrainingStore:
             ) from None
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
-        """Replace `metrics.jsonl`: an object store cannot append, and a resumed training cuts off what it redoes."""
+        """Replace `metrics.jsonl`: object stores cannot append, and a resumed training drops repeated steps."""
         text = "".join(json.dumps(line) + "\n" for line in lines)
         with self._telling(METRICS_FILE):
             storage.write_atomic(storage.join(self.url, METRICS_FILE), text.encode())
 
     def put_directory(self, name: str, local: Path, *, last: str | None = None) -> None:
-        """Copy a local directory's files below the training's directory, each whole or not at all.
+        """Copy a local directory's files into the training's directory, each completely or not at all.
 
         Args:
-            name: of the directory there.
-            local: what to copy.
-            last: a file that comes last, and without which readers refuse the directory.
+            name: name of the directory in the store.
+            local: the directory to copy.
+            last: a file that is copied last, and without which readers refuse the directory.
         """
         files = sorted(path for path in local.rglob("*") if path.is_file())
         for path in sorted(files, key=lambda path: path.name == last):
@@ -186,5 +186,5 @@ class TrainingStore:
 
 
 def temporary_directory() -> "tempfile.TemporaryDirectory[str]":
-    """A local directory for what is copied to the store afterwards."""
+    """A local directory for files that are copied to the store afterwards."""
     return tempfile.TemporaryDirectory(prefix="owlsam-")
