@@ -34,10 +34,10 @@ class _Bins:
     """A sample as the number of detections of each image between successive cuts."""
 
     right: csr_array
-    """(G, I)"""
+    """(G, I) right detections; `found` has all detections."""
     found: csr_array
     objects: NDArray[np.float64]
-    """(I,)"""
+    """(I,) objects of each image."""
 
     @staticmethod
     def of(sample: Sample, cuts: Cuts, num_images: int) -> "_Bins":

@@ -46,7 +46,7 @@ class MatchCounts:
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """One row for each object and each prediction that found none; ignored predictions have no row."""
+    """One row for each object, and for each prediction that found no object; ignored predictions have no row."""
 
     category: NDArray[np.int64]
     """(N,) category ids."""

@@ -17,7 +17,7 @@ _EXAMPLES = 3
 """Number of examples in a message."""
 
 Parts = tuple[str, ...]
-"""A path without its slashes."""
+"""A path split at its slashes."""
 
 
 def path_parts(name: str) -> Parts:

@@ -146,7 +146,7 @@ def _failed_images(url: str) -> dict[int, str]:
 
 
 def _scored(truth: GroundTruth, predictions: Predictions) -> GroundTruth:
-    """Keep the images that are scored: those that the predictions' file lists, and those that failed.
+    """Keep the images that are scored: the images listed by the predictions' file, and failed ones.
 
     For a bare list of results, keep all: it does not distinguish images without detections from images not processed.
     """

@@ -21,10 +21,11 @@ def run_speed(run_url: str, manifest: Manifest, fingerprint: str) -> dict[str, A
         fingerprint: label fingerprint that every shard must have.
 
     Returns:
-        `images` (those that reached the models), `stage_s` (busy seconds of each stage, summed over all actors),
-        `detector_s_per_image` + `segmenter_s_per_image` = `models_s_per_image`, its inverse `images_per_s_per_actor`
-        (the rate of one actor's models when nothing holds them up), and `wall_images_per_s` (of the last attempt that
-        labelled something, including start-up, as in `progress.json`). None where nothing was measured.
+        `images` (number of images that reached the models), `stage_s` (busy seconds of each stage, summed over all
+        actors), `detector_s_per_image` + `segmenter_s_per_image` = `models_s_per_image`, its inverse
+        `images_per_s_per_actor` (the rate of one actor's models when nothing holds them up), and `wall_images_per_s`
+        (of the last attempt that labelled something, including start-up, as in `progress.json`). None where nothing was
+        measured.
 
     Raises:
         IncompleteError: a shard file is damaged or foreign.

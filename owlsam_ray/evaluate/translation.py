@@ -85,10 +85,11 @@ def translation(
     agree in name and id.
 
     Raises:
-        InputError: the file's categories are not those that the mapping starts from, or are the ground truth's already;
-            or the ground truth's are not those that it leads to. Categories are not those of a list if none of them is
-            in it; if more than a tenth are not, and another built-in list has more of them or this one less than half;
-            or if all agree with another list in name and id and none with this one's ids. Names the mapping that fits.
+        InputError: the file's categories are not of the list that the mapping starts from, or are the ground truth's
+            already; or the ground truth's are not of the list that it leads to. Categories are not of a list if none of
+            them is in it; if more than a tenth are not, and another built-in list has more of them or this one less
+            than half; or if all agree with another list in name and id and none with this one's ids. Names the mapping
+            that fits.
     """
     mapping = category_mapping(name)
     start, end = ENDS[name]

@@ -45,7 +45,7 @@ class AugmentSettings(Section):
     """Largest fraction of the image that one rectangle covers."""
     min_visible: Fraction = 0.3
     """Smallest fraction of an object that must stay visible after cutout. Objects with less are dropped, and so are
-    those that are hidden completely."""
+    completely hidden ones."""
 
 
 def augment(sample: Sample, settings: AugmentSettings, rng: np.random.Generator) -> Sample:

@@ -139,7 +139,7 @@ class SampleReader:
             else:
                 self._keep(index, sample)
                 return sample
-        # Asked at every miss: each of several threads must learn it, not only the one that met the last failure.
+        # Checked at every miss: each of several threads must raise, not only the one with the last failure.
         self._check_any_left()
         return None
 

@@ -84,7 +84,7 @@ def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None]
 def _check(config: FinetuneConfig, store: TrainingStore) -> dict[str, Any]:
     """Report problems of data, model or directory before Ray starts; returns what cleaning removed."""
     training, _ = open_data(config)
-    make_task(config, training)  # for its errors
+    make_task(config, training)  # raises its errors early
     _log.info("%s", training.report.summary())
     sets = zip(("train", "val"), _files(config), strict=True)
     store.guard(

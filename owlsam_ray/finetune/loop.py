@@ -36,7 +36,7 @@ LOG_EVERY = 10
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """The place of this process among those that train together."""
+    """The rank of this process among the workers of a training."""
 
     rank: int
     world_size: int
@@ -65,7 +65,7 @@ def train(
         config: configuration of the training.
         reader: reads the training set.
         validation: reads the validation set, if there is one.
-        worker: the place of this process among the workers.
+        worker: the rank of this process among the workers.
         store: directory of the training.
         report: called by the first worker with every line of metrics.
 

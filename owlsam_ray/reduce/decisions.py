@@ -42,7 +42,7 @@ class Decisions:
     thresholds: NDArray[np.float64]
     """(L,) by label of the run; scores must be greater; -inf keeps all."""
     min_mask_area: int = 0
-    """Pixels."""
+    """In pixels; masks with fewer are left out."""
     min_predicted_iou: float = -np.inf
     min_stability: float = -np.inf
     suppress: SuppressConfig | None = None

@@ -69,7 +69,7 @@ def pick(annotations: pa.Table, shard: int, options: SampleOptions, thresholds: 
     """Choose candidates from a shard; annotations drawn or changed by reviewers are excluded.
 
     Args:
-        annotations: (N rows) `ANNOTATION_SCHEMA`, without those that reviewers confirmed.
+        annotations: (N rows) `ANNOTATION_SCHEMA`, without annotations that reviewers confirmed.
         shard: number of the shard.
         options: which annotations to choose.
         thresholds: (L,) score threshold of each label of the run; not finite: no threshold.

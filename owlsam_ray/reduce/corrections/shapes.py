@@ -29,12 +29,12 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """A mask of the image's size."""
+    """A mask of the same size as the image."""
 
     counts: bytes
     """Compressed RLE."""
     area: int
-    """Pixels."""
+    """Number of pixels."""
     box_xyxy: tuple[int, int, int, int]
     """Tight box."""
     is_polygon: bool = False

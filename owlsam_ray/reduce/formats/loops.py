@@ -20,7 +20,7 @@ class Rings:
     ends: NDArray[np.int64]
     """(R + 1,) start of each ring in `corners`, and the end of the last."""
     is_hole: NDArray[np.bool_]
-    """(R,)"""
+    """(R,) whether each ring is the border of a hole."""
     starts: NDArray[np.int64]
     """(R, 2) x, y in `pixels` of a mask pixel beside each ring."""
     pixels: NDArray[np.uint8]

@@ -37,7 +37,7 @@ ANNOTATION_COLUMNS = pa.schema(
         pa.field("num_merged", pa.int32()),  # boxes merged into this one
         pa.field("prompt", pa.dictionary(pa.int32(), pa.string())),  # the query that matched
         pa.field("corrected", pa.bool_(), nullable=False),  # drawn or changed by reviewers
-        # Fields of the mask; null where there is none.
+        # Fields of the mask; null without a mask.
         pa.field("predicted_iou", pa.float32()),
         pa.field("stability", pa.float32()),
         pa.field("mask_bbox_x", pa.int32()),
