@@ -235,7 +235,7 @@ def _work(arguments: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     if arguments["device"] == "cuda":
         device = ray.train.torch.get_device()
-        torch.set_num_threads(1)  # for each loader thread
+        torch.set_num_threads(1)  # one for each loader thread
     else:
         device = torch.device("cpu")
         threads = config.resources.torch_threads

@@ -228,7 +228,7 @@ def remove_output(out_url: str, name: str) -> None:
 
 
 def put_folder(source: str, target: str) -> None:
-    """Replace a local folder with another one in a single step."""
+    """Replace a local folder with a complete one, by renaming both."""
     around, name = os.path.split(target)
     stale = re.compile(rf"\.tmp-{re.escape(name)}-[0-9a-f]{{32}}(\.old)?")
     for each in os.listdir(around):

@@ -36,8 +36,8 @@ def resolve_decisions(
 
     Raises:
         ConfigError: a name is not a category.
-        InputError: the mapping does not start from the run's categories; or operating points are below the score floor,
-            or do not have exactly one entry for each of the run's categories.
+        InputError: the mapping does not start from the run's categories; or an operating point is below the score
+            floor, is not of a category of the run (by id and name), or is the second one of its category.
 
     Categories without an operating point, and points fitted under other settings, are logged.
     """

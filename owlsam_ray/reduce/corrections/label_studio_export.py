@@ -69,7 +69,7 @@ class _Conversion:
         self._categories: dict[str, int] = {}
         self._run: dict[str, Any] | None = None
         self._image_lists: set[str] = set()
-        """Image lists of the run, which may have been extended between two exports to the tool."""
+        """Digests of the run's image list, which may have been extended between two exports to the tool."""
 
     def write(self, out: IO[bytes]) -> None:
         """Write the COCO file.
