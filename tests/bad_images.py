@@ -247,7 +247,7 @@ def main(seed: int, count: int, side: int, folder: str | None, *, max_pixels: in
 
 
 if __name__ == "__main__":
-    from owlsam_ray.config.settings import DecodeConfig
+    from owlsam_ray.config.inference import DecodeConfig
 
     _seed, _count, _side = map(int, sys.argv[1:4])
     main(_seed, _count, _side, sys.argv[4] if sys.argv[4:] else None, max_pixels=DecodeConfig().max_pixels)

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from owlsam_ray.config.settings import SuppressConfig
+from owlsam_ray.config.inference import SuppressConfig
 from owlsam_ray.records import Detections
 
 

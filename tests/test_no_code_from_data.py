@@ -152,13 +152,13 @@ def test_every_parquet_reader_compares_types_first() -> None:
     looks = {
         "sources/spool.py": "LISTING_SCHEMA",  # a file of its own in a private folder
         "sources/table_files.py": "extension_of",
-        "run/failures.py": "PREDICTION_SCHEMA",
+        "run/failure_counts.py": "PREDICTION_SCHEMA",
         "annotate/isolate.py": "misfit_of",
         "run/shards.py": "PREDICTION_SCHEMA",
         "run/manifest.py": "misfit_of",
         "fetch/packed.py": "holds_bytes",
         "reduce/corrections/store.py": "self.schema",  # its reader, overlay.py, compares with CORRECTION_SCHEMA
-        "reduce/formats/table.py": "schema.empty_table()",  # concat_tables refuses another schema
+        "reduce/formats/parquet.py": "schema.empty_table()",  # concat_tables refuses another schema
     }
     readers = ("ParquetFile", "read_metadata", "read_schema", "open_file", "open_stream", "ParquetDataset", "dataset")
     found = set()

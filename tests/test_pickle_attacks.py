@@ -20,7 +20,7 @@ from PIL import Image
 from owlsam_ray.cli.main import main
 from owlsam_ray.errors import GuardError, ImageError, IncompleteError, InputError
 from owlsam_ray.fetch.images import fetch_rows, fetch_shard
-from owlsam_ray.run.failures import find_failures
+from owlsam_ray.run.failure_counts import find_failures
 from owlsam_ray.run.manifest import Manifest, load_manifest
 from owlsam_ray.run.shards import encode_shard, load_shard, shard_url
 from owlsam_ray.schema import MANIFEST_SCHEMA, PREDICTION_SCHEMA

@@ -12,7 +12,7 @@ import pytest
 
 from owlsam_ray import storage
 from owlsam_ray.cli import main as cli
-from owlsam_ray.config.settings import DecodeConfig
+from owlsam_ray.config.inference import DecodeConfig
 from owlsam_ray.errors import FailureClass, ImageError, InputError
 from owlsam_ray.fetch.images import fetch_rows
 from owlsam_ray.fetch.packed import image_error

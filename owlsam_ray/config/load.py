@@ -16,8 +16,8 @@ from pydantic import (
 
 from owlsam_ray.config.added_settings import with_added
 from owlsam_ray.config.base import KINDS, SectionT
+from owlsam_ray.config.evaluate import EvaluateConfig
 from owlsam_ray.config.overrides import parse_override
-from owlsam_ray.config.reduce import EvaluateConfig
 from owlsam_ray.config.run import FREE_FIELDS, RunConfig
 from owlsam_ray.config.run_file_paths import anchored
 from owlsam_ray.config.vocabulary import is_vocabulary_file

@@ -1,7 +1,6 @@
 """Sections `reduce` and `evaluate`: decisions made without a GPU, output files, and scoring."""
 
 import math
-from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -11,7 +10,7 @@ from pydantic import (
 )
 
 from owlsam_ray.config.base import Auto, Fraction, Name, PositiveInt, Section
-from owlsam_ray.config.settings import (
+from owlsam_ray.config.inference import (
     SuppressConfig,
 )
 from owlsam_ray.config.vocabulary import MappingName
@@ -108,27 +107,3 @@ class ReduceConfig(Section):
 def allowed_failures(max_failed: int | float, num_images: int) -> int:
     """Number of failed images that `reduce.max_failed` tolerates: an integer is a count, a float a share of all."""
     return max_failed if isinstance(max_failed, int) else math.floor(max_failed * num_images)
-
-
-class EvaluateConfig(Section):
-    """How predictions are scored against a ground truth."""
-
-    ground_truth: Name | None = None
-    """A COCO or LVIS JSON file with annotations; default: `data.annotations` if that is given."""
-    score_threshold: Fraction = 0.3
-    """Precision, recall, mIoU and Dice use the predictions whose score is at least this. AP uses all."""
-    iou_threshold: Fraction = 0.5
-    """A prediction matches an object when their IoU is at least this."""
-    size_edges_px: tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...] = (32.0, 96.0)
-    """Increasing sides in pixels that separate the size groups. An object's side is the square root of its w × h."""
-    mapping: MappingName | None = None
-    """Score predictions of one dataset's categories on another's ground truth: LVIS v1 and COCO are matched by synset
-    (79 of COCO's 80), Objects365 v2 is mapped to COCO by a table of names. Predictions of categories without a
-    counterpart are left out and counted."""
-
-    @field_validator("size_edges_px")
-    @classmethod
-    def _edges_rise(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if any(high <= low for low, high in pairwise(value)):
-            raise ValueError(f"size_edges_px must rise, and {list(value)} does not")
-        return value

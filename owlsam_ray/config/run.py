@@ -11,9 +11,8 @@ from pydantic import (
 from owlsam_ray.config.added_settings import without_added
 from owlsam_ray.config.base import Name, PositiveInt, Section
 from owlsam_ray.config.data import DataConfig, PlanConfig
-from owlsam_ray.config.reduce import EvaluateConfig, ReduceConfig
-from owlsam_ray.config.resources import ResourcesConfig
-from owlsam_ray.config.settings import (
+from owlsam_ray.config.evaluate import EvaluateConfig
+from owlsam_ray.config.inference import (
     DecodeConfig,
     DetectorConfig,
     FakesConfig,
@@ -21,6 +20,8 @@ from owlsam_ray.config.settings import (
     SuppressConfig,
     TilingConfig,
 )
+from owlsam_ray.config.reduce import ReduceConfig
+from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.config.vocabulary import VocabularyConfig
 from owlsam_ray.storage import StoragePolicy
 from owlsam_ray.storage.addresses import check_entry

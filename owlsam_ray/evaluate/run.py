@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 from owlsam_ray import storage
-from owlsam_ray.config.reduce import EvaluateConfig
+from owlsam_ray.config.evaluate import EvaluateConfig
 from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import IncompleteError, InputError, one_line
 from owlsam_ray.evaluate.average_precision import Kind

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from owlsam_ray.coco_files.regions import Region
-from owlsam_ray.config.reduce import EvaluateConfig
+from owlsam_ray.config.evaluate import EvaluateConfig
 from owlsam_ray.evaluate.average_precision import (
     Kind,
     PrecisionRecall,

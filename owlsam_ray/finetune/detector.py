@@ -22,7 +22,7 @@ from torchvision.ops import box_convert
 
 from owlsam_ray.coco_files.regions import Region
 from owlsam_ray.config.base import Fraction, Name, PositiveInt, Section
-from owlsam_ray.config.settings import DetectorConfig, SuppressConfig
+from owlsam_ray.config.inference import DetectorConfig, SuppressConfig
 from owlsam_ray.config.vocabulary import Category, check_template
 from owlsam_ray.evaluate.average_precision import precision_recall
 from owlsam_ray.evaluate.ground_truth import EvaluatedCategory, EvaluatedImage, GroundTruth

@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
-from owlsam_ray.config.settings import Grey16
+from owlsam_ray.config.inference import Grey16
 from owlsam_ray.errors import ImageError
 from owlsam_ray.inference.file_kinds import other_kind
 from owlsam_ray.inference.png_chunks import without_long_texts
 from owlsam_ray.inference.tiff_tags import split_orientation
-from owlsam_ray.inference.unidentified import NO_IMAGE, why_unidentified
+from owlsam_ray.inference.why_unidentified import NO_IMAGE, why_unidentified
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Raster formats only, none that runs an interpreter as EPS does. Multi-picture JPEGs are included in JPEG."""

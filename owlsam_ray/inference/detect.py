@@ -6,7 +6,7 @@ Shapes: P proposed boxes, Q queries, L labels that have queries, N detections.
 import numpy as np
 from numpy.typing import NDArray
 
-from owlsam_ray.config.settings import DetectorConfig
+from owlsam_ray.config.inference import DetectorConfig
 from owlsam_ray.errors import ImageError
 from owlsam_ray.ops.boxes import clip_boxes, has_area
 from owlsam_ray.records import Detections

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from owlsam_ray.config.settings import SegmentConfig
+from owlsam_ray.config.inference import SegmentConfig
 from owlsam_ray.errors import ImageError
 from owlsam_ray.inference.segment import DecodedMasks
 from owlsam_ray.models.sam_frame import input_size_hw

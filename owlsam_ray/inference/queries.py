@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from owlsam_ray import storage
-from owlsam_ray.config.settings import DecodeConfig, DetectorConfig, Grey16
+from owlsam_ray.config.inference import DecodeConfig, DetectorConfig, Grey16
 from owlsam_ray.config.vocabulary import Exemplar
 from owlsam_ray.errors import ImageError, InputError, shown
 from owlsam_ray.inference.decode import decode_image

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from owlsam_ray.config.settings import SegmentConfig
+from owlsam_ray.config.inference import SegmentConfig
 from owlsam_ray.models.protocols import Segmenter
 from owlsam_ray.ops.masks import stability_score
 

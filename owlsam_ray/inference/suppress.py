@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from owlsam_ray.config.settings import SuppressConfig
+from owlsam_ray.config.inference import SuppressConfig
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.ops.boxes import concatenated_ranges, overlapping_pairs, pair_overlaps
 from owlsam_ray.records import Detections

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from owlsam_ray.config.settings import TilingConfig
+from owlsam_ray.config.inference import TilingConfig
 from owlsam_ray.records import Detections
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from owlsam_ray.config.settings import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig, TilingConfig
+from owlsam_ray.config.inference import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig, TilingConfig
 from owlsam_ray.errors import ImageError
 from owlsam_ray.inference.tile import View
 from owlsam_ray.records import Detections, EncodedImage, Prediction

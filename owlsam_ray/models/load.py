@@ -6,7 +6,7 @@ Model classes are imported only when needed: transformers and timm take seconds,
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from owlsam_ray.config.settings import DetectorConfig, FakesConfig, SegmentConfig
+from owlsam_ray.config.inference import DetectorConfig, FakesConfig, SegmentConfig
 from owlsam_ray.models.weights import ModelPaths, sha256_of
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Owlv2ForObjectDetection
 
-from owlsam_ray.config.settings import DetectorConfig
+from owlsam_ray.config.inference import DetectorConfig
 from owlsam_ray.models.owl_preprocess import Preprocessing, make_preprocessing
 from owlsam_ray.models.owl_weights import OwlModel, backbone, check_weights, load_model, ready
 

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from transformers import Owlv2ImageProcessor, OwlViTImageProcessor
 
-from owlsam_ray.config.settings import DetectorConfig
+from owlsam_ray.config.inference import DetectorConfig
 from owlsam_ray.errors import ConfigError, WeightsError, one_line
 from owlsam_ray.models.owl_weights import family_of, load_config
 from owlsam_ray.models.weights import check_statistics, read_json

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from owlsam_ray import storage
 from owlsam_ray.config.base import MEGABYTE
-from owlsam_ray.config.settings import DecodeConfig
+from owlsam_ray.config.inference import DecodeConfig
 from owlsam_ray.errors import ImageError, InputError, StorageSetupError
 from owlsam_ray.fetch.images import check_data_uri, fetch_outcomes, setup_error
 from owlsam_ray.fetch.packed import NotSetUpError, image_error

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from owlsam_ray.config.settings import SuppressConfig
+from owlsam_ray.config.inference import SuppressConfig
 from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.inference.suppress import suppress
 from owlsam_ray.records import Detections

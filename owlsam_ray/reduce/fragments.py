@@ -17,8 +17,8 @@ import pyarrow as pa
 from owlsam_ray import storage
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.folder import FOLDER_ENTRIES, put_folder
+from owlsam_ray.reduce.formats.protocol import FileSpan, Head, Output
 from owlsam_ray.reduce.labels import LabelCounts, Overlay, read_labels
-from owlsam_ray.reduce.outputs import FileSpan, Head, Output
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.proof import ShardRules
 

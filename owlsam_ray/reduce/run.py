@@ -27,11 +27,11 @@ from owlsam_ray.reduce.folder import (
 )
 from owlsam_ray.reduce.formats.coco import ANNOTATIONS, FailuresOutput
 from owlsam_ray.reduce.formats.json_rows import without_nan
+from owlsam_ray.reduce.formats.protocol import FileSpan, Head
 from owlsam_ray.reduce.formats.registry import file_names, outputs_of
 from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, ReduceJob, write_chunk
 from owlsam_ray.reduce.labels import LabelCounts
 from owlsam_ray.reduce.operating_points import load_operating_points
-from owlsam_ray.reduce.outputs import FileSpan, Head
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
 from owlsam_ray.run.attempts import ATTEMPTS
 from owlsam_ray.run.guard import check_config, load_run_manifest

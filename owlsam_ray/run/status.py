@@ -17,7 +17,7 @@ from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.errors import IncompleteError, InputError
 from owlsam_ray.run.attempts import AttemptRecord, ended_attempts, is_dead_here, live_attempts
 from owlsam_ray.run.counts import RunCounts
-from owlsam_ray.run.failures import find_failures
+from owlsam_ray.run.failure_counts import find_failures
 from owlsam_ray.run.in_hand import list_markers
 from owlsam_ray.run.manifest import load_manifest
 from owlsam_ray.run.paths import RUN_FILE

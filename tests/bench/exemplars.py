@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from owlsam_ray.coco_files.regions import Region
-from owlsam_ray.config.settings import DetectorConfig, SegmentConfig, SuppressConfig
+from owlsam_ray.config.inference import DetectorConfig, SegmentConfig, SuppressConfig
 from owlsam_ray.config.vocabulary import Exemplar, VocabularyConfig
 from owlsam_ray.evaluate.average_precision import precision_recall
 from owlsam_ray.evaluate.ground_truth import EvaluatedCategory

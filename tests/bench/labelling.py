@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from owlsam_ray.coco_files.regions import Region
-from owlsam_ray.config.settings import DetectorConfig, SegmentConfig, SuppressConfig
+from owlsam_ray.config.inference import DetectorConfig, SegmentConfig, SuppressConfig
 from owlsam_ray.config.vocabulary import VocabularyConfig
 from owlsam_ray.evaluate.ground_truth import EvaluatedCategory, EvaluatedImage, GroundTruth
 from owlsam_ray.inference.detect import cap_detections, select_detections

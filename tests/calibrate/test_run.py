@@ -12,7 +12,7 @@ from owlsam_ray.calibrate.curves import Target
 from owlsam_ray.calibrate.points import Fitting
 from owlsam_ray.calibrate.run import MatchRule, calibrate_run
 from owlsam_ray.calibrate.table import operating_points_table
-from owlsam_ray.config.reduce import EvaluateConfig
+from owlsam_ray.config.evaluate import EvaluateConfig
 from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError
 from owlsam_ray.evaluate.run import evaluate_files
 from owlsam_ray.reduce.run import reduce_run

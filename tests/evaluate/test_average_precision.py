@@ -11,7 +11,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from owlsam_ray.config.reduce import EvaluateConfig
+from owlsam_ray.config.evaluate import EvaluateConfig
 from owlsam_ray.evaluate.average_precision import Kind, coco_numbers, precision_recall
 from owlsam_ray.evaluate.ground_truth import load_ground_truth
 from owlsam_ray.evaluate.predictions import load_predictions

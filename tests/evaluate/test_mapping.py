@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from owlsam_ray.config.reduce import EvaluateConfig
+from owlsam_ray.config.evaluate import EvaluateConfig
 from owlsam_ray.config.vocabulary import MappingName
 from owlsam_ray.errors import InputError
 from owlsam_ray.evaluate.average_precision import Kind

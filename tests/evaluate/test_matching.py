@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from owlsam_ray.config.reduce import EvaluateConfig
+from owlsam_ray.config.evaluate import EvaluateConfig
 from owlsam_ray.evaluate.average_precision import Kind
 from owlsam_ray.evaluate.run import evaluate_files
 from owlsam_ray.evaluate.sizes import size_ranges

@@ -12,8 +12,8 @@ import yaml
 from rich.console import Console
 
 from owlsam_ray.cli import main as cli
+from owlsam_ray.config.evaluate import EvaluateConfig
 from owlsam_ray.config.load import load_config
-from owlsam_ray.config.reduce import EvaluateConfig
 from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import FailureClass, IncompleteError, InputError
 from owlsam_ray.evaluate.run import _ground_truth_url, evaluate_files, evaluate_run

@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from owlsam_ray import storage
 from owlsam_ray.config.data import DataConfig
-from owlsam_ray.config.settings import DecodeConfig
+from owlsam_ray.config.inference import DecodeConfig
 from owlsam_ray.errors import FailureClass, ImageError, StorageSetupError
 from owlsam_ray.fetch.images import fetch_rows, fetch_shard, to_images
 from owlsam_ray.plan.image_check import verify_images

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor
 
-from owlsam_ray.config.settings import DetectorConfig
+from owlsam_ray.config.inference import DetectorConfig
 from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import InputError, WeightsError
 from owlsam_ray.finetune.data import Sample

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from owlsam_ray import storage
-from owlsam_ray.config.settings import DetectorConfig
+from owlsam_ray.config.inference import DetectorConfig
 from owlsam_ray.errors import ConfigError, GuardError, IncompleteError, InputError, TrainingError
 from owlsam_ray.finetune import loop
 from owlsam_ray.finetune.config import FinetuneConfig, OptimizerConfig

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from owlsam_ray.config.settings import DetectorConfig
+from owlsam_ray.config.inference import DetectorConfig
 from owlsam_ray.errors import ImageError
 from owlsam_ray.inference.detect import cap_detections, select_detections
 from owlsam_ray.ops.boxes import clip_boxes, has_area

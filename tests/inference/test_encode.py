@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from owlsam_ray.config.settings import SegmentConfig
+from owlsam_ray.config.inference import SegmentConfig
 from owlsam_ray.errors import ImageError
 from owlsam_ray.inference import encode
 from owlsam_ray.inference.encode import encode_prediction

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from owlsam_ray.config.settings import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig, TilingConfig
+from owlsam_ray.config.inference import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig, TilingConfig
 from owlsam_ray.errors import FailureClass
 from owlsam_ray.inference.engine import Engine
 from owlsam_ray.inference.work_items import STAGES, EngineSettings

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from owlsam_ray.config.settings import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig
+from owlsam_ray.config.inference import DecodeConfig, DetectorConfig, SegmentConfig, SuppressConfig
 from owlsam_ray.errors import PreflightError
 from owlsam_ray.inference.engine import Engine
 from owlsam_ray.inference.work_items import EngineSettings

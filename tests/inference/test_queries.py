@@ -20,7 +20,7 @@ from transformers import (
     OwlViTImageProcessor,
 )
 
-from owlsam_ray.config.settings import DetectorConfig
+from owlsam_ray.config.inference import DetectorConfig
 from owlsam_ray.config.vocabulary import Exemplar, VocabularyConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.inference.detect import select_detections

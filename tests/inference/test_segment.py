@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from owlsam_ray.config.settings import SegmentConfig
+from owlsam_ray.config.inference import SegmentConfig
 from owlsam_ray.inference.segment import decode_boxes, pad_batch
 from owlsam_ray.models.mobile_sam import MobileSam
 from owlsam_ray.models.protocols import Segmenter

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from owlsam_ray.config.settings import SuppressConfig
+from owlsam_ray.config.inference import SuppressConfig
 from owlsam_ray.errors import InputError
 from owlsam_ray.inference import suppress as module
 from owlsam_ray.inference.suppress import label_thresholds, suppress

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from owlsam_ray.config.settings import TilingConfig
+from owlsam_ray.config.inference import TilingConfig
 from owlsam_ray.inference.tile import View, merge_views, tile_views
 from owlsam_ray.records import Detections
 

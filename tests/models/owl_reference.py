@@ -18,7 +18,7 @@ from transformers import (
     OwlViTProcessor,
 )
 
-from owlsam_ray.config.settings import DetectorConfig
+from owlsam_ray.config.inference import DetectorConfig
 from owlsam_ray.models.owl import Owl
 from owlsam_ray.models.owl_weights import Family, load_config, ready
 

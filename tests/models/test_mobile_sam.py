@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import SamConfig, SamModel, SamVisionConfig
 
-from owlsam_ray.config.settings import SegmentConfig
+from owlsam_ray.config.inference import SegmentConfig
 from owlsam_ray.errors import WeightsError
 from owlsam_ray.inference.segment import decode_boxes
 from owlsam_ray.models.mobile_sam import MobileSam, check_weights, save_mobile_sam

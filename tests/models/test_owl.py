@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from owlsam_ray.config.settings import DetectorConfig
+from owlsam_ray.config.inference import DetectorConfig
 from owlsam_ray.errors import ConfigError
 from owlsam_ray.models.owl import Owl
 from owlsam_ray.models.owl_weights import Family, ready

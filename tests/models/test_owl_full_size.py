@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from owlsam_ray.config.settings import DetectorConfig
+from owlsam_ray.config.inference import DetectorConfig
 from owlsam_ray.models.owl import Owl
 from owlsam_ray.models.owl_weights import Family, ready
 from tests.models.owl_reference import Official, bf16_deviation

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import Owlv2ImageProcessor, OwlViTImageProcessor
 
-from owlsam_ray.config.settings import DetectorConfig
+from owlsam_ray.config.inference import DetectorConfig
 from owlsam_ray.errors import WeightsError
 from owlsam_ray.models.owl_preprocess import Scenic, hf_preprocessing, load_processor, make_preprocessing
 from tests.seeded_owlvit import TINY_SIDE, write_tiny

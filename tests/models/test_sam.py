@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import SamModel
 
+from owlsam_ray.config.inference import SegmentConfig
 from owlsam_ray.config.load import load_config
-from owlsam_ray.config.settings import SegmentConfig
 from owlsam_ray.errors import WeightsError
 from owlsam_ray.inference.load import load_engine
 from owlsam_ray.inference.segment import decode_boxes

@@ -18,8 +18,8 @@ from owlsam_ray.records import Detections, Prediction, Segment
 from owlsam_ray.reduce.corrections.corrections import load_corrections
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.formats.coco import CocoOutput, FailuresOutput
+from owlsam_ray.reduce.formats.protocol import Output
 from owlsam_ray.reduce.fragments import ReduceJob
-from owlsam_ray.reduce.outputs import Output
 from owlsam_ray.reduce.run import Reduction, spans_of
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.manifest_writer import ShardLayout, write_parts

@@ -16,7 +16,7 @@ from owlsam_ray import storage
 from owlsam_ray.config.reduce import ReduceConfig
 from owlsam_ray.reduce import run
 from owlsam_ray.reduce.formats.json_rows import dump_json
-from owlsam_ray.reduce.outputs import FileSpan
+from owlsam_ray.reduce.formats.protocol import FileSpan
 from owlsam_ray.run.manifest import Manifest
 from tests.faulty_s3 import FaultyS3, faulty_s3
 from tests.reduce.made_runs import random_run, reduce_shards

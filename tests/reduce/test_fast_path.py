@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from owlsam_ray.config.inference import SuppressConfig
 from owlsam_ray.config.reduce import ReduceConfig
-from owlsam_ray.config.settings import SuppressConfig
 from owlsam_ray.ops.compiled import Piece, join_rows, text_bytes
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.formats.coco import CocoOutput

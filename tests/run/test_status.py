@@ -17,7 +17,7 @@ from owlsam_ray.cli import main as cli
 from owlsam_ray.errors import IncompleteError, InputError
 from owlsam_ray.run.attempts import Slice
 from owlsam_ray.run.claim import claim
-from owlsam_ray.run.failures import find_failures
+from owlsam_ray.run.failure_counts import find_failures
 from owlsam_ray.run.in_hand import InHandMarker, write
 from owlsam_ray.run.shards import FOOTER_KEY, PREDICTIONS, shard_url
 from owlsam_ray.run.status import RunStatus, status_table, watch_run

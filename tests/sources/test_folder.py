@@ -14,7 +14,7 @@ from PIL import Image
 
 from owlsam_ray import storage
 from owlsam_ray.config.data import DataConfig
-from owlsam_ray.config.settings import DecodeConfig
+from owlsam_ray.config.inference import DecodeConfig
 from owlsam_ray.errors import FailureClass, ImageError, InputError
 from owlsam_ray.fetch.images import fetch_rows
 from owlsam_ray.plan.image_check import verify_images

@@ -8,8 +8,8 @@ from typing import Any
 from owlsam_ray import storage
 from owlsam_ray.errors import IncompleteError
 from owlsam_ray.reduce.formats.json_rows import LINE_END, dump_json
+from owlsam_ray.reduce.formats.protocol import Parts, Rendered
 from owlsam_ray.reduce.labels import ShardLabels
-from owlsam_ray.reduce.outputs import Parts, Rendered
 
 CORRECTIONS = "corrections_report.json"
 _log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from owlsam_ray.reduce.formats.json_rows import (
     provenance_pieces,
     rle_pieces,
 )
+from owlsam_ray.reduce.formats.protocol import FileSpan, Head, Parts, Rendered
 from owlsam_ray.reduce.labels import ShardLabels
-from owlsam_ray.reduce.outputs import FileSpan, Head, Parts, Rendered
 from owlsam_ray.run.paths import FAILURES
 
 ANNOTATIONS = "annotations.json"

@@ -21,8 +21,8 @@ from owlsam_ray.reduce.formats.json_rows import (
     rle_pieces,
 )
 from owlsam_ray.reduce.formats.loops import rows_of_all_but
+from owlsam_ray.reduce.formats.protocol import Head, Parts, Rendered
 from owlsam_ray.reduce.labels import ShardLabels
-from owlsam_ray.reduce.outputs import Head, Parts, Rendered
 from owlsam_ray.vocabulary.builtin import builtin
 
 MOST_DETECTIONS = 300

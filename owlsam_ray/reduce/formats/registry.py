@@ -9,10 +9,10 @@ from owlsam_ray.reduce.formats.coco import CocoOutput
 from owlsam_ray.reduce.formats.coco_results import RESULTS, CocoResultsOutput
 from owlsam_ray.reduce.formats.label_studio import CONFIG, TASKS, LabelStudioOutput
 from owlsam_ray.reduce.formats.lvis import LvisOutput
+from owlsam_ray.reduce.formats.parquet import ANNOTATION_TABLE, IMAGE_TABLE, ParquetOutput
+from owlsam_ray.reduce.formats.protocol import FileSpan, Output
 from owlsam_ray.reduce.formats.safe_paths import numbered_paths
-from owlsam_ray.reduce.formats.table import ANNOTATION_TABLE, IMAGE_TABLE, TableOutput
 from owlsam_ray.reduce.formats.yolo import YoloOutput
-from owlsam_ray.reduce.outputs import FileSpan, Output
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.paths import FAILURES
 from owlsam_ray.run.record import RunRecord
@@ -39,7 +39,7 @@ def outputs_of(
         "coco_results": CocoResultsOutput,
         "label_studio": lambda: _label_studio(settings, record, decisions, manifest.images_digest()),
         "lvis": lambda: LvisOutput.of(decisions, prompts),
-        "parquet": lambda: TableOutput(tuple(category.name for category in decisions.categories), texts),
+        "parquet": lambda: ParquetOutput(tuple(category.name for category in decisions.categories), texts),
         "yolo": lambda: YoloOutput(numbered=numbered, val=settings.yolo_val),
         "yolo_segment": lambda: YoloOutput(outlines=True, numbered=numbered, val=settings.yolo_val),
     }

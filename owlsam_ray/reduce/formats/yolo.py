@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from owlsam_ray.errors import shown
 from owlsam_ray.ops.compiled import Piece, join_rows, text_bytes
 from owlsam_ray.reduce.formats.json_rows import column_of, dump_json, literal
+from owlsam_ray.reduce.formats.protocol import Bytes, Parts, Rendered
 from owlsam_ray.reduce.formats.safe_paths import label_path, safe_path
 from owlsam_ray.reduce.labels import ShardLabels
-from owlsam_ray.reduce.outputs import Bytes, Parts, Rendered
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from owlsam_ray.config.inference import SuppressConfig
 from owlsam_ray.config.reduce import ReduceConfig
-from owlsam_ray.config.settings import SuppressConfig
 from owlsam_ray.errors import GuardError, InputError
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.run.manifest import Manifest

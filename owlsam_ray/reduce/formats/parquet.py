@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from owlsam_ray.reduce.formats.json_rows import box_sides, column_of, dump_json
+from owlsam_ray.reduce.formats.protocol import Parts, Rendered
 from owlsam_ray.reduce.labels import ShardLabels
-from owlsam_ray.reduce.outputs import Parts, Rendered
 
 ANNOTATION_TABLE, IMAGE_TABLE = "annotations.parquet", "images.parquet"
 
@@ -69,7 +69,7 @@ _LENGTH = struct.Struct("<q")
 
 
 @dataclass(frozen=True, slots=True)
-class TableOutput:
+class ParquetOutput:
     """Write `annotations.parquet` (`ANNOTATION_COLUMNS`) and `images.parquet` (`IMAGE_COLUMNS`).
 
     Row groups have `ROW_GROUP` rows regardless of the size of shards, compressed with zstd. The metadata of both files

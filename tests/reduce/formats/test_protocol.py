@@ -13,12 +13,12 @@ from owlsam_ray.config.reduce import ReduceConfig
 from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.records import Detections, Prediction
 from owlsam_ray.reduce.decisions import Decisions
-from owlsam_ray.reduce.formats import table
+from owlsam_ray.reduce.formats import parquet
 from owlsam_ray.reduce.formats.coco import CocoOutput
 from owlsam_ray.reduce.formats.coco_results import CocoResultsOutput
 from owlsam_ray.reduce.formats.lvis import LvisOutput
+from owlsam_ray.reduce.formats.protocol import Output
 from owlsam_ray.reduce.formats.yolo import YoloOutput
-from owlsam_ray.reduce.outputs import Output
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.manifest_writer import ShardLayout, write_parts
 from owlsam_ray.run.shards import write_shard
@@ -36,7 +36,7 @@ ALL: tuple[Output, ...] = (
     LvisOutput.of(EVERYTHING),
     YoloOutput(),
     YoloOutput(outlines=True),
-    table.TableOutput(tuple(category.name for category in CATEGORIES), PROMPTS),
+    parquet.ParquetOutput(tuple(category.name for category in CATEGORIES), PROMPTS),
 )
 
 
@@ -219,16 +219,16 @@ def test_lvis_is_cut_into_files_with_common_categories(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows_per_group", [5, 2**16])
 def test_tables_hold_what_the_labels_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_group: int) -> None:
-    monkeypatch.setattr(table, "ROW_GROUP", rows_per_group)
+    monkeypatch.setattr(parquet, "ROW_GROUP", rows_per_group)
     manifest = random_run(tmp_path, 10, num_images=40, shard_size=7)
     names = {category.id: category.name for category in CATEGORIES}
-    out = reduced(tmp_path, manifest, CocoOutput(PROMPTS), table.TableOutput(tuple(names.values()), PROMPTS))
+    out = reduced(tmp_path, manifest, CocoOutput(PROMPTS), parquet.ParquetOutput(tuple(names.values()), PROMPTS))
     labels = tree_of(out / "annotations.json")
     files = {image["id"]: image for image in labels["images"]}
     file = pq.ParquetFile(out / "annotations.parquet")
     sizes = [file.metadata.row_group(each).num_rows for each in range(file.num_row_groups)]
     assert set(sizes[:-1]) <= {rows_per_group}
-    assert file.schema_arrow.remove_metadata().equals(table.ANNOTATION_COLUMNS)
+    assert file.schema_arrow.remove_metadata().equals(parquet.ANNOTATION_COLUMNS)
     assert json.loads(file.metadata.metadata[b"info"]) == labels["info"]
     rows = file.read().to_pylist()
     assert len(rows) == len(labels["annotations"]) > 50
@@ -248,7 +248,7 @@ def test_tables_hold_what_the_labels_say(tmp_path: Path, monkeypatch: pytest.Mon
         assert row["rle_counts"] == ours.get("segmentation", {}).get("counts")
         assert [row[f"mask_bbox_{side}"] for side in "xywh"] == ours.get("mask_bbox", [None] * 4)
     images = pq.read_table(out / "images.parquet")
-    assert images.schema.remove_metadata().equals(table.IMAGE_COLUMNS)
+    assert images.schema.remove_metadata().equals(parquet.IMAGE_COLUMNS)
     sources = [each for shard in manifest.iter_shards() for each in manifest.read_shard(shard)["image_id"].to_pylist()]
     assert images["image_id"].to_pylist() == sources
     counts = Counter(each["image_id"] for each in labels["annotations"])

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from owlsam_ray.config.base import Section
-from owlsam_ray.config.settings import DetectorConfig, SegmentConfig, SuppressConfig, TilingConfig
+from owlsam_ray.config.inference import DetectorConfig, SegmentConfig, SuppressConfig, TilingConfig
 from owlsam_ray.config.vocabulary import Category, Exemplar, VocabularyConfig
 
 CAT: dict[str, Any] = {"category": "cat", "image": "cat.jpg"}

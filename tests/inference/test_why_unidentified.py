@@ -11,7 +11,7 @@ from PIL import Image
 
 from owlsam_ray.errors import ImageError
 from owlsam_ray.inference.decode import decode_image
-from owlsam_ray.inference.unidentified import why_unidentified
+from owlsam_ray.inference.why_unidentified import why_unidentified
 from tests.drawn_images import draw_image
 from tests.image_files import chunk, png, save
 
