@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -203,7 +202,3 @@ _WITHOUT_RUN: dict[str, Callable[..., dict[str, Any]]] = {
     "preview": preview.run,
     "demo": demo.run,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

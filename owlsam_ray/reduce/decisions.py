@@ -6,7 +6,6 @@ scores), the maximum per image. A detection without a mask passes the three mask
 all steps.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -49,12 +48,6 @@ class Decisions:
     suppress_thresholds: NDArray[np.float64] | None = None
     """(C,) thresholds for `suppress`, by output category."""
     max_per_image: int | None = None
-
-    @staticmethod
-    def all_of(categories: Sequence[Category]) -> "Decisions":
-        """Keep everything."""
-        count = len(categories)
-        return Decisions(tuple(categories), np.arange(count, dtype=np.int32), np.full(count, -np.inf))
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,28 +88,6 @@ class ShardRules:
         )
 
 
-def read_shard(
-    run_url: str, shard: int, *, image_ids: list[int], fingerprint: str, ids_per_image: int, num_labels: int
-) -> list[dict[str, Any]]:
-    """Read and prove one shard, and return its rows.
-
-    Args:
-        run_url: the run directory.
-        shard: the shard's number.
-        image_ids: image ids of the shard in the manifest, in order.
-        fingerprint: label fingerprint that the shard must have.
-        ids_per_image: K: det_index is less than K.
-        num_labels: number of categories; labels are less than this.
-
-    Raises:
-        IncompleteError: the shard breaks a rule; the message names the file, the problem, and how to redo it.
-        OSError: storage failed, which says nothing about the file.
-    """
-    rules = ShardRules(fingerprint, ids_per_image, num_labels)
-    rows: list[dict[str, Any]] = prove_shard(run_url, shard, image_ids, rules)[1].to_pylist()
-    return rows
-
-
 def prove_shard(
     run_url: str, shard: int, image_ids: Collection[int] | pa.ChunkedArray, rules: ShardRules
 ) -> tuple[ShardFooter, pa.Table]:

@@ -43,17 +43,6 @@ class CategoryMapping:
     ids: Mapping[int, int]
     """Source id → target id. Ids that are not keys have no counterpart; several ids may map to the same one."""
 
-    @property
-    def unmatched_source(self) -> tuple[str, ...]:
-        """Names of source categories without a counterpart, in the list's order."""
-        return tuple(each.name for each in self.source if each.id not in self.ids)
-
-    @property
-    def unmatched_target(self) -> tuple[str, ...]:
-        """Names of target categories to which no source category is mapped, in the list's order."""
-        reached = set(self.ids.values())
-        return tuple(each.name for each in self.target if each.id not in reached)
-
 
 @cache
 def category_mapping(name: MappingName) -> CategoryMapping:

@@ -24,9 +24,10 @@ from owlsam_ray.evaluate.average_precision import Kind, precision_recall
 from owlsam_ray.evaluate.ground_truth import GroundTruth
 from owlsam_ray.ops.boxes import pair_overlaps
 from owlsam_ray.ops.masks import tight_box
-from owlsam_ray.sources.drawing import CROWDED, Drawing, Split, draw
+from owlsam_ray.sources.drawing import Drawing, Split, draw
 from tests.bench.bootstrap import Floats, Ints, average_precision, match_categories, mean_matched_iou, resamples
 from tests.bench.labelling import Labeller, Variant, ground_truth
+from tests.crowded import CROWDED
 
 METRICS = ("box AP", "box AP50", "box AP75", "mask AP", "mask AP50", "mIoU")
 _BATCH = 8

@@ -22,6 +22,7 @@ from owlsam_ray.run.record import load_record, save_record
 from owlsam_ray.run.shards import load_shard, shard_url, write_shard
 from tests.bench.million import DISTINCT, is_broken, write_pictures, write_run_file
 from tests.bench.reducing import main
+from tests.reduce.everything import keep_everything
 from tests.reduce.plain import dump, plain_reduce
 from tests.runs import label_here
 
@@ -88,7 +89,7 @@ def test_stitched_equals_plain_for_any_workers(tmp_path: Path, images: int) -> N
         found.append(sha256(out / "annotations.json"))
     assert found[0] == found[1]
     assert counts["failed"] == sum(map(is_broken, range(images)))
-    decisions = Decisions.all_of(record.categories)
+    decisions = keep_everything(record.categories)
     expected = plain_lines(str(config.run), manifest, rules, decisions)
     with (tmp_path / "out-1" / "annotations.json").open(encoding="ascii") as file:
         assert file.readline() == "{\n"

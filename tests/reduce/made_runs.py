@@ -28,6 +28,7 @@ from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
 from owlsam_ray.sources import ImageRecord
 from owlsam_ray.sources.listing import tables_of
+from tests.reduce.everything import keep_everything
 
 CATEGORIES = (
     Category(id=7, name="Katze", supercategory="Tier"),
@@ -53,7 +54,7 @@ def reduce_shards(
     check_all_present(run_url, manifest)
     out = settings.out or storage.join(run_url, "coco")
     if decisions is None:
-        everything = Decisions.all_of(categories)
+        everything = keep_everything(categories)
         threshold = -np.inf if settings.score_threshold is None else settings.score_threshold
         decisions = Decisions(
             categories,

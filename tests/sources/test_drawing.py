@@ -21,7 +21,6 @@ from owlsam_ray.sources import drawn as dataset
 from owlsam_ray.sources.drawing import (
     CATEGORIES,
     COLOURS,
-    CROWDED,
     MAX_OBJECTS,
     MIN_SIDE,
     PLAIN,
@@ -35,6 +34,7 @@ from owlsam_ray.sources.drawing import (
     draw,
 )
 from owlsam_ray.sources.drawn import annotation_file, image_root, write_split
+from tests.crowded import CROWDED
 
 SEED = 5
 GROUPS = np.array([category.supercategory for category in CATEGORIES])

@@ -21,7 +21,6 @@ An entry that cannot be applied is a conflict: it is left out, and the detection
 have it. `corrections_report.json` lists all conflicts.
 """
 
-import hashlib
 import logging
 import secrets
 from collections import Counter
@@ -58,7 +57,7 @@ from owlsam_ray.reduce.corrections.report import CorrectionsOutput, conflict_lin
 from owlsam_ray.reduce.corrections.shapes import pack_shape
 from owlsam_ray.reduce.corrections.store import ShardRows
 from owlsam_ray.reduce.decisions import Decisions
-from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.manifest import Manifest, file_sha256
 from owlsam_ray.run.proof import ShardRules
 from owlsam_ray.vocabulary.names import by_name, fold_category
 
@@ -134,7 +133,7 @@ def load_corrections(
         raise InputError(f"nothing in reduce.corrections {url} can be applied: {reading.conflicts[0].decode().strip()}")
     conflicts_url = f"{rows.url}.conflicts"
     storage.write_atomic(conflicts_url, b"".join(reading.conflicts))
-    provenance = {"sha256": _sha256(url), "scope": "images" if origin.is_of_images else "annotations"}
+    provenance = {"sha256": file_sha256(url), "scope": "images" if origin.is_of_images else "annotations"}
     return Corrections(
         overlay=StoredOverlay(rows.url, rules.ids_per_image),
         output=CorrectionsOutput(conflicts_url, provenance),
@@ -312,11 +311,3 @@ def _rows_of(ordinals: NDArray[np.int64], kind: int, det_index: NDArray[np.int64
         ],
         schema=CORRECTION_SCHEMA,
     )
-
-
-def _sha256(url: str) -> str:
-    digest = hashlib.sha256()
-    with storage.open_input(url) as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()

@@ -16,6 +16,7 @@ from owlsam_ray.config.reduce import ReduceConfig
 from owlsam_ray.errors import GuardError, InputError
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.run.manifest import Manifest
+from tests.reduce.everything import keep_everything
 from tests.reduce.made_runs import CATEGORIES, K, random_run, reduce_shards
 
 Tree = dict[str, Any]
@@ -45,7 +46,7 @@ def reduced(
 
 
 def everything() -> Decisions:
-    return Decisions.all_of(CATEGORIES)
+    return keep_everything(CATEGORIES)
 
 
 def stricter(choose: random.Random) -> Decisions:

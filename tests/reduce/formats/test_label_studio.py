@@ -11,10 +11,10 @@ import pytest
 from owlsam_ray.config.reduce import ReduceConfig
 from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import GuardError, InputError
-from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.formats.coco import CocoOutput
 from owlsam_ray.reduce.formats.label_studio import LabelStudioOutput
 from owlsam_ray.run.manifest import Manifest
+from tests.reduce.everything import keep_everything
 from tests.reduce.made_runs import CATEGORIES, FINGERPRINT, K, random_run, reduce_shards
 
 Tree = dict[str, Any]
@@ -36,7 +36,7 @@ def written(
         str(root),
         manifest,
         ReduceConfig(out=str(out), **settings),
-        decisions=Decisions.all_of(categories),
+        decisions=keep_everything(categories),
         categories=categories,
         outputs=(CocoOutput(), LabelStudioOutput(categories, "a b", run, prefix)),
     )
@@ -145,7 +145,7 @@ def export(tasks: list[Tree]) -> list[Tree]:
 def corrected(root: Path, manifest: Manifest, tasks: Any) -> tuple[list[Tree], Tree]:
     (root / "export.json").write_text(json.dumps(tasks))
     settings = ReduceConfig(out=str(root / "corrected"), corrections=str(root / "export.json"))
-    reduce_shards(str(root), manifest, settings, decisions=Decisions.all_of(CATEGORIES))
+    reduce_shards(str(root), manifest, settings, decisions=keep_everything(CATEGORIES))
     report: Tree = json.loads((root / "corrected" / "corrections_report.json").read_text())
     annotations: list[Tree] = json.loads((root / "corrected" / "annotations.json").read_text())["annotations"]
     return annotations, report["counts"]

@@ -26,10 +26,11 @@ from owlsam_ray.schema import predictions_to_table
 from owlsam_ray.sources import ImageRecord
 from owlsam_ray.sources.listing import tables_of
 from owlsam_ray.vocabulary.builtin import builtin
+from tests.reduce.everything import keep_everything
 from tests.reduce.made_runs import CATEGORIES, FINGERPRINT, K, random_run, reduce_shards
 
 PROMPTS = ("a cat", 'a "dog"', "ü\\")
-EVERYTHING = Decisions.all_of(CATEGORIES)
+EVERYTHING = keep_everything(CATEGORIES)
 ALL: tuple[Output, ...] = (
     CocoOutput(polygons=True),
     CocoResultsOutput(),
@@ -189,7 +190,7 @@ def test_lvis_says_its_own_lists_where_the_source_has_some(tmp_path: Path) -> No
 def test_lvis_knows_the_synsets_of_its_own_categories(tmp_path: Path) -> None:
     known = {each.id: each for each in builtin("lvis")}
     categories = (known[1].category(with_synonyms=True), Category(id=2, name="my own"), Category(id=17, name="cat"))
-    decisions = Decisions.all_of(categories)
+    decisions = keep_everything(categories)
     settings = ReduceConfig(out=str(tmp_path / "coco"))
     reduce_shards(
         str(tmp_path),
