@@ -1,1 +1,1 @@
-"""The `owlsam` command."""
+"""The `owlsam` command line: one module per command."""

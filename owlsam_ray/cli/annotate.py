@@ -12,43 +12,46 @@ HELP = "label every shard that is not labelled yet"
 EXAMPLES = """examples:
   owlsam annotate jobs/coco.yaml --run runs/coco
   owlsam annotate jobs/coco.yaml --run runs/coco --set resources.actors=2 --set resources.detector_batch=16
-  owlsam annotate jobs/coco.yaml --run s3://bucket/runs/coco --slice 3/16      # one of sixteen calls, anywhere
-  owlsam annotate jobs/coco.yaml --run runs/coco --retry-failed truncated      # these files were mended
+  owlsam annotate jobs/coco.yaml --run s3://bucket/runs/coco --slice 3/16      # one of 16 calls, on any machine
+  owlsam annotate jobs/coco.yaml --run runs/coco --retry-failed truncated      # after repairing these files
 
-Call the same command again after any interruption: finished shards are kept, nothing is labelled twice.
-Plans first when that was not done. SIGINT, SIGTERM and SIGUSR1 let the shards in hand finish (resources.grace_s), then
-the exit code is 75. Images that storage gave up on are tried once more at the end of every call."""
+Run the same command again after any interruption: finished shards are kept, and no image is labelled twice. Plans the
+run first if it is not planned yet. On SIGINT, SIGTERM or SIGUSR1 the shards in progress are finished (within
+resources.grace_s), then the exit code is 75. Images with transient storage failures are retried once at the end of
+every call."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options."""
     add_run_options(command)
     command.add_argument(
         "--allow-numerics-change",
         action="store_true",
-        help="go on with another device, dtype, model batch or library version than earlier attempts",
+        help="continue even if device, dtype, model batch or library versions differ from earlier attempts",
     )
     command.add_argument(
         "--slice",
         default="1/1",
         metavar="I/N",
-        help="only every N-th shard, from the I-th on: N calls, on as many machines, share the run (default: 1/1)",
+        help="label only every N-th shard, starting with the I-th: N calls on N machines share the run (default: 1/1)",
     )
     command.add_argument(
-        "--takeover", action="store_true", help="stop an attempt that works on this slice, and go on in its place"
+        "--takeover",
+        action="store_true",
+        help="stop an attempt that is working on this slice, and continue in its place",
     )
     command.add_argument(
         "--retry-failed",
         nargs="?",
         const="failed",
         metavar="REASON",
-        help="then try failed images again: all but quarantined ones, or those of a class (transient, permanent, "
-        "quarantined) or a reason (truncated, missing, …)",
+        help="afterwards, retry failed images: all except quarantined ones, or those of one class (transient, "
+        "permanent, quarantined) or reason (truncated, missing, …)",
     )
 
 
 def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run the command; returns what its line of JSON says."""
+    """Run the command; return the fields of its JSON line."""
     from owlsam_ray.parallel.allocation import export_ray_environment
 
     export_ray_environment(config.resources.auth_mode)

@@ -11,51 +11,67 @@ from owlsam_ray.config.load import absolute
 from owlsam_ray.config.run import RunConfig
 from owlsam_ray.terminal import SafeConsole
 
-HELP = "fit a score threshold for each category on labelled images: for a precision, a recall or the best F1"
+HELP = "fit a score threshold for each category on labelled images, for a precision, a recall or the best F1"
 EXAMPLES = """examples:
   owlsam calibrate run.yaml --run runs/1 --ground-truth labelled.json --precision 0.9
   owlsam calibrate run.yaml --run runs/1 --ground-truth labelled.json --recall 0.8 --kind mask --iou 0.75
   owlsam calibrate run.yaml --run runs/1 --ground-truth labelled.json          # the best F1
   owlsam reduce    run.yaml --run runs/1 --operating-points runs/1/operating_points.json
 
-Looks at what the run found in the images that the ground truth lists, a part of the run that people have labelled
-wholly, and fits a score threshold for each category: without a model, as often as you like. Categories with few
-examples borrow from others. A table goes to stderr; thresholds, intervals and reliability to operating_points.json,
-curves to a PNG beside it."""
+Compares the run's detections with the ground truth and fits a score threshold for each category. The ground truth
+lists some of the run's images, with every object annotated. Needs no model, so repeat it as often as you like.
+Categories with few examples are pooled with others. Prints a table to stderr; writes thresholds, intervals and
+reliability to operating_points.json, and curves to a PNG beside it."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options."""
     add_run_options(command)
     command.add_argument(
         "--ground-truth",
         metavar="FILE",
-        help="COCO or LVIS JSON of some of the images (default: evaluate.ground_truth)",
+        help="COCO or LVIS JSON that labels some of the images (default: evaluate.ground_truth)",
     )
     target = command.add_mutually_exclusive_group()
-    target.add_argument("--precision", type=float, metavar="P", help="the lowest thresholds with safely this precision")
-    target.add_argument("--recall", type=float, metavar="R", help="the highest thresholds with safely this recall")
-    target.add_argument("--f1", action="store_true", help="the best F1 (default)")
+    target.add_argument(
+        "--precision",
+        type=float,
+        metavar="P",
+        help="find the lowest thresholds whose precision is at least P with a safety margin",
+    )
+    target.add_argument(
+        "--recall",
+        type=float,
+        metavar="R",
+        help="find the highest thresholds whose recall is at least R with a safety margin",
+    )
+    target.add_argument("--f1", action="store_true", help="find the thresholds with the best F1 (default)")
     command.add_argument(
-        "--kind", choices=("box", "mask"), default="box", help="what is compared (default: %(default)s)"
+        "--kind", choices=("box", "mask"), default="box", help="compare boxes or masks (default: %(default)s)"
     )
     command.add_argument(
-        "--iou", type=float, default=0.5, metavar="X", help="from which a detection is right (default: %(default)s)"
+        "--iou", type=float, default=0.5, metavar="X", help="minimum IoU of a correct detection (default: %(default)s)"
     )
     command.add_argument(
         "--min-examples",
         type=int,
         default=50,
         metavar="N",
-        help="with fewer, a category borrows (default: %(default)s)",
+        help="pool categories that have fewer examples with others (default: %(default)s)",
     )
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the intervals (default: %(default)s)")
-    command.add_argument("--out", metavar="FILE", help="the JSON file (default: operating_points.json of the run)")
-    command.add_argument("--json", action="store_true", help="everything in the line on stdout, and no table")
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="random seed of the intervals (default: %(default)s)"
+    )
+    command.add_argument(
+        "--out", metavar="FILE", help="JSON file to write (default: operating_points.json in the run directory)"
+    )
+    command.add_argument(
+        "--json", action="store_true", help="print everything in the JSON line on stdout, and no table"
+    )
 
 
 def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run the command; returns what its line of JSON says."""
+    """Run the command; return the fields of its JSON line."""
     from owlsam_ray.calibrate.curves import Target
     from owlsam_ray.calibrate.points import Fitting
     from owlsam_ray.calibrate.run import MatchRule, calibrate_run

@@ -1,4 +1,4 @@
-"""`owlsam check`: try everything that a run needs, on a few images, before it starts."""
+"""`owlsam check`: try everything a run needs on a few images before it starts."""
 
 import argparse
 from typing import Any
@@ -8,27 +8,28 @@ from rich.console import Console
 from owlsam_ray.cli.options import add_run_options
 from owlsam_ray.config.run import RunConfig
 
-HELP = "try everything that a run needs, on a few images, before it starts"
+HELP = "try everything a run needs on a few images before it starts"
 EXAMPLES = """examples:
   owlsam check jobs/coco.yaml --run runs/coco
   owlsam check jobs/coco.yaml site.yaml --run s3://bucket/runs/coco --images 32
 
-Everything that can stop a run in its first minutes, tried in this process and without Ray, before a queue slot is
-spent: the run directory is writable, the dataset is listed, weights load, prompts are embedded, some images go all the
-way to masks, the output fits the disk. One line a step on stderr. Nothing stays behind in the run directory.
-The hours are a rough guess from these images on this machine; `owlsam estimate` measures."""
+Tests everything that can stop a run in its first minutes, in this process and without Ray, before you spend a queue
+slot: the run directory is writable, the dataset can be listed, the weights load, the prompts can be embedded, a few
+images can be labelled up to their masks, and the output fits on the disk. Prints one line per step to stderr, and
+leaves nothing in the run directory. The hours are a rough guess from these images on this machine; `owlsam estimate`
+measures them."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options."""
     add_run_options(command)
     command.add_argument(
-        "--images", type=int, default=8, metavar="N", help="images that are labelled (default: %(default)s)"
+        "--images", type=int, default=8, metavar="N", help="number of images to label (default: %(default)s)"
     )
 
 
 def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run the command; returns what its line of JSON says."""
+    """Run the command; return the fields of its JSON line."""
     from owlsam_ray.run.progress import CountDisplay
     from owlsam_ray.trial.check import check_run
 

@@ -1,4 +1,4 @@
-"""`owlsam clean`: remove broken and repeated annotations from a COCO file, and say which."""
+"""`owlsam clean`: remove broken and duplicate annotations from a COCO file, and list what changed."""
 
 import argparse
 from typing import Any
@@ -7,36 +7,36 @@ from rich.console import Console
 
 from owlsam_ray.config.load import absolute, load_tree, validate_tree
 
-HELP = "remove broken and repeated annotations from a COCO file, and say which"
+HELP = "remove broken and duplicate annotations from a COCO file, and list what changed"
 EXAMPLES = """examples:
   owlsam clean instances.json --out clean.json
   owlsam clean instances.json --out clean.json --removed removed.jsonl --set min_area=100 --set duplicate_iou=0.95
   owlsam clean instances.json --out clean.json --set crowd=true --set drop_empty_images=true --set clip_boxes=true
 
-Writes a COCO file without the annotations that a rule refuses, and a table of everything removed or changed, with the
-rule (default: OUT with .removed.csv). On by default: malformed, unknown_image, unknown_category, no_box, non_finite,
-zero_area, outside, bad_segmentation, empty_segmentation, duplicate_iou (0.9), degenerate_polygons, new_ids. Off:
-crowd, min_area, drop_empty_images, clip_boxes. A rule that goes by a number, duplicate_iou or min_area, is switched off
-with false: --set duplicate_iou=false. The rest of the file is carried over as it stands."""
+Writes a COCO file without the annotations that violate a rule, and a table of everything removed or changed, with the
+rule (default: OUT with the ending .removed.csv). On by default: malformed, unknown_image, unknown_category, no_box,
+non_finite, zero_area, outside, bad_segmentation, empty_segmentation, duplicate_iou (0.9), degenerate_polygons, new_ids.
+Off by default: crowd, min_area, drop_empty_images, clip_boxes. To switch off a rule that takes a number (duplicate_iou,
+min_area), set it to false: --set duplicate_iou=false. The rest of the file is copied unchanged."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options."""
     command.add_argument("file", metavar="FILE", help="COCO JSON file or fsspec URL")
-    command.add_argument("--out", required=True, metavar="JSON", help="the cleaned file; not the file itself")
-    command.add_argument("--removed", metavar="TABLE", help="what was removed or changed, .csv or .jsonl")
+    command.add_argument("--out", required=True, metavar="JSON", help="cleaned file to write; must not be FILE")
+    command.add_argument("--removed", metavar="TABLE", help="table of what was removed or changed, .csv or .jsonl")
     command.add_argument(
         "--set",
         dest="overrides",
         action="append",
         default=[],
         metavar="RULE=VALUE",
-        help="switch or tune one rule; may be repeated",
+        help="switch one rule on or off, or set its number; may be repeated",
     )
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run the command; returns what its line of JSON says."""
+    """Run the command; return the fields of its JSON line."""
     from owlsam_ray.coco_files.clean import clean_file, cleaning_table
     from owlsam_ray.coco_files.file_rules import FileCleaning
 

@@ -1,4 +1,4 @@
-"""`owlsam estimate`: label a sample, and tell what the whole run will take."""
+"""`owlsam estimate`: label a sample, and estimate the time and output size of the whole run."""
 
 import argparse
 from typing import Any
@@ -8,24 +8,26 @@ from rich.console import Console
 from owlsam_ray.cli.options import add_run_options, add_selection
 from owlsam_ray.config.run import RunConfig
 
-HELP = "label a sample, and tell what the whole run will take"
+HELP = "label a sample, and estimate the time and output size of the whole run"
 EXAMPLES = """examples:
   owlsam estimate run.yaml --run runs/coco
   owlsam estimate run.yaml --run runs/coco --images 1000 --set resources.actors=8
 
-Labels a sample on the machines of the run, into RUN/estimate, and tells images/s, hours, GPU hours and the size of the
-output for all images of the dataset. Larger samples tell more: with few, a GPU's batches are not full."""
+Labels a sample on the machines of the run, into RUN/estimate, and reports images/s, hours, GPU hours and output size
+for all images of the run. Larger samples are more accurate: with few images, a GPU's batches are not full."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options."""
     add_run_options(command)
-    command.add_argument("--images", type=int, default=200, metavar="N", help="of the sample (default: %(default)s)")
+    command.add_argument(
+        "--images", type=int, default=200, metavar="N", help="number of random images to label (default: %(default)s)"
+    )
     add_selection(command)
 
 
 def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run the command; returns what its line of JSON says."""
+    """Run the command; return the fields of its JSON line."""
     from owlsam_ray.parallel.allocation import export_ray_environment
 
     export_ray_environment(config.resources.auth_mode)

@@ -19,28 +19,30 @@ EXAMPLES = """examples:
   owlsam evaluate --ground-truth instances_val2017.json --predictions results.json --kind segm
   owlsam evaluate --ground-truth lvis_v1_val.json --predictions results.json --kind bbox --lvis --json
 
-With run files: what `reduce` wrote, against evaluate.ground_truth (default: data.annotations), boxes and masks; also
-written to RUN/evaluation.json. Without: a file of COCO results, or a COCO file whose annotations have scores.
-A table goes to stderr; with --json every number goes to stdout instead, in one line."""
+With run files, compares the boxes and masks that `reduce` wrote with evaluate.ground_truth (default: data.annotations),
+and also writes RUN/evaluation.json. Without run files, compares a file of COCO results, or a COCO file whose
+annotations have scores. Prints a table to stderr; with --json, prints every number to stdout instead, in one line."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options."""
     add_run_options(command, files="*")
-    command.add_argument("--json", action="store_true", help="every number in the line on stdout, and no table")
-    files = command.add_argument_group("without a run")
+    command.add_argument(
+        "--json", action="store_true", help="print every number in the JSON line on stdout, and no table"
+    )
+    files = command.add_argument_group("files without a run")
     files.add_argument("--ground-truth", metavar="FILE", help="COCO or LVIS JSON file or fsspec URL")
     files.add_argument(
         "--predictions", metavar="FILE", help="COCO results, or a COCO file whose annotations have scores"
     )
     files.add_argument("--kind", choices=("bbox", "segm"), help="compare boxes or masks")
     files.add_argument(
-        "--lvis", action="store_true", help="as LVIS does; is so anyway when the images have neg_category_ids"
+        "--lvis", action="store_true", help="evaluate by the rules of LVIS; implied if images have neg_category_ids"
     )
 
 
 def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run the command; returns what its line of JSON says."""
+    """Run the command; return the fields of its JSON line."""
     if options.ground_truth or options.predictions or options.kind or options.lvis:
         raise ConfigError(
             "--ground-truth, --predictions, --kind and --lvis are for files without a run; with a run file, "
@@ -53,7 +55,7 @@ def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dic
 
 
 def run_on_files(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The same for files without a run."""
+    """Evaluate files without a run; return the fields of the JSON line."""
     if not options.ground_truth or not options.predictions or not options.kind:
         raise ConfigError("nothing to evaluate: name a RUNFILE, or all of --ground-truth, --predictions and --kind")
     if options.run:
@@ -68,7 +70,7 @@ def run_on_files(options: argparse.Namespace, console: Console) -> dict[str, Any
 
 
 def _show_evaluation(evaluation: dict[str, Any], options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Draw the table, unless JSON is asked for; returns what the last line says."""
+    """Print the table, or with `--json` none; return the fields of the JSON line."""
     if options.json:
         return evaluation
     from owlsam_ray.evaluate.table import evaluation_table

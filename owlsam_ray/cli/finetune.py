@@ -1,4 +1,4 @@
-"""`owlsam finetune`: train a detector or a segmenter on a COCO dataset; the same command resumes."""
+"""`owlsam finetune`: train a detector or a segmenter on a COCO dataset; run the same command again to resume."""
 
 import argparse
 import json
@@ -10,27 +10,29 @@ from owlsam_ray.cli.standard_streams import Answers
 from owlsam_ray.storage.secrets import masked_tree
 from owlsam_ray.terminal import SafeConsole
 
-HELP = "train a detector or a segmenter on a COCO dataset; the same command resumes"
+HELP = "train a detector or a segmenter on a COCO dataset; run the same command again to resume"
 EXAMPLES = """examples:
   owlsam finetune jobs/demo-detector.yaml --out runs/detector
   owlsam finetune jobs/demo-segmenter.yaml --out s3://bucket/segmenter --set resources.workers=8
   owlsam annotate jobs/coco.yaml --run runs/mine --set detector.weights=runs/detector/model
 
-Metrics go to stdout, one line of JSON each, to DIR/metrics.jsonl and to DIR/tensorboard. DIR/model is what `annotate`
-loads: the best by validation, or the last without a validation set."""
+Writes metrics to stdout, one JSON line each, to DIR/metrics.jsonl and to DIR/tensorboard. DIR/model is the model that
+`annotate` loads: the best one by validation, or the last one without a validation set."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options."""
     command.add_argument(
-        "job_files", nargs="+", metavar="JOBFILE", help="YAML files of a training, merged from left to right"
+        "job_files", nargs="+", metavar="JOBFILE", help="YAML files of the training job, merged from left to right"
     )
-    command.add_argument("--out", metavar="DIR", help="directory or fsspec URL of the training (over `out:`)")
+    command.add_argument(
+        "--out", metavar="DIR", help="output directory or fsspec URL (overrides `out:` of the job files)"
+    )
     add_overrides(command)
 
 
 def run(options: argparse.Namespace, answers: Answers) -> dict[str, Any]:
-    """Run the command; returns what its line of JSON says."""
+    """Run the command; return the fields of its JSON line."""
     from owlsam_ray.finetune.config import load_finetune_config
     from owlsam_ray.parallel.allocation import export_ray_environment
 

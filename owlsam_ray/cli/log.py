@@ -1,4 +1,4 @@
-"""The log of a command: on a terminal in colour, elsewhere plain lines with the time."""
+"""A command's log on stderr: coloured on a terminal, plain lines with the time elsewhere."""
 
 import logging
 
@@ -9,7 +9,7 @@ from owlsam_ray.parallel.logs import SafeFormatter, stderr_handler
 
 
 def start_log(console: Console, level: str) -> None:
-    """Send the log to stderr, from a level on (`info`, `debug`, …)."""
+    """Send log messages of at least this level (`info`, `debug`, …) to stderr."""
     if console.is_terminal:
         handler: logging.Handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
         handler.setFormatter(SafeFormatter("%(message)s"))

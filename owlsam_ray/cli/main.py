@@ -1,4 +1,4 @@
-"""The `owlsam` command. Logs and progress go to stderr, one line of JSON at the end to stdout."""
+"""Run an `owlsam` command: logs and progress go to stderr, one JSON line at the end goes to stdout."""
 
 import argparse
 import json
@@ -54,20 +54,20 @@ from owlsam_ray.storage.secrets import masked, masked_tree
 from owlsam_ray.terminal import SafeConsole
 
 _LONG_MESSAGE = 2000
-"""Characters of an error of somebody else's; a path has up to 4,096 bytes, but seldom more than some hundred."""
+"""Maximum characters of a library's error message. Paths have up to 4,096 bytes, but rarely more than a few hundred."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code.
+    """Run one command; return its exit code.
 
     Args:
-        arguments: without the program's name; default: the process's.
+        arguments: command-line arguments without the program's name; default: those of the process.
     """
     options = make_parser().parse_args(arguments)
     with own_stdout() as answers:
         console = SafeConsole(stderr=True)
         start_log(console, "info")
-        as_interrupts()  # until `annotate` has handlers of its own
+        as_interrupts()  # until `annotate` installs its own handlers
         call = _Call(options, console, answers)
         with before_end(call.end_early):
             return call.end(call.run())
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(slots=True)
 class _Call:
-    """One call of a command: its work, and the line of JSON that it ends with."""
+    """One call of a command: does the work and writes the final JSON line."""
 
     options: argparse.Namespace
     console: Console
@@ -85,32 +85,32 @@ class _Call:
     ended: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> ExitCode:
-        """Do the work; returns the exit code."""
+        """Do the work; return the exit code."""
         self.summary["command"] = self.options.command
         return _run(self.options, self.console, self.answers, self.summary)
 
     def end(self, code: int) -> int:
-        """Write the line of JSON, unless that was done; returns the exit code by which the process is to end."""
+        """Write the JSON line unless it is already written; return the exit code for the process."""
         if not self.ended.acquire(blocking=False):
             return code
         self.summary |= {"wall_s": round(time.monotonic() - self.start, 1), "exit_code": int(code)}
         try:
             self.answers.write(json.dumps(masked_tree(self.summary)))
         except BrokenPipeError:
-            pass  # nobody wants to know
+            pass  # the reader has closed its end
         except OSError as error:
             logging.getLogger("owlsam_ray").error("cannot write the line of JSON to stdout: %s", _words_of(error))
             return int(code or ExitCode.INCOMPLETE)
         return int(code)
 
     def end_early(self, error: OwlsamError) -> None:
-        """Tell what ends the process from outside the main thread, see `ending`."""
+        """Report an error that ends the process from another thread, see `parallel/ending`."""
         self.console.show_cursor()  # a progress bar hides it
         self.end(_tell(error, self.summary))
 
 
 def _run(options: argparse.Namespace, console: Console, answers: Answers, summary: dict[str, Any]) -> ExitCode:
-    """Run a command, and put into its summary what it found."""
+    """Run a command and put its results, or its error, into the summary."""
     try:
         _refuse_empty(options)
         if options.command == "finetune":
@@ -136,9 +136,9 @@ def _run(options: argparse.Namespace, console: Console, answers: Answers, summar
             f"storage refused: {_words_of(error)}. What was finished is kept: mend it, and call the same command again."
         )
         return _tell(IncompleteError(message), summary)
-    except (KeyboardInterrupt, SystemExit):  # the latter of Ray's own handler of SIGTERM
+    except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray's own SIGTERM handler
         return _tell(InterruptedRunError("interrupted: call the same command again"), summary)
-    except Exception as error:  # Python's own exit code, 1, would say that images failed
+    except Exception as error:  # Python's own exit code, 1, would mean failed images
         logging.getLogger("owlsam_ray").exception("an error that nobody expected; what was finished is kept")
         summary["error"] = storage.described(error, _LONG_MESSAGE)
         return ExitCode.INCOMPLETE
@@ -146,7 +146,7 @@ def _run(options: argparse.Namespace, console: Console, answers: Answers, summar
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
-    """The config of a call. What only reads a labelled run takes from it what the run files do not say."""
+    """Load the configuration; commands that only read labels take missing frozen settings from the planned run."""
     overrides = all_overrides(options)
     if options.command in _ON_LABELS:
         from owlsam_ray.run.record import load_record
@@ -159,10 +159,10 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 
 def _refuse_empty(options: argparse.Namespace) -> None:
-    """Refuse options that were given without a value, which would stand for their defaults.
+    """Refuse options with an empty value, which would silently mean the default.
 
     Raises:
-        ConfigError: names the first one.
+        ConfigError: an option is empty; the message names the first one.
     """
     for name, value in vars(options).items():
         if isinstance(value, str) and not value.strip():
@@ -171,7 +171,7 @@ def _refuse_empty(options: argparse.Namespace) -> None:
 
 
 def _words_of(error: OSError) -> str:
-    """Its own words, of whatever library they are, and of any length."""
+    """The error's own message on one line: secrets masked, at most `_LONG_MESSAGE` characters."""
     return one_line(masked(str(error)[: 10 * _LONG_MESSAGE]), _LONG_MESSAGE)
 
 
@@ -193,7 +193,7 @@ _COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "review-list": review_list.run,
     "evaluate": evaluate.run,
 }
-"""On a run file."""
+"""Commands that take run files."""
 _ON_LABELS = ("calibrate", "reduce", "review-list", "evaluate")
 _ON_DIRECTORY: dict[str, Callable[..., dict[str, Any]]] = {"verify": verify.run, "status": status.run}
 _WITHOUT_RUN: dict[str, Callable[..., dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the types of their values."""
+"""Options shared by several commands, and the types of their values."""
 
 import argparse
 import json
@@ -6,10 +6,10 @@ import math
 
 
 def seconds(text: str) -> float:
-    """A number of seconds, as an argument's type.
+    """Parse a number of seconds, at least 0 and finite.
 
     Raises:
-        ValueError: it is none; argparse says so.
+        ValueError: not such a number; argparse reports it.
     """
     value = float(text)
     if not 0 <= value < math.inf:
@@ -18,10 +18,10 @@ def seconds(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, as an argument's type.
+    """Parse a whole number, at least 1.
 
     Raises:
-        ValueError: it is none; argparse says so.
+        ValueError: not such a number; argparse reports it.
     """
     value = int(text)
     if value < 1:
@@ -30,14 +30,14 @@ def positive(text: str) -> int:
 
 
 def add_run_options(command: argparse.ArgumentParser, *, files: str = "+") -> None:
-    """Run files, `--run` and `--set`."""
+    """Add the run files, `--run` and `--set`."""
     command.add_argument("run_files", nargs=files, metavar="RUNFILE", help="YAML run files, merged from left to right")
-    command.add_argument("--run", metavar="DIR", help="run directory or fsspec URL (over `run:` of the run files)")
+    command.add_argument("--run", metavar="DIR", help="run directory or fsspec URL (overrides `run:` of the run files)")
     add_overrides(command)
 
 
 def add_overrides(command: argparse.ArgumentParser) -> None:
-    """`--set`."""
+    """Add `--set`."""
     command.add_argument(
         "--set",
         dest="overrides",
@@ -49,21 +49,21 @@ def add_overrides(command: argparse.ArgumentParser) -> None:
 
 
 def add_selection(command: argparse.ArgumentParser) -> None:
-    """Options that choose images of the listing."""
-    group = command.add_argument_group("which of the images (over the section `plan` of the run file)")
-    group.add_argument("--limit", type=int, metavar="N", help="the first N")
-    group.add_argument("--sample", type=int, metavar="N", help="N by chance; a larger sample holds the smaller one")
-    group.add_argument("--seed", type=int, metavar="S", help="of the sample (default: 0)")
-    group.add_argument("--splits", nargs="+", metavar="NAME", help="only of these splits: val2017, patch8, …")
+    """Add the options that select images of the listing."""
+    group = command.add_argument_group("selection of images (overrides the section `plan` of the run file)")
+    group.add_argument("--limit", type=int, metavar="N", help="take only the first N images")
+    group.add_argument("--sample", type=int, metavar="N", help="take N random images; samples with one seed are nested")
+    group.add_argument("--seed", type=int, metavar="S", help="random seed for sampling (default: 0)")
+    group.add_argument("--splits", nargs="+", metavar="NAME", help="only images of these splits: val2017, patch8, …")
     group.add_argument(
         "--categories", nargs="+", metavar="NAME", help="only images with an annotation of one of these categories"
     )
 
 
 def all_overrides(options: argparse.Namespace) -> list[str]:
-    """`--set`, and the options that stand for settings of the section `plan`."""
+    """Return `--set` and then the options for settings of `plan` and `reduce`, each as `section.field=value`."""
     named = {name: getattr(options, name, None) for name in ("limit", "sample", "splits", "verify")}
-    if hasattr(options, "sample"):  # other commands have a seed of their own
+    if hasattr(options, "sample"):  # elsewhere, --seed is not plan.seed
         named["seed"] = options.seed
     wanted: list[str] | None = getattr(options, "categories", None)
     if wanted is not None:

@@ -1,4 +1,4 @@
-"""The parser of the whole command: one module a command, each with `HELP`, `EXAMPLES`, `add_options` and `run`."""
+"""The command-line parser: each command is a module with `HELP`, `EXAMPLES`, `add_options` and `run`."""
 
 import argparse
 
@@ -25,10 +25,10 @@ _EXIT_CODES = """exit codes:
   0   complete
   1   more failed images than reduce.max_failed
   2   usage or bad input
-  3   the run directory belongs to other settings, another layout or other numerics
+  3   the run directory was made with other settings, another layout or other numerics
   4   another attempt is live
-  5   incomplete: shards missing or damaged, storage full, or the proof does not add up
-  75  interrupted: call the same command again"""
+  5   incomplete: shards missing or damaged, storage full, or the proof failed
+  75  interrupted: run the same command again"""
 
 
 COMMANDS = {
@@ -48,11 +48,11 @@ COMMANDS = {
     "finetune": finetune,
     "demo": demo,
 }
-"""By name, in the order of the help."""
+"""Modules of the commands by name, in the order of the help."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
+    """Make the parser of the `owlsam` command line."""
     parser = argparse.ArgumentParser(
         prog="owlsam",
         description="Label images at dataset scale: name what you look for, get boxes and masks.",

@@ -1,4 +1,4 @@
-"""`owlsam plan`: list the images once, and freeze ids and shards."""
+"""`owlsam plan`: list the images once, and freeze their ids and shards."""
 
 import argparse
 import logging
@@ -9,30 +9,34 @@ from rich.console import Console
 from owlsam_ray.cli.options import add_run_options, add_selection
 from owlsam_ray.config.run import RunConfig
 
-HELP = "list the images once, and freeze ids and shards"
+HELP = "list the images once, and freeze their ids and shards"
 EXAMPLES = """examples:
   owlsam plan jobs/coco.yaml --run runs/coco
   owlsam plan jobs/coco.yaml site.yaml --run s3://bucket/runs/coco --set resources.shard_size=512
-  owlsam plan run.yaml --run runs/try --sample 1000 --seed 7      # a slice, to try it
-  owlsam plan run.yaml --run runs/try --sample 10000 --seed 7 --extend   # nine thousand more
-  owlsam plan run.yaml --run runs/try --extend                    # all the rest, or what is new by now
+  owlsam plan run.yaml --run runs/try --sample 1000 --seed 7      # a small run, to try it
+  owlsam plan run.yaml --run runs/try --sample 10000 --seed 7 --extend   # add 9,000 more
+  owlsam plan run.yaml --run runs/try --extend                    # add the rest, or images that are new since then
   owlsam plan jobs/coco.yaml --run runs/dogs --categories dog cat --verify exists
 
-Images are listed once; `annotate` labels what is planned. --extend adds shards and leaves the old ones as they are."""
+Lists the images once; `annotate` labels the planned images. --extend adds shards and leaves the old ones unchanged."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options."""
     add_run_options(command)
     command.add_argument(
-        "--extend", action="store_true", help="add the images that a planned run does not have yet, as further shards"
+        "--extend", action="store_true", help="add images that the planned run does not have yet, in new shards"
     )
-    command.add_argument("--verify", choices=("none", "exists", "decode"), help="look at every image first")
+    command.add_argument(
+        "--verify",
+        choices=("none", "exists", "decode"),
+        help="check every image first: look it up in storage (exists) or decode it (decode)",
+    )
     add_selection(command)
 
 
 def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run the command; returns what its line of JSON says."""
+    """Run the command; return the fields of its JSON line."""
     from owlsam_ray.plan.plan import plan_run
     from owlsam_ray.plan.selection import selection_of
     from owlsam_ray.run.claim import claim_setup

@@ -1,4 +1,4 @@
-"""`owlsam preview`: label a few pictures here and draw them: find prompts and thresholds before a run."""
+"""`owlsam preview`: label a few images here and draw them, to find prompts and thresholds before a run."""
 
 import argparse
 from typing import Any
@@ -11,7 +11,7 @@ from owlsam_ray.config.load import absolute
 from owlsam_ray.errors import FailedImagesError
 from owlsam_ray.terminal import safe_text
 
-HELP = "label a few pictures here and draw them: find prompts and thresholds before a run"
+HELP = "label a few images here and draw them, to find prompts and thresholds before a run"
 EXAMPLES = """examples:
   owlsam preview photo.jpg --prompts "a cat" "a remote control" --run-file run.yaml
   owlsam preview photos/ --run-file run.yaml --min-score 0.2 --out sheet.png
@@ -19,43 +19,49 @@ EXAMPLES = """examples:
     --set segment.weights=weights/mobile_sam.pt --set suppress.across_labels=true
   owlsam preview runs/demo/drawn/images --demo --prompts "red circle" "blue star"
 
-One PNG with boxes, masks, names and scores: of one picture at its own size, of several as a sheet. Prompts are asked as
-they stand; without --prompts the vocabulary of the run file is. A table goes to stderr."""
+Writes one PNG with boxes, masks, names and scores: one image at its own size, or several as a contact sheet. Prompts
+are used exactly as given; without --prompts, the vocabulary of the run file is used. Prints a table to stderr."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options."""
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders or fsspec URLs")
-    command.add_argument("--prompts", nargs="+", default=[], metavar="TEXT", help="what to look for, as it stands")
+    command.add_argument(
+        "--prompts", nargs="+", default=[], metavar="TEXT", help="what to look for, used exactly as given"
+    )
     command.add_argument(
         "--run-file",
         dest="run_files",
         action="append",
         default=[],
         metavar="FILE",
-        help="models and choices of a run; may be repeated, later ones win",
+        help="run file with models and settings; may be repeated, later files override earlier ones",
     )
     command.add_argument("--demo", action="store_true", help="use the small models that come with the package")
     command.add_argument(
         "--min-score",
         type=float,
         metavar="S",
-        help="draw labels from this score (default: 0.1, or detector.score_floor if that is greater)",
+        help="draw only labels with at least this score (default: 0.1, or detector.score_floor if that is greater)",
     )
     command.add_argument(
-        "--max-images", type=int, default=12, metavar="N", help="pictures of the sheet (default: %(default)s)"
+        "--max-images",
+        type=int,
+        default=12,
+        metavar="N",
+        help="maximum number of images on the sheet (default: %(default)s)",
     )
     command.add_argument(
         "--out",
         default="preview.png",
         metavar="PNG",
-        help="the picture; an earlier one is replaced (default: %(default)s)",
+        help="PNG file to write; replaces an earlier preview (default: %(default)s)",
     )
     add_overrides(command)
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run the command; returns what its line of JSON says."""
+    """Run the command; return the fields of its JSON line."""
     from rich.table import Table
 
     from owlsam_ray.trial.preview import expand_images, preview, preview_config

@@ -15,16 +15,16 @@ EXAMPLES = """examples:
   owlsam reduce jobs/coco.yaml --run runs/coco --set reduce.score_threshold=0.3
   owlsam reduce jobs/coco.yaml --run runs/coco --out labels/strict --set reduce.score_threshold=0.5 --formats coco yolo
   owlsam reduce jobs/coco.yaml --run runs/coco --operating-points runs/coco/operating_points.json
-  owlsam reduce jobs/coco.yaml --run runs/coco --partial     # what is labelled by now; exit code 5
+  owlsam reduce jobs/coco.yaml --run runs/coco --partial     # what is labelled so far; exit code 5
 
-One run can be reduced in many ways, one --out for each, without a GPU. Every setting stands in `info`."""
+Reduce one run in as many ways as needed, each with its own --out, without a GPU. `info` records every setting."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options."""
     add_run_options(command)
     command.add_argument(
-        "--out", dest="reduce_out", metavar="DIR", help="where the files go (default: coco/ in the run directory)"
+        "--out", dest="reduce_out", metavar="DIR", help="output directory (default: coco/ in the run directory)"
     )
     command.add_argument(
         "--formats",
@@ -32,29 +32,29 @@ def add_options(command: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=get_args(FormatName),
         metavar="NAME",
-        help=f"{', '.join(get_args(FormatName))} (default: coco)",
+        help=f"output formats: {', '.join(get_args(FormatName))} (default: coco)",
     )
     command.add_argument(
         "--operating-points",
         dest="reduce_operating_points",
         metavar="FILE",
-        help="thresholds of categories, as `owlsam calibrate` writes them",
+        help="score thresholds of the categories, a file that `owlsam calibrate` wrote",
     )
     command.add_argument(
         "--corrections",
         dest="reduce_corrections",
         metavar="FILE",
-        help="a COCO file of a review tool, replayed over the labels",
+        help="COCO file from a review tool, replayed over the labels",
     )
     command.add_argument(
         "--partial",
         action="store_true",
-        help="reduce what is labelled by now; the exit code is 5 when images are missing",
+        help="reduce what is labelled so far; the exit code is 5 if images are missing",
     )
 
 
 def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run the command; returns what its line of JSON says."""
+    """Run the command; return the fields of its JSON line."""
     from owlsam_ray.reduce.run import reduce_run
     from owlsam_ray.run.progress import CountDisplay
     from owlsam_ray.run.proof import check_failures

@@ -109,7 +109,7 @@ def _is_real(stream: TextIO | None) -> bool:
 
 
 def _open_closed_ones() -> None:
-    """Open those of descriptors 0 to 2 that the caller closed, so that no file of ours gets one and is written into."""
+    """Open descriptors 0 to 2 where the caller closed them, so that no file opened later gets one and is written to."""
     for number in (_STDIN, _STDOUT, _STDERR):
         try:
             os.fstat(number)

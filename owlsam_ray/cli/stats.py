@@ -1,4 +1,4 @@
-"""`owlsam stats`: count what a COCO file or a run holds: a table, JSON, plots."""
+"""`owlsam stats`: count the contents of a COCO file or a run, as a table, JSON or plots."""
 
 import argparse
 from typing import Any
@@ -8,26 +8,28 @@ from rich.console import Console
 from owlsam_ray.config.load import absolute
 from owlsam_ray.errors import ConfigError
 
-HELP = "count what a COCO file or a run holds: a table, JSON, plots"
+HELP = "count the contents of a COCO file or a run, as a table, JSON or plots"
 EXAMPLES = """examples:
   owlsam stats instances_val2017.json
   owlsam stats lvis_v1_train.json --out statistics     # statistics.json and statistics.png
   owlsam stats --run runs/coco --json
 
-Images, categories, objects per image and category, sizes, aspect ratios, crowds, scores, and what is odd in the file.
-A table goes to stderr; with --json every number goes to stdout instead, in one line."""
+Reports images, categories, objects per image and category, sizes, aspect ratios, crowds, scores, and irregularities in
+the file. Prints a table to stderr; with --json, prints every number to stdout instead, in one line."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options."""
     command.add_argument("file", nargs="?", metavar="FILE", help="COCO or LVIS JSON file or fsspec URL")
-    command.add_argument("--run", metavar="DIR", help="a reduced run instead of a file")
-    command.add_argument("--out", metavar="DIR", help="write statistics.json and statistics.png here")
-    command.add_argument("--json", action="store_true", help="every number in the line on stdout, and no table")
+    command.add_argument("--run", metavar="DIR", help="reduced run to use instead of a file")
+    command.add_argument("--out", metavar="DIR", help="directory to write statistics.json and statistics.png to")
+    command.add_argument(
+        "--json", action="store_true", help="print every number in the JSON line on stdout, and no table"
+    )
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run the command; returns what its line of JSON says."""
+    """Run the command; return the fields of its JSON line."""
     if (options.file is None) == (options.run is None):
         raise ConfigError("name either a COCO FILE or --run DIR")
     from owlsam_ray.coco_files.statistics_run import annotations_of_run, run_statistics
