@@ -28,10 +28,10 @@ from owlsam_ray.run.attempts import Slice
 from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.guard import fingerprint_parts, guard_labels, guard_numerics, numerics_of
 from owlsam_ray.run.manifest import Manifest
-from owlsam_ray.run.paths import QUERY_FILE
+from owlsam_ray.run.paths import PREDICTIONS, QUERY_FILE
 from owlsam_ray.run.record import RunRecord
 from owlsam_ray.run.retry import Retry, find_failed, replace_rows
-from owlsam_ray.run.shards import PREDICTIONS, done_shards, load_shard, shard_url, write_shard
+from owlsam_ray.run.shards import done_shards, load_shard, shard_url, write_shard
 from owlsam_ray.schema import predictions_to_table
 from tests.drawn_images import draw_image
 from tests.image_files import save

@@ -11,6 +11,7 @@ import pytest
 
 from owlsam_ray.config.load import load_config
 from owlsam_ray.finetune.config import load_finetune_config
+from owlsam_ray.run import paths
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "owlsam_ray"
@@ -144,3 +145,19 @@ def test_the_readme_names_every_room() -> None:
     for layer, names in re.findall(r"^\| (\d+) \| (`[^|]*`) \|", readme, re.MULTILINE):
         named |= {name.removesuffix("/").removesuffix(".py"): int(layer) for name in re.findall(r"`([^`]+)`", names)}
     assert named == {room: number for number, rooms in enumerate(LAYERS, 1) for room in rooms}
+
+
+def test_names_in_a_run_directory_are_in_one_place() -> None:
+    names = {value for name, value in vars(paths).items() if name.isupper() and isinstance(value, str)}
+    assert len(names) > 10
+    meant_otherwise = {"attempts", "coco", "manifest", "predictions", "review"}  # keys of JSON, sources, formats
+    found = []
+    for module in MODULES:
+        if module == PACKAGE / "run" / "paths.py":
+            continue
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in names - meant_otherwise:
+                found.append(f"{module.name}:{node.lineno}: {node.value}")
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "storage.join":
+                found += [f"{module.name}:{node.lineno}" for each in node.args if getattr(each, "value", None) in names]
+    assert found == []

@@ -29,7 +29,7 @@ from owlsam_ray.parallel.ray_watch import watch_ray
 from owlsam_ray.parallel.signals import GraceOverError, as_interrupts, stop_on_signals
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.run import in_hand
-from owlsam_ray.run.attempts import ATTEMPTS, LABEL, Attempt, Slice
+from owlsam_ray.run.attempts import LABEL, Attempt, Slice
 from owlsam_ray.run.claim import claim, claim_setup
 from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.guard import (
@@ -41,12 +41,11 @@ from owlsam_ray.run.guard import (
     numerics_of,
 )
 from owlsam_ray.run.manifest import Manifest
-from owlsam_ray.run.paths import QUERY_FILE
-from owlsam_ray.run.progress import PROGRESS_FILE, ProgressWatcher
+from owlsam_ray.run.paths import ATTEMPTS, PREDICTIONS, PROGRESS_FILE, QUERY_FILE
+from owlsam_ray.run.progress import ProgressWatcher
 from owlsam_ray.run.proof import check_failures
 from owlsam_ray.run.record import RunRecord, run_directory
 from owlsam_ray.run.retry import Retry
-from owlsam_ray.run.shards import PREDICTIONS
 
 _log = logging.getLogger(__name__)
 _WHOLE = Slice()

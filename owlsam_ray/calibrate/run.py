@@ -18,9 +18,10 @@ from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import ConfigError, InputError
 from owlsam_ray.evaluate.ground_truth import NO_GROUP, GroundTruth, load_ground_truth
 from owlsam_ray.evaluate.matching import Shape
-from owlsam_ray.reduce.operating_points import OPERATING_POINTS_FILE, OperatingPoints
+from owlsam_ray.reduce.operating_points import OperatingPoints
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
 from owlsam_ray.reduce.run import Show, open_run, quiet
+from owlsam_ray.run.paths import OPERATING_POINTS_FILE
 from owlsam_ray.run.proof import ShardRules
 from owlsam_ray.run.record import run_directory
 from owlsam_ray.vocabulary.names import fold_category

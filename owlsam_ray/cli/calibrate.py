@@ -76,7 +76,7 @@ def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dic
     from owlsam_ray.calibrate.points import Fitting
     from owlsam_ray.calibrate.run import MatchRule, calibrate_run
     from owlsam_ray.calibrate.table import operating_points_table
-    from owlsam_ray.reduce.operating_points import OPERATING_POINTS_FILE
+    from owlsam_ray.run.paths import OPERATING_POINTS_FILE
     from owlsam_ray.run.progress import CountDisplay
     from owlsam_ray.run.record import run_directory
 

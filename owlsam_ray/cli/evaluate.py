@@ -48,7 +48,8 @@ def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dic
             "--ground-truth, --predictions, --kind and --lvis are for files without a run; with a run file, "
             "give --set evaluate.ground_truth=FILE"
         )
-    from owlsam_ray.evaluate.run import EVALUATION_FILE, evaluate_run
+    from owlsam_ray.evaluate.run import evaluate_run
+    from owlsam_ray.run.paths import EVALUATION_FILE
 
     evaluation = evaluate_run(config)
     return _show_evaluation(evaluation, options, console) | {"evaluation": f"{config.run}/{EVALUATION_FILE}"}

@@ -32,7 +32,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run the command; return the fields of its JSON line."""
     if (options.file is None) == (options.run is None):
         raise ConfigError("name either a COCO FILE or --run DIR")
-    from owlsam_ray.coco_files.statistics_run import annotations_of_run, run_statistics
+    from owlsam_ray.coco_files.statistics_run import run_statistics
+    from owlsam_ray.run.paths import annotations_of_run
 
     url = absolute(options.file) if options.file else annotations_of_run(absolute(options.run))
     return run_statistics(

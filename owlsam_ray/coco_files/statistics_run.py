@@ -14,7 +14,7 @@ from owlsam_ray import storage
 from owlsam_ray.coco_files.file_copy import refuse_no_place
 from owlsam_ray.coco_files.statistics import statistics
 from owlsam_ray.coco_files.statistics_table import statistics_table
-from owlsam_ray.errors import IncompleteError, InputError
+from owlsam_ray.errors import InputError
 from owlsam_ray.terminal import SafeConsole
 
 STATISTICS_FILE = "statistics.json"
@@ -71,27 +71,6 @@ def run_statistics(url: str, *, out: str | None, as_json: bool, console: Console
         "masks": annotations["masks"]["number"],
         "problems": {name: found["count"] for name, found in result["problems"].items() if found["count"]},
     } | written
-
-
-def annotations_of_run(run_url: str) -> str:
-    """Path of the labels of a reduced run.
-
-    Raises:
-        InputError: there is no run.
-        IncompleteError: the run is not reduced yet, or not to one COCO file.
-    """
-    annotations = storage.join(run_url, "coco", "annotations.json")
-    if storage.exists(annotations):
-        return annotations
-    if storage.exists(storage.join(run_url, "run.json")):
-        raise IncompleteError(
-            f"{run_url} is not reduced yet, or not to one COCO file (no coco/annotations.json): call `owlsam reduce` "
-            "first, or give FILE, the path of another one, instead of --run"
-        )
-    raise InputError(
-        f"{run_url} holds no run (neither run.json nor coco/annotations.json): give the directory of a reduced run, or "
-        "name a COCO file instead of --run"
-    )
 
 
 def write_statistics(result: dict[str, Any], out: str) -> dict[str, str]:

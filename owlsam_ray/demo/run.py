@@ -24,7 +24,7 @@ from owlsam_ray.models.shipped import check_shipped, model_settings
 from owlsam_ray.parallel.allocation import export_ray_environment
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.run.guard import check_writable
-from owlsam_ray.run.paths import RUN_FILE
+from owlsam_ray.run.paths import ANNOTATIONS, COCO_FOLDER, EVALUATION_FILE, RUN_FILE
 from owlsam_ray.sources.drawing import Split
 from owlsam_ray.sources.drawn import annotation_file, image_root, write_split
 from owlsam_ray.terminal import SafeConsole
@@ -98,7 +98,7 @@ def run_demo(
         **counts,
         "seed": seed,
         "run_file": str(root / CONFIG_FILE),
-        "evaluation": str(root / "evaluation.json"),
+        "evaluation": str(root / EVALUATION_FILE),
         "contact_sheet": str(root / SHEET_FILE),
         **{key: overall[key] for key in ("box_ap", "box_ap50", "mask_ap", "miou", "dice", "precision", "recall")},
     }
@@ -223,7 +223,7 @@ def _draw_sheet(config: RunConfig, root: Path) -> None:
     from owlsam_ray.trial.contact_sheet import read_labelled, write_contact_sheet
 
     pictures = read_labelled(
-        str(root / "coco" / "annotations.json"),
+        str(root / COCO_FOLDER / ANNOTATIONS),
         config.data.images or "",
         min_score=config.evaluate.score_threshold,
         count=_SHEET_PICTURES,

@@ -14,10 +14,9 @@ from owlsam_ray.evaluate.predictions import Predictions, load_predictions
 from owlsam_ray.evaluate.speed import run_speed
 from owlsam_ray.evaluate.summary import summarize
 from owlsam_ray.run.guard import check_config, load_run_manifest
-from owlsam_ray.run.paths import FAILURES
+from owlsam_ray.run.paths import ANNOTATIONS, COCO_FOLDER, EVALUATION_FILE, FAILURES
 from owlsam_ray.run.record import RunRecord, load_record, run_directory
 
-EVALUATION_FILE = "evaluation.json"
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +39,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     if record is None:
         raise InputError(f"{run_url} holds no run (no run.json): plan, annotate and reduce it first")
     check_config(config, record, images_matter=False)
-    annotations = storage.join(run_url, "coco", "annotations.json")
+    annotations = storage.join(run_url, COCO_FOLDER, ANNOTATIONS)
     if record.fingerprint is None or not storage.exists(annotations):
         raise IncompleteError(
             f"{run_url} is not reduced yet, or not to one COCO file (no coco/annotations.json): call `owlsam reduce` "
@@ -50,7 +49,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     truth = load_ground_truth(_ground_truth_url(config), masks=True)
     predictions = load_predictions(
         annotations, truth, masks=truth.has_masks, mapping=config.evaluate.mapping,
-        failed=_failed_images(storage.join(run_url, "coco", FAILURES)),
+        failed=_failed_images(storage.join(run_url, COCO_FOLDER, FAILURES)),
     )  # fmt: skip
     provenance = _provenance(predictions, record)
     truth, listed = _scored(truth, predictions), len(truth.images)

@@ -7,7 +7,7 @@ from typing import Any
 from owlsam_ray import storage
 from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.manifest import Manifest
-from owlsam_ray.run.progress import PROGRESS_FILE
+from owlsam_ray.run.paths import PROGRESS_FILE
 
 DETECTOR_STAGE, SEGMENTER_STAGE = "detect", "segment"
 

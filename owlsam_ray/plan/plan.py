@@ -35,7 +35,7 @@ from owlsam_ray.run.guard import (
 from owlsam_ray.run.manifest import Manifest, moved_uris
 from owlsam_ray.run.manifest_writer import ShardLayout, shard_size, write_parts
 from owlsam_ray.run.moved_data import Move
-from owlsam_ray.run.paths import RUN_FILE
+from owlsam_ray.run.paths import PREDICTIONS, RUN_FILE
 from owlsam_ray.run.record import RunRecord, load_record, run_directory, save_record
 from owlsam_ray.sources import Listing, ListingOptions, list_images
 from owlsam_ray.sources.bad_rows import check_bad_rows
@@ -95,7 +95,7 @@ def plan_run(
     if record is None:
         if extend:
             raise InputError(f"{run_url} holds no plan to extend (no {RUN_FILE}): call `owlsam plan` without --extend")
-        if storage.list_names(storage.join(run_url, "predictions")):
+        if storage.list_names(storage.join(run_url, PREDICTIONS)):
             raise GuardError(
                 f"{run_url} holds predictions but no {RUN_FILE}: restore that file, or choose another directory"
             )

@@ -16,12 +16,12 @@ import msgspec
 from owlsam_ray import storage
 from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import InputError
-from owlsam_ray.run.attempts import ATTEMPTS, SETUP, Attempt, Slice, live_attempts
+from owlsam_ray.run.attempts import SETUP, Attempt, Slice, live_attempts
 from owlsam_ray.run.claim import claim
-from owlsam_ray.run.paths import RUN_FILE
+from owlsam_ray.run.paths import ATTEMPTS, DAMAGED, MANIFEST, PREDICTIONS, RUN_FILE
 
 SUMMARY_FILE, UNFINISHED_FILE = "reduce.json", "reduce.unfinished"
-_OF_A_RUN = ("manifest", "predictions", "attempts", "damaged")
+_OF_A_RUN = (MANIFEST, PREDICTIONS, ATTEMPTS, DAMAGED)
 _SCRATCH = "owlsam-fragments-"
 _IS_SCRATCH = re.compile(rf"{_SCRATCH}[0-9a-f]{{8}}")
 _IS_TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{32}")

@@ -8,8 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from owlsam_ray import storage
 from owlsam_ray.errors import GuardError, InputError
 
-OPERATING_POINTS_FILE = "operating_points.json"
-
 
 class OperatingPoint(BaseModel):
     """The threshold of one category. Further fields of the file are kept, but not interpreted."""

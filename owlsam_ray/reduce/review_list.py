@@ -28,14 +28,14 @@ from owlsam_ray.reduce.formats.coco import category_entry
 from owlsam_ray.reduce.formats.json_rows import LINE_END, annotation_lines, dump_json, image_lines
 from owlsam_ray.reduce.fragments import ReduceJob
 from owlsam_ray.reduce.labels import ShardLabels, read_labels
-from owlsam_ray.reduce.run import COCO_FOLDER, Reduction, Show, open_run, prepare, quiet
+from owlsam_ray.reduce.run import Reduction, Show, open_run, prepare, quiet
 from owlsam_ray.reduce.sampling import Picks, SampleOptions, pick, why
+from owlsam_ray.run.paths import COCO_FOLDER, REVIEW_FOLDER
 from owlsam_ray.run.record import run_directory
 from owlsam_ray.run.shards import done_shards
 from owlsam_ray.storage.secrets import masked_tree, published
 from owlsam_ray.terminal import table_cell
 
-REVIEW_FOLDER = "review"
 REVIEW_FILE, REVIEW_TABLE = "review.json", "review.csv"
 _SHARDS = 16
 """Shards that a worker reads between progress reports."""

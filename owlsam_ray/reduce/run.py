@@ -15,7 +15,7 @@ from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import IncompleteError, InputError
 from owlsam_ray.parallel.executors import map_in_order, num_workers
 from owlsam_ray.parallel.lost_ray import SUFFIX, LossCount
-from owlsam_ray.reduce.corrections.report import CORRECTIONS, summary_of, tell_outcome
+from owlsam_ray.reduce.corrections.report import summary_of, tell_outcome
 from owlsam_ray.reduce.folder import (
     begin_files,
     check_foreign,
@@ -25,7 +25,7 @@ from owlsam_ray.reduce.folder import (
     plain_url,
     remove_output,
 )
-from owlsam_ray.reduce.formats.coco import ANNOTATIONS, FailuresOutput
+from owlsam_ray.reduce.formats.coco import FailuresOutput
 from owlsam_ray.reduce.formats.json_rows import without_nan
 from owlsam_ray.reduce.formats.protocol import FileSpan, Head
 from owlsam_ray.reduce.formats.registry import file_names, outputs_of
@@ -33,16 +33,14 @@ from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, ReduceJob
 from owlsam_ray.reduce.labels import LabelCounts
 from owlsam_ray.reduce.operating_points import load_operating_points
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
-from owlsam_ray.run.attempts import ATTEMPTS
 from owlsam_ray.run.guard import check_config, load_run_manifest
 from owlsam_ray.run.manifest import Manifest
-from owlsam_ray.run.paths import FAILURES
+from owlsam_ray.run.paths import ANNOTATIONS, ATTEMPTS, COCO_FOLDER, CORRECTIONS, FAILURES
 from owlsam_ray.run.proof import ShardRules, check_all_present
 from owlsam_ray.run.record import RunRecord, load_record, run_directory
 from owlsam_ray.run.shards import done_shards
 from owlsam_ray.storage.secrets import masked_tree, published
 
-COCO_FOLDER = "coco"
 _CHUNKS_PER_WORKER = 8
 """Several for each worker, so that the last chunks end at about the same time."""
 _MOST_SHARDS = 64

@@ -29,9 +29,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from owlsam_ray import storage
 from owlsam_ray.errors import AttemptLiveError, ConfigError, ExitCode, OwlsamError, shown
+from owlsam_ray.run.paths import ATTEMPTS
 from owlsam_ray.storage.secrets import masked
 
-ATTEMPTS = "attempts"
 LABEL, SETUP = "label", "setup"
 """Scopes of an attempt: labelling a slice, or setup (planning, embedding and writing run.json)."""
 ENDED = ".ended.json"

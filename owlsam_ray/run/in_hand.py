@@ -21,9 +21,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from owlsam_ray import storage
 from owlsam_ray.errors import OwlsamError
-from owlsam_ray.run.attempts import ATTEMPTS
+from owlsam_ray.run.paths import ATTEMPTS, IN_HAND
 
-IN_HAND = "in-hand"
 MAX_DEATHS = 2
 """Deaths from which a shard is redone in isolation. One can be bad luck, such as a machine that went away."""
 _NAME = re.compile(r"shard-(\d+)\.(.+)\.json")

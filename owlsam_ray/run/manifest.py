@@ -24,10 +24,10 @@ from owlsam_ray import storage
 from owlsam_ray.config.base import MEGABYTE
 from owlsam_ray.errors import GuardError, one_line, shown
 from owlsam_ray.run.moved_data import Move
+from owlsam_ray.run.paths import MANIFEST
 from owlsam_ray.schema import MANIFEST_SCHEMA
 from owlsam_ray.storage.arrow_types import misfit_of
 
-MANIFEST = "manifest"
 _PART_NAME = re.compile(r"part-[0-9]{4,}")
 """Name of both files of a part, without their extensions."""
 

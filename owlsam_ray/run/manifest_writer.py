@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from owlsam_ray import storage
 from owlsam_ray.config.base import MEGABYTE
 from owlsam_ray.errors import InputError
-from owlsam_ray.run.manifest import MANIFEST, Manifest, ManifestPart, file_sha256, part_name
+from owlsam_ray.run.manifest import Manifest, ManifestPart, file_sha256, part_name
+from owlsam_ray.run.paths import MANIFEST
 from owlsam_ray.schema import MANIFEST_SCHEMA, encoded_bytes
 
 _SMALLEST_SHARD, _LARGEST_SHARD, _SHARDS_WANTED = 8, 1024, 64

@@ -22,8 +22,8 @@ from rich.progress import (
 from owlsam_ray import storage
 from owlsam_ray.errors import OwlsamError
 from owlsam_ray.run.counts import RunCounts
+from owlsam_ray.run.paths import PROGRESS_FILE
 
-PROGRESS_FILE = "progress.json"
 _FOOTERS_AT_ONCE = 256
 """Footers read between two checks of the stop flag; a fraction of a second on a disk."""
 _CATCH_UP_PAUSE_S = 0.25

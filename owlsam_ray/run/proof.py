@@ -17,6 +17,7 @@ from owlsam_ray.config.reduce import allowed_failures
 from owlsam_ray.errors import FailedImagesError, IncompleteError, shown
 from owlsam_ray.ops.rle import rle_areas, rle_runs
 from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.paths import FAILURES
 from owlsam_ray.run.record import RunRecord
 from owlsam_ray.run.shards import ShardFooter, corrupt_shard, done_shards, load_shard, shard_url
 from owlsam_ray.schema import PREDICTION_SCHEMA, ROW_GROUP_IMAGES
@@ -40,9 +41,9 @@ def check_failures(max_failed: int | float, counts: dict[str, Any]) -> None:
     allowed = allowed_failures(max_failed, counts["images"])
     if counts["failed"] > allowed:
         raise FailedImagesError(
-            f"{counts['failed']} of {counts['images']} images failed, and reduce.max_failed ({max_failed}) puts up "
-            f"with {allowed}. Nothing else is wrong: the labels of all other images are written. Reasons stand in the "
-            f"rows, and after reduce in {counts.get('failures', 'failures.jsonl')}.",
+            f"{counts['failed']} of {counts['images']} images failed, and reduce.max_failed ({max_failed}) "
+            f"allows {allowed}. Nothing else is wrong: the labels of all other images are written. The reasons are in "
+            f"the rows, and after reduce in {counts.get('failures', FAILURES)}.",
             counts,
         )
 

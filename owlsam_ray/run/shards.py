@@ -20,9 +20,9 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from owlsam_ray import storage
 from owlsam_ray.errors import FailureClass, IncompleteError, one_line
+from owlsam_ray.run.paths import PREDICTIONS
 from owlsam_ray.schema import PREDICTION_SCHEMA, ROW_GROUP_IMAGES, SCHEMA_VERSION
 
-PREDICTIONS = "predictions"
 FOOTER_KEY = b"owlsam"
 _REPEATING = [
     *("status", "reason", "status_class", "height", "width"),

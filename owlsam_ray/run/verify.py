@@ -23,14 +23,12 @@ from owlsam_ray.run.attempts import Slice
 from owlsam_ray.run.claim import claim
 from owlsam_ray.run.guard import load_run_manifest
 from owlsam_ray.run.manifest import Manifest
-from owlsam_ray.run.paths import QUERY_FILE, RUN_FILE
+from owlsam_ray.run.paths import DAMAGED, PREDICTIONS, QUERY_FILE, RUN_FILE
 from owlsam_ray.run.proof import ShardRules, prove_shard
 from owlsam_ray.run.record import RunRecord, canonical_hash, load_record
-from owlsam_ray.run.shards import PREDICTIONS, shard_name, shard_of, shard_url
+from owlsam_ray.run.shards import shard_name, shard_of, shard_url
 from owlsam_ray.terminal import Show, silent
 
-DAMAGED = "damaged"
-"""Directory that `--repair` moves bad shard files to."""
 _NAMED = 20
 """Maximum number of bad files in the summary; the log names all."""
 _SHARDS_AT_ONCE = 16

@@ -12,8 +12,7 @@ from owlsam_ray.errors import InputError
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.reduce.run import reduce_run
 from owlsam_ray.run.guard import check_writable
-from owlsam_ray.run.paths import QUERY_FILE, RUN_FILE
-from owlsam_ray.run.progress import PROGRESS_FILE
+from owlsam_ray.run.paths import MANIFEST, PREDICTIONS, PROGRESS_FILE, QUERY_FILE, RUN_FILE
 from owlsam_ray.run.record import run_directory
 from owlsam_ray.terminal import Show, silent
 
@@ -69,8 +68,8 @@ def estimate_run(
     rate, began = steady_rate(seen)
     hours = None if rate is None else total / rate / 3600
     share = total / counts["images"]
-    names = storage.list_names(storage.join(run_url, "predictions"))
-    shard_bytes = sum(storage.num_bytes(storage.join(run_url, "predictions", name)) or 0 for name in names)
+    names = storage.list_names(storage.join(run_url, PREDICTIONS))
+    shard_bytes = sum(storage.num_bytes(storage.join(run_url, PREDICTIONS, name)) or 0 for name in names)
     return {
         "images": total,
         "sample": counts["images"],
@@ -132,7 +131,7 @@ def _plan_sample(config: RunConfig, run_url: str, images: int, show: Show) -> tu
 def _clear(run_url: str) -> None:
     """Remove an earlier estimate."""
     storage.remove(storage.join(run_url, RUN_FILE))
-    for folder in ("predictions", "manifest"):
+    for folder in (PREDICTIONS, MANIFEST):
         for name in storage.list_names(storage.join(run_url, folder)):
             storage.remove(storage.join(run_url, folder, name))
     for name in (QUERY_FILE, PROGRESS_FILE):

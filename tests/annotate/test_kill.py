@@ -11,7 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from owlsam_ray.run.shards import PREDICTIONS, done_shards, shard_url
+from owlsam_ray.run.paths import PREDICTIONS
+from owlsam_ray.run.shards import done_shards, shard_url
 from tests.runs import TWO_ACTORS, TinyRun, coco_bytes
 
 NUM_IMAGES, NUM_SHARDS = 320, 40

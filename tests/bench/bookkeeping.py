@@ -34,8 +34,9 @@ from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.records import Prediction
 from owlsam_ray.run.manifest import Manifest, load_manifest
 from owlsam_ray.run.manifest_writer import ShardLayout, write_parts
+from owlsam_ray.run.paths import PREDICTIONS
 from owlsam_ray.run.record import RunRecord, load_record, save_record
-from owlsam_ray.run.shards import PREDICTIONS, done_shards, write_shard
+from owlsam_ray.run.shards import done_shards, write_shard
 from owlsam_ray.schema import predictions_to_table
 from owlsam_ray.sources.listing import listing_table
 from tests.bench.measured_process import ROOT, MeasuredProcess, highest_bytes

@@ -16,7 +16,7 @@ from PIL import Image
 from owlsam_ray.config.load import load_config
 from owlsam_ray.models.fakes import ALLOCATE, HANG, SEGFAULT
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.run.shards import PREDICTIONS
+from owlsam_ray.run.paths import PREDICTIONS
 from tests.annotate.test_kill import alive, workers
 from tests.runs import TinyRun, label_here
 

@@ -28,8 +28,9 @@ from owlsam_ray.config.load import load_config
 from owlsam_ray.config.run import RunConfig
 from owlsam_ray.reduce.run import reduce_run
 from owlsam_ray.run.guard import load_run_manifest
+from owlsam_ray.run.paths import PREDICTIONS
 from owlsam_ray.run.record import load_record
-from owlsam_ray.run.shards import PREDICTIONS, shard_url
+from owlsam_ray.run.shards import shard_url
 from tests.annotate.test_kill import workers
 from tests.faulty_s3 import Faults, FaultyS3, faulty_s3
 from tests.runs import ROOT, environment

@@ -24,9 +24,10 @@ from owlsam_ray.coco_files.histograms import RATIO_EDGES, SCORE_EDGES, SIDE_EDGE
 from owlsam_ray.coco_files.problems import Problem
 from owlsam_ray.coco_files.statistics import statistics
 from owlsam_ray.coco_files.statistics_plots import _draw_ratios, draw_statistics
-from owlsam_ray.coco_files.statistics_run import annotations_of_run, run_statistics, write_statistics
+from owlsam_ray.coco_files.statistics_run import run_statistics, write_statistics
 from owlsam_ray.coco_files.statistics_table import statistics_table
 from owlsam_ray.errors import IncompleteError, InputError
+from owlsam_ray.run.paths import annotations_of_run
 
 
 def _write(path: Path, tree: Any) -> str:

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from owlsam_ray import storage
 from owlsam_ray.errors import AttemptLiveError, ConfigError
 from owlsam_ray.run import attempts as fence_module
-from owlsam_ray.run.attempts import ATTEMPTS, Attempt, AttemptRecord, Slice, ended_attempts, fence, live_attempts
+from owlsam_ray.run.attempts import Attempt, AttemptRecord, Slice, ended_attempts, fence, live_attempts
 from owlsam_ray.run.claim import claim
+from owlsam_ray.run.paths import ATTEMPTS
 
 
 def claimed(

@@ -16,7 +16,8 @@ from owlsam_ray.run import counts as tally_module
 from owlsam_ray.run import shards as ledger
 from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.manifest import Manifest, ManifestPart
-from owlsam_ray.run.progress import PROGRESS_FILE, ProgressWatcher
+from owlsam_ray.run.paths import PROGRESS_FILE
+from owlsam_ray.run.progress import ProgressWatcher
 from owlsam_ray.run.shards import shard_url
 from owlsam_ray.schema import predictions_to_table
 from tests.run.test_shards import PREDICTIONS, write

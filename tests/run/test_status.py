@@ -19,7 +19,8 @@ from owlsam_ray.run.attempts import Slice
 from owlsam_ray.run.claim import claim
 from owlsam_ray.run.failure_counts import find_failures
 from owlsam_ray.run.in_hand import InHandMarker, write
-from owlsam_ray.run.shards import FOOTER_KEY, PREDICTIONS, shard_url
+from owlsam_ray.run.paths import PREDICTIONS
+from owlsam_ray.run.shards import FOOTER_KEY, shard_url
 from owlsam_ray.run.status import RunStatus, status_table, watch_run
 from tests.shard_runs import ShardRun, make_shard_run
 

@@ -14,8 +14,9 @@ from owlsam_ray import storage
 from owlsam_ray.config.load import load_config
 from owlsam_ray.config.run import RunConfig
 from owlsam_ray.plan.plan import plan_run
+from owlsam_ray.run.paths import PREDICTIONS
 from owlsam_ray.run.record import load_record
-from owlsam_ray.run.shards import PREDICTIONS, done_shards
+from owlsam_ray.run.shards import done_shards
 from owlsam_ray.storage import StoragePolicy
 from tests.faulty_s3 import Faults, FaultyS3, faulty_s3, gcs_emulator
 from tests.runs import TinyRun, label_here, make_tiny_run

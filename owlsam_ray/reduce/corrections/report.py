@@ -10,8 +10,8 @@ from owlsam_ray.errors import IncompleteError
 from owlsam_ray.reduce.formats.json_rows import LINE_END, dump_json
 from owlsam_ray.reduce.formats.protocol import Parts, Rendered
 from owlsam_ray.reduce.labels import ShardLabels
+from owlsam_ray.run.paths import CORRECTIONS
 
-CORRECTIONS = "corrections_report.json"
 _log = logging.getLogger(__name__)
 _OF_ENTRIES = ("confirmed", "edited", "added", "rejected", "left_out", "unreviewed")
 

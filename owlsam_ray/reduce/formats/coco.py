@@ -20,7 +20,6 @@ from owlsam_ray.reduce.formats.protocol import FileSpan, Head, Parts, Rendered
 from owlsam_ray.reduce.labels import ShardLabels
 from owlsam_ray.run.paths import FAILURES
 
-ANNOTATIONS = "annotations.json"
 _log = logging.getLogger(__name__)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 from owlsam_ray.config.reduce import ReduceConfig
-from owlsam_ray.reduce.corrections.report import CORRECTIONS
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.formats.coco import CocoOutput
 from owlsam_ray.reduce.formats.coco_results import RESULTS, CocoResultsOutput
@@ -14,7 +13,7 @@ from owlsam_ray.reduce.formats.protocol import FileSpan, Output
 from owlsam_ray.reduce.formats.safe_paths import numbered_paths
 from owlsam_ray.reduce.formats.yolo import YoloOutput
 from owlsam_ray.run.manifest import Manifest
-from owlsam_ray.run.paths import FAILURES
+from owlsam_ray.run.paths import CORRECTIONS, FAILURES
 from owlsam_ray.run.record import RunRecord
 
 
