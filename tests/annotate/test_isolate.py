@@ -129,6 +129,7 @@ def count_starts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return pids
 
 
+@pytest.mark.slow
 def test_some_positions_and_kills_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an image that is alone, and of several: nobody is given up."""
     task, peaceful = make_task(tmp_path, poisoned={})

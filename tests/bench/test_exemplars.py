@@ -52,6 +52,7 @@ def test_chosen_objects_are_large_and_whole(
     assert some_are_covered
 
 
+@pytest.mark.slow
 def test_a_category_is_asked_by_its_name_or_by_one_picture(tmp_path: Path, chosen: dict[int, tuple[int, int]]) -> None:
     exemplars = write_exemplars(1001, tmp_path)
     asked = vocabularies(exemplars)
@@ -69,6 +70,7 @@ def test_a_category_is_asked_by_its_name_or_by_one_picture(tmp_path: Path, chose
             assert (np.asarray(image) == shown.pixels).all()
 
 
+@pytest.mark.slow
 def test_both_ways_give_numbers_for_every_group(compared: dict[str, Any]) -> None:
     labels = [label for index in range(IMAGES) for label in draw(SEED, Split.TEST, index).labels.tolist()]
     drawn = [CATEGORIES[label].supercategory for label in labels]
@@ -82,10 +84,12 @@ def test_both_ways_give_numbers_for_every_group(compared: dict[str, Any]) -> Non
     assert seen["box AP"]["name"] != seen["box AP"]["picture"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(compared: dict[str, Any]) -> None:
     assert compare(IMAGES, seed=SEED) | {"seconds": 0} == compared | {"seconds": 0}
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_group(compared: dict[str, Any]) -> None:
     rows = [line for line in table(compared).splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(GROUPS)

@@ -129,6 +129,7 @@ def test_both_ways_give_the_same_labels(capsys: pytest.CaptureFixture[str]) -> N
     assert measured["all_mib"] > 50
 
 
+@pytest.mark.slow
 def test_shards_without_useless_dictionaries(tmp_path: Path) -> None:
     """What shards of other writers hold is read all the same."""
     config, manifest, _ = labelled_run(tmp_path, DISTINCT)

@@ -137,6 +137,7 @@ def test_the_same_seed_gives_the_same_numbers(compared: dict[str, Any]) -> None:
     assert other["variants"] != compared["variants"]
 
 
+@pytest.mark.slow
 def test_the_baseline_differs_from_itself_by_nothing(compared: dict[str, Any]) -> None:
     rows = compared["variants"]
     assert list(rows) == [variant.name for variant in FEW]
