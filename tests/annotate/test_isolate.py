@@ -248,6 +248,7 @@ def test_what_a_model_raises_is_the_reason_of_its_image(tmp_path: Path, monkeypa
     assert rows.take([0, 1, 3]).equals(peaceful.take([0, 1, 3]))
 
 
+@pytest.mark.slow
 def test_what_is_no_fault_of_an_image_is_told(tmp_path: Path) -> None:
     task, _ = make_task(tmp_path, poisoned={})
     gone = task.models.__class__(tmp_path / "nothing", tmp_path / "nothing")

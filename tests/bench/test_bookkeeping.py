@@ -29,6 +29,7 @@ def test_a_generated_run_is_a_planned_one_of_which_99_percent_are_finished(tmp_p
     assert (tally.counts["failed"], tally.images_done, tally.transient_shards) == (2970, 2970, set())
 
 
+@pytest.mark.slow
 def test_figures_are_told_for_both_states() -> None:
     found = bench(1500, 1, with_ray=False, shard_size=10)
     assert [found[state]["wave"] for state in ("fresh", "99 % done")] == [150, 2]

@@ -27,6 +27,7 @@ def test_every_source_is_planned(source: str, tmp_path: Path) -> None:
     assert len(set(names)) == 100
 
 
+@pytest.mark.slow
 def test_a_plan_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     seconds, mib = plan_once(SOURCES["table.parquet"](tmp_path, 100), 100)
     assert 0.01 < seconds < 60

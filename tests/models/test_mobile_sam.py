@@ -361,6 +361,7 @@ def test_directory_round_trip_is_byte_identical(tiny: MobileSam, tiny_directory:
     assert equal_models(load(tmp_path / "deep" / "copy"), tiny)
 
 
+@pytest.mark.slow
 def test_official_safetensors_and_directory_equal_the_pickle(full_file: Path, full: MobileSam, tmp_path: Path) -> None:
     state = torch.load(full_file, weights_only=True)
     assert set(UNUSED) < set(state)

@@ -84,6 +84,7 @@ def write(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
         shutil.rmtree(directory)
 
 
+@pytest.mark.slow
 def test_b32_equals_transformers(write: Callable[[str], Path], shared: Path) -> None:
     compare(write("owlvit-base-patch32"), "owlvit", real_pictures(shared))
 

@@ -85,6 +85,7 @@ def test_of_equal_ones_a_hash_decides(small: SmallRun, tmp_path: Path) -> None:
     assert other["annotations"] != tree["annotations"]
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_files(small: SmallRun, tmp_path: Path) -> None:
     for workers in (1, 2):
         listed(small, tmp_path / str(workers), f"reduce.workers={workers}", per_cell=5)

@@ -285,6 +285,7 @@ def test_repair_after_an_attempt_was_killed(tmp_path: Path) -> None:
     assert time.monotonic() - start > 1.0
 
 
+@pytest.mark.slow
 def test_processes_find_the_same(tmp_path: Path) -> None:
     run = make_shard_run(str(tmp_path), num_images=400, shard_size=4, config=QUICK)
     run.write_all()

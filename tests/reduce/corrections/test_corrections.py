@@ -243,6 +243,7 @@ def test_of_a_review_list_only_what_it_listed_is_touched(tmp_path: Path, seed: i
     assert again["annotations"] == found["annotations"]
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_files(tmp_path: Path) -> None:
     manifest = random_run(tmp_path, 11, num_images=60, shard_size=4)
     choose = random.Random(11)

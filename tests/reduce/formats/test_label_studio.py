@@ -113,6 +113,7 @@ def test_the_configuration_names_every_category(tmp_path: Path) -> None:
     assert [label.get("category") for label in root.findall("RectangleLabels/Label")] == ["7", "3", "11"]
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_and_files(tmp_path: Path) -> None:
     manifest = random_run(tmp_path, 5, num_images=40, shard_size=4)
     whole, _, _ = written(tmp_path, manifest, workers=1)

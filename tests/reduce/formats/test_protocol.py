@@ -81,6 +81,7 @@ def run_of(root: Path, rows: list[Prediction], *, extra: dict[str, Any] | None =
     return manifest
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path) -> None:
     manifest = random_run(tmp_path, 5, num_images=60, shard_size=4)
 
