@@ -133,7 +133,7 @@ def _run(options: argparse.Namespace, console: Console, answers: Answers, summar
     except OSError as error:
         logging.getLogger("owlsam_ray").debug("storage refused", exc_info=True)
         message = (
-            f"storage refused: {_words_of(error)}. What was finished is kept: mend it, and call the same command again."
+            f"storage refused: {_words_of(error)}. What was finished is kept: fix it, and call the same command again."
         )
         return _tell(IncompleteError(message), summary)
     except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray's own SIGTERM handler

@@ -149,10 +149,10 @@ def _read_head(document: Document) -> tuple[References, Names]:
             if not isinstance(name, str) or not name.strip():
                 others.append(f"categories[{position}] (id {number}): name {shown(name, 80)} is no text")
             categories[number] = str(name)
-    way_out = "Mend the file: annotations name images and categories by their ids, so these must be unique integers."
+    way_out = "Fix the file: annotations name images and categories by their ids, so these must be unique integers."
     raise_problems(document.url, problems, way_out, use="cleaned")
     way_out = (
-        "Mend the file: sides of images are whole numbers of pixels, or not stated (null, 0 or -1), and every category "
+        "Fix the file: sides of images are whole numbers of pixels, or not stated (null, 0 or -1), and every category "
         "has a name."
     )
     raise_problems(document.url, others, way_out, use="cleaned")
@@ -196,7 +196,7 @@ def _check_something_stays(document: Document, known: References, judged: Judged
     switches = " ".join(f"--set {rule}=false" for rule in taken)
     raise InputError(
         f"{document.url}: nothing was written, since all {len(judged.rules)} annotations would go "
-        f"({', '.join(reasons)}; {first}). Mend the file, or keep them with {switches}"
+        f"({', '.join(reasons)}; {first}). Fix the file, or keep them with {switches}"
     )
 
 
@@ -210,7 +210,7 @@ def _counts(judged: Judged, drop_image: NDArray[np.bool_], settings: FileCleanin
     off = {rule for rule in RULES if settings.is_off(rule)}
     changed = {
         Change.CLIPPED_BOX: len(judged.clipped) if settings.clip_boxes else None,
-        Change.DROPPED_POLYGON: len(judged.mended) if settings.degenerate_polygons else None,
+        Change.DROPPED_POLYGON: len(judged.fixed) if settings.degenerate_polygons else None,
         NEW_ID: len(judged.new_ids) if settings.new_ids else None,
         CROWD_FLAG: len(judged.crowd_flags) if settings.malformed else None,
     }

@@ -114,7 +114,7 @@ class Block:
         for position, element in enumerate(elements, self.first):
             wrong = misfit(element, schema)
             if wrong is not None:
-                raise InputError(f"{self.url}: {self.key}[{position}]{wrong}. Mend the file.")
+                raise InputError(f"{self.url}: {self.key}[{position}]{wrong}. Fix the file.")
         return pa.table([values_of(elements, field) for field in schema], schema=schema)
 
 

@@ -133,7 +133,7 @@ class FileCopy:
 
     def _annotations(self) -> Iterator[bytes]:
         judged = self.judged
-        changed = judged.clipped.keys() | judged.mended.keys() | judged.new_ids.keys() | judged.crowd_flags.keys()
+        changed = judged.clipped.keys() | judged.fixed.keys() | judged.new_ids.keys() | judged.crowd_flags.keys()
         for block in self.document.blocks("annotations"):
             for index, text in enumerate(_texts(block), block.first):
                 rule = judged.rules[index]
@@ -147,22 +147,22 @@ class FileCopy:
 
     def _changed(self, index: int, entry: dict[str, Any]) -> dict[str, Any]:
         """An entry that stays, with its changes applied."""
-        judged, mended = self.judged, dict(entry)
+        judged, fixed = self.judged, dict(entry)
         if index in judged.clipped:
-            mended["bbox"] = judged.clipped[index]
-            detail = f"bbox {entry['bbox']} is now {mended['bbox']}"
+            fixed["bbox"] = judged.clipped[index]
+            detail = f"bbox {entry['bbox']} is now {fixed['bbox']}"
             self._tell("changed", entry, Change.CLIPPED_BOX, detail)
-        if index in judged.mended:
-            mended["segmentation"] = proper_polygons(entry["segmentation"])
-            detail = f"{judged.mended[index]} of {len(entry['segmentation'])} polygons have no area"
+        if index in judged.fixed:
+            fixed["segmentation"] = proper_polygons(entry["segmentation"])
+            detail = f"{judged.fixed[index]} of {len(entry['segmentation'])} polygons have no area"
             self._tell("changed", entry, Change.DROPPED_POLYGON, detail)
         if index in judged.new_ids:
-            mended["id"] = judged.new_ids[index]
-            self._tell("changed", entry, NEW_ID, f"id is now {mended['id']}")
+            fixed["id"] = judged.new_ids[index]
+            self._tell("changed", entry, NEW_ID, f"id is now {fixed['id']}")
         if index in judged.crowd_flags:
-            mended["iscrowd"] = judged.crowd_flags[index]
-            self._tell("changed", entry, CROWD_FLAG, f"iscrowd {shown(entry['iscrowd'])} is now {mended['iscrowd']}")
-        return mended
+            fixed["iscrowd"] = judged.crowd_flags[index]
+            self._tell("changed", entry, CROWD_FLAG, f"iscrowd {shown(entry['iscrowd'])} is now {fixed['iscrowd']}")
+        return fixed
 
     def _tell(self, action: str, entry: Any, rule: str, detail: str) -> None:
         fields = entry if isinstance(entry, dict) else {}

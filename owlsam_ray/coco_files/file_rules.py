@@ -131,7 +131,7 @@ class Judged:
     """Details on the decision, by position of the entry, where there are any."""
     clipped: dict[int, list[float]]
     """New `bbox` of remaining entries."""
-    mended: dict[int, int]
+    fixed: dict[int, int]
     """Number of polygons removed from remaining entries."""
     new_ids: dict[int, int]
     """New ids of remaining entries."""
@@ -340,7 +340,7 @@ def _mend(judged: Judged, survey: _Survey, settings: FileCleaning) -> None:
     if settings.degenerate_polygons:
         for index in np.flatnonzero(survey.degenerate).tolist():
             if judged.rules[index] is None:
-                judged.mended[index] = int(survey.degenerate[index])
+                judged.fixed[index] = int(survey.degenerate[index])
     if settings.new_ids:
         stays = np.array([rule is None for rule in judged.rules], np.bool_)
         stays[list(survey.malformed)] = False

@@ -140,7 +140,7 @@ def read_training_images(
     cleaned = clean(objects, image_ids=ids, sizes_hw=sizes, settings=cleaning)
     if len(cleaned.kept) == 0:
         raise InputError(
-            f"{annotations} has no annotation to train on: {cleaned.report.summary()}. Mend the file, or relax the "
+            f"{annotations} has no annotation to train on: {cleaned.report.summary()}. Fix the file, or relax the "
             "cleaning settings."
         )
     of_images = np.bincount(objects.image_index[cleaned.kept], minlength=len(ids))[cleaned.images]

@@ -268,8 +268,8 @@ def _verify(config: RunConfig, run_url: str, tables: Iterable[pa.Table], count: 
     allowed = allowed_failures(config.reduce.max_failed, found.images)
     if found.failed > allowed:
         raise FailedImagesError(
-            f"{where}. reduce.max_failed ({config.reduce.max_failed}) puts up with {allowed}, so nothing is planned. "
-            "Mend the dataset, or raise reduce.max_failed.",
+            f"{where}. reduce.max_failed ({config.reduce.max_failed}) allows {allowed}, so nothing is planned. "
+            "Fix the dataset, or raise reduce.max_failed.",
             {"images": found.images, "failed": found.failed, "failed_by_reason": dict(found.failed_by_reason)},
         )
     _log.warning("%s. They are planned, and become failed rows.", where)

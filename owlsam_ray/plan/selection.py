@@ -123,7 +123,7 @@ def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
             for row, other in pairs
         ]
         problems += ["another id that is given twice"] * max(0, len(again) - 5)
-    way_out = "Mend the dataset: ids and file names must be unique."
+    way_out = "Fix the dataset: ids and file names must be unique."
     hint = ""
     if len(later):
         pairs = list(zip(spool.rows_at(later[:5]), spool.rows_at(first[:5]), strict=True))
@@ -168,13 +168,13 @@ def already_planned(spool: Spool, manifest: Manifest) -> tuple[NDArray[np.bool_]
     same, at, contradicts = by_place, at_place, np.zeros(len(spool), np.bool_)
     if spool.ids is not None:
         same, at = _find(spool.ids, known.ids)
-        mended = same & known.bad[at] & ~spool.bad
+        fixed = same & known.bad[at] & ~spool.bad
         contradicts = same & (known.names[at] != spool.digests) & (known.places[at] != mine) & ~known.bad[at]
-        if mended.any():
+        if fixed.any():
             _log.warning(
                 "%d rows that could not be used when they were planned stay failed rows of this run, though their ids "
                 "are of images by now: plan them in another directory",
-                int(mended.sum()),
+                int(fixed.sum()),
             )
     taken, _ = _find(spool.digests, known.names)
     spool.take_other_names(taken & ~same & spool.has_other)
@@ -189,7 +189,7 @@ def already_planned(spool: Spool, manifest: Manifest) -> tuple[NDArray[np.bool_]
         raise GuardError(
             f"{len(offenders)} images of the listing contradict the plan of {manifest.run_url}: the {what} of "
             f"{shown(row['file_name'])}{number}, {masked_url(row['uri'])}, belongs to another image of the run (id "
-            f"{other}). Mend the listing, or use another directory."
+            f"{other}). Fix the listing, or use another directory."
         )
     next_id = int(known.ids.max()) + 1
     if spool.ids is None and next_id + len(spool) >= MAX_IMAGE_ID:

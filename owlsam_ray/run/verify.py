@@ -277,7 +277,7 @@ def _judge(run_url: str, summary: dict[str, Any]) -> None:
     if summary["unread"]:
         lines.append(
             f"{summary['unread']} shard files could not be read (the first: {summary['unread_shards'][0]['error']}): "
-            "mend the storage and call again"
+            "fix the storage and call again"
         )
     if lines:
         raise IncompleteError("\n  ".join(lines), summary)

@@ -29,7 +29,7 @@ from owlsam_ray.sources.row_names import (
 
 _log = logging.getLogger(__name__)
 
-WAY_OUT = "Mend the file; ids and file names must be unique."
+WAY_OUT = "Fix the file; ids and file names must be unique."
 
 _TEXT_FOR_ID = re.compile(rb'"id"\s*:\s*"')
 _TEXT_ID = "source_id"

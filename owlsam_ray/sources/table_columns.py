@@ -15,7 +15,7 @@ from owlsam_ray.errors import InputError, one_line, shown
 TEXT, INTEGER, NUMBER = pa.string(), pa.int64(), pa.float64()
 TOLD = 5
 """Number of problems that a message lists; the others are counted."""
-WAY_OUT = "Mend or remove these rows."
+WAY_OUT = "Fix or remove these rows."
 
 
 @dataclass(frozen=True, slots=True)

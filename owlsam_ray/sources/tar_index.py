@@ -81,7 +81,7 @@ def index_tar(file: TarFile) -> TarIndex:
             if index.refusal is None:
                 _walk(headers, index)
     except (FileNotFoundError, NotADirectoryError):
-        index.refusal = "is not there; mend data.files, or copy the file"
+        index.refusal = "is not there; fix data.files, or copy the file"
     except IsADirectoryError:
         index.refusal = "is a folder; name the tar files in it, as in folder/*.tar"
     except PermissionError as error:

@@ -84,7 +84,7 @@ def _tables(files: Sequence[TarFile], options: ListingOptions) -> Iterator[pa.Ta
         others += index.others
         endings += index.endings
     tell_left_out("data.files", endings)
-    way_out = "Mend these files."
+    way_out = "Fix these files."
     if damaged and not options.keep_whole:
         way_out = (
             "Copy the damaged files again, or take the members before the damage only: plan.damaged_files=keep_whole."

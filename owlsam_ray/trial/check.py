@@ -253,7 +253,7 @@ def _try_images(
     if counts["failed"] > allowed_failures(config.reduce.max_failed, len(rows)):
         error = FailedImagesError(
             f"{counts['failed']} of {len(rows)} images failed ({named}), and reduce.max_failed "
-            f"({config.reduce.max_failed}) puts up with fewer"
+            f"({config.reduce.max_failed}) allows fewer"
         )
         return Done(labelled, "", error)
     rate = "" if labelled.images_per_s is None else f", {labelled.images_per_s:.2f} images/s"

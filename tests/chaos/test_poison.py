@@ -83,7 +83,7 @@ def test_exactly_the_culprits_are_quarantined(tmp_path: Path, kinds: dict[int, i
     failures = [json.loads(line) for line in (run / "coco" / "failures.jsonl").read_text().splitlines()]
     assert {failure["file_name"] for failure in failures} == {f"{number:03d}.png" for number in kinds}
 
-    # The files were mended: only by name are quarantined images tried again, and then all is as in peace.
+    # The files were fixed: only by name are quarantined images tried again, and then all is as in peace.
     assert tiny.call_command([*tiny.command("annotate", run), "--retry-failed"])["failed"] == len(kinds)
     assert tiny.call_command([*tiny.command("annotate", run), "--retry-failed", "quarantined"])["failed"] == 0
     assert rows_of(run) == rows_of(peaceful)

@@ -152,7 +152,7 @@ def test_bad_input_is_told_before_anything_runs(
     assert words in log
     assert words in summary["error"]
     assert not (tmp_path / "run" / "predictions").exists()
-    if run:  # what is mended is not refused as another setting
+    if run:  # what is fixed is not refused as another setting
         assert call(capsys, "plan", str(tiny.run_file), *run)[0] == 0
 
 

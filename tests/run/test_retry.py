@@ -57,8 +57,8 @@ def test_what_was_tried_already_is_left_out(run: str) -> None:
 
 def test_new_rows_take_the_place_of_old_ones(run: str) -> None:
     before = load_shard(run, 4)[1].to_pylist()
-    mended = [prediction(23, 1), Prediction(image_id=20, failure=("empty_file", FailureClass.PERMANENT))]
-    replace_rows(run, 4, predictions_to_table(mended), stage_s={"decode": 0.5, "segment": 4.0})
+    fixed = [prediction(23, 1), Prediction(image_id=20, failure=("empty_file", FailureClass.PERMANENT))]
+    replace_rows(run, 4, predictions_to_table(fixed), stage_s={"decode": 0.5, "segment": 4.0})
     after = load_shard(run, 4)[1].to_pylist()
     assert [row["image_id"] for row in after] == [row["image_id"] for row in before]
     assert [row for row in after if row["image_id"] not in (20, 23)] == [

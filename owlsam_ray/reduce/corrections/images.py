@@ -57,7 +57,7 @@ def read_images(document: Document, manifest: Manifest) -> ReviewedImages:
     ids = table["id"].to_numpy()
     repeated = ids[1:][np.diff(ids) == 0]
     if len(repeated):
-        raise InputError(f"{document.url} lists image {repeated[0]} twice: mend the file")
+        raise InputError(f"{document.url} lists image {repeated[0]} twice: fix the file")
     marks = table[REVIEWED]
     ordinals = _ordinals(manifest.iter_names(), ids, _single(table["file_name"]))
     order = np.argsort(ordinals, kind="stable")
@@ -65,7 +65,7 @@ def read_images(document: Document, manifest: Manifest) -> ReviewedImages:
     if len(again):
         first, second = ids[ordinals == ordinals[again[0]]][:2]
         raise InputError(
-            f"{document.url} lists an image of the run twice, as images {first} and {second}: mend the file"
+            f"{document.url} lists an image of the run twice, as images {first} and {second}: fix the file"
         )
     reviewed = np.ones(len(ids), np.bool_)
     if marks.null_count < len(marks):
@@ -73,7 +73,7 @@ def read_images(document: Document, manifest: Manifest) -> ReviewedImages:
         odd = np.flatnonzero((flags != 0) & (flags != 1))
         if len(odd):
             raise InputError(
-                f"{document.url}: {REVIEWED} of image {ids[odd[0]]} is neither true nor false: mend the file"
+                f"{document.url}: {REVIEWED} of image {ids[odd[0]]} is neither true nor false: fix the file"
             )
         reviewed = flags == 1
     return ReviewedImages(ids, ordinals, reviewed)
