@@ -8,7 +8,7 @@ from rich.table import Table
 from owlsam_ray.terminal import safe_text
 
 MAX_CATEGORIES = 60
-"""Most categories printed. With more, only those that miss the target are printed; the JSON file has all."""
+"""Most categories printed. With more, only categories below the target are printed; the JSON file has all."""
 _UNDEFINED = "–"
 
 

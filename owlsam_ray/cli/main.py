@@ -5,33 +5,17 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 
 from owlsam_ray import storage
-from owlsam_ray.cli import (
-    annotate,
-    calibrate,
-    check,
-    clean,
-    demo,
-    estimate,
-    evaluate,
-    finetune,
-    plan,
-    preview,
-    reduce,
-    review_list,
-    stats,
-    status,
-    verify,
-)
+from owlsam_ray.cli import evaluate, finetune
 from owlsam_ray.cli.log import start_log
 from owlsam_ray.cli.options import all_overrides
-from owlsam_ray.cli.parser import make_parser
+from owlsam_ray.cli.parser import COMMANDS, make_parser
 from owlsam_ray.cli.standard_streams import Answers, own_stdout
 from owlsam_ray.config.load import (
     absolute,
@@ -183,22 +167,8 @@ def _tell(error: OwlsamError, summary: dict[str, Any]) -> ExitCode:
     return error.exit_code
 
 
-_COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
-    "check": check.run,
-    "plan": plan.run,
-    "estimate": estimate.run,
-    "annotate": annotate.run,
-    "calibrate": calibrate.run,
-    "reduce": reduce.run,
-    "review-list": review_list.run,
-    "evaluate": evaluate.run,
-}
-"""Commands that take run files."""
 _ON_LABELS = ("calibrate", "reduce", "review-list", "evaluate")
-_ON_DIRECTORY: dict[str, Callable[..., dict[str, Any]]] = {"verify": verify.run, "status": status.run}
-_WITHOUT_RUN: dict[str, Callable[..., dict[str, Any]]] = {
-    "stats": stats.run,
-    "clean": clean.run,
-    "preview": preview.run,
-    "demo": demo.run,
-}
+_COMMANDS = {name: COMMANDS[name].run for name in ("check", "plan", "estimate", "annotate", *_ON_LABELS)}
+"""Commands that take run files."""
+_ON_DIRECTORY = {name: COMMANDS[name].run for name in ("verify", "status")}
+_WITHOUT_RUN = {name: COMMANDS[name].run for name in ("stats", "clean", "preview", "demo")}

@@ -1,6 +1,7 @@
 """The command-line parser: each command is a module with `HELP`, `EXAMPLES`, `add_options` and `run`."""
 
 import argparse
+from types import ModuleType
 
 from owlsam_ray import __version__
 from owlsam_ray.cli import (
@@ -31,7 +32,7 @@ _EXIT_CODES = """exit codes:
   75  interrupted: run the same command again"""
 
 
-COMMANDS = {
+COMMANDS: dict[str, ModuleType] = {
     "check": check,
     "plan": plan,
     "estimate": estimate,

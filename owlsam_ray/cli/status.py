@@ -20,7 +20,7 @@ Reads only the run directory, and writes nothing. States of an attempt:
   dead      its process ran on this machine and no longer exists
   unknown   --wait was too short to decide
   ended     it signed off
-Rate and ETA are those that live attempts report."""
+Rate and ETA come from the live attempts."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:

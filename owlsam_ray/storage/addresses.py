@@ -193,11 +193,11 @@ def container_error(uri: str, rules: HostRules) -> str | None:
     Users may name such files through a chain of file systems (`simplecache::s3://…`). No link of the chain may lead to
     a host that data may not name. The hosts of a chain are looked up, since the clients inside it check nothing.
     """
-    chain = uri.split("::") if "://" in uri else [uri]
+    chain = uri.split("::")
     for link in chain:
         scheme, separator, _ = link.partition("://")
         host = host_of(link)
-        if not separator or not host or scheme.lower() in ("file", "local", *_CHAINING - {"generic"}):
+        if not separator or not host:
             continue
         if scheme.lower() == "generic":
             return data_uri_error(link, rules)

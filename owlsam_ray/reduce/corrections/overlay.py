@@ -146,7 +146,7 @@ class ShardReview:
         self._entries += [entry for entry in entries if not entry.is_rejected]
 
     def _visible(self, image: int, entries: list[Entry], spared: set[int]) -> list[Entry]:
-        """Drop entries with an empty shape, except those that equal the model's annotation."""
+        """Drop entries with an empty shape, except entries that equal the model's annotation."""
         size_hw, visible = self._match.size_hw(image), []
         for entry in entries:
             empty = None if entry.is_rejected else empty_part(entry.shape, size_hw)
