@@ -20,10 +20,11 @@ from owlsam_ray.evaluate.ground_truth import NO_GROUP, GroundTruth, load_ground_
 from owlsam_ray.evaluate.matching import Shape
 from owlsam_ray.reduce.operating_points import OperatingPoints
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
-from owlsam_ray.reduce.run import Show, open_run, quiet
+from owlsam_ray.reduce.run import open_run
 from owlsam_ray.run.paths import OPERATING_POINTS_FILE
 from owlsam_ray.run.proof import ShardRules
 from owlsam_ray.run.record import run_directory
+from owlsam_ray.terminal import Show, silent
 from owlsam_ray.vocabulary.names import fold_category
 
 _log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def calibrate_run(
     matching: MatchRule | None = None,
     fitting: Fitting | None = None,
     out: str | None = None,
-    show: Show = quiet,
+    show: Show = silent,
 ) -> dict[str, Any]:
     """Fit score thresholds to what `reduce` would show of the images that a ground truth lists, without a model.
 

@@ -28,13 +28,13 @@ from owlsam_ray.reduce.formats.coco import category_entry
 from owlsam_ray.reduce.formats.json_rows import LINE_END, annotation_lines, dump_json, image_lines
 from owlsam_ray.reduce.fragments import ReduceJob
 from owlsam_ray.reduce.labels import ShardLabels, read_labels
-from owlsam_ray.reduce.run import Reduction, Show, open_run, prepare, quiet
+from owlsam_ray.reduce.run import Reduction, open_run, prepare
 from owlsam_ray.reduce.sampling import Picks, SampleOptions, pick, why
 from owlsam_ray.run.paths import COCO_FOLDER, REVIEW_FOLDER
 from owlsam_ray.run.record import run_directory
 from owlsam_ray.run.shards import done_shards
 from owlsam_ray.storage.secrets import masked_tree, published
-from owlsam_ray.terminal import table_cell
+from owlsam_ray.terminal import Show, silent, table_cell
 
 REVIEW_FILE, REVIEW_TABLE = "review.json", "review.csv"
 _SHARDS = 16
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 def review_list(
-    config: RunConfig, options: SampleOptions, *, out: str | None = None, show: Show = quiet
+    config: RunConfig, options: SampleOptions, *, out: str | None = None, show: Show = silent
 ) -> dict[str, Any]:
     """Choose annotations of a run, after the decisions of `reduce`, and write them for reviewers.
 

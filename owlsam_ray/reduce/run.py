@@ -40,6 +40,7 @@ from owlsam_ray.run.proof import ShardRules, check_all_present
 from owlsam_ray.run.record import RunRecord, load_record, run_directory
 from owlsam_ray.run.shards import done_shards
 from owlsam_ray.storage.secrets import masked_tree, published
+from owlsam_ray.terminal import Show, silent
 
 _CHUNKS_PER_WORKER = 8
 """Several for each worker, so that the last chunks end at about the same time."""
@@ -49,18 +50,12 @@ _SMALL = 20_000
 """Number of images up to which starting processes takes longer than the work."""
 _log = logging.getLogger(__name__)
 
-Show = Callable[[str, int, int | None], None]
-
-
-def quiet(what: str, done: int, total: int | None) -> None:
-    """Show nothing."""
-
 
 def _nothing() -> None:
     """Do nothing."""
 
 
-def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = quiet) -> dict[str, Any]:
+def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = silent) -> dict[str, Any]:
     """Merge the shards of a run into the files of `reduce.formats`, under `reduce.out`.
 
     Args:
@@ -152,7 +147,7 @@ class Reduction:
         shards: Sequence[int],
         *,
         partial: bool,
-        show: Show = quiet,
+        show: Show = silent,
         raise_if_taken_over: Callable[[], None] = _nothing,
     ) -> dict[str, Any]:
         """Write everything; return the counts."""
