@@ -39,7 +39,7 @@ def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dic
     with LazyDisplay(console) as display:
         found = estimate_run(config, images=options.images, show_plan=counter.show, show=display.show)
     if found["images_per_s"] is None:
-        console.print("The sample was done at once, so no rate could be seen: take more --images.")
+        console.print("The sample finished too quickly to measure a rate: increase --images.")
     else:
         gpus = f", {found['gpu_hours']:.1f} GPU hours" if found["gpus"] else ""
         console.print(

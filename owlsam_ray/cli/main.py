@@ -83,7 +83,7 @@ class _Call:
         except BrokenPipeError:
             pass  # the reader has closed its end
         except OSError as error:
-            logging.getLogger("owlsam_ray").error("cannot write the line of JSON to stdout: %s", _words_of(error))
+            logging.getLogger("owlsam_ray").error("cannot write the JSON line to stdout: %s", _words_of(error))
             return int(code or ExitCode.INCOMPLETE)
         return int(code)
 
@@ -115,15 +115,15 @@ def _run(options: argparse.Namespace, console: Console, answers: Answers, summar
     except OwlsamError as error:
         return _tell(error, summary)
     except OSError as error:
-        logging.getLogger("owlsam_ray").debug("storage refused", exc_info=True)
+        logging.getLogger("owlsam_ray").debug("storage error", exc_info=True)
         message = (
-            f"storage refused: {_words_of(error)}. What was finished is kept: fix it, and call the same command again."
+            f"storage error: {_words_of(error)}. Finished work is kept: fix the cause and run the same command again."
         )
         return _tell(IncompleteError(message), summary)
     except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray's own SIGTERM handler
-        return _tell(InterruptedRunError("interrupted: call the same command again"), summary)
+        return _tell(InterruptedRunError("interrupted: run the same command again"), summary)
     except Exception as error:  # Python's own exit code, 1, would mean failed images
-        logging.getLogger("owlsam_ray").exception("an error that nobody expected; what was finished is kept")
+        logging.getLogger("owlsam_ray").exception("unexpected error; finished work is kept")
         summary["error"] = storage.described(error, _LONG_MESSAGE)
         return ExitCode.INCOMPLETE
     return ExitCode.COMPLETE
@@ -151,7 +151,9 @@ def _refuse_empty(options: argparse.Namespace) -> None:
     for name, value in vars(options).items():
         if isinstance(value, str) and not value.strip():
             option = "--" + name.removeprefix("reduce_").replace("_", "-")
-            raise ConfigError(f"{option} has an empty value (an unset shell variable?): give one, or leave it out")
+            raise ConfigError(
+                f"{option} has an empty value (an unset shell variable?): give a value, or leave the option out"
+            )
 
 
 def _words_of(error: OSError) -> str:

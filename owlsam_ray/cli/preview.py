@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     result = preview(images, config, out=out, min_score=min_score)
     found = result.counts(min_score)
     table = Table(
-        "category", "boxes", "best score", "median score", title=safe_text(f"{len(images)} picture(s): {options.out}")
+        "category", "boxes", "best score", "median score", title=safe_text(f"{len(images)} image(s): {options.out}")
     )
     for entry in found:
         table.add_row(*(safe_text("–" if value is None else str(value)) for value in entry.values()))
@@ -84,6 +84,6 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if failed:
         first = ": ".join(next(iter(failed.items())))
         raise FailedImagesError(
-            f"{len(failed)} of {len(images)} pictures failed, the first: {first}. The others are drawn.", summary
+            f"{len(failed)} of {len(images)} images failed; the first: {first}. The others are drawn.", summary
         )
     return summary

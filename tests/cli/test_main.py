@@ -314,7 +314,7 @@ def test_errors_of_others_are_cut_and_masked(
 
     monkeypatch.setitem(cli._ON_DIRECTORY, "status", fail)
     code, summary, log = call(capsys, "status", "somewhere")
-    begin = "storage refused: " if error is OSError else "RuntimeError: "
+    begin = "storage error: " if error is OSError else "RuntimeError: "
     assert (code, summary["error"].startswith(f"{begin}no answer of https://***@h/a?*** \\x1b[2Jxxx")) == (5, True)
     assert len(summary["error"]) < 2200
     assert len(log) < 25_000

@@ -93,9 +93,9 @@ class Refusing(Answers):
 @pytest.mark.parametrize(
     ("number", "code", "expected", "told"),
     [
-        (errno.ENOSPC, 0, 5, ["cannot write the line of JSON to stdout: [Errno 28] No space left on device"]),
-        (errno.EIO, 0, 5, ["cannot write the line of JSON to stdout: [Errno 5] Input/output error"]),
-        (errno.ENOSPC, 2, 2, ["cannot write the line of JSON to stdout: [Errno 28] No space left on device"]),
+        (errno.ENOSPC, 0, 5, ["cannot write the JSON line to stdout: [Errno 28] No space left on device"]),
+        (errno.EIO, 0, 5, ["cannot write the JSON line to stdout: [Errno 5] Input/output error"]),
+        (errno.ENOSPC, 2, 2, ["cannot write the JSON line to stdout: [Errno 28] No space left on device"]),
         (errno.EPIPE, 0, 0, []),  # whoever closed it does not want to know
         (errno.EPIPE, 75, 75, []),
     ],

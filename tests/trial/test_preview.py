@@ -83,7 +83,7 @@ def test_a_folder_with_a_bad_picture_is_drawn_all_the_same(
     code, summary, _ = call(capsys, *arguments)
     assert (code, summary["images"]) == (1, 5)
     assert list(summary["failed"].values()) == ["not_an_image"]
-    assert "1 of 5 pictures failed" in summary["error"]
+    assert "1 of 5 images failed" in summary["error"]
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.size[0] > 4 * 480  # four columns
     (folder / "bad.jpg").unlink()
