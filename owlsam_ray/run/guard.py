@@ -43,13 +43,18 @@ def load_run_manifest(run_url: str, record: RunRecord) -> Manifest:
     """
     manifest = load_manifest(run_url, verify=True, num_parts=record.num_parts)
     if manifest is None:
-        raise GuardError(f"{run_url}/manifest is missing: restore it, or plan again in another directory")
+        raise missing_manifest(run_url)
     if manifest.layout_hash != record.layout_hash:
         raise GuardError(
             f"the manifest of {run_url} has the layout hash {manifest.layout_hash[:16]}, but the run was planned with "
             f"{record.layout_hash[:16]}: restore {run_url}/manifest, or use another directory"
         )
     return manifest
+
+
+def missing_manifest(run_url: str) -> GuardError:
+    """Error for a planned run without its manifest."""
+    return GuardError(f"{run_url}/manifest is missing: restore it, or plan again in another directory")
 
 
 def check_config(config: RunConfig, record: RunRecord, *, data_too: bool = True, images_matter: bool = True) -> None:
