@@ -10,10 +10,10 @@ from owlsam_ray.config.run import RunConfig
 
 HELP = "label every shard that is not labelled yet"
 EXAMPLES = """examples:
-  owlsam annotate jobs/coco.yaml --run runs/coco
-  owlsam annotate jobs/coco.yaml --run runs/coco --set resources.actors=2 --set resources.detector_batch=16
-  owlsam annotate jobs/coco.yaml --run s3://bucket/runs/coco --slice 3/16      # one of 16 calls, on any machine
-  owlsam annotate jobs/coco.yaml --run runs/coco --retry-failed truncated      # after repairing these files
+  owlsam annotate run.yaml --run runs/coco
+  owlsam annotate run.yaml --run runs/coco --set resources.actors=2 --set resources.detector_batch=16
+  owlsam annotate run.yaml --run s3://bucket/runs/coco --slice 3/16      # one of 16 calls, on any machine
+  owlsam annotate run.yaml --run runs/coco --retry-failed truncated      # after repairing these files
 
 Run the same command again after any interruption: finished shards are kept, and no image is labelled twice. Plans the
 run first if it is not planned yet. On SIGINT, SIGTERM or SIGUSR1 the shards in progress are finished (within

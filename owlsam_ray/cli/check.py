@@ -10,8 +10,8 @@ from owlsam_ray.config.run import RunConfig
 
 HELP = "try everything a run needs on a few images before it starts"
 EXAMPLES = """examples:
-  owlsam check jobs/coco.yaml --run runs/coco
-  owlsam check jobs/coco.yaml site.yaml --run s3://bucket/runs/coco --images 32
+  owlsam check run.yaml --run runs/coco
+  owlsam check run.yaml site.yaml --run s3://bucket/runs/coco --images 32
 
 Tests everything that can stop a run in its first minutes, in this process and without Ray, before you spend a queue
 slot: the run directory is writable, the dataset can be listed, the weights load, the prompts can be embedded, a few

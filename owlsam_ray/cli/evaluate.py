@@ -13,9 +13,9 @@ from owlsam_ray.terminal import SafeConsole
 
 HELP = "measure labels against a ground truth: AP, matched masks, seconds per image"
 EXAMPLES = """examples:
-  owlsam evaluate jobs/coco.yaml --run runs/coco
-  owlsam evaluate jobs/coco.yaml --run runs/coco --set 'evaluate.size_edges_px=[32]' --json
-  owlsam evaluate jobs/coco.yaml --run runs/coco --set evaluate.ground_truth=lvis_v1_val.json
+  owlsam evaluate run.yaml --run runs/coco
+  owlsam evaluate run.yaml --run runs/coco --set 'evaluate.size_edges_px=[32]' --json
+  owlsam evaluate run.yaml --run runs/coco --set evaluate.ground_truth=lvis_v1_val.json
   owlsam evaluate --ground-truth instances_val2017.json --predictions results.json --kind segm
   owlsam evaluate --ground-truth lvis_v1_val.json --predictions results.json --kind bbox --lvis --json
 

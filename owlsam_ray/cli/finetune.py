@@ -12,9 +12,9 @@ from owlsam_ray.terminal import SafeConsole
 
 HELP = "train a detector or a segmenter on a COCO dataset; run the same command again to resume"
 EXAMPLES = """examples:
-  owlsam finetune jobs/demo-detector.yaml --out runs/detector
-  owlsam finetune jobs/demo-segmenter.yaml --out s3://bucket/segmenter --set resources.workers=8
-  owlsam annotate jobs/coco.yaml --run runs/mine --set detector.weights=runs/detector/model
+  owlsam finetune detector.yaml --out runs/detector
+  owlsam finetune segmenter.yaml --out s3://bucket/segmenter --set resources.workers=8
+  owlsam annotate run.yaml --run runs/mine --set detector.weights=runs/detector/model
 
 Writes metrics to stdout, one JSON line each, to DIR/metrics.jsonl and to DIR/tensorboard. DIR/model is the model that
 `annotate` loads: the best one by validation, or the last one without a validation set."""

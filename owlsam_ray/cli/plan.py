@@ -11,12 +11,12 @@ from owlsam_ray.config.run import RunConfig
 
 HELP = "list the images once, and freeze their ids and shards"
 EXAMPLES = """examples:
-  owlsam plan jobs/coco.yaml --run runs/coco
-  owlsam plan jobs/coco.yaml site.yaml --run s3://bucket/runs/coco --set resources.shard_size=512
+  owlsam plan run.yaml --run runs/coco
+  owlsam plan run.yaml site.yaml --run s3://bucket/runs/coco --set resources.shard_size=512
   owlsam plan run.yaml --run runs/try --sample 1000 --seed 7      # a small run, to try it
   owlsam plan run.yaml --run runs/try --sample 10000 --seed 7 --extend   # add 9,000 more
   owlsam plan run.yaml --run runs/try --extend                    # add the rest, or images that are new since then
-  owlsam plan jobs/coco.yaml --run runs/dogs --categories dog cat --verify exists
+  owlsam plan run.yaml --run runs/dogs --categories dog cat --verify exists
 
 Lists the images once; `annotate` labels the planned images. --extend adds shards and leaves the old ones unchanged."""
 

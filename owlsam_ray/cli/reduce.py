@@ -11,11 +11,11 @@ from owlsam_ray.config.run import RunConfig
 
 HELP = "merge the shards into COCO annotations, and prove that nothing is missing"
 EXAMPLES = """examples:
-  owlsam reduce jobs/coco.yaml --run runs/coco
-  owlsam reduce jobs/coco.yaml --run runs/coco --set reduce.score_threshold=0.3
-  owlsam reduce jobs/coco.yaml --run runs/coco --out labels/strict --set reduce.score_threshold=0.5 --formats coco yolo
-  owlsam reduce jobs/coco.yaml --run runs/coco --operating-points runs/coco/operating_points.json
-  owlsam reduce jobs/coco.yaml --run runs/coco --partial     # what is labelled so far; exit code 5
+  owlsam reduce run.yaml --run runs/coco
+  owlsam reduce run.yaml --run runs/coco --set reduce.score_threshold=0.3
+  owlsam reduce run.yaml --run runs/coco --out labels/strict --set reduce.score_threshold=0.5 --formats coco yolo
+  owlsam reduce run.yaml --run runs/coco --operating-points runs/coco/operating_points.json
+  owlsam reduce run.yaml --run runs/coco --partial     # what is labelled so far; exit code 5
 
 Reduce one run in as many ways as needed, each with its own --out, without a GPU. `info` records every setting."""
 

@@ -8,7 +8,7 @@ from rich.console import Console
 HELP = "check every file of a run; set bad shard files aside for the next attempt"
 EXAMPLES = """examples:
   owlsam verify runs/coco
-  owlsam verify runs/coco --repair && owlsam annotate jobs/coco.yaml --run runs/coco
+  owlsam verify runs/coco --repair && owlsam annotate run.yaml --run runs/coco
 
 Reads every shard file completely and checks its checksums, columns, images (against the manifest), and sizes and areas
 of masks. Also checks run.json, the manifest and the query embeddings. Missing shards count as work left, not as damage.

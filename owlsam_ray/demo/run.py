@@ -236,6 +236,13 @@ def _draw_sheet(config: RunConfig, root: Path) -> None:
 def _next_steps(directory: str, again: Sequence[str]) -> str:
     """Suggest next commands, ready to be copied; `again` are the arguments of this call."""
     program, run = _program(), shlex.quote(directory)
+    training, starting = "", ""
+    if Path("jobs/demo-detector.yaml").exists():  # called in a checkout; a wheel has no jobs
+        training = f"""
+  Train the detector yourself, and label with it:
+    {program} finetune jobs/demo-detector.yaml --out runs/detector
+    {program} demo --run runs/demo-mine --set detector.weights=runs/detector/model"""
+        starting = ", or start from jobs/coco.yaml"
     sheet, file = (shlex.quote(os.path.join(directory, name)) for name in (SHEET_FILE, CONFIG_FILE))
     return f"""
 What to try next
@@ -244,11 +251,8 @@ What to try next
     {program} reduce {file} --run {run} --set reduce.score_threshold=0.5
     {program} evaluate {file} --run {run}
   Call the same again: what is finished is not labelled twice.
-    {program} {shlex.join(again)}
-  Train the detector yourself, and label with it:
-    {program} finetune jobs/demo-detector.yaml --out runs/detector
-    {program} demo --run runs/demo-mine --set detector.weights=runs/detector/model
-  Label pictures of your own: copy {file}, or start from jobs/coco.yaml."""
+    {program} {shlex.join(again)}{training}
+  Label pictures of your own: copy {file}{starting}."""
 
 
 def _program() -> str:

@@ -43,7 +43,7 @@ def test_help_has_examples_and_exit_codes(command: list[str], capsys: pytest.Cap
     text = capsys.readouterr().out
     assert "75  interrupted" in text
     if command:
-        assert f"owlsam {command[0]} jobs/coco.yaml --run runs/coco" in text
+        assert f"owlsam {command[0]} run.yaml --run runs/coco" in text
 
 
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
