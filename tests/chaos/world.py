@@ -234,6 +234,7 @@ class Disk:
                 file.write(bytes(2**16))
 
     def free(self) -> None:
+        self.set_read_only(False)  # a read-only moment that began before the disk was filled ends after it
         (self.root / "ballast").unlink(missing_ok=True)
 
     def set_read_only(self, read_only: bool) -> None:
@@ -364,7 +365,7 @@ class Chaos:
                 calm.append(self._strike(driver))
         try:
             time.sleep(self.chance.uniform(0, 2) if troubled else 0)
-            for undo in reversed(calm):  # a disk is freed once it can be written again
+            for undo in reversed(calm):
                 undo()
             code = driver.wait(timeout=300)
         except subprocess.TimeoutExpired:
