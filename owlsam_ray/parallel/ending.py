@@ -33,19 +33,24 @@ def before_end(act: Act) -> Iterator[None]:
 
 
 def end_process(
-    explain: Callable[[], OwlsamError], otherwise: OwlsamError, *, at_last: Callable[[], None] = lambda: None
+    explain: Callable[[], OwlsamError],
+    otherwise: OwlsamError,
+    *,
+    explain_s: float = _ACT_S,
+    at_last: Callable[[], None] = lambda: None,
 ) -> NoReturn:
     """Run all registered acts, then end the process with an error's exit code.
 
     Args:
         explain: makes the error; may access storage.
         otherwise: the error to use if `explain` takes too long or fails.
+        explain_s: seconds that `explain` may take.
         at_last: called after everything else.
     """
     if not _begun.acquire(blocking=False):
         threading.Event().wait()  # another thread is ending the process
     found: list[OwlsamError] = []
-    _within_a_time(lambda: found.append(explain()))
+    _within_a_time(lambda: found.append(explain()), explain_s)
     error = found[0] if found else otherwise
     for act in reversed(_acts):
         _within_a_time(lambda act=act: act(error))  # type: ignore[misc]
@@ -53,7 +58,7 @@ def end_process(
     os._exit(int(error.exit_code))
 
 
-def _within_a_time(act: Callable[[], None]) -> None:
+def _within_a_time(act: Callable[[], None], seconds: float = _ACT_S) -> None:
     def run() -> None:
         try:
             act()
@@ -62,4 +67,4 @@ def _within_a_time(act: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=run, name="owlsam-last-act", daemon=True)
     thread.start()
-    thread.join(_ACT_S)
+    thread.join(seconds)

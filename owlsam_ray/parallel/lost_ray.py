@@ -56,7 +56,8 @@ class LossCount:
             return InterruptedRunError(f"asked to stop ({cause}): {self.state()}; call the same command again")
         losses = self.losses(progress) + 1
         try:
-            storage.write_atomic(self.url, json.dumps({"losses": losses, "progress": progress}).encode())
+            # A busy disk may need longer than this process has; a power cut ends other losses too.
+            storage.write_atomic(self.url, json.dumps({"losses": losses, "progress": progress}).encode(), durable=False)
         except OSError as error:
             _log.warning("cannot count that Ray was lost: %s", error)
         if losses < MOST_LOSSES:

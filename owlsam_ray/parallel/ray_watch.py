@@ -26,6 +26,8 @@ from owlsam_ray.parallel.ray_cluster import remove_files
 _NAMES = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}
 _LOOK_S = 0.1
 _ASK_GCS_S = 5.0
+_EXPLAIN_S = 10.0
+"""Seconds to count the loss of a GCS, which Ray's own code notices after a minute; that of a raylet, after seconds."""
 _GCS_PATIENCE_S = 40.0
 """Seconds in which a GCS that is restarted elsewhere is back; 20 seconds later Ray itself gives up."""
 
@@ -124,7 +126,10 @@ def watch_ray(
         # Ray would print the last lines of the raylet's log.
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
         otherwise = InterruptedRunError(f"{cause}: call the same command again")
-        end_process(lambda: explain(cause) if explain is not None else otherwise, otherwise, at_last=_kill_ours)
+        seconds = {} if cause.startswith(_NAMES["raylet"]) else {"explain_s": _EXPLAIN_S}
+        end_process(
+            lambda: explain(cause) if explain is not None else otherwise, otherwise, **seconds, at_last=_kill_ours
+        )
 
     processes = _processes()
     watch = _Watch(processes, _foreign_gcs(processes), on_death, also)

@@ -76,15 +76,20 @@ def move(url: str, to: str) -> None:
         _sync_directory(os.path.dirname(name))
 
 
-def write_atomic(url: str, data: bytes | memoryview) -> None:
+def write_atomic(url: str, data: bytes | memoryview, *, durable: bool = True) -> None:
     """Write a file so that it exists whole or not at all. Replaces an existing one.
+
+    Args:
+        url: the file.
+        data: its whole content.
+        durable: whether a local file must survive a power cut; False does not wait for the disk.
 
     Raises:
         OSError: no space, no permission, …; nothing is left behind under any name.
     """
     client, path = _open_for(url, num_bytes=len(data))
     if is_local(client.filesystem):
-        with open_atomic(url) as file:
+        with open_atomic(url, durable=durable) as file:
             file.write(data)
     else:
         ask(client, url, lambda: client.filesystem.pipe_file(path, bytes(data), **_deadline(client, len(data))))
@@ -103,10 +108,10 @@ def _open_for(url: str, *, num_bytes: int) -> tuple[Client, str]:
 
 
 @contextlib.contextmanager
-def open_atomic(url: str) -> Iterator[IO[bytes]]:
+def open_atomic(url: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a binary file for streaming output; it gets its name only when the block ends without an error.
 
-    For an object store the bytes are spooled to a local temporary file first.
+    `durable`: see `write_atomic`. For an object store the bytes are spooled to a local temporary file first.
     """
     client, path = _open_for(url, num_bytes=0)
     if not is_local(client.filesystem):
@@ -124,13 +129,15 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    _sync_directory(directory)
+    if durable:
+        _sync_directory(directory)
 
 
 def _sync_directory(directory: str) -> None:

@@ -40,6 +40,11 @@ def test_the_third_call_in_a_row_without_progress_says_that_another_does_not_hel
     )
 
 
+def test_a_loss_is_counted_without_waiting_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("a busy disk takes longer than the process has"))
+    assert [Work(tmp_path).lose() for _ in range(3)] == [75, 75, 5]
+
+
 @pytest.mark.parametrize("reset", ["progress", "less than before", "another end"])
 def test_what_makes_the_count_start_anew(tmp_path: Path, reset: str) -> None:
     work = Work(tmp_path)
