@@ -50,13 +50,13 @@ def moved_manifest(manifest: Manifest, moves: Sequence[Move]) -> Manifest:
     if other or len(missing) > _MAY_MISS * len(rows):
         first = masked(other[0] if other else f"{missing[0]} is missing")
         raise GuardError(
-            f"what data.images, data.files and data.annotations name by now ({roots}) is not the dataset that "
-            f"{manifest.run_url} was planned with: of {len(rows)} files that were looked at, {len(missing)} are missing"
-            f" and {len(other)} are others; the first: {first}. Bring them there, name the old place, or use another "
+            f"the dataset that data.images, data.files and data.annotations now point to ({roots}) is not the one that "
+            f"{manifest.run_url} was planned with: of {len(rows)} sampled files, {len(missing)} are missing and "
+            f"{len(other)} differ; the first: {first}. Copy the files there, set the old paths, or use another "
             "--run directory."
         )
     if missing:
-        _log.warning("%d of %d files that were looked at are missing under %s", len(missing), len(rows), roots)
+        _log.warning("%d of %d sampled files are missing under %s", len(missing), len(rows), roots)
     _log.info("the dataset has moved: %s", roots)
     return moved
 
@@ -84,11 +84,11 @@ def _problem(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str | None]
         return new["uri"], None
     before = _size(address_of(old))
     if before is not None and before >= 0 and size != before:
-        return new["uri"], f"has {size} bytes, and {before} at the old place"
+        return new["uri"], f"has {size} bytes, but {before} at its old path"
     if new["container"] in (None, Container.ESCAPED) and new["length"] not in (None, size):
-        return new["uri"], f"has {size} bytes, and {new['length']} when it was planned"
+        return new["uri"], f"has {size} bytes, but had {new['length']} when it was planned"
     if new["container"] == Container.TAR and size < new["offset"] + new["length"]:
-        return new["uri"], f"has {size} bytes, and an image that ends at {new['offset'] + new['length']}"
+        return new["uri"], f"has {size} bytes, but one of its images ends at byte {new['offset'] + new['length']}"
     return new["uri"], None
 
 

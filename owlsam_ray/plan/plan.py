@@ -94,7 +94,7 @@ def plan_run(
     record = load_record(run_url)
     if record is None:
         if extend:
-            raise InputError(f"{run_url} holds no plan to extend (no {RUN_FILE}): call `owlsam plan` without --extend")
+            raise InputError(f"{run_url} holds no plan to extend (no {RUN_FILE}): run `owlsam plan` without --extend")
         if storage.list_names(storage.join(run_url, PREDICTIONS)):
             raise GuardError(
                 f"{run_url} holds predictions but no {RUN_FILE}: restore that file, or choose another directory"
@@ -211,7 +211,7 @@ def _current_record(before: Plan | None, run_url: str) -> RunRecord | None:
     """
     now = load_record(run_url)
     if (now.layout_hash if now else None) != (before.record.layout_hash if before else None):
-        raise GuardError(f"{run_url} was planned or extended by another call meanwhile: call this again")
+        raise GuardError(f"{run_url} was planned or extended by another command meanwhile: run this one again")
     return now
 
 
@@ -226,7 +226,7 @@ def _check_names(config: RunConfig, record: RunRecord) -> None:
     try:
         vocabulary = resolve_vocabulary(config.vocabulary, [])
     except InputError as error:
-        _log.warning("the names of the run are kept as they were planned: %s", error)
+        _log.warning("the run keeps its planned vocabulary, because the vocabulary file cannot be read: %s", error)
         return
     check_same_vocabulary(vocabulary, record, run_directory(config))
 
@@ -287,9 +287,9 @@ def _nothing_left(plan: PlanConfig, spool: Spool) -> str:
     chosen = plan.model_dump(mode="json", include={"splits", "categories"}, exclude_defaults=True)
     if chosen and spool.num_listed:
         passed = ", ".join(f"plan.{key}={value}" for key, value in chosen.items())
-        splits = f". There are the splits {named(spool.splits)}" if plan.splits else ""
-        return f"none of {spool.num_listed} images passes {passed}{splits}"
-    return "there is no image to plan"
+        splits = f". The splits are {named(spool.splits)}" if plan.splits else ""
+        return f"none of {spool.num_listed} images matches {passed}{splits}"
+    return "there are no images to plan"
 
 
 def _tell_other_selection(plan: PlanConfig, record: RunRecord) -> None:
@@ -297,6 +297,6 @@ def _tell_other_selection(plan: PlanConfig, record: RunRecord) -> None:
     before = selection_of(record.stored_config().plan)
     if selection_of(plan) != before:
         _log.warning(
-            "the run was planned with %s, which is kept; `owlsam plan --extend` adds what it lacks",
+            "the run keeps its planned selection, %s; `owlsam plan --extend` adds the images that it lacks",
             before or "all images",
         )

@@ -58,7 +58,7 @@ def select_images(
     )
     unseen = sorted(set(plan.splits) - spool.splits)
     if unseen and len(spool) and plan.limit is None:
-        _log.warning("no image is of split %s; there are %s", ", ".join(map(repr, unseen)), named(spool.splits))
+        _log.warning("no image is in split %s; the splits are %s", ", ".join(map(repr, unseen)), named(spool.splits))
     _tell_apart(spool)
     distinct = _check_repeats(spool, keep_first=keep_first)
     wanted = distinct.copy()
@@ -72,7 +72,7 @@ def select_images(
 def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[np.int64]:
     """Ascending ids of the images with an annotation of one of these categories."""
     if listing.annotated is None:
-        raise InputError("plan.categories selects by annotations, and this dataset has none: leave it out")
+        raise InputError("plan.categories selects images by annotations, but this dataset has none: leave it out")
     ids: dict[Any, int] = {}
     for position, entry in enumerate(listing.categories):
         if not (isinstance(entry, dict) and isinstance(entry.get("name"), str) and type(entry.get("id")) is int):
@@ -128,7 +128,7 @@ def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
     if len(later):
         pairs = list(zip(spool.rows_at(later[:5]), spool.rows_at(first[:5]), strict=True))
         if spool.name_setting is not None and any(_place_of(row) != _place_of(other) for row, other in pairs):
-            hint = f" They are different images under one name: leave {spool.name_setting} out, and each has its own."
+            hint = f" They are different images with one name: leave out {spool.name_setting}, and each gets its own."
         if not keep_first:
             problems += [f"{shown(row['file_name'])} is listed twice{_ids(other, row)}" for row, other in pairs]
             problems += ["another image that is listed twice"] * max(0, len(later) - 5)
@@ -136,7 +136,7 @@ def _check_repeats(spool: Spool, *, keep_first: bool) -> NDArray[np.bool_]:
     raise_problems("the listing", problems, way_out)
     if len(later):
         name = pairs[0][0]["file_name"]
-        _log.warning("left out %d images whose names are listed before, the first: %r.%s", len(later), name, hint)
+        _log.warning("left out %d images whose names are listed earlier; the first: %r.%s", len(later), name, hint)
     return distinct
 
 
@@ -172,8 +172,8 @@ def already_planned(spool: Spool, manifest: Manifest) -> tuple[NDArray[np.bool_]
         contradicts = same & (known.names[at] != spool.digests) & (known.places[at] != mine) & ~known.bad[at]
         if fixed.any():
             _log.warning(
-                "%d rows that could not be used when they were planned stay failed rows of this run, though their ids "
-                "are of images by now: plan them in another directory",
+                "%d rows without a usable image when they were planned stay failed rows of this run, although their "
+                "ids have an image now: plan these images in another directory",
                 int(fixed.sum()),
             )
     taken, _ = _find(spool.digests, known.names)

@@ -80,7 +80,7 @@ def check_run(
         OwlsamError: the error of the first step that failed, with this dictionary as its second argument.
     """
     if images < 1:
-        raise ConfigError(f"--images {images}: at least one")
+        raise ConfigError(f"--images is {images}: it must be at least 1")
     steps = Steps(say)
     steps.run("run file", _try_run_file, config)
     directory = steps.run("run directory", _try_directory, config)
@@ -165,7 +165,7 @@ def _try_dataset(config: RunConfig, directory: _Directory | None, images: int, s
         spool, wanted, _ = select_images(listing, config.plan, Path(folder), show=show)
         chosen = np.flatnonzero(wanted)
         if len(chosen) == 0:
-            raise InputError("there is no image to label: see data, plan.splits and plan.categories of the run file")
+            raise InputError("no image to label: check data, plan.splits and plan.categories in the run file")
         rows = spool.rows_at(chosen[_spread(len(chosen), images)])
     size = shard_size(
         len(chosen),
@@ -186,7 +186,7 @@ def _of_plan(manifest: Manifest, left: int, images: int, *, max_file_mb: int) ->
         rows += [of_shard[int(place)] for place in _spread(len(of_shard), each)]
     categories = manifest.parts[0].source["categories"]
     dataset = _Dataset(left, rows[:images], categories, manifest.max_shard_bytes(max_file_mb=max_file_mb))
-    return Done(dataset, f"{manifest.num_images:,} images as they are planned, in {manifest.num_shards:,} shards")
+    return Done(dataset, f"{manifest.num_images:,} planned images in {manifest.num_shards:,} shards")
 
 
 def _spread(total: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -218,7 +218,8 @@ def _try_resources(config: RunConfig) -> Done[Allocation]:
     allocation = allocate(
         resources, num_cpus=num_cpus, num_gpus=torch.cuda.device_count(), segmenter=config.segment.model
     )
-    where = "one actor here; what the cluster has is not looked at" if on_cluster else f"{allocation.actors} actor(s)"
+    unchecked = "one actor on this machine; the cluster's resources are not checked"
+    where = unchecked if on_cluster else f"{allocation.actors} actor(s)"
     return Done(allocation, f"{where}, {allocation.device}, {allocation.cpus_per_actor:g} CPU each")
 
 
@@ -252,8 +253,8 @@ def _try_images(
     named = "; ".join(f"{each['file_name']}: {each['reason']}" for each in failed)
     if counts["failed"] > allowed_failures(config.reduce.max_failed, len(rows)):
         error = FailedImagesError(
-            f"{counts['failed']} of {len(rows)} images failed ({named}), and reduce.max_failed "
-            f"({config.reduce.max_failed}) allows fewer"
+            f"{counts['failed']} of {len(rows)} images failed ({named}), more than reduce.max_failed "
+            f"({config.reduce.max_failed}) allows"
         )
         return Done(labelled, "", error)
     rate = "" if labelled.images_per_s is None else f", {labelled.images_per_s:.2f} images/s"
@@ -294,8 +295,8 @@ def _try_space(config: RunConfig, allocation: Allocation, dataset: _Dataset, sum
     summary["free_bytes"] = free
     if free is not None and needed is not None and needed > free:
         raise PreflightError(
-            f"roughly {needed / 1e9:.1f} GB of shards do not fit {config.run}, where {free / 1e9:.1f} GB are free: "
-            "make room, or choose another run directory"
+            f"roughly {needed / 1e9:.1f} GB of shards do not fit in {config.run}, which has {free / 1e9:.1f} GB free: "
+            "free space, or choose another run directory"
         )
     told = [] if needed is None else [f"roughly {needed / 1e9:.2f} GB of shards"]
     told += [] if free is None else [f"{free / 1e9:.1f} GB free"]
@@ -309,5 +310,5 @@ def _try_space(config: RunConfig, allocation: Allocation, dataset: _Dataset, sum
 def _in_words(summary: dict[str, Any]) -> str:
     return (
         f"roughly {summary['hours']:.1f} hours for {summary['images']:,} images with {summary['actors']} actor(s) like "
-        f"this machine's: a guess from {summary['labelled']} images; `owlsam estimate` measures"
+        f"this machine's, extrapolated from {summary['labelled']} images; `owlsam estimate` measures it"
     )

@@ -171,7 +171,7 @@ def write_contact_sheet(images: Sequence[LabelledImage], path: Path, *, columns:
         ValueError: there are no images.
     """
     if not images:
-        raise ValueError("a contact sheet needs at least one picture")
+        raise ValueError("a contact sheet needs at least one image")
     columns = min(columns, len(images))
     drawn = [draw_labels(image, long_side=long_side) for image in images]
     width = max(picture.width for picture in drawn)

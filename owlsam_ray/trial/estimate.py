@@ -50,7 +50,7 @@ def estimate_run(
         OwlsamError: the same as for `annotate_run` and `reduce_run`.
     """
     if images < 1:
-        raise InputError(f"--images {images}: at least one")
+        raise InputError(f"--images is {images}: it must be at least 1")
     run_url = storage.join(run_directory(config), FOLDER)
     check_writable(run_url)
     _clear(run_url)

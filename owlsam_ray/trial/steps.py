@@ -40,7 +40,7 @@ class Steps:
         except OwlsamError as raised:
             detail, error = "", raised
         except OSError as raised:
-            detail, error = "", IncompleteError(f"storage refused: {raised}")
+            detail, error = "", IncompleteError(f"storage error: {raised}")
         if error is not None:
             self.first = self.first or error
             detail = str(error.args[0])
@@ -49,7 +49,7 @@ class Steps:
 
     def skip(self, name: str) -> None:
         """Report that a step is not tried because a step it needs failed."""
-        self._tell(name, "–", 0.0, "not tried: a step before it failed")
+        self._tell(name, "–", 0.0, "not tried: a step that it needs failed")
 
     def _tell(self, name: str, mark: str, seconds: float, detail: str) -> None:
         ok = {"✓": True, "✗": False}.get(mark)

@@ -108,7 +108,7 @@ def test_splits_and_categories(tmp_path: Path) -> None:
     assert ids(plan_run(coco_run(data, tmp_path / "4", categories=["dog"], limit=1))) == [102]
     with pytest.raises(InputError, match=r"plan\.categories names 'bird', which is not among the 2 categories"):
         plan_run(coco_run(data, tmp_path / "5", categories=["bird"]))
-    with pytest.raises(InputError, match=r"none of 20 images passes plan\.splits=\['test'\]"):
+    with pytest.raises(InputError, match=r"none of 20 images matches plan\.splits=\['test'\]"):
         plan_run(coco_run(data, tmp_path / "6", splits=["test"]))
     folder = make_config({"source": "folder", "images": str(data / "images")}, tmp_path / "7", categories=["cat"])
     with pytest.raises(InputError, match="has none"):
@@ -261,7 +261,7 @@ def test_two_extensions_at_once_are_told(tmp_path: Path) -> None:
             told.append(plan_run(coco_run(data, run, limit=6), extend=True))
 
     told: list[Any] = []
-    with pytest.raises(GuardError, match="extended by another call meanwhile"):
+    with pytest.raises(GuardError, match="extended by another command meanwhile"):
         plan_run(coco_run(data, run), extend=True, show=meanwhile)
     record = load_record(str(run))
     assert record is not None
@@ -280,8 +280,8 @@ def test_categories_of_a_wrong_form_are_told(tmp_path: Path) -> None:
 def test_splits_that_are_not_there_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_coco(tmp_path / "data", [*numbered(3, folder="val"), *numbered(3, folder="train", first=5)])
     assert plan_run(coco_run(data, tmp_path / "1", splits=["val", "tezt"])).new == 3
-    assert "no image is of split 'tezt'; there are 'train', 'val'" in caplog.text
-    with pytest.raises(InputError, match="There are the splits 'train', 'val'"):
+    assert "no image is in split 'tezt'; the splits are 'train', 'val'" in caplog.text
+    with pytest.raises(InputError, match="The splits are 'train', 'val'"):
         plan_run(coco_run(data, tmp_path / "2", splits=["tezt"]))
 
 
@@ -303,7 +303,7 @@ def test_extend_from_a_sample_to_everything(tmp_path: Path, caplog: pytest.LogCa
     alone = plan_run(coco_run(data, tmp_path / "alone", sample=12, seed=3))
     assert set(ids(larger)) == set(ids(alone))
     assert plan_run(coco_run(data, run)).new == 0
-    assert "plan.sample=12, plan.seed=3, which is kept" in caplog.text
+    assert "the run keeps its planned selection, plan.sample=12, plan.seed=3; `owlsam plan --extend`" in caplog.text
     assert plan_run(coco_run(data, run), extend=True).new == 28
 
 
@@ -341,7 +341,7 @@ def test_a_file_of_names_that_changes_is_refused(tmp_path: Path, caplog: pytest.
         plan_run(config)
     file.unlink()
     assert plan_run(config).record == plan.record
-    assert "kept as they were planned" in caplog.text
+    assert "keeps its planned vocabulary" in caplog.text
 
 
 def test_nothing_to_extend(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_rows_that_were_bad_when_they_were_planned_do_not_stop_an_extension(
     plan_run(run_of(tmp_path, table_of(tmp_path, [GOOD[0], "x"], id="key")))
     config = run_of(tmp_path, table_of(tmp_path, GOOD[:3], id="key"))
     assert plan_run(config, extend=True).new == 1
-    assert "1 rows that could not be used when they were planned stay failed rows" in caplog.text
+    assert "1 rows without a usable image when they were planned stay failed rows" in caplog.text
     with pytest.raises(GuardError, match=r"the id of 'h/8\.jpg' \(id 100\)"):
         plan_run(run_of(tmp_path, table_of(tmp_path, [GOOD[8]], id="key")), extend=True)
 

@@ -32,7 +32,7 @@ def test_selections_and_refusals(tmp_path: Path) -> None:
     )
     assert found["gpu_hours"] in (0, None)
     small = tiny.call("estimate", run, **{"plan.splits": ["images"]}, check=2)
-    assert "none of 120 images passes" in small["error"]
+    assert "none of 120 images matches" in small["error"]
     assert not (run / "run.json").exists(), "the run itself is not planned"
     shards = list((run / "estimate" / "predictions").glob("*.parquet"))
     assert not shards, "an estimate that fails leaves no labels of an earlier one"
