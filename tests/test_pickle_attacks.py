@@ -158,7 +158,7 @@ def test_a_manifest_with_pickles_is_refused(
         said = capfd.readouterr().err
         assert code == expected, said
         assert f"its column {at} holds the extension type '{PICKLED}'" in said
-    with pytest.raises(GuardError, match="is no manifest"):
+    with pytest.raises(GuardError, match="is not a manifest"):
         load_manifest(str(run), verify=True)
     # A fetch task gets the manifest from the driver, and reads the file by itself.
     unlooked = load_manifest(str(run), verify=False)

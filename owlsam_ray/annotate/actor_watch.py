@@ -86,5 +86,5 @@ class WatchedWork:
         telling = threading.Thread(target=tell, daemon=True)
         telling.start()
         telling.join(timeout=10)
-        print(f"owlsam: this process ends itself: {safe_lines(trouble.text)}", file=sys.stderr, flush=True)
+        print(f"owlsam: this process stops: {safe_lines(trouble.text)}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODE)

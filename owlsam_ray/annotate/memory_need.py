@@ -140,8 +140,8 @@ class KillWatch:
         if kills - before < _MOST_KILLS or now - start < _LEAST_S:
             return None
         here = memory_limit()
-        has = "" if here is None else f" of {here / _GB:.2f} GB"
+        has = "" if here is None else f" ({here / _GB:.2f} GB)"
         return (
-            f"too little memory{has}: the kernel ended {kills - before} processes in {now - start:.0f} s, and no shard "
-            f"was finished{'' if self.need is None else f'; at least {self.need} are needed'}"
+            f"too little memory{has}: the kernel killed {kills - before} processes in {now - start:.0f} s, and no "
+            f"shard was finished{'' if self.need is None else f'; the run needs at least {self.need}'}"
         )

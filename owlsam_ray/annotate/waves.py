@@ -103,7 +103,7 @@ class Labeller:
         shards = sorted(self.tally.transient_shards if retry.only_transient else self.tally.failed_shards)
         if not shards:
             return
-        _log.info("trying the %s images of %d shards again", retry.what, len(shards))
+        _log.info("retrying the %s images of %d shards", retry.what, len(shards))
         job = replace(self.job, retry=retry)
         # Images that killed a process before must not go to an actor.
         killers = [
@@ -137,7 +137,7 @@ class Labeller:
                 if wave:
                     pipeline.run_wave(job, wave)
                 else:
-                    _log.warning("%d shards that processes died with are done one by one", len(left))
+                    _log.warning("%d shards that processes died on are labelled one by one, in isolation", len(left))
                     self.isolating(True)
                     pipeline.run_isolated(job, {shard: found.get(shard, []) for shard in left})
             except RayError as error:
@@ -166,7 +166,7 @@ class Labeller:
         """Raise errors that further tries cannot fix, with a message that says what to do."""
         if cause is None:
             if fruitless >= _FRUITLESS_WAVES:
-                raise IncompleteError(f"{num_shards} shards were handed to Ray and none came back: see Ray's logs")
+                raise IncompleteError(f"Ray finished none of {num_shards} shards and raised no error: see Ray's logs")
             return
         self.attempt.tell(last_error=in_one_line(cause))
         if isinstance(cause, OwlsamError):
@@ -174,14 +174,14 @@ class Labeller:
         if isinstance(cause, OSError) and cause.errno in _STORAGE_IS_FULL_OR_CLOSED:
             raise IncompleteError(
                 f"cannot write a shard: {cause.strerror} ({cause.filename or 'run directory'}). Finished shards are "
-                "kept. Free space or fix the permissions, then call the same command again."
+                "kept. Free space or fix the permissions, then run the same command again."
             ) from cause
         if fruitless >= _FRUITLESS_WAVES:
             raise IncompleteError(
                 f"gave up after {fruitless} tries without a new shard: {in_one_line(cause)}. Finished shards are kept; "
                 "logging.level=debug shows the actors' output."
             ) from cause
-        _log.warning("a wave broke and is built again: %s", in_one_line(cause))
+        _log.warning("a wave of shards failed and is started again: %s", in_one_line(cause))
 
 
 def root_cause(error: BaseException) -> BaseException:

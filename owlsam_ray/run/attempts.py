@@ -167,7 +167,10 @@ class Attempt:
             write_attempt(self.run_url, self.record, ENDED)
             storage.remove(attempt_url(self.run_url, self.id, LIVE))
         except OSError as trouble:
-            _log.warning("cannot sign off: %s. The next attempt waits until this one is certainly gone.", trouble)
+            _log.warning(
+                "cannot record the end of this attempt: %s. The next attempt waits until this one counts as dead.",
+                trouble,
+            )
 
     def tell(self, *, progress: dict[str, Any] | None = None, last_error: str | None = None) -> None:
         """Set what the next heartbeat reports."""
@@ -188,7 +191,7 @@ class Attempt:
         if self._fenced_by is not None:
             raise AttemptLiveError(
                 f"the attempt {self.id} was taken over by {self._fenced_by} and stopped: finished shards are kept, and "
-                "the other one goes on"
+                "the other attempt continues"
             )
 
     def save(self) -> None:
@@ -204,7 +207,7 @@ class Attempt:
     def _look_at_the_fence(self) -> None:
         if self._fenced_by is None and storage.exists(self.fence_url):
             self._fenced_by = storage.read_bytes(self.fence_url).decode(errors="replace")
-            _log.warning("taken over by %s: nothing is written any more", self._fenced_by)
+            _log.warning("taken over by %s: this attempt writes nothing more", self._fenced_by)
 
     def _beat(self) -> None:
         """Send heartbeats until the attempt ends or is fenced.
@@ -219,7 +222,7 @@ class Attempt:
                 self._look_at_the_fence()
             except (OSError, OwlsamError) as error:
                 # Without heartbeats the attempt may be taken over; it notices once storage responds again.
-                _log.warning("cannot show life: %s", error)
+                _log.warning("cannot write the heartbeat: %s", error)
 
 
 def fence(run_url: str, attempt_id: str, *, by: str) -> None:
@@ -264,7 +267,7 @@ def read_attempts(run_url: str, names: list[str]) -> list[AttemptRecord]:
         except FileNotFoundError:
             return None
         except ValidationError as error:
-            _log.warning("%s is no attempt's file: %s", name, str(error).splitlines()[0])
+            _log.warning("ignoring %s, which is not an attempt's file: %s", name, str(error).splitlines()[0])
             return None
 
     if not names:

@@ -150,7 +150,7 @@ class _Observer:
             AttemptLiveError: the other attempt is alive, and this one may neither wait for it nor fence it.
         """
         if is_dead_here(other):
-            _log.warning("the attempt %s is dead: going on in its place", other.where)
+            _log.warning("the attempt %s is dead: taking over", other.where)
             self._take_over(other)
             return
         now = time.monotonic()
@@ -158,7 +158,7 @@ class _Observer:
         if watched is None or watched.record != other:
             watched = self.seen[other.id] = _Watched(other, now, moved=watched is not None)
         if now - watched.since > max(self.takeover_s, 2 * other.heartbeat_s):
-            _log.warning("the attempt %s has not shown life for %g s: taking over", other.where, self.takeover_s)
+            _log.warning("the attempt %s has sent no heartbeat for %g s: taking over", other.where, self.takeover_s)
             self._take_over(other)
             return
         if self.takeover and other.state == "running":
@@ -168,10 +168,10 @@ class _Observer:
         yields = other.state == "claiming" and other.id > self.mine.id
         if watched.moved and not yields and not self.patient:
             raise AttemptLiveError(
-                f"another attempt works on {self.mine.run_url}: {other.where}. Let it end, look at it with `owlsam "
-                "status`, or call again with --takeover to stop it."
+                f"another attempt is working on {self.mine.run_url}: {other.where}. Wait for it to end, inspect it "
+                "with `owlsam status`, or run again with --takeover to stop it."
             )
-        self._tell(other, f"is registered: waiting for it to end, or to show no life for {self.takeover_s:g} s")
+        self._tell(other, f"is registered: waiting for it to end, or to send no heartbeat for {self.takeover_s:g} s")
 
     def _take_over(self, other: AttemptRecord) -> None:
         fence(self.mine.run_url, other.id, by=self.mine.record.where)
@@ -182,5 +182,5 @@ class _Observer:
     def _tell(self, other: AttemptRecord, what: str) -> None:
         if other.id not in self.told:
             self.told.add(other.id)
-            who = "the attempt" if other.scope == LABEL else "planning and setting up by"
+            who = "the attempt" if other.scope == LABEL else "the setup by"
             _log.info("%s %s %s", who, other.where, what)

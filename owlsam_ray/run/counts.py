@@ -193,7 +193,7 @@ class RunCounts:
         if self._fingerprint is not None and footer.fingerprint != self._fingerprint:
             raise corrupt_shard(shard_url(self.run_url, shard), "it has another label fingerprint")
         if footer.num_rows != self._images[place]:
-            what = f"it has {footer.num_rows} rows, and the manifest {self._images[place]} images for it"
+            what = f"it has {footer.num_rows} rows, but the manifest lists {self._images[place]} images for it"
             raise corrupt_shard(shard_url(self.run_url, shard), what)
         return footer
 

@@ -233,7 +233,7 @@ def _read_footer(url: str) -> Any:
         except pa.ArrowException as error:
             wrong = one_line(error)
     if wrong is not None:
-        raise GuardError(f"{url} is no manifest ({wrong}): restore it, or plan again in another directory")
+        raise GuardError(f"{url} is not a manifest ({wrong}): restore it, or plan again in another directory")
     return footer
 
 

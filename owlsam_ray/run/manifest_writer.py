@@ -87,7 +87,7 @@ def write_parts(
         parts.append(_write_part(run_url, itertools.chain([head], rest), parts, layout, source))
         source = {}
     if len(parts) == first:
-        raise InputError("there is no image to plan")
+        raise InputError("there are no images to plan")
     return Manifest(run_url, tuple(parts))
 
 

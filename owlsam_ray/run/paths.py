@@ -43,8 +43,8 @@ def annotations_of_run(run_url: str) -> str:
         return annotations
     if storage.exists(storage.join(run_url, RUN_FILE)):
         raise IncompleteError(
-            f"{run_url} is not reduced yet, or not to one COCO file (no coco/annotations.json): call `owlsam reduce` "
-            "first, or give FILE, the path of another one, instead of --run"
+            f"{run_url} is not reduced yet, or not to one COCO file (no coco/annotations.json): run `owlsam reduce` "
+            "first, or give the path of another COCO file as FILE, instead of --run"
         )
     raise InputError(
         f"{run_url} holds no run (neither run.json nor coco/annotations.json): give the directory of a reduced run, or "

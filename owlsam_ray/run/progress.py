@@ -96,7 +96,7 @@ class ProgressWatcher:
                 self._look(_FOOTERS_AT_ONCE)
             except (OSError, OwlsamError) as error:
                 # A failed report is not worth stopping for; the main thread gets the same error where it matters.
-                _log.warning("cannot tell the progress: %s", error)
+                _log.warning("cannot report the progress: %s", error)
                 self._stop.wait(self._interval_s)
             next_look = time.monotonic() + self._interval_s
 

@@ -59,7 +59,7 @@ def check_all_present(run_url: str, manifest: Manifest) -> None:
     if missing:
         raise IncompleteError(
             f"{len(missing)} of {manifest.num_shards} shards of {run_url} are not labelled yet (the first: "
-            f"{', '.join(str(shard) for shard in missing[:5])}): call `owlsam annotate` again"
+            f"{', '.join(str(shard) for shard in missing[:5])}): run `owlsam annotate` again"
         )
 
 
@@ -112,7 +112,7 @@ def prove_shard(
     if footer.fingerprint != rules.fingerprint:
         raise corrupt_shard(url, "it has another label fingerprint")
     if rules.numerics is not None and footer.numerics not in rules.numerics:
-        raise corrupt_shard(url, f"no attempt of the run had its numerics {footer.numerics}")
+        raise corrupt_shard(url, f"no attempt of the run used its numerics {footer.numerics}")
     if not np.array_equal(table["image_id"].to_numpy(), np.asarray(image_ids, np.int64)):
         raise corrupt_shard(url, f"its {table.num_rows} image ids are not the manifest's {len(image_ids)}")
     if not _is_clean(table, rules):
@@ -121,7 +121,7 @@ def prove_shard(
     counts = dict.fromkeys(sorted(_STATUSES), 0)
     counts |= {entry["values"]: entry["counts"] for entry in pc.value_counts(table["status"]).to_pylist()}
     if counts != footer.counts:
-        raise corrupt_shard(url, f"it holds {counts} and claims {footer.counts}")
+        raise corrupt_shard(url, f"its rows have the counts {counts}, but its footer claims {footer.counts}")
     return footer, table
 
 
@@ -221,7 +221,7 @@ def _problem(row: dict[str, Any], rules: ShardRules) -> str | None:
     if odd or row["height"] is None or row["width"] is None:
         return f"null or not finite: {', '.join(odd) or 'height or width'}"
     if any(not 0 <= index < rules.ids_per_image for index in indices) or indices != sorted(set(indices)):
-        return f"det_index {indices} does not rise within 0…{rules.ids_per_image - 1}"
+        return f"det_index {indices} is not strictly ascending within 0…{rules.ids_per_image - 1}"
     if any(not 0 <= label < rules.num_labels for label in row["label"]):
         return f"a label outside the {rules.num_labels} categories"
     if rules.num_prompts is not None and any(not 0 <= each < rules.num_prompts for each in row["prompt_id"]):
@@ -242,7 +242,7 @@ def _mask_problem(mask: dict[str, Any], height: int, width: int) -> str | None:
     counts = mask.pop("rle_counts")
     if counts is None:
         told = [name for name, value in mask.items() if value is not None]
-        return f"no mask, but its {', '.join(told)}" if told else None
+        return f"no mask, but values of {', '.join(told)}" if told else None
     odd = [name for name, value in mask.items() if not _is_finite(value)]
     if odd:
         return f"a mask with null or not finite {', '.join(odd)}"
@@ -253,7 +253,7 @@ def _mask_problem(mask: dict[str, Any], height: int, width: int) -> str | None:
     pixels, covered = int(runs.sum()), int(runs[1::2].sum())
     if (runs < 0).any() or pixels != height * width or covered != mask["mask_area"]:
         return (
-            f"a mask of {covered} among {pixels} pixels, but the picture has {height}x{width} and the stated area is "
+            f"a mask of {covered} among {pixels} pixels, but the image has {height}x{width} and the stated area is "
             f"{mask['mask_area']}"
         )
     return None

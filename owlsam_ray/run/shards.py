@@ -160,7 +160,7 @@ def _tail_bytes(end: bytes | memoryview, size: int) -> int:
     """
     length = int.from_bytes(end[-8:-4], "little") + 8
     if size < 12 or bytes(end[-4:]) != b"PAR1" or length > size - 4:
-        raise ValueError(f"{size} bytes that do not end as a Parquet file does")
+        raise ValueError(f"its {size} bytes do not end like a Parquet file")
     return length
 
 
@@ -206,7 +206,8 @@ def _parse_footer(url: str, shard: int, tail: bytes) -> ShardFooter:
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise corrupt_shard(url, f"{type(error).__name__}: {one_line(error)}") from None
     if footer.shard != shard or footer.num_rows != num_rows:
-        raise corrupt_shard(url, f"it says shard {footer.shard} with {footer.num_rows} rows, and has {num_rows}")
+        what = f"its footer states shard {footer.shard} with {footer.num_rows} rows, but it has {num_rows}"
+        raise corrupt_shard(url, what)
     return footer
 
 
@@ -221,7 +222,7 @@ def _checked_text(tail: bytes) -> bytes | None:
         return None
     start, end = places[-1]  # the last: failure reasons before it are untrusted text
     if hashlib.sha256(tail[:start] + _ZEROS.encode() + tail[end:]).hexdigest().encode() != tail[start:end]:
-        raise ValueError("the checksum of its footer does not fit")
+        raise ValueError("the checksum of its footer does not match")
     return tail[tail.rindex(b'{"schema_version"', 0, start) : end + len('"}')]
 
 
@@ -243,7 +244,7 @@ def load_shard(run_url: str, shard: int) -> tuple[ShardFooter, pa.Table]:
         raise corrupt_shard(url, str(error)) from None
     footer = _parse_footer(url, shard, data[-length:])
     if footer.data_sha256 not in (None, hashlib.sha256(memoryview(data)[:-length]).hexdigest()):
-        raise corrupt_shard(url, "the checksum of its data does not fit")
+        raise corrupt_shard(url, "the checksum of its data does not match")
     try:
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
         if not file.schema_arrow.equals(PREDICTION_SCHEMA):  # checked before any value is read
@@ -256,6 +257,6 @@ def load_shard(run_url: str, shard: int) -> tuple[ShardFooter, pa.Table]:
 def corrupt_shard(url: str, what: str) -> IncompleteError:
     """Create the error for a shard file that cannot be trusted."""
     return IncompleteError(
-        f"{url} is not a whole shard of this run ({what}). Delete or move that one file and call `owlsam annotate` "
-        "again: only its images are labelled anew."
+        f"{url} is not a whole shard of this run ({what}). Delete or move this file and run `owlsam annotate` "
+        "again: only its images are labelled again."
     )

@@ -213,10 +213,10 @@ def status_table(state: dict[str, Any]) -> Group:
     counts = Table.grid(padding=(0, 2))
     done = f"{state['done']:,} of {state['images']:,} images, {state['shards_done']:,} of {state['shards']:,} shards"
     rate = state["images_per_s"]
-    speed = "no attempt tells a rate" if rate is None else f"{rate:,.2f} images/s · ETA {duration(state['eta_s'])}"
+    speed = "rate unknown" if rate is None else f"{rate:,.2f} images/s · ETA {duration(state['eta_s'])}"
     for name, value in (
         ("done", done),
-        ("left", f"{state['left']:,} · {speed} · {state['in_hand']:,} shards in hand"),
+        ("left", f"{state['left']:,} · {speed} · {state['in_hand']:,} shards in progress"),
         ("rows", f"{state['ok']:,} ok · {state['empty']:,} empty · {state['failed']:,} failed"),
         ("failed", f"{_by_number(state['failed_by_reason'])} ({_by_number(state['failed_by_class'])})"),
         *(("quarantined", f"{each['file_name']}: {each['reason']}") for each in state["quarantined"]),

@@ -126,7 +126,7 @@ def verify_run(
         if repair:
             storage.remove_stale_temporaries(storage.join(run_url, PREDICTIONS))
     if others:
-        _log.warning("%d files in %s/%s are no shards: %s", len(others), run_url, PREDICTIONS, ", ".join(others[:5]))
+        _log.warning("%d files in %s/%s are not shards: %s", len(others), run_url, PREDICTIONS, ", ".join(others[:5]))
     _judge(run_url, summary)
     return summary
 
@@ -139,7 +139,7 @@ def _load(run_url: str) -> tuple[RunRecord, Manifest]:
             raise InputError(f"{run_url} holds no run (no {RUN_FILE})")
         return record, load_run_manifest(run_url, record)
     except GuardError as error:
-        raise IncompleteError(f"{error}. Nothing else was looked at: shards cannot be told right without it.") from None
+        raise IncompleteError(f"{error}. Nothing else was checked: shards cannot be verified without it.") from None
 
 
 def _alone(run_url: str, record: RunRecord) -> contextlib.AbstractContextManager[Any]:
@@ -183,9 +183,9 @@ def check_shards(manifest: Manifest, rules: ShardRules, shards: Sequence[int]) -
 def _check_shard(manifest: Manifest, rules: ShardRules, shard: int) -> ShardFinding:
     url = shard_url(manifest.run_url, shard)
     if shard >= manifest.num_shards:
-        return ShardFinding(shard, "bad", error=f"{url} is no shard of this run, which has {manifest.num_shards}")
+        return ShardFinding(shard, "bad", error=f"{url} is not a shard of this run, which has {manifest.num_shards}")
     if not rules.fingerprint:
-        return ShardFinding(shard, "bad", error=f"{url} was not written by this run, which labelled nothing yet")
+        return ShardFinding(shard, "bad", error=f"{url} was not written by this run, which has labelled nothing yet")
     try:
         image_ids = manifest.read_shard(shard)["image_id"].to_pylist()
         footer, _ = prove_shard(manifest.run_url, shard, image_ids, rules)
@@ -272,12 +272,12 @@ def _judge(run_url: str, summary: dict[str, Any]) -> None:
         lines.append(
             f"{summary['bad']} shard files of {run_url} cannot be trusted (the first: "
             f"{summary['bad_shards'][0]['error']}). `owlsam verify --repair` moves them aside, and `owlsam annotate` "
-            "labels the images of these shards anew, no others."
+            "then labels only the images of these shards again."
         )
     if summary["unread"]:
         lines.append(
             f"{summary['unread']} shard files could not be read (the first: {summary['unread_shards'][0]['error']}): "
-            "fix the storage and call again"
+            "fix the storage and run this again"
         )
     if lines:
         raise IncompleteError("\n  ".join(lines), summary)

@@ -91,7 +91,7 @@ def test_kills_without_a_shard_end_the_run() -> None:
     cause = machine.after(1, kills=1)
     assert cause is not None
     assert re.fullmatch(
-        r"too little memory of [\d.]+ GB: the kernel ended 20 processes in 160 s, and no shard was finished", cause
+        r"too little memory \([\d.]+ GB\): the kernel killed 20 processes in 160 s, and no shard was finished", cause
     )
 
 

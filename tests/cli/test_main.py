@@ -245,7 +245,7 @@ def test_a_corrupt_shard_is_named(
         code, _, log = call(capsys, command, str(tiny.run_file), "--run", str(run))
         assert code == 5
         assert f"{shard} is not a whole shard of this run" in log
-        assert "Delete or move that one file and call `owlsam annotate` again" in log
+        assert "Delete or move this file and run `owlsam annotate` again" in log
 
 
 @pytest.mark.slow

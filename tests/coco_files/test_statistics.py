@@ -365,7 +365,7 @@ def test_a_run_that_is_not_reduced(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no run"):
         annotations_of_run(str(tmp_path))
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(IncompleteError, match="call `owlsam reduce` first"):
+    with pytest.raises(IncompleteError, match="run `owlsam reduce` first"):
         annotations_of_run(str(tmp_path))
     (tmp_path / "coco").mkdir()
     path = _write(tmp_path / "coco" / "annotations.json", {})

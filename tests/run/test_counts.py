@@ -152,7 +152,7 @@ def test_a_file_that_goes_between_listing_and_reading_is_no_error(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("num_shards", "fingerprint", "words"),
-    [(1, "f", "the run has 1 shards"), (9, "g", "fingerprint"), (2, "f", "4 rows, and the manifest 2 images")],
+    [(1, "f", "the run has 1 shards"), (9, "g", "fingerprint"), (2, "f", "4 rows, but the manifest lists 2 images")],
 )
 def test_shards_of_another_run_are_refused(tmp_path: Path, num_shards: int, fingerprint: str, words: str) -> None:
     write(str(tmp_path), 1)

@@ -109,10 +109,10 @@ def test_other_files_at_the_new_place_are_refused(earlier: Path, tmp_path: Path)
     uris = plan_run(config).manifest.read_shard(1)["uri"].to_pylist()
     assert uris == [str(tmp_path / "mount" / name) for name in ("b/03.png", "a/04.png", "b/05.png")]
     (tmp_path / "mount" / "b" / "03.png").write_bytes(b"other")
-    with pytest.raises(GuardError, match=r"03\.png has 5 bytes, and 155 at the old place"):
+    with pytest.raises(GuardError, match=r"03\.png has 5 bytes, but 155 at its old path"):
         plan_run(config)
     shutil.rmtree(tmp_path / "mount")
-    with pytest.raises(GuardError, match="of 12 files that were looked at, 12 are missing and 0 are others"):
+    with pytest.raises(GuardError, match="of 12 sampled files, 12 are missing and 0 differ"):
         plan_run(config)
 
 
@@ -127,7 +127,7 @@ def test_sizes_that_were_planned_are_compared_where_the_old_place_is_gone(tmp_pa
     assert bounds
     assert all(uri.startswith(str(tmp_path / "new")) for uri in bounds)
     (tmp_path / "new" / "a" / "02.png").write_bytes(b"another")
-    with pytest.raises(GuardError, match=r"02\.png has 7 bytes, and 203 when it was planned"):
+    with pytest.raises(GuardError, match=r"02\.png has 7 bytes, but had 203 when it was planned"):
         plan_run(moved)
 
 
@@ -144,7 +144,7 @@ def test_members_of_tar_files_at_the_new_place(tmp_path: Path) -> None:
     assert plan_run(moved).manifest.read_shard(0)["uri"].to_pylist() == [str(tmp_path / "new" / "0.tar")]
     with (tmp_path / "new" / "0.tar").open("r+b") as file:
         file.truncate(600)
-    with pytest.raises(GuardError, match=r"0\.tar has 600 bytes, and an image that ends at 687"):
+    with pytest.raises(GuardError, match=r"0\.tar has 600 bytes, but one of its images ends at byte 687"):
         plan_run(moved)
 
 

@@ -96,7 +96,7 @@ def test_large_shards_are_proven_whole(tmp_path: Path) -> None:
     with pytest.raises(IncompleteError, match="image 150: a mask of 6 among 48 pixels"):
         prove_shard(str(tmp_path), 0, range(200), RULES)
     write(table, numerics="other")
-    with pytest.raises(IncompleteError, match="no attempt of the run had its numerics other"):
+    with pytest.raises(IncompleteError, match="no attempt of the run used its numerics other"):
         prove_shard(str(tmp_path), 0, range(200), RULES)
 
 

@@ -116,15 +116,15 @@ def damage(run: ShardRun, shard: int, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("cut", "do not end as a Parquet file"),
+        ("cut", "do not end like a Parquet file"),
         ("empty", "0 bytes"),
         ("flipped bit in the data", "checksum of its data"),
         ("flipped bit in the footer", "is not a whole shard"),
-        ("another shard", "it says shard 6"),
+        ("another shard", "its footer states shard 6"),
         ("fewer rows", "its 3 image ids are not the manifest's 4"),
         ("other order", "its 4 image ids are not the manifest's 4"),
         ("fingerprint", "another label fingerprint"),
-        ("numerics", "no attempt of the run had its numerics other"),
+        ("numerics", "no attempt of the run used its numerics other"),
         ("mask", "a mask of 6 among 48 pixels"),
         ("reason", "image 24: failed without a reason"),
     ],
@@ -173,7 +173,7 @@ def test_shards_that_do_not_exist_and_other_files(run: ShardRun) -> None:
     storage.write_atomic(shard_url(run.url, 10), storage.read_bytes(shard_url(run.url, 1)))
     storage.write_atomic(storage.join(run.url, "predictions", "notes.txt"), b"mine")
     message, summary = refused(run.url)
-    assert "no shard of this run, which has 10" in message
+    assert "not a shard of this run, which has 10" in message
     assert (summary["bad"], summary["left"], summary["other_files"]) == (1, 0, ["notes.txt"])
     summary = verify_run(run.url, repair=True)
     assert (summary["moved"], summary["left"], summary["good"]) == (1, 0, 10)
@@ -242,7 +242,7 @@ def test_a_planned_run_without_labels(tmp_path: Path) -> None:
     summary = verify_run(run.url)
     assert (summary["good"], summary["left"], summary["problems"]) == (0, 2, [])
     run.write_all([0])
-    assert "which labelled nothing yet" in refused(run.url)[0]
+    assert "which has labelled nothing yet" in refused(run.url)[0]
 
 
 def test_storage_that_gives_up_condemns_no_file(run: ShardRun, monkeypatch: pytest.MonkeyPatch) -> None:
