@@ -135,7 +135,7 @@ class Engine:
         if isinstance(self._error, OwlsamError):
             raise self._error
         if self._error is not None:
-            raise RuntimeError(f"the engine broke: {self._error}") from self._error
+            raise RuntimeError(f"the engine failed: {self._error}") from self._error
 
     def _acquire(self, permits: threading.Semaphore) -> None:
         """Wait for a permit; raise if the engine breaks."""

@@ -3,11 +3,11 @@
 import re
 
 _HEADS = (
-    (b"\xff\x0a", "a JPEG XL picture"),
-    (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture"),
-    (b"8BPS", "a Photoshop picture"),
-    (b"\x76\x2f\x31\x01", "an OpenEXR picture"),
-    (b"#?RADIANCE", "a Radiance HDR picture"),
+    (b"\xff\x0a", "a JPEG XL file"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL file"),
+    (b"8BPS", "a Photoshop file"),
+    (b"\x76\x2f\x31\x01", "an OpenEXR file"),
+    (b"#?RADIANCE", "a Radiance HDR file"),
     (b"\0\0\x01\0", "an icon"),
     (b"AT&TFORM", "a DjVu document"),
     (b"%PDF", "a PDF document"),
@@ -17,15 +17,15 @@ _HEADS = (
     (b"\0\0\x01\xba", "a video (MPEG)"),
     (b"\0\0\x01\xb3", "a video (MPEG)"),
     (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "a video (ASF)"),
-    (b"OggS", "an Ogg file, of sound or a video"),
+    (b"OggS", "an Ogg file (sound or video)"),
     (b"ID3", "a sound file"),
     (b"PK\x03\x04", "a ZIP archive"),
     (b"\x1f\x8b", "a gzip archive"),
 )
 _BRANDS = {
-    "a HEIC picture": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"),
-    "an AVIF picture that is damaged or cut": (b"avif", b"avis"),
-    "a Canon CR3 raw picture": (b"crx ",),
+    "a HEIC file": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"),
+    "an AVIF file that is damaged or truncated": (b"avif", b"avis"),
+    "a Canon CR3 raw file": (b"crx ",),
 }
 """Kinds of ISO media files by the brand in their first box; files with other brands are videos."""
 _TEXTS = (
@@ -37,7 +37,7 @@ _TEXTS = (
         re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!DOCTYPE html|html|head|body)\b", re.S | re.I),
         "an HTML page",
     ),
-    (re.compile(rb"version https://git-lfs"), "a Git LFS pointer: its file was never fetched"),
+    (re.compile(rb"version https://git-lfs"), "a Git LFS pointer whose file was never fetched"),
 )
 _LOOKED_AT = 4096
 """Bytes at the start of a file that are searched for text patterns."""

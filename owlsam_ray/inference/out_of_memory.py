@@ -37,12 +37,12 @@ def does_not_fit(setting: str, size: int, call: Callable[[int], object], *, step
     while smaller >= step:
         if unless_out_of_memory(partial(call, smaller)) is not None:
             return PreflightError(
-                f"a model call with resources.{setting} {size} runs out of GPU memory, and one with {smaller} does "
-                f"not: call again with --set resources.{setting}={smaller}. That is other numerics: a run that has "
-                "finished shards needs --allow-numerics-change as well."
+                f"a model call with resources.{setting} {size} runs out of GPU memory, but one with {smaller} does "
+                f"not: run again with --set resources.{setting}={smaller}. This changes the numerics: a run with "
+                "finished shards also needs --allow-numerics-change."
             )
         smaller = smaller // 2 // step * step
     return PreflightError(
-        f"a model call runs out of GPU memory, whatever resources.{setting} is ({size} was asked for): take a GPU with "
+        f"a model call runs out of GPU memory at any resources.{setting} ({size} was requested): use a GPU with "
         "more memory, set resources.dtype=bf16, or leave the GPU to one actor (resources.gpus_per_actor=1)."
     )

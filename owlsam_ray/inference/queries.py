@@ -118,11 +118,11 @@ def _read(exemplar: Exemplar, grey16: Grey16) -> NDArray[np.uint8]:
     Raises:
         InputError: it cannot be read, or the box exceeds it.
     """
-    name = f"vocabulary.exemplars: the picture {exemplar.image} of {shown(exemplar.category)}"
+    name = f"vocabulary.exemplars: the image {exemplar.image} of {shown(exemplar.category)}"
     try:
         data = storage.read_bytes(exemplar.image)
     except FileNotFoundError:
-        raise InputError(f"{name} is not there: a path is relative to where the command runs") from None
+        raise InputError(f"{name} does not exist: a relative path counts from the working directory") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{name} cannot be read: {error}") from None
     try:
@@ -134,7 +134,7 @@ def _read(exemplar: Exemplar, grey16: Grey16) -> NDArray[np.uint8]:
         x0, y0, x1, y1 = exemplar.box
         if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
             raise InputError(
-                f"{name} has {width} x {height} pixels when upright, and its box {list(exemplar.box)} leaves it: boxes "
-                "are [x0, y0, x1, y1] in pixels"
+                f"{name} has {width} x {height} pixels when upright, but its box {list(exemplar.box)} exceeds it: "
+                "boxes are [x0, y0, x1, y1] in pixels"
             )
     return pixels

@@ -56,7 +56,7 @@ def label_thresholds(settings: SuppressConfig, names: Sequence[str]) -> NDArray[
     unknown = [name for name in settings.thresholds if name not in set(names)]
     if unknown:
         hints = "; ".join(_hint(name, names) for name in unknown)
-        raise InputError(f"suppress.thresholds names what is no category: {hints}")
+        raise InputError(f"suppress.thresholds names unknown categories: {hints}")
     default = _default_threshold(settings)
     return np.array([settings.thresholds.get(name, default) for name in names], np.float64)
 
@@ -93,7 +93,7 @@ def suppress(
         Empty input gives empty output.
     """
     if settings.thresholds and thresholds is None:
-        raise ValueError("settings with thresholds of single categories need those of label_thresholds")
+        raise ValueError("settings with thresholds per category need the thresholds of label_thresholds")
     if settings.strategy == "none" or len(detections) == 0:
         return detections
     if thresholds is None:

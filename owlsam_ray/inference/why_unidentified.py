@@ -49,7 +49,7 @@ def _png(data: bytes) -> str:
         return f"decode_error: the checksum of the {kind} {broken.kind.decode('ascii', 'backslashreplace')} is wrong"
     depth, colour = data[24:26]
     if data[12:16] == b"IHDR" and depth not in _PNG_DEPTHS.get(colour, ()):
-        return f"decode_error: colour type {colour} with {depth} bits is no PNG"
+        return f"decode_error: a PNG of colour type {colour} with {depth} bits"
     return _damaged(PngImagePlugin.PngImageFile, data)
 
 

@@ -14,13 +14,13 @@ FTYP = b"\0\0\0\x18ftyp"
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
-        (FTYP + b"heic\0\0\0\0mif1heic", "a HEIC picture"),
-        (FTYP + b"mif1\0\0\0\0mif1heic", "a HEIC picture"),
+        (FTYP + b"heic\0\0\0\0mif1heic", "a HEIC file"),
+        (FTYP + b"mif1\0\0\0\0mif1heic", "a HEIC file"),
         (FTYP + b"isom\0\0\x02\0isomiso2", "a video (MP4 or QuickTime)"),
         (FTYP + b"qt  \0\0\x02\0qt  ", "a video (MP4 or QuickTime)"),
-        (FTYP + b"avif\0\0\0\0avifmif1", "an AVIF picture that is damaged or cut"),
-        (b"\xff\x0a\xfa\x1f\x41", "a JPEG XL picture"),
-        (b"\0\0\0\x0cJXL \r\n\x87\n\0\0", "a JPEG XL picture"),
+        (FTYP + b"avif\0\0\0\0avifmif1", "an AVIF file that is damaged or truncated"),
+        (b"\xff\x0a\xfa\x1f\x41", "a JPEG XL file"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n\0\0", "a JPEG XL file"),
         (b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- drawn -->\n<svg xmlns='x' width='5'></svg>", "an SVG drawing"),
         (b"  <svg>", "an SVG drawing"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "an HTML page"),

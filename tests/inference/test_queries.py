@@ -378,13 +378,13 @@ def test_the_model_is_loaded_once_and_only_for_exemplars(
 @pytest.mark.parametrize(
     ("name", "box", "words"),
     [
-        ("gone.png", None, "is not there: a path is relative"),
+        ("gone.png", None, "does not exist: a relative path"),
         ("folder", None, "cannot be read"),
         ("text.png", None, "cannot be decoded: not_an_image"),
         ("empty.png", None, "cannot be decoded: empty_file"),
-        ("good.png", (0, 0, 60.5, 10), "has 60 x 40 pixels when upright, and its box [0.0, 0.0, 60.5, 10.0] leaves it"),
-        ("good.png", (10, 10, 20, 41), "leaves it"),
-        ("good.png", (-1, 10, 20, 40), "leaves it"),
+        ("good.png", (0, 0, 60.5, 10), "60 x 40 pixels when upright, but its box [0.0, 0.0, 60.5, 10.0] exceeds it"),
+        ("good.png", (10, 10, 20, 41), "exceeds it"),
+        ("good.png", (-1, 10, 20, 40), "exceeds it"),
     ],
 )
 def test_exemplars_that_cannot_be_used(
@@ -396,7 +396,7 @@ def test_exemplars_that_cannot_be_used(
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError) as caught:
         embed(directory, [*text_queries(("a cat",)), exemplar_query(tmp_path / name, box)])
-    assert f"vocabulary.exemplars: the picture {tmp_path / name} of 'cat'" in str(caught.value)
+    assert f"vocabulary.exemplars: the image {tmp_path / name} of 'cat'" in str(caught.value)
     assert words in str(caught.value)
 
 

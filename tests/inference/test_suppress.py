@@ -124,7 +124,7 @@ def test_thresholds_by_default() -> None:
         plain, stated = suppress(found, settings), suppress(found, settings, thresholds=np.full(3, 0.7))
         assert plain.prompt_ids.tolist() == stated.prompt_ids.tolist()
         assert plain.scores.tolist() == stated.scores.tolist()
-    with pytest.raises(ValueError, match="need those of label_thresholds"):
+    with pytest.raises(ValueError, match="need the thresholds of label_thresholds"):
         suppress(found, config)
 
 

@@ -120,7 +120,7 @@ def in_jpeg_frame(offset: int, new: bytes) -> bytes:
         (lambda: in_jpeg_frame(7, b"\0\0"), "decode_error: 0x"),
         (lambda: in_jpeg_frame(4, b"\x0c"), "unsupported_mode: a JPEG of 12 bits"),
         (lambda: in_jpeg_frame(9, b"\2"), "unsupported_mode: a JPEG of 2 components"),
-        (lambda: png(1, 1, zlib.compress(b"\0\0"), depth=3), "decode_error: colour type 2 with 3 bits is no PNG"),
+        (lambda: png(1, 1, zlib.compress(b"\0\0"), depth=3), "decode_error: a PNG of colour type 2 with 3 bits"),
     ],
 )
 def test_whole_files_with_an_odd_header(make: Callable[[], bytes], expected: str) -> None:
