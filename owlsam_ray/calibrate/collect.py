@@ -224,8 +224,8 @@ class _Collector:
             stated = self._truth.images[truth_id].size_hw
             if stated != sizes[row]:
                 raise InputError(
-                    f"{self._truth.url}: image {truth_id} is {stated} (height, width) and {sizes[row]} in the run, so "
-                    "masks cannot be compared: calibrate on boxes (--kind box)"
+                    f"{self._truth.url}: image {truth_id} has size {stated} (height, width), but {sizes[row]} in the "
+                    "run, so masks cannot be compared: calibrate on boxes (--kind box)"
                 )
         return sizes
 
@@ -235,7 +235,7 @@ def _check_counts(counts: Counter[str], truth: GroundTruth, manifest: Manifest, 
         if counts["images_not_labelled"]:
             raise IncompleteError(
                 f"none of the {counts['images_not_labelled']} images that {truth.url} and {manifest.run_url} share is "
-                "labelled yet: call `owlsam annotate`"
+                "labelled yet: run `owlsam annotate`"
             )
         raise InputError(
             f"all {counts['images_failed']} images that {truth.url} and {manifest.run_url} share failed: name a ground "
@@ -245,17 +245,17 @@ def _check_counts(counts: Counter[str], truth: GroundTruth, manifest: Manifest, 
         raise InputError(f"no label of {manifest.run_url} has a mask in these images: calibrate on boxes (--kind box)")
     if not counts["objects"] and truth.objects and all(each.is_crowd for each in truth.objects):
         raise InputError(
-            f"all {len(truth.objects)} objects of {truth.url} are crowd regions (iscrowd), in which detections count "
-            "neither as right nor as wrong: set iscrowd to 0 where they are single objects, as the brush masks of some "
-            "tools are"
+            f"all {len(truth.objects)} objects of {truth.url} are crowd regions (iscrowd), in which detections are "
+            "neither right nor wrong: set iscrowd to 0 for single objects, such as the brush masks that some tools "
+            "export as crowds"
         )
     if not counts["detections_right"]:
         raise InputError(
-            f"none of the {counts['detections']} detections in {counts['images_used']} images finds one of the "
+            f"none of the {counts['detections']} detections in {counts['images_used']} images matches one of the "
             f"{counts['objects']} objects of {truth.url}: is it the ground truth of these images?"
         )
     for what, words in (
-        ("images_not_in_the_run", "are no images of the run"),
+        ("images_not_in_the_run", "are not in the run"),
         ("images_not_labelled", "are not labelled yet"),
         ("images_failed", "failed"),
     ):

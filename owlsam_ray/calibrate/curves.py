@@ -41,9 +41,9 @@ class Target:
     def __post_init__(self) -> None:
         """Reject targets that no data can show to be reached."""
         if self.name == "f1" and self.value is not None:
-            raise ConfigError(f"the best F1 is looked for, whatever it is: leave {self.value} out")
+            raise ConfigError(f"the best F1 takes no value: leave {self.value} out")
         if self.name != "f1" and not (self.value is not None and 0 < self.value < 1):
-            raise ConfigError(f"a {self.name} of {self.value} cannot be aimed at: give a number between 0 and 1")
+            raise ConfigError(f"a {self.name} of {self.value} is not a valid target: give a number between 0 and 1")
 
     @property
     def fewest_examples(self) -> int:

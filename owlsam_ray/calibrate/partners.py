@@ -44,12 +44,12 @@ def listed_images(manifest: Manifest, truth: GroundTruth) -> dict[int, dict[int,
     for each, partner in pairs.ids.items():
         by_shard[shards[each]][each] = partner
     if pairs.num_repeated:
-        _log.warning("%d images of the run are there twice by name: the first counts", pairs.num_repeated)
+        _log.warning("%d images of the run have the name of an earlier one: only the first counts", pairs.num_repeated)
     if not pairs.ids:
         first = next(((each, *spellings[:1]) for each, spellings in names.items()), None)
         raise InputError(
             f"none of the {len(names)} images of {truth.url} is an image of {manifest.run_url} (the ground truth's "
-            f"first: id, file_name = {first}): name the ground truth of images that the run labelled, with the "
+            f"first: id, file_name = {first}): give a ground truth of images that the run labelled, with the "
             "file names or the ids of its manifest"
         )
     return by_shard
@@ -68,7 +68,7 @@ def listed_categories(categories: Sequence[Category], truth: GroundTruth) -> lis
     )
     partners = pairs.ids
     if pairs.contradictions:
-        way_out = "give both the same names, or other ids to those that are not the run's"
+        way_out = "give both the same names, or give other ids to categories that are not the run's"
         raise InputError(
             contradiction(list(pairs.contradictions.values()), what="categories of the run", lister=truth.url,
                           way_out=way_out)
@@ -85,6 +85,6 @@ def listed_categories(categories: Sequence[Category], truth: GroundTruth) -> lis
     without = found.count(None)
     if without:
         _log.warning(
-            "%d of %d categories are not in %s: they get the threshold of a pool", without, len(found), truth.url
+            "%d of %d categories are not in %s: they get the threshold of their pool", without, len(found), truth.url
         )
     return found

@@ -59,7 +59,7 @@ def _draw_curve(axes: Axes, curve: dict[str, Any]) -> None:
     )  # fmt: skip
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
-    axes.set_ylabel("share that is right")
+    axes.set_ylabel("share of right detections")
 
 
 def _draw_scores(axes: Axes, bins: list[dict[str, Any]]) -> None:

@@ -212,22 +212,22 @@ def _tell(rows: list[dict[str, Any]], target: Target, enough: int) -> None:
     if missed:
         wanted = "any F1 above 0" if target.value is None else f"{target.name} {target.value:g}"
         _log.warning(
-            "%d of %d categories cannot be shown to reach %s, and get the threshold that comes nearest, or one that "
+            "%d of %d categories cannot be shown to reach %s: they get the threshold that comes nearest, or one that "
             "keeps nothing (`reached` is false): %s", len(missed), len(rows), wanted, _some(missed),
         )  # fmt: skip
     unshown = [row["name"] for row in rows if row["too_few_examples"]]
     if unshown:
         _log.warning(
-            "%d of these have too few examples to show it, and nothing that speaks against it (`too_few_examples`): %s",
+            "%d of these have too few examples to show it, but no evidence against it (`too_few_examples`): %s",
             len(unshown), _some(unshown),
         )  # fmt: skip
     few = [row["name"] for row in rows if row["pool"] is not None]
     if few:
-        _log.info("%d of %d categories have fewer than %d examples and borrow from others: %s",
+        _log.info("%d of %d categories have fewer than %d examples and are pooled with others: %s",
                   len(few), len(rows), enough, _some(few))  # fmt: skip
     leaning = [row["name"] for row in rows if row["reached"] and not row["reached_alone"]]
     if leaning:
-        _log.warning("%d of the %d categories that reach it do so only with what they borrow (`reached_alone` is "
+        _log.warning("%d of the %d categories that reach it do so only with pooled examples (`reached_alone` is "
                      "false): %s", len(leaning), len(rows) - len(missed), _some(leaning))  # fmt: skip
 
 

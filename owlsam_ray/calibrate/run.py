@@ -46,7 +46,7 @@ class MatchRule:
     def __post_init__(self) -> None:
         """Reject invalid values."""
         if not 0 < self.iou_threshold <= 1:
-            raise ConfigError(f"an IoU of {self.iou_threshold} is none: give one above 0, up to 1")
+            raise ConfigError(f"an IoU threshold of {self.iou_threshold} is invalid: give a number above 0, at most 1")
 
 
 def calibrate_run(
@@ -158,8 +158,8 @@ def _warn(settings: ReduceConfig) -> None:
     ):
         if matters:
             _log.warning(
-                "reduce.%s comes after the score thresholds, and makes something else of what they leave: precision "
-                "and recall hold nearly, not exactly", name,
+                "reduce.%s changes labels after the score thresholds are applied: precision and recall hold "
+                "approximately, not exactly", name,
             )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ def operating_points_table(result: dict[str, Any]) -> RenderableType:
     shown = rows if len(rows) <= MAX_CATEGORIES else [row for row in rows if not row["reached"]][:MAX_CATEGORIES]
     parts: list[RenderableType] = [_categories(result, shown)] if shown else []
     if len(shown) < len(rows):
-        parts.append(safe_text(f"{len(shown)} of {len(rows)} categories, those that miss the target: the JSON has all"))
+        line = f"shown: {len(shown)} of {len(rows)} categories, which all miss the target; the JSON has the others too"
+        parts.append(safe_text(line))
     parts += [safe_text(line) for line in _footnotes(result)]
     return Group(*parts)
 
@@ -68,15 +69,16 @@ def _footnotes(result: dict[str, Any]) -> list[str]:
     overall, rows = result["overall"], result["categories"]
     before, after = overall["before"], overall["after"]
     leaning = overall["num_reached_only_with_pool"]
-    only = f", {leaning} of them only with what they borrow" if leaning else ""
+    only = f", {leaning} of them only with pooled examples" if leaning else ""
     changes = ", ".join(f"{name} {_number(before[name])} → {_number(after[name])}" for name in ("precision", "recall"))
     lines = [
-        f"{overall['num_reached']} of {len(rows)} categories reach the target{only}. All together, in these images, "
-        f"from everything above the score floor {result['score_floor']:g} to what is above the thresholds: {changes}"
+        f"{overall['num_reached']} of {len(rows)} categories reach the target{only}. Over all categories of "
+        f"these images, from the score floor {result['score_floor']:g} to the thresholds: {changes}"
     ]
     borrowed = sum(row["pool"] is not None for row in rows)
     if borrowed:
-        lines.append(f"{borrowed} categories with fewer than {result['enough_examples']} examples borrow from others")
+        enough = result["enough_examples"]
+        lines.append(f"{borrowed} categories with fewer than {enough} examples are pooled with others")
     counts = result["counts"]
     missing = [
         f"{counts[name]} {words}"

@@ -96,10 +96,10 @@ def load_ground_truth(url: str, *, masks: bool, lvis: bool = False) -> GroundTru
     """
     tree = read_json(url)
     if not isinstance(tree, dict) or not isinstance(tree.get("images"), list):
-        raise InputError(f"{url} is no COCO file: it has no list `images`")
+        raise InputError(f"{url} is not a COCO file: it has no list `images`")
     annotations = tree.get("annotations")
     if not isinstance(annotations, list) or not annotations:
-        raise InputError(f"{url} holds no annotations: name a ground truth that has some")
+        raise InputError(f"{url} holds no annotations: give a ground truth that has some")
     images = dict(read_images(tree["images"], url))
     is_lvis = lvis or any("neg_category_ids" in image for image in tree["images"])
     categories = dict(read_categories(tree.get("categories"), url, lvis=is_lvis))
@@ -151,7 +151,7 @@ def read_images(values: list[Any], url: str) -> Iterator[tuple[int, EvaluatedIma
     for where, image in named_entries(values, "images", url):
         image_id = image.get("id")
         if not is_id(image_id) or image_id in seen:
-            raise InputError(f"{where} has the id {shown(image_id)}, which is no integer or is given twice")
+            raise InputError(f"{where} has the id {shown(image_id)}, which is not an integer or is used twice")
         seen.add(image_id)
         yield (
             image_id,
@@ -176,7 +176,7 @@ def read_categories(values: Any, url: str, *, lvis: bool) -> Iterator[tuple[int,
     for where, category in named_entries(values, "categories", url):
         category_id, name, group = category.get("id"), category.get("name"), category.get("supercategory")
         if not is_id(category_id) or category_id in seen:
-            raise InputError(f"{where} has the id {shown(category_id)}, which is no integer or is given twice")
+            raise InputError(f"{where} has the id {shown(category_id)}, which is not an integer or is used twice")
         if not isinstance(name, str):
             raise InputError(f"{where} (id {category_id}) has no name")
         frequency = category.get("frequency") if lvis else None
@@ -214,11 +214,11 @@ def check_ids(
     """
     image_id, category_id = entry.get("image_id"), entry.get("category_id")
     if not is_id(image_id) or (images is not None and image_id not in images):
-        raise InputError(f"{where} is of image {shown(image_id)}, which {image_lister} does not list")
+        raise InputError(f"{where} has image {shown(image_id)}, which {image_lister} does not list")
     if not is_id(category_id) or category_id not in categories:
         name = names.get(category_id) if names and is_id(category_id) else None
         called = f" ({shown(name)})" if name else ""
-        raise InputError(f"{where} is of category {shown(category_id)}{called}, which {lister} does not list{hint}")
+        raise InputError(f"{where} has category {shown(category_id)}{called}, which {lister} does not list{hint}")
 
 
 def is_id(value: object) -> TypeGuard[int]:
@@ -295,6 +295,6 @@ def _warn_of_missing_masks(url: str, annotations: list[dict[str, Any]], objects:
     without = [entry.get("id") for entry, each in zip(annotations, objects, strict=True) if each.rle is None]
     if without:
         _log.warning(
-            "%s: the segmentations of %d of %d annotations draw nothing (the first is id %r): boxes count, masks do "
-            "without them", url, len(without), len(objects), without[0],
+            "%s: the segmentations of %d of %d annotations are empty (the first: id %r): their boxes count, but "
+            "masks are evaluated without them", url, len(without), len(objects), without[0],
         )  # fmt: skip

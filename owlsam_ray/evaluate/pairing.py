@@ -65,11 +65,11 @@ def pair_images(
     if pairs.by_end:
         their_id, our_id = pairs.by_end[0]
         _log.warning(
-            "%d %s go by the ends of their names: the ground truth has other folders (%s against %s)",
+            "%d %s are matched by the ends of their names: the ground truth has other folders (%s against %s)",
             len(pairs.by_end), what, shown(theirs[their_id][0]), shown(ours[our_id][0]),
         )  # fmt: skip
     if any(their_id != our_id for their_id, our_id in pairs.ids.items()):
-        _log.info("%s go by their names: the ids are not the ground truth's", what)
+        _log.info("%s are matched by name: their ids are not the ground truth's", what)
     else:
         pairs.pair_ids()
         if same := pairs.contradictions():
@@ -84,7 +84,7 @@ def pair_images(
             for name, others in unclear[:_EXAMPLES]
         )
         raise InputError(
-            f"{what} and the images of {lister} go by their names, and {len(unclear)} names fit several images "
+            f"{what} and the images of {lister} are matched by name, but {len(unclear)} names fit several images "
             f"({examples}): give the names with their folders in both"
         )
     return ImagePairs(pairs.ids, pairs.num_repeated)
@@ -258,8 +258,8 @@ def contradiction(same_ids: Sequence[tuple[int, str, str]], *, what: str, lister
         f"id {each}: {shown(theirs, 80)} against {shown(ours, 80)}" for each, theirs, ours in same_ids[:_EXAMPLES]
     )
     return (
-        f"{len(same_ids)} {what} have the ids of others in {lister}, under other names ({examples}), so neither tells "
-        f"which is which: {way_out}"
+        f"{len(same_ids)} {what} have ids that {lister} lists under other names ({examples}), so neither ids nor names "
+        f"can be trusted: {way_out}"
     )
 
 
@@ -286,7 +286,7 @@ def pair_categories(theirs: Mapping[int, str], ours: Mapping[int, str], *, what:
     """
     found = by_name(theirs, {each: (name,) for each, name in ours.items()}, fold=fold_category)
     if any(their_id != our_id for their_id, our_id in found.items()):
-        _log.info("%s go by their names: the ids are not the ground truth's", what)
+        _log.info("%s are matched by name: their ids are not the ground truth's", what)
         return CategoryPairs(found)
     same = [each for each in theirs if each not in found and each in ours]
     unnamed = {each: each for each in same if not (theirs[each].strip() and ours[each].strip())}

@@ -113,12 +113,12 @@ def load_predictions(
     )
     image_ids = {theirs: ours for theirs, ours in pairs.ids.items() if theirs in images}
     if pairs.num_repeated:
-        _log.warning("%d images of %s are there twice by name: the first counts", pairs.num_repeated, url)
+        _log.warning("%d images of %s have the name of an earlier one: only the first counts", pairs.num_repeated, url)
     if not pairs.ids:
         raise InputError(
             f"none of the {len(images)} images of {url} is one of the {len(truth.images)} of {truth.url} "
             f"({_first(images)} against {_first({each: image.names for each, image in truth.images.items()})}): "
-            "name the ground truth of these images, with their file names or ids"
+            "give the ground truth of these images, with their file names or ids"
         )
     ids = _ids_of(tree, url, truth, image_ids, images, mapping)
     regions = _regions(tree["annotations"], url, "annotations", truth, ids, masks=masks, by_box=False)
@@ -157,13 +157,13 @@ def _results(
         first, here = next(iter(strangers)), next(iter(truth.images), None)
         raise InputError(
             f"none of the {len(strangers)} images of {url} is one of the {len(truth.images)} of {truth.url} (the first "
-            f"ids: {first} against {here}): name the ground truth that the results are of, as results have only ids"
+            f"ids: {first} against {here}): give the ground truth of these results, which have only ids"
         )
     without = len(truth.images.keys() - {entry["image_id"] for entry in results})
     if without:
         _log.warning(
-            "%d of the ground truth's %d images have no result in %s, and count as images in which nothing was found: "
-            "a list of results does not tell which images were looked at", without, len(truth.images), url,
+            "%d of the ground truth's %d images have no result in %s, and count as images without detections: a list "
+            "of results does not say which images were processed", without, len(truth.images), url,
         )  # fmt: skip
     return Predictions(
         url, regions, num_images_left_out=len(strangers), num_left_out=strangers.total(), translation=translated

@@ -42,9 +42,9 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     annotations = storage.join(run_url, COCO_FOLDER, ANNOTATIONS)
     if record.fingerprint is None or not storage.exists(annotations):
         raise IncompleteError(
-            f"{run_url} is not reduced yet, or not to one COCO file (no coco/annotations.json): call `owlsam reduce` "
-            "first, without reduce.out and reduce.images_per_file. Other files go without a run: --ground-truth, "
-            "--predictions"
+            f"{run_url} is not reduced yet, or not to one COCO file (no coco/annotations.json): run `owlsam reduce` "
+            "first, without reduce.out and reduce.images_per_file. To evaluate other files, give --ground-truth and "
+            "--predictions without a run"
         )
     truth = load_ground_truth(_ground_truth_url(config), masks=True)
     predictions = load_predictions(
@@ -117,7 +117,7 @@ def _provenance(predictions: Predictions, record: RunRecord) -> dict[str, Any]:
     """
     provenance = predictions.info.get("owlsam_ray")
     if not isinstance(provenance, dict) or provenance.get("fingerprint") != record.fingerprint:
-        raise IncompleteError(f"{predictions.url} is not of this run's labels: call `owlsam reduce` again")
+        raise IncompleteError(f"{predictions.url} was not made from this run's labels: run `owlsam reduce` again")
     return provenance
 
 
@@ -174,7 +174,7 @@ def _warn(truth: GroundTruth, predictions: Predictions, num_listed: int) -> None
         _log.warning("none of the %d images that are scored has an object: recall and AP are null", len(truth.images))
     elif all(each.is_crowd for each in truth.objects):
         _log.warning(
-            "all %d objects of %s are crowd regions (iscrowd), in which predictions count neither as right nor as "
-            "wrong: recall and AP are null. Brush masks of some tools are exported so; set their iscrowd to 0",
+            "all %d objects of %s are crowd regions (iscrowd), in which predictions are neither right nor wrong: "
+            "recall and AP are null. Some tools export brush masks as crowds: set their iscrowd to 0",
             len(truth.objects), truth.url,
         )  # fmt: skip

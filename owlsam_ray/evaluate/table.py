@@ -110,7 +110,7 @@ def _mapping(mapping: dict[str, Any]) -> str:
     without = len(mapping["categories_without_counterpart"])
     return (
         f"{mapping['name']}: {mapping['predictions_left_out']} predictions left out, of categories without a "
-        f"counterpart; {without} of the ground truth's categories have none, and the row (mapped) is without them"
+        f"counterpart; {without} of the ground truth's categories have none, and the row (mapped) leaves them out"
     )
 
 

@@ -63,7 +63,7 @@ class Translation:
             )  # fmt: skip
         if self.left_out:
             _log.warning(
-                "%s: %d of %d predictions of %s are left out, of %d categories without a counterpart: %s",
+                "%s: %d of %d predictions of %s are left out, because their %d categories have no counterpart: %s",
                 self.name, self.left_out.total(), self.left_out.total() + num_kept, url, len(self.left_out),
                 _some([f"{shown(name)} ({count})" for name, count in self.left_out.most_common(_NAMED + 1)]),
             )  # fmt: skip
@@ -102,14 +102,14 @@ def translation(
         lister, hint = "the file", ""
         if not _all_of(listed, mapping.source) and listed.items() <= names.items():
             raise InputError(
-                f"evaluate.mapping is {name}, and the categories of {url} are the ground truth's already, not those of "
+                f"evaluate.mapping is {name}, but the categories of {url} are the ground truth's already, not those of "
                 f"{start}: leave the mapping out (null)"
             )
     way_out = _way_out(_likely_list(listed), names)
     if fault := _misfit(names, end):
-        raise InputError(f"evaluate.mapping {name} leads to categories of {end}, and {truth.url} has {fault}{way_out}")
+        raise InputError(f"evaluate.mapping {name} leads to categories of {end}, but {truth.url} has {fault}{way_out}")
     if fault := _misfit(listed, start):
-        raise InputError(f"evaluate.mapping {name} starts from categories of {start}, and {url} has {fault}{way_out}")
+        raise InputError(f"evaluate.mapping {name} starts from categories of {start}, but {url} has {fault}{way_out}")
     to_truth = _partners({each.id: each.name for each in mapping.target}, {each: (of,) for each, of in names.items()})
     to_source = _partners(listed, {each.id: each.spellings for each in mapping.source})
     ids = {}

@@ -306,7 +306,7 @@ def test_too_few_examples_are_told_from_a_target_that_is_missed(
     )  # fmt: skip
     row = result["categories"][0]
     assert (row["reached"], row["too_few_examples"]) == (False, too_few)
-    assert ("have too few examples to show it, and nothing that speaks against it" in caplog.text) == too_few
+    assert ("have too few examples to show it, but no evidence against it" in caplog.text) == too_few
     named = {"name": target.name, "value": target.value, "shape": "box", "iou_threshold": 0.5}
     counts = {"images_used": 1, "objects": 1, "detections": 1, "images_not_in_the_run": 0, "images_not_labelled": 0}
     table = operating_points_table(

@@ -104,7 +104,7 @@ def test_a_labelled_subset(small: SmallRun, caplog: pytest.LogCaptureFixture) ->
     assert (counts["images_not_labelled"], counts["images_not_in_the_run"]) == (8, 1)
     assert seen == [(0, 1), (1, 1)]
     for words in ("8 of the ground truth's 17 images are not labelled yet", "1 of the ground truth's 17 images failed",
-                  "1 of the ground truth's 17 images are no images of the run"):  # fmt: skip
+                  "1 of the ground truth's 17 images are not in the run"):  # fmt: skip
         assert words in caplog.text
     found = {each["image_id"] for each in part["annotations"]}
     expected = [image for number, image in enumerate(images[:SHARD]) if number != FAILED]
@@ -124,15 +124,17 @@ def test_names_without_folders_and_other_ids(small: SmallRun, caplog: pytest.Log
     }
     result = calibrate_run(small.config(), Target(), small.write_truth("turned.json", **parts), fitting=QUICK)
     assert (result["categories"], result["counts"]) == (expected["categories"], expected["counts"])
-    assert f"{IMAGES} images of {small.run} go by the ends of their names" in caplog.text
+    assert f"{IMAGES} images of {small.run} are matched by the ends of their names" in caplog.text
 
 
 def test_names_and_ids_that_contradict_each_other_are_refused(small: SmallRun) -> None:
     images = [image | {"file_name": f"frame{image['id']}.jpg"} for image in small.truth["images"]]
-    with pytest.raises(InputError, match=rf"{IMAGES} images of .* have the ids of others in .*against 'frame"):
+    words = rf"{IMAGES} images of .* have ids that .* lists under other names .*against 'frame"
+    with pytest.raises(InputError, match=words):
         calibrate_run(small.config(), Target(), small.write_truth("a.json", images=images))
     categories = [{"id": 3, "name": "cat"}, {"id": 9, "name": "horse"}]
-    with pytest.raises(InputError, match=r"1 categories of the run have the ids of others in .*'dog' against 'horse'"):
+    words = r"1 categories of the run have ids that .* lists under other names .*'dog' against 'horse'"
+    with pytest.raises(InputError, match=words):
         calibrate_run(small.config(), Target(), small.write_truth("b.json", categories=categories))
 
 
@@ -198,16 +200,16 @@ def test_the_table(small: SmallRun) -> None:
     owl = result["categories"][2]
     assert (owl["num_kept"], owl["num_right"], owl["reached"], owl["precision"]) == (0, 0, False, None)
     assert "not reached, with all categories" in text
-    assert "2 of 3 categories reach the target. All" in text
+    assert "2 of 3 categories reach the target. Over all" in text
     result["categories"][2] |= {"reached": True, "reached_alone": False}
     result["overall"] |= {"num_reached": 3, "num_reached_only_with_pool": 1}
     console.print(operating_points_table(result))
     text = console.export_text()
     assert "only with all categories" in text
-    assert "3 of 3 categories reach the target, 1 of them only with what they borrow. All" in text
+    assert "3 of 3 categories reach the target, 1 of them only with pooled examples. Over all" in text
     rows = [result["categories"][0] | {"name": f"[b]{number}", "reached": number % 2 == 0} for number in range(200)]
     console.print(operating_points_table(result | {"categories": rows}))
-    assert "60 of 200 categories, those that miss the target" in console.export_text()
+    assert "60 of 200 categories, which all miss the target" in console.export_text()
 
 
 def test_bad_inputs(small: SmallRun, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_ids_of_another_list_under_names_of_both(tmp_path: Path, coco_mini: dict
 def test_without_a_mapping_the_one_that_fits_is_named(tmp_path: Path, coco_mini: dict[str, Any]) -> None:
     found = coco_file(coco_mini, lvis_categories(), {3: 207})
     words = (
-        r"annotations\[0\] is of category 207 \('car_\(automobile\)'\), which the ground truth does not list: its "
+        r"annotations\[0\] has category 207 \('car_\(automobile\)'\), which the ground truth does not list: its "
         r"categories are another dataset's, set evaluate\.mapping to lvis_to_coco$"
     )
     with pytest.raises(InputError, match=words):
@@ -288,12 +288,12 @@ def test_mappings_that_do_not_fit_are_refused(tmp_path: Path, coco_mini: dict[st
     with pytest.raises(InputError, match=r"starts from categories of lvis, and .*dt\.json has none of them"):
         evaluate(tmp_path, coco_mini, other, "lvis_to_coco")
     result = {"image_id": coco_mini["images"][0]["id"], "bbox": [1, 1, 9, 9], "score": 0.5}
-    with pytest.raises(InputError, match=r"\[0\] is of category 1204, which lvis's list does not list$"):
+    with pytest.raises(InputError, match=r"\[0\] has category 1204, which lvis's list does not list$"):
         evaluate(tmp_path, coco_mini, [result | {"category_id": 1204}], "lvis_to_coco")
     with pytest.raises(InputError, match=r"category 366, .* does not list: the mapping that fits is lvis_to_coco$"):
         evaluate(tmp_path, coco_mini, [result | {"category_id": 366}], "objects365_to_coco")
     listed = found | {"categories": lvis_categories(), "annotations": [result | {"category_id": 1204}]}
-    with pytest.raises(InputError, match=r"annotations\[0\] is of category 1204, which the file does not list"):
+    with pytest.raises(InputError, match=r"annotations\[0\] has category 1204, which the file does not list"):
         evaluate(tmp_path, coco_mini, listed, "lvis_to_coco")
 
 

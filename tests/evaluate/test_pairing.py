@@ -46,13 +46,13 @@ def test_ids_that_names_contradict_are_refused_with_three_examples() -> None:
     theirs = {each: f"photo_{each}.jpg" for each in range(1, 6)}
     ours = {each: f"frame_{each}.jpg" for each in range(1, 6)}
     words = (
-        r"^5 images of found.json have the ids of others in truth.json, under other names "
+        r"^5 images of found.json have ids that truth.json lists under other names "
         r"\(id 1: 'photo_1.jpg' against 'frame_1.jpg'; id 2: .*; id 3: 'photo_3.jpg' against "
-        r"'frame_3.jpg'\), so neither tells"
+        r"'frame_3.jpg'\), so neither ids nor names"
     )
     with pytest.raises(InputError, match=words):
         pair(theirs, ours)
-    with pytest.raises(InputError, match=r"1 images of found\.json have the ids"):  # one agrees in both, one does not
+    with pytest.raises(InputError, match=r"1 images of found\.json have ids"):  # one agrees in both, one does not
         pair({1: "a.png", 2: "b.png"}, {1: "a.png", 2: "c.png"})
     with pytest.raises(InputError, match=r"id 1: 'cam3/0\.png' against 'cam2/0\.png'"):
         pair({5: "cam1/0.png", 1: "cam3/0.png"}, {1: "cam2/0.png"})
@@ -69,7 +69,7 @@ def test_names_that_fit_several_images_are_refused() -> None:
 
 def test_other_folders_are_told(caplog: pytest.LogCaptureFixture) -> None:
     pair({1: "val/a.png", 2: "val/b.png"}, {1: "a.png", 2: "b.png"})
-    assert "2 images of found.json go by the ends of their names" in caplog.text
+    assert "2 images of found.json are matched by the ends of their names" in caplog.text
     assert "other folders ('val/a.png' against 'a.png')" in caplog.text
 
 
@@ -91,7 +91,7 @@ def test_one_image_may_have_several_spellings() -> None:
 def test_categories_go_by_name_and_unnamed_ones_by_id(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     assert pair_categories({1: "Traffic_light", 2: "dog"}, {1: "cat", 8: "traffic light"}, what="").ids == {1: 8}
-    assert "go by their names: the ids are not the ground truth's" in caplog.text
+    assert "are matched by name: their ids are not the ground truth's" in caplog.text
     assert pair_categories({1: "", 2: "dog"}, {1: "cat", 2: "dog"}, what="").ids == {1: 1, 2: 2}
     found = pair_categories({1: "cat", 3: "quadcopter", 9: "owl"}, {1: "cat", 3: "airplane"}, what="")
     assert (found.ids, found.contradictions) == ({1: 1}, {3: (3, "quadcopter", "airplane")})

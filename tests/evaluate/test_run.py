@@ -224,7 +224,7 @@ def test_ids_may_differ_where_names_agree(run_file: Path, capsys: pytest.Capture
     truth.write_text(json.dumps(tree))
     code, summary, log = call(capsys, str(run_file), "--set", f"evaluate.ground_truth={truth}")
     assert (code, summary["box"]["AP"]) == (0, 1.0)
-    assert "go by their names" in log
+    assert "are matched by name" in log
 
     tree["categories"][0]["name"] = "puma"
     truth.write_text(json.dumps(tree))
@@ -294,7 +294,7 @@ def test_a_run_that_is_not_ready(run_file: Path, capsys: pytest.CaptureFixture[s
     tree = json.loads(annotations.read_text())
     tree["info"]["owlsam_ray"]["fingerprint"] = "other"
     annotations.write_text(json.dumps(tree))
-    with pytest.raises(IncompleteError, match="not of this run's labels: call `owlsam reduce` again"):
+    with pytest.raises(IncompleteError, match="not made from this run's labels: run `owlsam reduce` again"):
         evaluate_run(config)
     annotations.write_text(annotations.read_text()[:-40])
     with pytest.raises(InputError, match="not valid JSON"):
@@ -306,7 +306,7 @@ def test_no_ground_truth(run_file: Path, tmp_path: Path) -> None:
     truth = tmp_path / "data" / "instances.json"
     tree = json.loads(truth.read_text())
     truth.write_text(json.dumps(tree | {"annotations": []}))
-    with pytest.raises(InputError, match="holds no annotations: name a ground truth"):
+    with pytest.raises(InputError, match="holds no annotations: give a ground truth"):
         evaluate_run(config)
     folder = config.data.model_copy(update={"source": "folder", "annotations": None})
     with pytest.raises(InputError, match=r"no ground truth: set evaluate\.ground_truth"):
@@ -346,8 +346,8 @@ def evaluate(tmp_path: Path, truth: Any, results: Any, kind: str = "bbox", **opt
             [FOUND | {"image_id": 7}],
             r"none of the 1 images of .*dt\.json is one of the 1 of .*\(the first ids: 7 against 1\)",
         ),
-        ([FOUND | {"image_id": "1"}], r"\[0\] is of image '1'"),
-        ([FOUND | {"category_id": 8}], r"\[0\] is of category 8, which the ground truth does not list"),
+        ([FOUND | {"image_id": "1"}], r"\[0\] has image '1'"),
+        ([FOUND | {"category_id": 8}], r"\[0\] has category 8, which the ground truth does not list"),
         ([FOUND | {"score": math.nan}], r"\[0\]: score nan is not a finite number"),
         ([{key: FOUND[key] for key in FOUND if key != "score"}], r"\[0\]: score None"),
         ([FOUND | {"bbox": [1, 1, math.inf, 1]}], r"\[0\]: bbox \[1, 1, inf, 1\] is not four finite numbers"),
@@ -355,7 +355,7 @@ def evaluate(tmp_path: Path, truth: Any, results: Any, kind: str = "bbox", **opt
         ([FOUND | {"bbox": [1, 1]}], r"\[0\]: bbox \[1, 1\] is not four"),
         ([FOUND | {"bbox": None}], r"\[0\]: neither bbox nor segmentation"),
         (TRUTH, r"annotations\[0\]: score None is not a finite number, and every prediction needs one"),
-        (TRUTH | {"categories": [{"id": 5, "name": "dog"}]}, r"annotations\[0\] is of category 1"),
+        (TRUTH | {"categories": [{"id": 5, "name": "dog"}]}, r"annotations\[0\] has category 1"),
     ],
 )
 def test_bad_predictions_are_named(tmp_path: Path, change: Any, words: str) -> None:
@@ -457,7 +457,7 @@ def test_an_object_of_which_nothing_is_drawn_counts_for_boxes_only(
     assert masks["groups"]["all"]["all"]["num_false"] == 1
     assert (masks["counts"]["objects"], masks["counts"]["annotations_without_mask"]) == (2, 1)
     (warning,) = caplog.messages
-    assert "gt.json: the segmentations of 1 of 2 annotations draw nothing (the first is id 7)" in warning
+    assert "gt.json: the segmentations of 1 of 2 annotations are empty (the first: id 7)" in warning
     caplog.clear()
     evaluate(tmp_path, truth | {"annotations": [TRUTH["annotations"][0], second, other]}, found, "segm", lvis=lvis)
     assert len(caplog.messages) == 1
@@ -474,7 +474,7 @@ def test_a_run_whose_ground_truth_lacks_an_outline(run_file: Path, caplog: pytes
     assert (evaluation["box"]["AP"], evaluation["counts"]["objects"]) == (1.0, NUM_IMAGES)
     assert (row["num_objects"], row["num_matched"], row["num_false"]) == (NUM_IMAGES - 1, NUM_IMAGES - 1, 1)
     assert evaluation["counts"]["annotations_without_mask"] == 1
-    assert sum("draw nothing (the first is id 1)" in message for message in caplog.messages) == 1
+    assert sum("are empty (the first: id 1)" in message for message in caplog.messages) == 1
 
 
 @pytest.mark.parametrize("results", ["bare", "listed"])
@@ -551,7 +551,10 @@ def test_a_category_under_the_id_of_another_one_is_refused(tmp_path: Path) -> No
         "categories": others,
         "annotations": [FOUND | {"category_id": each} for each in (1, 2, 3, 4)],
     }
-    words = r"4 categories of .*dt\.json have the ids of others in .*id 1: 'cat' against 'dog'; .*; id 3: 'cow'"
+    words = (
+        r"4 categories of .*dt\.json have ids that .* lists under other names "
+        r".*id 1: 'cat' against 'dog'; .*; id 3: 'cow'"
+    )
     with pytest.raises(InputError, match=words):
         evaluate(tmp_path, truth, found)
     # What nothing was found of does no harm.
