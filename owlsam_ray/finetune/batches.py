@@ -150,7 +150,7 @@ class SampleReader:
             except ImageError as error:
                 if error.failure_class is not FailureClass.TRANSIENT:
                     raise
-                _log.debug("image %d is tried again in %g s: %s", self.images.image_ids[index], pause, error.reason)
+                _log.debug("retrying image %d in %g s: %s", self.images.image_ids[index], pause, error.reason)
             time.sleep(pause)
         return self.images.load(index, masks=self._masks)
 
@@ -173,8 +173,8 @@ class SampleReader:
                 self.failures[error.reason.split(":")[0]] += 1
         if self._in_a_row >= _OUTAGE:
             raise IncompleteError(
-                f"storage gave none of {self._in_a_row} {self._split} images in a row ({error.reason}): "
-                "when it is back, the same command goes on at the last checkpoint"
+                f"storage failed for {self._in_a_row} {self._split} images in a row ({error.reason}): "
+                "once it works again, the same command continues from the last checkpoint"
             )
         if is_new:
             for_now = " for now" if transient else ""
@@ -255,8 +255,8 @@ def _replacement(plan: BatchPlan, reader: SampleReader, place: int) -> Sample:
         if sample is not None:
             return sample
     raise IncompleteError(
-        f"not one of the {plan.num_images} training images could be read just now ({dict(reader.failures)}): when "
-        "storage is back, the same command goes on at the last checkpoint"
+        f"none of the {plan.num_images} training images can be read for now ({dict(reader.failures)}): once storage "
+        "works again, the same command continues from the last checkpoint"
     )
 
 

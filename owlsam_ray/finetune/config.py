@@ -54,7 +54,7 @@ class DrawnDataset(Section):
     @classmethod
     def _directory_is_local(cls, value: str) -> str:
         if "://" in value:
-            raise ValueError("pictures are drawn into a local directory")
+            raise ValueError("data.drawn.directory must be a local directory")
         return value
 
 
@@ -174,7 +174,7 @@ class FinetuneConfig(Section):
     @model_validator(mode="after")
     def _one_model(self) -> Self:
         if (self.detector is None) == (self.segmenter is None):
-            raise ValueError("a training needs either a section detector or a section segmenter")
+            raise ValueError("a training needs either a section `detector` or a section `segmenter`")
         return self
 
     @model_validator(mode="after")

@@ -82,7 +82,7 @@ class DetectorTraining(Section):
     @model_validator(mode="after")
     def _one_start(self) -> Self:
         if (self.weights is None) == (self.architecture is None):
-            raise ValueError("detector needs either weights (to go on with) or architecture (to start from nothing)")
+            raise ValueError("detector needs either weights (to start from) or architecture (for random weights)")
         check_template(self.template)
         return self
 

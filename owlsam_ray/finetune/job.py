@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 _PATIENCE_S = 4 * 3600
 """How long workers wait for the first one while it validates."""
-_ADVICE = "Most often memory is short: give the job more, or lower resources.workers or data.cache_mb."
+_ADVICE = "Usually memory is short: give the job more, or lower resources.workers or data.cache_mb."
 
 
 def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
@@ -61,9 +61,9 @@ def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None]
         OwlsamError: see `errors` for the kinds and their exit codes.
     """
     if config.out is None:
-        raise ConfigError("no directory for the training: set `out:` in its file, or give --out DIR")
+        raise ConfigError("no output directory: set `out:` in the job file, or give --out DIR")
     if config.out.startswith("memory:"):
-        raise PreflightError(f"{config.out} lives in one process, and Ray's workers are others: use a disk or a bucket")
+        raise PreflightError(f"{config.out} exists only in this process, not in Ray's workers: use a disk or a bucket")
     store = TrainingStore(config.out)
     cleaning = _check(config, store)
     kept = store.checkpoints()
@@ -154,7 +154,7 @@ def make_task(config: FinetuneConfig, training: TrainingImages) -> Task:
     elif config.segmenter is not None:
         task = SegmenterTask(config.segmenter, seed=seed)
     else:
-        raise ConfigError("a training needs either a section detector or a section segmenter")
+        raise ConfigError("a training needs either a section `detector` or a section `segmenter`")
     if not any(parameter.requires_grad for parameter in task.module.parameters()):
         raise ConfigError("every part of the model is frozen: leave out one of detector.frozen")
     return task
@@ -265,7 +265,7 @@ def _told(error: BaseException) -> tuple[OwlsamError, bool]:
     # When one worker is lost, the others report a broken connection.
     lost = isinstance(error, PreemptionError) or any(isinstance(failure, RayError) for failure in failures)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    told = IncompleteError(f"the training broke off ({lines[-1]}); the same command goes on at the last checkpoint")
+    told = IncompleteError(f"the training failed ({lines[-1]}); the same command continues from the last checkpoint")
     return told, lost
 
 
@@ -275,7 +275,7 @@ def _ray(config: FinetuneConfig, losses: LossCount) -> Iterator[None]:
     try:
         ours = start_ray(config.resources, level=config.logging.level)
     except SystemExit:
-        raise InterruptedRunError("interrupted while Ray was starting; call the same command again") from None
+        raise InterruptedRunError("interrupted while Ray was starting; run the same command again") from None
     in_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
     before = {number: signal.signal(number, interrupt) for number in numbers}
@@ -285,7 +285,7 @@ def _ray(config: FinetuneConfig, losses: LossCount) -> Iterator[None]:
     # While it works, Ray Train has its own SIGINT handler, which exits by `sys.exit(0)`.
     except (KeyboardInterrupt, SystemExit):
         raise InterruptedRunError(
-            "interrupted: the same command goes on at the last checkpoint (every checkpoint.every steps)"
+            "interrupted: the same command continues from the last checkpoint (one every checkpoint.every steps)"
         ) from None
     finally:
         losses.clear()  # Ray stops here on purpose: not a loss

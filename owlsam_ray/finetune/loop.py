@@ -308,8 +308,8 @@ class _Training:
         dist.all_gather_object(steps, self.step)
         if len(set(steps)) > 1:
             raise IncompleteError(
-                f"the workers found checkpoints of different steps ({steps}) in {self.store.url}: it must be a place "
-                "that all of them share"
+                f"the workers found checkpoints of different steps ({steps}) in {self.store.url}: choose a directory "
+                "that all workers share"
             )
 
     def _tell(self, line: dict[str, Any], board: "_Board | None") -> None:
@@ -422,6 +422,6 @@ def _mean(lines: list[dict[str, float]]) -> dict[str, float]:
 def _not_finite(what: str, step: int, batches: list[dict[str, Any]]) -> str:
     ids = [image_id for batch in batches for image_id in batch["image_ids"]]
     return (
-        f"the {what} of step {step + 1} is not finite; its images were {ids}. Look at those, lower optimizer.lr, "
-        "or set optimizer.dtype to fp32; the checkpoints before are kept"
+        f"the {what} of step {step + 1} is not finite; its images were {ids}. Check these images, lower "
+        "optimizer.lr, or set optimizer.dtype to fp32; earlier checkpoints are kept"
     )

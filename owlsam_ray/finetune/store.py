@@ -63,11 +63,11 @@ class TrainingStore:
         changed = differing_fields(ours, theirs)
         if changed:
             raise GuardError(
-                f"{self.url} holds a training with other settings or data; go on with those, or choose another "
+                f"{self.url} holds a training with other settings or data; continue with those, or choose another "
                 "--out:\n  " + "\n  ".join(changed)
             )
         if stored.get("versions") != record.get("versions"):
-            _log.warning("other library versions than before: the last digits may differ from here on")
+            _log.warning("library versions have changed: the last digits may differ from here on")
 
     def read_record(self) -> dict[str, Any]:
         """Read what `guard` wrote; empty when there is nothing.
@@ -114,8 +114,8 @@ class TrainingStore:
             kept = self.checkpoints()
             raise IncompleteError(
                 f"cannot save {what} in {self.url}: {cause.strerror or cause}. "
-                + (f"The checkpoint of step {kept[-1]} is whole. " if kept else "")
-                + "Free space or fix the permissions, then call the same command again."
+                + (f"The checkpoint of step {kept[-1]} is intact. " if kept else "")
+                + "Free space or fix the permissions, then run the same command again."
             ) from error
 
     def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
@@ -133,7 +133,7 @@ class TrainingStore:
                 continue  # another process has just replaced it by a newer one
             except OSError as error:
                 raise IncompleteError(
-                    f"cannot read the checkpoint of step {step} in {self.url}: {error}. Call the same command again."
+                    f"cannot read the checkpoint of step {step} in {self.url}: {error}. Run the same command again."
                 ) from error
             try:
                 state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -258,7 +258,8 @@ def test_an_image_that_storage_did_not_give_is_asked_for_again(
 def test_storage_that_is_down_ends_the_training_instead_of_holding_it_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for count, words in ((3, "not one of the 3 training images"), (60, r"gave none of \d+ training images in a row")):
+    in_a_row = r"storage failed for \d+ training images in a row"
+    for count, words in ((3, "none of the 3 training images"), (60, in_a_row)):
         images = make_images(tmp_path / str(count), count)
         with monkeypatch.context() as patch:
             tries = flaky(patch, {}, otherwise=False)
