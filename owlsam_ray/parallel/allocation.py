@@ -183,7 +183,7 @@ def _check_fits(allocation: Allocation, resources: ResourcesConfig, *, num_cpus:
     if needed > num_cpus + 1e-6:
         raise PreflightError(
             f"{allocation.actors} actor(s) × {cpus:g} CPU + fetch {resources.fetch_cpus:g} + write "
-            f"{resources.write_cpus:g} = {needed:g} CPUs, but Ray has {num_cpus:g}: the run would stand still. "
+            f"{resources.write_cpus:g} = {needed:g} CPUs, but Ray has {num_cpus:g}: the run would make no progress. "
             "Lower resources.actors or resources.cpus_per_actor, or give Ray more CPUs."
         )
     wanted_gpus = allocation.actors * allocation.gpus_per_actor

@@ -63,7 +63,7 @@ def _within_a_time(act: Callable[[], None], seconds: float = _ACT_S) -> None:
         try:
             act()
         except Exception:  # noqa: BLE001 (the process ends; the other acts and the exit code matter more)
-            _log.debug("an act before the end failed", exc_info=True)
+            _log.debug("an action before the exit failed", exc_info=True)
 
     thread = threading.Thread(target=run, name="owlsam-last-act", daemon=True)
     thread.start()

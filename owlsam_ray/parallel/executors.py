@@ -18,7 +18,7 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 Executor = Literal["local", "ray"]
 _MOST_TASKS = 256
-_ADVICE = "Most often memory is short: give the job more, or lower reduce.workers, or leave out reduce.executor."
+_ADVICE = "Usually memory is short: give the job more, or lower reduce.workers, or leave out reduce.executor."
 
 
 def num_workers(setting: int | str, *, num_images: int, small: int, executor: Executor) -> int:
@@ -117,6 +117,4 @@ def _result(ray: Any, reference: Any) -> Any:
         raise error.cause if isinstance(error.cause, Exception) else error from None
     except ray.exceptions.RayError as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise IncompleteError(
-            f"a task of reduce was lost: {first}. Call again, or with fewer reduce.workers."
-        ) from None
+        raise IncompleteError(f"Ray lost a task of reduce: {first}. Run again, or with fewer reduce.workers.") from None

@@ -53,18 +53,18 @@ class LossCount:
         """
         progress = self.progress()  # called once: it may be a listing, and time is short
         if was_asked(_SIGNAL_S):
-            return InterruptedRunError(f"asked to stop ({cause}): {self.state()}; call the same command again")
+            return InterruptedRunError(f"asked to stop ({cause}): {self.state()}; run the same command again")
         losses = self.losses(progress) + 1
         try:
             # A busy disk may need longer than this process has; a power cut ends other losses too.
             storage.write_atomic(self.url, json.dumps({"losses": losses, "progress": progress}).encode(), durable=False)
         except OSError as error:
-            _log.warning("cannot count that Ray was lost: %s", error)
+            _log.warning("cannot record the loss of Ray: %s", error)
         if losses < MOST_LOSSES:
-            return InterruptedRunError(f"{cause}: {self.state()}; call the same command again")
+            return InterruptedRunError(f"{cause}: {self.state()}; run the same command again")
         return IncompleteError(
-            f"{cause}. {losses} calls in a row have ended so without progress ({self.state()}), so calling again does "
-            f"not help. {advice}"
+            f"{cause}. {losses} attempts in a row have ended this way without progress ({self.state()}), so another "
+            f"one does not help. {advice}"
         )
 
     def clear(self) -> None:

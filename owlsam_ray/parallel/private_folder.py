@@ -95,8 +95,8 @@ def make_short_folder(inside: int, *, roots: Iterable[Path]) -> tuple[PrivateFol
     if wanted is not None:
         wanted.remove()
     raise PreflightError(
-        f"no folder for Ray's sockets, whose paths may have {_LONGEST_SOCKET} bytes: {'; '.join(reasons)}. Set "
-        "RAY_TMPDIR to a short folder of this machine that you can write to."
+        f"no folder for Ray's sockets, whose paths may have at most {_LONGEST_SOCKET} bytes: {'; '.join(reasons)}. "
+        "Set RAY_TMPDIR to a folder with a short path on this machine that you can write to."
     )
 
 

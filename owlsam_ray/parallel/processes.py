@@ -53,7 +53,7 @@ def in_order(
                 waiting.extend(pool.submit(function, item) for item in itertools.islice(left, 1))
         except BrokenProcessPool:
             raise IncompleteError(
-                f"one of {workers} processes was killed from outside, perhaps for lack of memory: call again, or with "
+                f"one of {workers} processes was killed from outside, perhaps for lack of memory: run again, or with "
                 "fewer workers"
             ) from None
         finally:

@@ -132,7 +132,7 @@ def _start_here(resources: RaySettings, options: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # reported later together with the other places
             roots[0].mkdir(parents=True, exist_ok=True)  # as Ray does
     for path in remove_abandoned(roots):
-        _log.debug("removed %s, which a killed process of yours left", path)
+        _log.debug("removed %s, left by a killed process of yours", path)
     inside = len(_LONGEST_SOCKET.format(pid=os.getpid()))
     folder, spill = make_short_folder(inside, roots=roots)
     _session = _Session(folder, spill, {})
@@ -227,7 +227,7 @@ def _told_rightly() -> Iterator[None]:
         line = _first_line(error)
         if isinstance(error, TimeoutError) or any(words in str(error).lower() for words in _TOO_SLOW):
             raise InterruptedRunError(
-                f"Ray did not come up in time ({line}); this machine may be busy: call the same command again"
+                f"Ray did not start in time ({line}); this machine may be busy: run the same command again"
             ) from error
         raise IncompleteError(f"Ray does not start: {line}") from error
 

@@ -125,7 +125,7 @@ def watch_ray(
     def on_death(cause: str) -> None:
         # Ray would print the last lines of the raylet's log.
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
-        otherwise = InterruptedRunError(f"{cause}: call the same command again")
+        otherwise = InterruptedRunError(f"{cause}: run the same command again")
         seconds = {} if cause.startswith(_NAMES["raylet"]) else {"explain_s": _EXPLAIN_S}
         end_process(
             lambda: explain(cause) if explain is not None else otherwise, otherwise, **seconds, at_last=_kill_ours

@@ -65,12 +65,12 @@ def stop_on_signals(stop_url: str, grace_s: float) -> Iterator[Callable[[], bool
             grace_is_over(number, frame)
         asked.set()
         _asked.set()
-        _log.warning("%s: finishing the shards in hand, at most %g s", signal.Signals(number).name, grace_s)
+        _log.warning("%s: finishing the shards in progress, for at most %g s", signal.Signals(number).name, grace_s)
         signal.setitimer(signal.ITIMER_REAL, max(grace_s, 0.01))
         try:
             storage.write_atomic(stop_url, b"")
         except OSError as error:  # a full disk is not a reason to continue
-            _log.warning("cannot tell the actors to stop: %s", error)
+            _log.warning("cannot ask the actors to stop: %s", error)
 
     def grace_is_over(number: int, frame: FrameType | None) -> None:
         # If it were raised inside Ray, Ray would report it as a bug in Ray, with a page of traceback.

@@ -52,7 +52,7 @@ def test_two_actors_share_two_cpus_without_equalling_fetch() -> None:
         ({"device": "cuda"}, 4, 0, "no GPU"),
         ({"device": "cuda", "gpus_per_actor": 0}, 4, 1, "hides the GPUs"),
         ({"actors": 3, "gpus_per_actor": 1, "device": "cuda"}, 64, 2, "3 GPUs"),
-        ({"actors": 8}, 1, 0, "would stand still"),
+        ({"actors": 8}, 1, 0, "would make no progress"),
     ],
 )
 def test_what_cannot_start_is_refused(values: dict[str, Any], num_cpus: float, num_gpus: float, words: str) -> None:

@@ -30,13 +30,13 @@ def test_the_third_call_in_a_row_without_progress_says_that_another_does_not_hel
     first, third = Work(tmp_path, "a"), Work(tmp_path, "b")
     told = first.count.count("the raylet was killed", advice="Give it memory.")
     assert isinstance(told, InterruptedRunError)
-    assert str(told) == "the raylet was killed: 0 of 9 done; call the same command again"
+    assert str(told) == "the raylet was killed: 0 of 9 done; run the same command again"
     third.lose(), third.lose()
     told = third.count.count("the raylet was killed", advice="Give it memory.")
     assert isinstance(told, IncompleteError)
     assert str(told) == (
-        "the raylet was killed. 3 calls in a row have ended so without progress (0 of 9 done), so calling again does "
-        "not help. Give it memory."
+        "the raylet was killed. 3 attempts in a row have ended this way without progress (0 of 9 done), so another one "
+        "does not help. Give it memory."
     )
 
 
@@ -77,7 +77,7 @@ def test_a_call_that_was_asked_to_stop_is_no_loss(tmp_path: Path) -> None:
             assert not list(tmp_path.iterdir())
         told = work.count.count("the raylet ended with exit code 0", advice="Give it memory.")
         assert str(told) == (
-            "asked to stop (the raylet ended with exit code 0): 0 of 9 done; call the same command again"
+            "asked to stop (the raylet ended with exit code 0): 0 of 9 done; run the same command again"
         )
         as_interrupts()
         assert [work.lose() for _ in range(3)] == [75, 75, 5]
@@ -111,7 +111,7 @@ def test_storage_that_refuses_is_no_reason_not_to_end(tmp_path: Path, caplog: py
     with caplog.at_level(logging.WARNING):
         assert [work.lose() for _ in range(3)] == [75, 75, 75]
     work.count.clear()
-    assert "cannot count that Ray was lost" in caplog.text
+    assert "cannot record the loss of Ray" in caplog.text
 
 
 def test_the_file_of_a_count_is_small_and_no_attempt(tmp_path: Path) -> None:

@@ -41,9 +41,9 @@ class _Parts:
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (Exception("The current node timed out during startup. This could happen"), InterruptedRunError, "call the"),
-        (TimeoutError("Timed out after 20 seconds"), InterruptedRunError, "Ray did not come up in time"),
-        (RuntimeError("Failed to start GCS. Last connection error: x"), InterruptedRunError, "call the same command"),
+        (Exception("The current node timed out during startup. This could happen"), InterruptedRunError, "run the"),
+        (TimeoutError("Timed out after 20 seconds"), InterruptedRunError, "Ray did not start in time"),
+        (RuntimeError("Failed to start GCS. Last connection error: x"), InterruptedRunError, "run the same command"),
         (OSError("validate_socket_filename failed: AF_UNIX path length"), IncompleteError, "Ray does not start: val"),
         (PermissionError(13, "Permission denied", "/tmp/x"), IncompleteError, "Ray does not start"),
         (KeyError("CPU"), IncompleteError, "Ray does not start: 'CPU'"),

@@ -179,7 +179,7 @@ def test_annotate_ends_with_75_when_the_raylet_dies(tmp_path: Path) -> None:
     summary = the_line(code, lines, "annotate")
     assert code == 75
     assert "Ray's raylet (process" in summary["error"]
-    assert f"{len(done_shards(str(run)))} of 6 shards are done; call the same command again" in summary["error"]
+    assert f"{len(done_shards(str(run)))} of 6 shards are done; run the same command again" in summary["error"]
     (ended,) = (json.loads(path.read_text()) for path in (run / "attempts").glob("*.ended.json"))
     assert (ended["exit_code"], ended["last_error"]) == (75, summary["error"])
     assert not [path for path in (run / "attempts").glob("*.json") if "ended" not in path.name]
@@ -196,7 +196,7 @@ def test_the_third_loss_in_a_row_is_the_last_and_the_run_goes_on_when_it_can(tmp
         code, lines = kill_when(driver, name, working)  # markers of the last call are there already
         assert code == expected
         summary = the_line(code, lines, "annotate")
-    assert "3 calls in a row have ended so without progress (0 of 6 shards are done)" in summary["error"]
+    assert "3 attempts in a row have ended this way without progress (0 of 6 shards are done)" in summary["error"]
     assert "memory" in summary["error"]
     assert count.exists()
     (tmp_path / "run.yaml").write_text((tmp_path / "run.yaml").read_text().replace("delay_s: 3", "delay_s: 0"))
