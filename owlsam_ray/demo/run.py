@@ -41,9 +41,9 @@ _COMMENTS = {
     "tiling": "large images in overlapping tiles",
     "segment": "boxes to masks",
     "resources": "where and how fast: two actors of one thread each on two CPUs; without it a run fills the machine",
-    "reduce": "decided without a model, as often as you like",
+    "reduce": "applied without a model, as often as you like",
     "evaluate": "how good the labels are",
-    "logging": "what people see",
+    "logging": "log level and how often progress is shown",
 }
 
 
@@ -73,9 +73,9 @@ def run_demo(
         OwlsamError: the same as for `annotate_run`, `reduce_run` and `evaluate_run`.
     """
     if "://" in directory:
-        raise ConfigError(f"--run {directory}: the demo wants a directory on this machine")
+        raise ConfigError(f"--run {directory}: the demo needs a directory on this machine")
     if num_images < 1 or seed < 0:
-        raise ConfigError(f"--images {num_images} --seed {seed}: at least one picture, and no seed below 0")
+        raise ConfigError(f"--images {num_images} --seed {seed}: --images must be at least 1, and --seed at least 0")
     root = Path(directory).expanduser().absolute()
     config = _config(root, overrides)
     logging.getLogger("owlsam_ray").setLevel(config.logging.level.upper())
@@ -83,7 +83,7 @@ def run_demo(
     _check_same_pictures(root, num_images, seed)
     check_writable(str(root))
     write_split(root / PICTURES, Split.TEST, num_images, seed=seed)
-    _log.info("%d drawn pictures in %s", num_images, root / PICTURES)
+    _log.info("%d drawn images in %s", num_images, root / PICTURES)
     plan_run(config)
     # Only after planning, which refuses settings other than those that an existing file describes.
     storage.write_atomic(str(root / CONFIG_FILE), _run_file(config, directory).encode())
@@ -141,7 +141,7 @@ def _config(root: Path, overrides: Sequence[str]) -> RunConfig:
     tree: dict[str, Any] = {"run": str(root), **_settings(root)}
     for section, values in load_tree([], overrides).items():
         if section in ("run", "data"):
-            raise ConfigError(f"--set {section}…: the demo labels its own pictures; for others use `owlsam annotate`")
+            raise ConfigError(f"--set {section}…: the demo labels its own images; for others use `owlsam annotate`")
         fields = tree.get(section, {})
         tree[section] = fields | values if isinstance(values, dict) else values
     return with_absolute_paths(validate_tree(RunConfig, tree, [root / CONFIG_FILE]))
@@ -175,7 +175,7 @@ def _check_same_pictures(root: Path, num_images: int, seed: int) -> None:
     if not drawn.is_file():
         for name in (RUN_FILE, CONFIG_FILE):
             if (root / name).exists():
-                raise GuardError(f"{root} has a {name} that is not of a demo: choose another directory with --run")
+                raise GuardError(f"{root} has a {name} that no demo wrote: choose another directory with --run")
         return
     try:
         tree = json.loads(drawn.read_text(encoding="utf-8"))
@@ -230,7 +230,7 @@ def _draw_sheet(config: RunConfig, root: Path) -> None:
     )
     if pictures:
         write_contact_sheet(pictures, root / SHEET_FILE, columns=_SHEET_COLUMNS)
-        _log.info("labelled pictures: %s", root / SHEET_FILE)
+        _log.info("labelled images: %s", root / SHEET_FILE)
 
 
 def _next_steps(directory: str, again: Sequence[str]) -> str:
@@ -247,12 +247,12 @@ def _next_steps(directory: str, again: Sequence[str]) -> str:
     return f"""
 What to try next
   Look at the labels: {sheet}
-  Decide again, without a model, and measure that:
+  Apply another score threshold, without a model, and measure the result:
     {program} reduce {file} --run {run} --set reduce.score_threshold=0.5
     {program} evaluate {file} --run {run}
-  Call the same again: what is finished is not labelled twice.
+  Run the same command again: finished images are not labelled twice.
     {program} {shlex.join(again)}{training}
-  Label pictures of your own: copy {file}{starting}."""
+  Label your own images: copy {file}{starting}."""
 
 
 def _program() -> str:

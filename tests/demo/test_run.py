@@ -182,8 +182,8 @@ def test_missing_checkpoints_are_told_before_anything_is_drawn(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--images=0"], "at least one picture"),
-        (["--seed=-1"], "no seed below 0"),
+        (["--images=0"], "--images must be at least 1"),
+        (["--seed=-1"], "--seed at least 0"),
         (["--run=s3://bucket/demo"], "on this machine"),
         (["--set=data.source=folder"], "owlsam annotate"),
         (["--set=run=elsewhere"], "owlsam annotate"),
