@@ -50,7 +50,7 @@ from owlsam_ray.run.retry import Retry
 _log = logging.getLogger(__name__)
 _WHOLE = Slice()
 _ADVICE = (
-    "Most often memory is short: give the job more, or lower resources.actors, resources.shards_in_flight or "
+    "Usually memory is short: give the job more, or lower resources.actors, resources.shards_in_flight or "
     "resources.object_store_mb. Finished shards are kept."
 )
 
@@ -103,7 +103,7 @@ def annotate_run(
     storage.configure(config.storage.policy())
     for url in (run_url, config.data.images, *config.data.files):
         if url is not None and url.startswith("memory:"):
-            raise PreflightError(f"{url} lives in one process, and Ray's actors are others: use a disk or object store")
+            raise PreflightError(f"{url} exists only in this process, not in Ray's actors: use a disk or object store")
     check_writable(run_url)
     with (
         claim(
@@ -201,10 +201,10 @@ def _annotate(
         raise _interrupted(tally, "asked to stop") from None
     except SystemExit:
         # Raised by Ray's own signal handler, which is briefly in place while Ray starts and ends.
-        raise _interrupted(tally, "asked to stop once more") from None
+        raise _interrupted(tally, "asked to stop a second time") from None
     except GraceOverError:
         in_hand.release(run_url, attempt.id)  # no process died because of these
-        raise _interrupted(tally, "the grace time is over; shards in hand were dropped") from None
+        raise _interrupted(tally, "the grace time is over; shards in progress were dropped") from None
     return tally.summary() | {
         "new": tally.images_fresh,
         "seconds": round(time.monotonic() - start, 1),
@@ -288,7 +288,7 @@ def _prepare(config: RunConfig, run: _Prepared, attempt: Attempt) -> pipeline.Jo
         check_memory(need, memory_limit())
     else:
         check_node_memory(need, [node["Resources"].get("memory") for node in ray.nodes() if node["Alive"]])
-    _log.info("memory: at least %s are needed", need)
+    _log.info("memory: the run needs at least %s", need)
     _log.info(
         "%d actor(s) on %s, %g CPU and %g GPU each",
         allocation.actors,
@@ -310,7 +310,7 @@ def _prepare(config: RunConfig, run: _Prepared, attempt: Attempt) -> pipeline.Jo
 
 
 def _interrupted(tally: RunCounts, why: str) -> InterruptedRunError:
-    return InterruptedRunError(f"interrupted ({why}): {_shards_done(tally)}; call the same command again")
+    return InterruptedRunError(f"interrupted ({why}): {_shards_done(tally)}; run the same command again")
 
 
 def _shards_done(tally: RunCounts) -> str:
@@ -327,7 +327,7 @@ def _ray(config: RunConfig, losses: LossCount, kills: KillWatch) -> Iterator[Non
         ours = start_ray(config.resources, level=config.logging.level)
     except SystemExit:
         # Raised by Ray's own SIGTERM handler, which is in place while Ray starts.
-        raise InterruptedRunError("interrupted while Ray was starting; call the same command again") from None
+        raise InterruptedRunError("interrupted while Ray was starting; run the same command again") from None
     as_interrupts()
     try:
         with watch_ray(lambda cause: losses.count(cause, advice=_ADVICE), also=kills.cause):

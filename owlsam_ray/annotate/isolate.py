@@ -157,9 +157,9 @@ def _after_death(group: list[int], death: Death, image_ids: Sequence[int], outco
     outcome.given_up += 1
     if outcome.labelled == 0 and outcome.given_up >= _MOST_GIVEN_UP:
         raise PreflightError(
-            f"each of {outcome.given_up} images alone ended its process, and no image does not, the last with "
-            f"'{death.reason}': that is no matter of the images. Raise resources.actor_memory_gb or "
-            "resources.image_deadline_s, or look at the machine."
+            f"each of {outcome.given_up} images killed its process when labelled alone, the last with "
+            f"'{death.reason}', and none succeeded: the images are not the cause. Raise resources.actor_memory_gb or "
+            "resources.image_deadline_s, or check the machine."
         )
     _log.warning("image %d is quarantined: %s", image_ids[position], death.reason)
     failed = Prediction(image_id=image_ids[position], failure=(death.reason, FailureClass.QUARANTINED))
@@ -204,7 +204,7 @@ class _Worker:
         with pa.memory_map(str(path)) as file:
             reader = pa.ipc.open_file(file)
             if (wrong := misfit_of(reader.schema, PREDICTION_SCHEMA)) is not None:
-                raise IncompleteError(f"the process that did shard {self._task.shard} by itself wrote no rows: {wrong}")
+                raise IncompleteError(f"the isolation process of shard {self._task.shard} wrote no valid rows: {wrong}")
             rows = reader.read_all()
         return rows, answer["stage_s"]
 
@@ -223,7 +223,7 @@ class _Worker:
             else:
                 return
         raise IncompleteError(
-            f"the process that was to redo shard {self._task.shard} by itself ended before its first image ({last}): "
+            f"the isolation process of shard {self._task.shard} ended before its first image ({last}): "
             f"{self._last_words()}"
         )
 
@@ -255,7 +255,7 @@ class _Worker:
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._process is None or self._process.stdin is None:
-            raise RuntimeError("there is no process to tell anything")
+            raise RuntimeError("there is no isolation process to write to")
         with contextlib.suppress(BrokenPipeError):  # it died: its last output says why
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
@@ -269,7 +269,7 @@ class _Worker:
         """
         process = self._process
         if process is None:
-            raise RuntimeError("there is no process to hear anything from")
+            raise RuntimeError("there is no isolation process to read from")
         last_reply_s, reason = time.monotonic(), None
         accused: list[int] = []
         while reason is None:
@@ -330,7 +330,7 @@ class _Worker:
 
     def _last_words(self) -> str:
         text = (Path(self._folder.name) / "log").read_text(encoding="utf-8", errors="replace").strip()
-        return text.splitlines()[-1] if text else "it said nothing"
+        return text.splitlines()[-1] if text else "it logged nothing"
 
 
 def _read_lines(process: "subprocess.Popen[str]", lines: "queue.SimpleQueue[str | None]") -> None:

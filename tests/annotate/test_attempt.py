@@ -58,7 +58,7 @@ def test_an_interrupted_call_counts_what_was_finished_at_the_very_end(tmp_path: 
     tally.refresh_listing()
     write(str(tmp_path), 4)  # since the last look
     assert str(annotate._interrupted(tally, "asked to stop")) == (
-        "interrupted (asked to stop): 5 of 9 shards are done; call the same command again"
+        "interrupted (asked to stop): 5 of 9 shards are done; run the same command again"
     )
 
 

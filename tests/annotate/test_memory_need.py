@@ -170,7 +170,8 @@ def test_a_run_whose_memory_is_taken_away_ends(tmp_path: Path, group: Path) -> N
     arguments = write_run(tmp_path, delay_s=1)
     driver = start_in(group, 3000 * 2**20, ["annotate", *arguments], tmp_path / "log")
     deadline = time.monotonic() + 300
-    while "memory: at least" not in (tmp_path / "log").read_text():  # the preflight is over, and no actor is there yet
+    # Then the preflight is over, and no actor is there yet.
+    while "memory: the run needs at least" not in (tmp_path / "log").read_text():
         assert driver.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)

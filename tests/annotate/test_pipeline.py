@@ -167,7 +167,7 @@ def test_the_text_tower_runs_once(tiny: TinyRun, tmp_path: Path, monkeypatch: py
 def test_memory_urls_are_refused(tiny: TinyRun, tmp_path: Path) -> None:
     for settings in ({"run": "memory://run"}, {"data.images": "memory://images"}):
         overrides = [f"{name}={value}" for name, value in ({"run": str(tmp_path)} | settings).items()]
-        with pytest.raises(PreflightError, match="lives in one process"):
+        with pytest.raises(PreflightError, match="exists only in this process"):
             annotate_run(load_config([tiny.run_file], overrides=overrides))
 
 
