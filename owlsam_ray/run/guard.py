@@ -77,7 +77,7 @@ def check_config(config: RunConfig, record: RunRecord, *, data_too: bool = True,
     theirs, ours = without_places(theirs, ours, any_data=not images_matter)
     lines = differing_fields(ours, theirs)
     if lines:
-        unused = f" Nothing is labelled there yet: without its {RUN_FILE} it is planned anew."
+        unused = f" Nothing is labelled there yet: to plan again, delete its {RUN_FILE}."
         raise GuardError(
             "\n  ".join(
                 [
@@ -177,7 +177,7 @@ def guard_labels(record: RunRecord, parts: dict[str, Any], run_url: str) -> RunR
         raise GuardError(
             "\n  ".join(
                 [
-                    f"the labels in {run_url} were made with something else (there -> here):",
+                    f"the labels in {run_url} were made with other weights or settings (there -> here):",
                     *lines,
                     "Use another --run directory, or bring back the old weights and settings. A run that was labelled "
                     "by an earlier version can be reduced and evaluated, but not continued.",
@@ -217,8 +217,8 @@ def guard_numerics(record: RunRecord, numerics: dict[str, Any], run_url: str, *,
                 [
                     f"shards in {run_url} were computed with other numerics (there -> here):",
                     *differing_fields(numerics, record.numerics[-1]),
-                    "Results would agree within the tolerance of the README, but not byte for byte. Set these back "
-                    "under `resources`, or allow it with --allow-numerics-change.",
+                    "Results would agree within the tolerance that the README states, but not byte for byte. Restore "
+                    "these under `resources`, or allow the change with --allow-numerics-change.",
                 ]
             )
         )

@@ -92,7 +92,7 @@ def preview_config(
         if section in _OF_REDUCE:
             raise ConfigError(f"--set {section}…: a preview draws what a run would keep; its threshold is --min-score")
         if section == "vocabulary" and prompts:
-            raise ConfigError("--prompts and --set vocabulary…: prompts are asked as they stand, so give one of them")
+            raise ConfigError("--prompts and --set vocabulary… both choose the prompts: give one of them")
     tree = model_settings() if demo else {}
     for section, values in load_tree(run_files, overrides).items():
         if section not in _OF_REDUCE:
@@ -136,11 +136,11 @@ def expand_images(paths: Sequence[str], config: RunConfig, *, count: int, out: s
         InputError: a path does not exist or cannot be accessed, or there are no images.
     """
     if count < 1:
-        raise ConfigError(f"--max-images {count}: at least one picture")
+        raise ConfigError(f"--max-images is {count}: it must be at least 1")
     if "://" in out or not out.lower().endswith(".png"):
         raise ConfigError(f"--out {out} must be a .png file on this machine")
     if os.path.lexists(out) and not was_drawn_here(Path(out)):
-        raise ConfigError(f"--out {out} is there and no earlier preview: it would be overwritten. Take another name")
+        raise ConfigError(f"--out {out} exists and is not a preview: it would be overwritten. Choose another name")
     found: list[str] = []
     for path in paths:
         url = absolute(path)
@@ -148,7 +148,7 @@ def expand_images(paths: Sequence[str], config: RunConfig, *, count: int, out: s
             is_folder = storage.is_directory(url)
             is_there = is_folder or storage.exists(url)
         except OSError as error:
-            raise InputError(f"cannot look at {path}: {error}") from None
+            raise InputError(f"cannot access {path}: {error}") from None
         if is_folder:
             folder = DataConfig(source="folder", images=url, suffixes=config.data.suffixes)
             tables = (table.filter(pc.is_null(table["container"])) for table in list_images(folder).tables)
@@ -156,12 +156,12 @@ def expand_images(paths: Sequence[str], config: RunConfig, *, count: int, out: s
             found += [each for each in below if not _is_same_file(each, out)]
         elif is_there:
             if _is_same_file(url, out):
-                raise ConfigError(f"--out {out} is the picture itself: it would be overwritten")
+                raise ConfigError(f"--out {out} is one of the images: it would be overwritten")
             found.append(url)
         else:
             raise InputError(f"there is no image or folder at {path}")
     if not found:
-        raise InputError(f"no image in {', '.join(paths)} but an earlier preview")
+        raise InputError(f"no image in {', '.join(paths)} except an earlier preview")
     wanted = min(count, len(found))
     return [found[index * len(found) // wanted] for index in range(wanted)]
 
@@ -185,7 +185,7 @@ def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: fl
         WeightsError: the models do not load.
     """
     if not 0 <= min_score <= 1:
-        raise ConfigError(f"--min-score {min_score:g} is no score: they lie in 0…1")
+        raise ConfigError(f"--min-score {min_score:g} is not a score: scores are from 0 to 1")
     if min_score < config.detector.score_floor:
         raise ConfigError(
             f"--min-score {min_score:g} is below detector.score_floor {config.detector.score_floor:g}: such boxes are "
@@ -204,7 +204,7 @@ def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: fl
     ]
     if not drawn:
         reasons = "; ".join(f"{url}: {reason}" for url, reason in result.failed().items())
-        raise InputError(f"no picture could be labelled: {reasons}")
+        raise InputError(f"no image could be labelled: {reasons}")
     side = min(max(max(drawn[0].pixels.shape), _SIDES[0]), _SIDES[1]) if alone else CELL
     write_contact_sheet(drawn, Path(out), columns=_COLUMNS, long_side=side)
     return result

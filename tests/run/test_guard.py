@@ -112,7 +112,7 @@ def test_what_else_is_in_the_fingerprint(config: RunConfig, tmp_path: Path, what
     guarded = guard_labels(planned(config), before, run_directory(config))
     assert guarded.fingerprint == canonical_hash(before)
     (tmp_path / "run" / QUERY_FILE).write_bytes(b"other" if what == "embeddings" else b"queries")
-    with pytest.raises(GuardError, match="were made with something else") as caught:
+    with pytest.raises(GuardError, match="were made with other weights or settings") as caught:
         guard_labels(guarded, parts_of(config, record), run_directory(config))
     assert {
         "detector weights": "weights.detector",

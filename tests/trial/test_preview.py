@@ -130,11 +130,11 @@ def test_the_run_files_choices_are_those_of_the_preview(
         (["--demo", "--prompts", "word " * 40], "tokens with start and end"),
         (["--demo", "--prompts", "red circle", "--set", "supress.threshold=0.3"], "supress: Extra inputs"),
         (["--demo", "--prompts", "red circle", "--set", "reduce.min_mask_area=5"], "its threshold is --min-score"),
-        (["--demo", "--prompts", "red circle", "--set", "vocabulary.templates=none"], "so give one of them"),
+        (["--demo", "--prompts", "red circle", "--set", "vocabulary.templates=none"], "both choose the prompts"),
         (["--demo", "--prompts", "red circle", " "], "--prompts holds an empty text"),
-        (["--demo", "--prompts", "red circle", "--min-score", "nan"], "--min-score nan is no score"),
-        (["--demo", "--prompts", "red circle", "--min-score", "2"], "--min-score 2 is no score"),
-        (["--demo", "--prompts", "red circle", "--max-images", "0"], "--max-images 0: at least one picture"),
+        (["--demo", "--prompts", "red circle", "--min-score", "nan"], "--min-score nan is not a score"),
+        (["--demo", "--prompts", "red circle", "--min-score", "2"], "--min-score 2 is not a score"),
+        (["--demo", "--prompts", "red circle", "--max-images", "0"], "--max-images is 0: it must be at least 1"),
         (
             ["--demo", "--prompts", "red circle", "--out", "/proc/nothing/sheet.png"],
             "--out: cannot write to /proc/nothing",
@@ -169,7 +169,7 @@ def test_no_picture_is_overwritten_or_labelled_twice(
     assert (code, "would be overwritten" in summary["error"]) == (2, True)
     (tmp_path / "other.png").write_bytes(before)
     code, summary, _ = call(capsys, str(tmp_path), *demo, str(tmp_path / "other.png"))
-    assert (code, "is there and no earlier preview" in summary["error"]) == (2, True)
+    assert (code, "exists and is not a preview" in summary["error"]) == (2, True)
     (tmp_path / "other.png").unlink()
     for _ in range(2):  # the second time the first preview lies in the folder
         code, summary, _ = call(capsys, str(tmp_path), *demo, str(tmp_path / "preview.png"))
