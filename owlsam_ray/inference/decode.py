@@ -157,7 +157,7 @@ def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
     _check_size(width, height, max_pixels)
     decoders = {tile[0] for tile in getattr(image, "tile", [])}
     if decoders & _SLOW_DECODERS and width * height > _SLOW_MAX_PIXELS:
-        raise ImageError(f"too_large: {width}x{height} in a variant of {image.format} that decodes slowly")
+        raise ImageError(f"too_large: {width}x{height} in a kind of {image.format} that is decoded slowly")
     if "ppm_plain" in decoders and data.count(b"#") > _MAX_COMMENTS:
         raise ImageError(f"decode_error: more than {_MAX_COMMENTS} comments")
     if "jpeg" in decoders and image.format != "TIFF":  # libtiff decodes these and has its own limit
@@ -167,7 +167,7 @@ def _check_cost(image: Image.Image, data: bytes, max_pixels: int) -> None:
     tags = getattr(image, "tag_v2", {})
     sides = [tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT)]
     if sides[0] * sides[1] > max(_MAX_TILE, 4 * width * height):
-        raise ImageError(f"decode_error: tiles of {sides[0]}x{sides[1]} in an image of {width}x{height}")
+        raise ImageError(f"decode_error: tiles of {sides[0]}x{sides[1]} in a picture of {width}x{height}")
 
 
 def _read(image: Image.Image, stated_hw: tuple[int, int] | None, tiff_orientation: int, grey16: Grey16) -> Decoded:

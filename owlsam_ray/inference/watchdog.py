@@ -97,8 +97,8 @@ class Watchdog:
 
 
 def hang_text(deadline_s: float) -> str:
-    """Failure reason for an image that does not finish."""
-    return f"hang: not finished within {deadline_s:g} s"
+    """Failure reason for an image that does not finish; stored in rows, so earlier runs have the same words."""
+    return f"hang: no end within {deadline_s:g} s"
 
 
 def memory_text(memory_bytes: int) -> str:

@@ -34,8 +34,8 @@ POISONED = {3: SEGFAULT, 9: ALLOCATE, 10: HANG, 17: HANG_MODEL}
 REASONS = {
     3: "killed_process: SIGSEGV",
     9: "out_of_memory: above 1.5 GB",
-    10: "hang: not finished within 3 s",
-    17: "hang: not finished within 3 s",
+    10: "hang: no end within 3 s",
+    17: "hang: no end within 3 s",
 }
 
 
@@ -207,7 +207,7 @@ def test_every_hang_comes_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     task, _ = make_task(tmp_path, poisoned={})
     with_fault(monkeypatch, tmp_path, fault)
     rows, _ = isolate_shard(replace(task, positions=(5,)))
-    assert rows["reason"].to_pylist() == ["hang: not finished within 3 s"]
+    assert rows["reason"].to_pylist() == ["hang: no end within 3 s"]
 
 
 def with_fault(monkeypatch: pytest.MonkeyPatch, folder: Path, fault: str) -> None:

@@ -26,7 +26,7 @@ MANY = {7: SEGFAULT, 28: ALLOCATE, 29: HANG, 45: SEGFAULT}
 REASONS = {
     SEGFAULT: "killed_process: SIGSEGV",
     ALLOCATE: "out_of_memory: above 1.5 GB",
-    HANG: "hang: not finished within 3 s",
+    HANG: "hang: no end within 3 s",
 }
 
 

@@ -279,9 +279,9 @@ def test_what_pillow_decodes_in_python_has_a_smaller_limit(monkeypatch: pytest.M
         decode(data)
     monkeypatch.setattr(decode_module, "_SLOW_MAX_PIXELS", 8)
     reasons = {name: reason(data) for name, data in sound.items()}
-    assert reasons["plain.ppm"] == "too_large: 4x3 in a variant of PPM that decodes slowly"
-    assert reasons["rle.bmp"].endswith("in a variant of BMP that decodes slowly")
-    assert reasons["scaled.ppm"] == "too_large: 3x3 in a variant of PPM that decodes slowly"
+    assert reasons["plain.ppm"] == "too_large: 4x3 in a kind of PPM that is decoded slowly"
+    assert reasons["rle.bmp"].endswith("in a kind of BMP that is decoded slowly")
+    assert reasons["scaled.ppm"] == "too_large: 3x3 in a kind of PPM that is decoded slowly"
     assert decode(originals()["rgb.bmp"]).note is None
 
 
@@ -303,7 +303,7 @@ def test_tiles_much_larger_than_the_picture_are_refused() -> None:
     data = originals()["tiles.tiff"]
     at = data.index(struct.pack("<HHI", 322, 4, 1)) + 8
     huge = data[:at] + struct.pack("<I", 2**22) + data[at + 4 :]
-    assert reason(huge).startswith("decode_error: tiles of 4194304x32 in an image of ")
+    assert reason(huge).startswith("decode_error: tiles of 4194304x32 in a picture of ")
 
 
 def test_the_size_of_a_webp_canvas_is_looked_at_first() -> None:

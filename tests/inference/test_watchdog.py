@@ -116,7 +116,7 @@ def test_work_that_takes_too_long_is_told(tmp_path: Path) -> None:
     with watch.busy("decode", [6]):
         assert told.wait(10)
     dog.stop()
-    assert troubles == [Overrun("hang", (6,), "hang: not finished within 0.5 s")]
+    assert troubles == [Overrun("hang", (6,), "hang: no end within 0.5 s")]
 
 
 def test_memory_that_grows_is_told(tmp_path: Path) -> None:

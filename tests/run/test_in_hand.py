@@ -48,7 +48,7 @@ def test_a_killed_process_leaves_its_crumb(tmp_path: Path) -> None:
 def test_what_a_process_found_out_is_remembered(tmp_path: Path) -> None:
     run = str(tmp_path)
     in_hand.write(run, marker(5, "one"))
-    in_hand.write(run, marker(5, "one", image_ids=(42,), reason="hang: not finished within 3 s"))
+    in_hand.write(run, marker(5, "one", image_ids=(42,), reason="hang: no end within 3 s"))
     in_hand.write(run, marker(5, "other", notes=str(tmp_path / "not-there")))
     names = in_hand.list_markers(run)[5]
     assert len(names) == 2
