@@ -125,34 +125,32 @@ def label_here(config: RunConfig, *, extend: bool = False, allow_numerics_change
     from owlsam_ray.run.shards import done_shards, write_shard
     from owlsam_ray.schema import predictions_to_table
 
-    run = str(config.run)
     storage.configure(config.storage.policy())
-    plan = plan_run(config, extend=extend)
+    run = plan_run(config, extend=extend).run
     models = find_models(config.detector, config.segment)
-    if plan.record.fingerprint is None:
-        embed_run_queries(config, plan.record, models.detector, run)
+    if run.record.fingerprint is None:
+        embed_run_queries(run, models.detector)
     weights = {"detector": models.detector, "segmenter": models.segmenter}
-    record = guard_labels(plan.record, fingerprint_parts(config, plan.record, weights=weights, run_url=run), run)
+    run = guard_labels(run, fingerprint_parts(run, weights=weights))
     allocation = allocate(config.resources, num_cpus=2, num_gpus=0)
-    record = guard_numerics(
-        record, numerics_of(allocation, config.resources.dtype), run, allow_change=allow_numerics_change
-    )
+    run = guard_numerics(run, numerics_of(allocation, config.resources.dtype), allow_change=allow_numerics_change)
+    record = run.record
     threads = torch.get_num_threads()
     torch.set_num_threads(allocation.torch_threads)
     with load_engine(
         config,
         allocation,
         models=models,
-        query_embeddings=load(storage.read_bytes(storage.join(run, QUERY_FILE)))["queries"],
+        query_embeddings=load(storage.read_bytes(storage.join(run.url, QUERY_FILE)))["queries"],
         query_labels=record.query_labels,
         category_names=record.category_names,
     ) as engine:
-        for shard in sorted(set(plan.manifest.iter_shards()) - done_shards(run)):
-            fetched = fetch_shard(plan.manifest, shard, threads=4, max_file_mb=config.decode.max_file_mb)
+        for shard in sorted(set(run.manifest.iter_shards()) - done_shards(run.url)):
+            fetched = fetch_shard(run.manifest, shard, threads=4, max_file_mb=config.decode.max_file_mb)
             predictions, stage_s = engine.annotate(to_images(fetched))
             rows = predictions_to_table(predictions)
             marks = {"fingerprint": record.fingerprint or "", "numerics": record.numerics_id}
-            write_shard(run, shard, rows, **marks, stage_s=stage_s)
+            write_shard(run.url, shard, rows, **marks, stage_s=stage_s)
     torch.set_num_threads(threads)
     reduce_run(config)
-    return storage.read_bytes(storage.join(run, "coco", "annotations.json"))
+    return storage.read_bytes(storage.join(run.url, "coco", "annotations.json"))

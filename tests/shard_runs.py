@@ -13,10 +13,10 @@ from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import FailureClass
 from owlsam_ray.ops.masks import encode_rle
 from owlsam_ray.records import Detections, Prediction, Segment
-from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.manifest_writer import ShardLayout, write_parts
 from owlsam_ray.run.paths import QUERY_FILE
 from owlsam_ray.run.record import RunRecord, canonical_hash, save_record
+from owlsam_ray.run.run import StoredRun
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import predictions_to_table
 from owlsam_ray.sources import ImageRecord
@@ -34,12 +34,8 @@ _SEGMENT = Segment(encode_rle(_MASK), 6, (2, 1, 5, 3), predicted_iou=0.9, stabil
 
 
 @dataclass(frozen=True)
-class ShardRun:
+class ShardRun(StoredRun):
     """A planned run, and what its shards must carry."""
-
-    url: str
-    manifest: Manifest
-    record: RunRecord
 
     def write(self, shard: int, rows: pa.Table, **marks: str) -> None:
         """Write a shard."""
@@ -99,4 +95,4 @@ def make_shard_run(url: str, *, num_images: int, shard_size: int, config: dict[s
         numerics=({"device": "tpu"}, NUMERICS),
     )
     save_record(url, record)
-    return ShardRun(url, manifest, record)
+    return ShardRun(record, manifest)

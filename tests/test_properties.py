@@ -77,15 +77,13 @@ class Runs:
                     "resources": {"shard_size": shard_size},
                 }
             )
-            run, models = str(config.run), find_models(config.detector, config.segment)
-            plan = plan_run(config)
-            embed_run_queries(config, plan.record, models.detector, run)
-            weights = {"detector": models.detector, "segmenter": models.segmenter}
-            parts = fingerprint_parts(config, plan.record, weights=weights, run_url=run)
+            run, models = plan_run(config).run, find_models(config.detector, config.segment)
+            embed_run_queries(run, models.detector)
+            parts = fingerprint_parts(run, weights={"detector": models.detector, "segmenter": models.segmenter})
             allocation = allocate(config.resources, num_cpus=2, num_gpus=0)
             numerics = numerics_of(allocation, config.resources.dtype)
-            record = guard_numerics(guard_labels(plan.record, parts, run), numerics, run, allow_change=False)
-            self.planned[shard_size] = config, record, plan.manifest
+            run = guard_numerics(guard_labels(run, parts), numerics, allow_change=False)
+            self.planned[shard_size] = config, run.record, run.manifest
         config, record, manifest = self.planned[shard_size]
         for folder in (PREDICTIONS, "coco"):
             for name in storage.list_names(storage.join(str(config.run), folder)):
@@ -202,7 +200,7 @@ class LedgerMachine(RuleBasedStateMachine):
         fsspec.filesystem("memory").store.clear()
         self.run: ShardRun = make_shard_run("memory://ledger/run", num_images=IMAGES, shard_size=SHARD_SIZE)
         self.part = Slice(min(index, count), count).shards(SHARDS)
-        self.tally = RunCounts(self.run.url, self.run.manifest, self.run.record.fingerprint, shards=self.part)
+        self.tally = RunCounts(self.run, shards=self.part)
 
     @rule(shard=shards_drawn, kept=st.integers(0, SHARD_SIZE))
     def write(self, shard: int, kept: int) -> None:

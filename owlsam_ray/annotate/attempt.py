@@ -14,8 +14,8 @@ from typing import Any
 import ray
 
 from owlsam_ray import storage
-from owlsam_ray.annotate import pipeline
 from owlsam_ray.annotate.memory_need import KillWatch, check_memory, check_node_memory, memory_need
+from owlsam_ray.annotate.pipeline import AttemptContext
 from owlsam_ray.annotate.waves import Labeller, StoppedError
 from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import InterruptedRunError, OwlsamError, PreflightError
@@ -35,17 +35,16 @@ from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.guard import (
     check_writable,
     fingerprint_parts,
-    forget_plan,
     guard_labels,
     guard_numerics,
     numerics_of,
 )
-from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.paths import ATTEMPTS, PREDICTIONS, PROGRESS_FILE, QUERY_FILE
 from owlsam_ray.run.progress import ProgressWatcher
 from owlsam_ray.run.proof import check_failures
-from owlsam_ray.run.record import RunRecord, run_directory
+from owlsam_ray.run.record import forget_plan, run_directory
 from owlsam_ray.run.retry import Retry
+from owlsam_ray.run.run import Run
 
 _log = logging.getLogger(__name__)
 _WHOLE = Slice()
@@ -69,15 +68,6 @@ class AttemptOptions:
     """Raise FailedImagesError if more images failed than `reduce.max_failed` allows; ignored for a slice."""
     allow_numerics_change: bool = False
     """Continue with a different device, dtype, batch or library version than earlier attempts."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A planned and guarded run."""
-
-    record: RunRecord
-    manifest: Manifest
-    models: ModelPaths
 
 
 def annotate_run(
@@ -116,63 +106,61 @@ def annotate_run(
         ) as attempt,
         before_end(attempt.sign_off),
     ):
-        run = _set_up(config, run_url)
-        counts = _annotate(config, options, attempt, run, show)
+        run, models = _set_up(config)
+        counts = _annotate(run, models, options, attempt, show)
         counts["fingerprint"] = run.record.fingerprint[:16] if run.record.fingerprint else None
         if options.judge and options.part.is_whole:
             check_failures(config.reduce.max_failed, counts)  # here, because sign-off records its exit code
         return counts
 
 
-def _set_up(config: RunConfig, run_url: str) -> _Prepared:
+def _set_up(config: RunConfig) -> tuple[Run, ModelPaths]:
     """Plan, embed and guard under an exclusive claim, because attempts of a job array start at the same time."""
-    with claim_setup(run_url, config.resources) as setup:
+    with claim_setup(run_directory(config), config.resources) as setup:
         plan = plan_run(config, raise_if_taken_over=setup.raise_if_taken_over)
-        record = plan.record
+        run = plan.run
         if plan.new:
-            _log.info("planned %d images in %d shards", plan.manifest.num_images, plan.manifest.num_shards)
+            _log.info("planned %d images in %d shards", run.manifest.num_images, run.manifest.num_shards)
         # Imported here: it may load torch, which is not needed to report a wrong path in the run file.
         from owlsam_ray.models.load import find_models
 
         try:
             models = find_models(config.detector, config.segment)
-            if record.fingerprint is None:
-                embed_run_queries(config, record, models.detector, run_url)
-            weights = {"detector": models.detector, "segmenter": models.segmenter}
-            parts = fingerprint_parts(config, record, weights=weights, run_url=run_url)
+            if run.record.fingerprint is None:
+                embed_run_queries(run, models.detector)
+            parts = fingerprint_parts(run, weights={"detector": models.detector, "segmenter": models.segmenter})
         except Exception:
             if plan.new:  # this call planned with settings that do not work; corrected ones must not be refused
-                forget_plan(run_url)
+                forget_plan(run.url)
             raise
         setup.raise_if_taken_over()
-        record = guard_labels(record, parts, run_url)
-    return _Prepared(record, plan.manifest, models)
+        return guard_labels(run, parts), models
 
 
 def _annotate(
-    config: RunConfig,
+    run: Run,
+    models: ModelPaths,
     options: AttemptOptions,
     attempt: Attempt,
-    run: _Prepared,
     show: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Run the attempt, after its slice is claimed and the run is set up."""
-    run_url = run_directory(config)
+    config = run.config
     mine = options.part.shards(run.manifest.num_shards)
-    tally = RunCounts(run_url, run.manifest, run.record.fingerprint, shards=mine)
+    tally = RunCounts(run, shards=mine)
     listed = tally.refresh_listing()
     retries = _retries(options.retry)
     if len(listed) == len(mine):
         tally.refresh()
         if not any(tally.transient_shards if retry.only_transient else tally.failed_shards for retry in retries):
-            _log.info("nothing to do: all %d shards of %s are done", len(mine), _named(run_url, options.part))
-            in_hand.clear(run_url, mine)  # left by an attempt that was killed at its very end
+            _log.info("nothing to do: all %d shards of %s are done", len(mine), _named(run.url, options.part))
+            in_hand.clear(run.url, mine)  # left by an attempt that was killed at its very end
             return tally.summary() | {"new": 0, "seconds": 0.0}
     elif listed:
         _log.info("resuming: %d of %d shards are done", len(listed), len(mine))
     start = time.monotonic()
     losses = LossCount(
-        storage.join(run_url, ATTEMPTS, f"slice-{options.part.index}-of-{options.part.count}{SUFFIX}"),
+        storage.join(run.url, ATTEMPTS, f"slice-{options.part.index}-of-{options.part.count}{SUFFIX}"),
         progress=lambda: len(tally.refresh_listing()),
         state=lambda: f"{len(tally.done)} of {tally.num_shards} shards are done",
     )
@@ -182,35 +170,34 @@ def _annotate(
             _ray(config, losses, kills),
             stop_on_signals(attempt.stop_url, config.resources.grace_s) as asked,
         ):
-            job = _prepare(config, run, attempt)
-            with claim_setup(run_url, config.resources) as setup:
+            context = _prepare(run, models, attempt)
+            with claim_setup(run.url, config.resources) as setup:
                 setup.raise_if_taken_over()
-                numerics = numerics_of(job.allocation, config.resources.dtype)
-                allowed = options.allow_numerics_change
-                record = guard_numerics(run.record, numerics, run_url, allow_change=allowed)
-            job = replace(job, record=record)
-            kills.need = memory_need(job.allocation, (run.models.detector, run.models.segmenter))
-            storage.remove_stale_temporaries(storage.join(run_url, PREDICTIONS))
+                numerics = numerics_of(context.allocation, config.resources.dtype)
+                guarded = guard_numerics(run, numerics, allow_change=options.allow_numerics_change)
+            context = replace(context, run=guarded)
+            kills.need = memory_need(context.allocation, (models.detector, models.segmenter))
+            storage.remove_stale_temporaries(storage.join(run.url, PREDICTIONS))
             with _watch(config, options.part, tally, attempt, show) as watcher:
-                labeller = Labeller(job, tally, watcher, attempt, asked, isolating=kills.pause)
+                labeller = Labeller(context, tally, watcher, attempt, asked, isolating=kills.pause)
                 labeller.label()
                 for retry in retries:
                     labeller.retry(retry)
-        in_hand.clear(run_url, mine)
+        in_hand.clear(run.url, mine)
     except StoppedError:
         raise _interrupted(tally, "asked to stop") from None
     except SystemExit:
         # Raised by Ray's own signal handler, which is briefly in place while Ray starts and ends.
         raise _interrupted(tally, "asked to stop a second time") from None
     except GraceOverError:
-        in_hand.release(run_url, attempt.id)  # no process died because of these
+        in_hand.release(run.url, attempt.id)  # no process died because of these
         raise _interrupted(tally, "the grace time is over; shards in progress were dropped") from None
     return tally.summary() | {
         "new": tally.images_fresh,
         "seconds": round(time.monotonic() - start, 1),
         "stage_s": {stage: round(seconds, 1) for stage, seconds in tally.stage_s.items()},
-        "actors": job.allocation.actors,
-        "gpus": job.allocation.actors * job.allocation.gpus_per_actor,
+        "actors": context.allocation.actors,
+        "gpus": context.allocation.actors * context.allocation.gpus_per_actor,
     }
 
 
@@ -244,7 +231,7 @@ def _watch(
     )
 
 
-def embed_run_queries(config: RunConfig, record: RunRecord, detector_weights: Path, run_url: str) -> None:
+def embed_run_queries(run: Run, detector_weights: Path) -> None:
     """Run the text tower once, and the image tower on exemplars; save the result in the run directory.
 
     Raises:
@@ -254,21 +241,23 @@ def embed_run_queries(config: RunConfig, record: RunRecord, detector_weights: Pa
 
     from owlsam_ray.inference.queries import embed_queries
 
+    queries, config = run.record.queries, run.config
     embeddings = embed_queries(
-        record.queries,
+        queries,
         detector_weights=detector_weights,
         settings=config.detector,
         ensemble=config.vocabulary.ensemble,
         grey16=config.decode.grey16,
     )
-    storage.write_atomic(storage.join(run_url, QUERY_FILE), save_safetensors({"queries": embeddings.contiguous()}))
-    prompts = sum(len(query.prompts) for query in record.queries)
-    exemplars = sum(query.exemplar is not None for query in record.queries)
-    _log.info("embedded %d prompts and %d exemplars as %d queries", prompts, exemplars, len(record.queries))
+    storage.write_atomic(storage.join(run.url, QUERY_FILE), save_safetensors({"queries": embeddings.contiguous()}))
+    prompts = sum(len(query.prompts) for query in queries)
+    exemplars = sum(query.exemplar is not None for query in queries)
+    _log.info("embedded %d prompts and %d exemplars as %d queries", prompts, exemplars, len(queries))
 
 
-def _prepare(config: RunConfig, run: _Prepared, attempt: Attempt) -> pipeline.Job:
-    """Check that the cluster has the resources for the run, and build the job."""
+def _prepare(run: Run, models: ModelPaths, attempt: Attempt) -> AttemptContext:
+    """Check that the cluster has the resources for the run."""
+    config = run.config
     totals = cluster_totals()
     allocation = allocate(
         config.resources,
@@ -283,7 +272,7 @@ def _prepare(config: RunConfig, run: _Prepared, attempt: Attempt) -> pipeline.Jo
         shard_bytes=run.manifest.max_shard_bytes(max_file_mb=config.decode.max_file_mb),
         store_bytes=totals["store_bytes"],
     )
-    need = memory_need(allocation, (run.models.detector, run.models.segmenter))
+    need = memory_need(allocation, (models.detector, models.segmenter))
     if config.resources.ray_address is None:
         check_memory(need, memory_limit())
     else:
@@ -296,13 +285,10 @@ def _prepare(config: RunConfig, run: _Prepared, attempt: Attempt) -> pipeline.Jo
         allocation.cpus_per_actor,
         allocation.gpus_per_actor,
     )
-    return pipeline.Job(
-        run_url=run_directory(config),
-        config=config,
-        record=run.record,
-        manifest=run.manifest,
+    return AttemptContext(
+        run=run,
         allocation=allocation,
-        models=run.models,
+        models=models,
         attempt=attempt.id,
         stop_url=attempt.stop_url,
         fence_url=attempt.fence_url,

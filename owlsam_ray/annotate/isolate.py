@@ -28,7 +28,6 @@ from typing import Any, Self
 import pyarrow as pa
 
 from owlsam_ray import errors
-from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import FailureClass, IncompleteError, OwlsamError, PreflightError
 from owlsam_ray.inference.watchdog import hang_text, memory_text, resident_bytes
 from owlsam_ray.models.weights import ModelPaths
@@ -36,8 +35,7 @@ from owlsam_ray.parallel.allocation import Allocation, actor_memory_bytes
 from owlsam_ray.parallel.child_imports import child_variables
 from owlsam_ray.parallel.work_slots import SLOT_FILES, read_slots
 from owlsam_ray.records import Prediction
-from owlsam_ray.run.manifest import Manifest
-from owlsam_ray.run.record import RunRecord
+from owlsam_ray.run.run import Run
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from owlsam_ray.storage.arrow_types import misfit_of
 
@@ -62,13 +60,10 @@ _log = logging.getLogger(__name__)
 class IsolationTask:
     """A shard, and everything needed to label it."""
 
-    run_url: str
+    run: Run
     shard: int
     positions: tuple[int, ...] | None
     """Positions in the shard of the images to label, ascending; None means all."""
-    config: RunConfig
-    record: RunRecord
-    manifest: Manifest
     allocation: Allocation
     models: ModelPaths
     suspects: frozenset[int] = frozenset()
@@ -114,7 +109,7 @@ def isolate_shard(task: IsolationTask) -> tuple[pa.Table, dict[str, float]]:
         IncompleteError: the process ends before its first image.
         OwlsamError, OSError: an error that no image caused: storage failed, or a batch does not fit the GPU.
     """
-    image_ids: list[int] = task.manifest.read_shard(task.shard)["image_id"].to_pylist()
+    image_ids: list[int] = task.run.manifest.read_shard(task.shard)["image_id"].to_pylist()
     wanted = list(range(len(image_ids))) if task.positions is None else list(task.positions)
     groups = _first_groups(wanted, image_ids, task.suspects)
     outcome = _Outcome()
@@ -173,8 +168,8 @@ class _Worker:
     def __init__(self, task: IsolationTask) -> None:
         self._task = task
         self._folder = tempfile.TemporaryDirectory(prefix="owlsam-isolated-")
-        self._memory_bytes = actor_memory_bytes(task.config.resources)
-        self._deadline_s = task.config.resources.image_deadline_s
+        self._memory_bytes = actor_memory_bytes(task.run.config.resources)
+        self._deadline_s = task.run.config.resources.image_deadline_s
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._groups = 0
@@ -243,11 +238,10 @@ class _Worker:
         task = self._task
         self._send(
             {
-                "run_url": task.run_url,
                 "shard": task.shard,
                 "folder": self._folder.name,
-                "config": task.config.model_dump(mode="json"),
-                "record": task.record.model_dump(mode="json"),
+                "config": task.run.config.model_dump(mode="json"),
+                "record": task.run.record.model_dump(mode="json"),
                 "allocation": asdict(task.allocation),
                 "models": {role: str(path) for role, path in asdict(task.models).items()},
             }

@@ -25,9 +25,8 @@ from owlsam_ray.parallel.logs import print_traceback
 from owlsam_ray.parallel.work_slots import WorkSlots
 
 if TYPE_CHECKING:
-    from owlsam_ray.config.run import RunConfig
     from owlsam_ray.inference.engine import Engine
-    from owlsam_ray.run.record import RunRecord
+    from owlsam_ray.run.run import Run
 
 _ALIVE_S = 1.0
 _MARGIN_S = 10.0
@@ -105,12 +104,11 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], replies: _Repl
     from owlsam_ray.config.run import RunConfig
     from owlsam_ray.fetch.images import fetch_shard, to_images
     from owlsam_ray.parallel.allocation import actor_memory_bytes
-    from owlsam_ray.run.guard import load_run_manifest, moves_since_plan
     from owlsam_ray.run.record import RunRecord
+    from owlsam_ray.run.run import reopen_run
     from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 
     config = RunConfig.model_validate(setup["config"])
-    record = RunRecord.model_validate(setup["record"])
     storage.configure(config.storage.policy())
     watch = _ReportingSlots(Path(setup["folder"]))
 
@@ -127,12 +125,12 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], replies: _Repl
     deadline_s = config.resources.image_deadline_s
     threading.Thread(target=_stay_alive, args=(replies, watch, deadline_s), daemon=True).start()
     # The driver has already checked that the dataset is where it moved to.
-    manifest = load_run_manifest(setup["run_url"], record).with_moves(moves_since_plan(config, record))
-    with _load(setup, config, record, watch) as engine:
+    run = reopen_run(config, RunRecord.model_validate(setup["record"])).with_moves()
+    with _load(setup, run, watch) as engine:
         replies.say("ready")
         for group in lines:
             fetched = fetch_shard(
-                manifest,
+                run.manifest,
                 setup["shard"],
                 threads=config.resources.fetch_threads,
                 max_file_mb=config.decode.max_file_mb,
@@ -149,7 +147,7 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], replies: _Repl
     watch.close()
 
 
-def _load(setup: dict[str, Any], config: "RunConfig", record: "RunRecord", watch: WorkSlots) -> "Engine":
+def _load(setup: dict[str, Any], run: "Run", watch: WorkSlots) -> "Engine":
     """Load the engine in the same way as an actor."""
     from safetensors.torch import load as load_safetensors
 
@@ -163,12 +161,12 @@ def _load(setup: dict[str, Any], config: "RunConfig", record: "RunRecord", watch
     allocation = Allocation(**setup["allocation"])
     fix_arithmetic(allocation.torch_threads)
     return load_engine(
-        config,
+        run.config,
         allocation,
         models=ModelPaths(**{role: Path(path) for role, path in setup["models"].items()}),
-        query_embeddings=load_safetensors(storage.read_bytes(storage.join(setup["run_url"], QUERY_FILE)))["queries"],
-        query_labels=record.query_labels,
-        category_names=record.category_names,
+        query_embeddings=load_safetensors(storage.read_bytes(storage.join(run.url, QUERY_FILE)))["queries"],
+        query_labels=run.record.query_labels,
+        category_names=run.record.category_names,
         watch=watch,
     )
 

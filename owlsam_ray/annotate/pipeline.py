@@ -2,8 +2,8 @@
 
 From fetch to sink, one block is one shard, which becomes one file: a block first holds the shard's number, then its
 encoded bytes, then its rows. Ray may neither split nor merge blocks, and the sink refuses a partial shard. Shards are
-passed to Ray in waves, so that the startup time does not grow with their number. With `Job.retry`, a block holds only
-the failed images of a finished shard, and the sink puts their rows into the shard's file.
+passed to Ray in waves, so that the startup time does not grow with their number. With `AttemptContext.retry`, a block
+holds only the failed images of a finished shard, and the sink puts their rows into the shard's file.
 """
 
 import json
@@ -18,17 +18,15 @@ from ray.data.block import BlockAccessor
 from ray.data.datasource import Datasink
 
 from owlsam_ray import storage
-from owlsam_ray.config.run import RunConfig
 from owlsam_ray.fetch.images import FETCHED_SCHEMA, fetch_shard, to_images
 from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.parallel.allocation import Allocation
 from owlsam_ray.parallel.logs import log_safely_by_default
 from owlsam_ray.run import in_hand
 from owlsam_ray.run.in_hand import MAX_DEATHS
-from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.paths import QUERY_FILE
-from owlsam_ray.run.record import RunRecord
 from owlsam_ray.run.retry import Retry, find_failed, replace_rows
+from owlsam_ray.run.run import Run
 from owlsam_ray.run.shards import write_shard
 from owlsam_ray.schema import PREDICTION_SCHEMA, predictions_to_table
 from owlsam_ray.storage.arrow_types import forget_ray_types
@@ -53,13 +51,10 @@ ROWS_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """Data that every process of an attempt has."""
+class AttemptContext:
+    """What every process of an attempt has."""
 
-    run_url: str
-    config: RunConfig
-    record: RunRecord
-    manifest: Manifest
+    run: Run
     allocation: Allocation
     models: ModelPaths
     """Local paths of the resolved weights; the same on every node."""
@@ -74,7 +69,7 @@ class Job:
 
     def enter(self) -> None:
         """Set up storage and logging as the run file says; every process calls this first."""
-        storage.configure(self.config.storage.policy())
+        storage.configure(self.run.config.storage.policy())
         log_safely_by_default()
 
     def stopping(self) -> bool:
@@ -92,14 +87,14 @@ class Job:
             OSError: storage failed.
         """
         if self.retry is not None:
-            replace_rows(self.run_url, shard, rows, stage_s=stage_s)
+            replace_rows(self.run.url, shard, rows, stage_s=stage_s)
             return
         write_shard(
-            self.run_url,
+            self.run.url,
             shard,
             rows,
-            fingerprint=self.record.fingerprint or "",
-            numerics=self.record.numerics_id,
+            fingerprint=self.run.record.fingerprint or "",
+            numerics=self.run.record.numerics_id,
             stage_s=stage_s,
         )
 
@@ -107,26 +102,26 @@ class Job:
 class FetchShard:
     """Ray task: maps a block with a shard's number to a block with its encoded images."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, context: AttemptContext) -> None:
+        self._context = context
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Map one row with `shard` to rows of `FETCHED_SCHEMA`; no rows once the attempt was asked to stop."""
-        self._job.enter()
-        if self._job.stopping():
+        self._context.enter()
+        if self._context.stopping():
             return FETCHED_SCHEMA.empty_table()
-        job, shard = self._job, block["shard"][0].as_py()
+        run, shard = self._context.run, block["shard"][0].as_py()
         positions = None
-        if job.retry is not None:
-            positions = find_failed(job.run_url, shard, job.retry).plain
+        if self._context.retry is not None:
+            positions = find_failed(run.url, shard, self._context.retry).plain
             if not positions:
                 return FETCHED_SCHEMA.empty_table()
         return fetch_shard(
-            job.manifest,
+            run.manifest,
             shard,
-            threads=job.config.resources.fetch_threads,
-            max_file_mb=job.config.decode.max_file_mb,
-            deadline_s=job.config.resources.fetch_deadline_s,
+            threads=run.config.resources.fetch_threads,
+            max_file_mb=run.config.decode.max_file_mb,
+            deadline_s=run.config.resources.fetch_deadline_s,
             positions=positions,
         )
 
@@ -134,7 +129,7 @@ class FetchShard:
 class Annotator:
     """Ray actor: holds both models; called concurrently by one thread per shard in flight."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, context: AttemptContext) -> None:
         """Load the models, and the query embeddings from the run directory."""
         # Imported here: fetch and write tasks import this module too, and torch would cost each of their processes
         # eight seconds and half a gigabyte.
@@ -144,19 +139,20 @@ class Annotator:
         from owlsam_ray.inference.load import load_engine
         from owlsam_ray.models.arithmetic import fix_arithmetic
 
-        self._job = job
-        job.enter()
+        self._context = context
+        context.enter()
+        run = context.run
         # Deaths of earlier processes: a process that Ray restarts finds the markers of the previous one.
-        self._strikes = in_hand.deaths(in_hand.list_markers(job.run_url))
-        self._watched = WatchedWork(job.run_url, job.attempt, job.config.resources)
-        fix_arithmetic(job.allocation.torch_threads)
+        self._strikes = in_hand.deaths(in_hand.list_markers(run.url))
+        self._watched = WatchedWork(run.url, context.attempt, run.config.resources)
+        fix_arithmetic(context.allocation.torch_threads)
         self._engine = load_engine(
-            job.config,
-            job.allocation,
-            models=job.models,
-            query_embeddings=load_safetensors(storage.read_bytes(storage.join(job.run_url, QUERY_FILE)))["queries"],
-            query_labels=job.record.query_labels,
-            category_names=job.record.category_names,
+            run.config,
+            context.allocation,
+            models=context.models,
+            query_embeddings=load_safetensors(storage.read_bytes(storage.join(run.url, QUERY_FILE)))["queries"],
+            query_labels=run.record.query_labels,
+            category_names=run.record.category_names,
             watch=self._watched.watch,
         )
 
@@ -165,7 +161,7 @@ class Annotator:
 
         No rows once the attempt was asked to stop, or if `MAX_DEATHS` processes died while working on the shard.
         """
-        if block.num_rows == 0 or self._job.stopping():
+        if block.num_rows == 0 or self._context.stopping():
             return ROWS_SCHEMA.empty_table()
         shard = block["shard"][0].as_py()
         if self._strikes.get(shard, 0) >= MAX_DEATHS:
@@ -182,8 +178,8 @@ class Annotator:
 class ShardSink(Datasink[list[int]]):
     """Writes every block as the file of its shard, and refuses a block that is not exactly one shard."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, context: AttemptContext) -> None:
+        self._context = context
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> list[int]:
         """Write the shards of these blocks and return their numbers.
@@ -192,7 +188,7 @@ class ShardSink(Datasink[list[int]]):
             ValueError: a block holds a part of a shard, or more than one shard.
             OSError: storage failed.
         """
-        self._job.enter()
+        self._context.enter()
         written = []
         for block in blocks:
             rows = BlockAccessor.for_block(block).to_arrow()
@@ -201,27 +197,27 @@ class ShardSink(Datasink[list[int]]):
             shards, sizes = rows["shard"].unique().to_pylist(), rows["shard_rows"].unique().to_pylist()
             if len(shards) != 1 or sizes != [rows.num_rows]:
                 raise ValueError(f"a block of {rows.num_rows} rows is not one whole shard: shards {shards} of {sizes}")
-            if self._job.fenced():
+            if self._context.fenced():
                 break
-            self._job.write(shards[0], rows.select(PREDICTION_SCHEMA.names), json.loads(rows["stage_s"][0].as_py()))
+            self._context.write(shards[0], rows.select(PREDICTION_SCHEMA.names), json.loads(rows["stage_s"][0].as_py()))
             written.append(shards[0])
         return written
 
 
-def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
+def build_graph(context: AttemptContext, shards: Sequence[int]) -> "ray.data.Dataset":
     """Build the graph from shard numbers to rows, one block per shard; nothing runs yet."""
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size = None  # a block is a shard, whatever its size
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.enable_operator_progress_bars = False
-    context.raise_original_map_exception = True  # our errors must reach the driver with their own type
-    allocation, resources = job.allocation, job.config.resources
+    settings = ray.data.DataContext.get_current()
+    settings.target_max_block_size = None  # a block is a shard, whatever its size
+    settings.enable_progress_bars = False
+    settings.print_on_execution_start = False
+    settings.enable_operator_progress_bars = False
+    settings.raise_original_map_exception = True  # our errors must reach the driver with their own type
+    allocation, resources = context.allocation, context.run.config.resources
     return (
         ray.data.from_arrow([pa.table({"shard": pa.array([shard], pa.int64())}) for shard in shards])
         # The CPU request must differ from the actor's, or Ray would fuse the two stages into one process.
         .map_batches(
-            FetchShard(job).__call__,
+            FetchShard(context).__call__,
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=resources.fetch_cpus,
@@ -229,7 +225,7 @@ def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
         )
         .map_batches(
             Annotator,
-            fn_constructor_args=(job,),
+            fn_constructor_args=(context,),
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
@@ -248,65 +244,63 @@ def build_graph(job: Job, shards: Sequence[int]) -> "ray.data.Dataset":
     )
 
 
-def run_wave(job: Job, shards: Sequence[int]) -> None:
+def run_wave(context: AttemptContext, shards: Sequence[int]) -> None:
     """Label these shards and write their files.
 
     Raises:
         ray.exceptions.RayError: an actor could not start, a process died too often, or a file could not be written.
     """
-    build_graph(job, shards).write_datasink(
-        ShardSink(job), ray_remote_args={"num_cpus": job.config.resources.write_cpus, "max_retries": _MOST_RETRIES}
+    write_cpus = context.run.config.resources.write_cpus
+    build_graph(context, shards).write_datasink(
+        ShardSink(context), ray_remote_args={"num_cpus": write_cpus, "max_retries": _MOST_RETRIES}
     )
 
 
-def run_isolated(job: Job, shards: Mapping[int, Sequence[str]]) -> None:
+def run_isolated(context: AttemptContext, shards: Mapping[int, Sequence[str]]) -> None:
     """Label shards that processes died on, each in a separate process, and write their files.
 
     Args:
-        job: the attempt's job.
+        context: what every process of the attempt has.
         shards: marker names by shard number.
 
     Raises:
         OwlsamError: the attempt cannot continue.
         ray.exceptions.RayError: a process died, but not because of an image.
     """
-    allocation = job.allocation
+    allocation = context.allocation
     task = ray.remote(num_cpus=allocation.cpus_per_actor, num_gpus=allocation.gpus_per_actor, max_retries=0)(_isolate)
     waiting = list(shards.items())
     running: list[Any] = []
     while waiting or running:
-        if job.stopping():
+        if context.stopping():
             for each in running:
                 ray.cancel(each, force=True)
             return
         while waiting and len(running) < allocation.actors:
             shard, names = waiting.pop(0)
-            running.append(task.remote(job, shard, tuple(names)))
+            running.append(task.remote(context, shard, tuple(names)))
         done, running = ray.wait(running, timeout=1.0)
         ray.get(done)
 
 
-def _isolate(job: Job, shard: int, crumb_names: Sequence[str]) -> None:
+def _isolate(context: AttemptContext, shard: int, crumb_names: Sequence[str]) -> None:
     """Label one shard in isolation, in a process on the node that Ray chooses."""
     from owlsam_ray.annotate.isolate import IsolationTask, isolate_shard
 
-    job.enter()
+    context.enter()
     positions = None
-    if job.retry is not None:
-        failed = find_failed(job.run_url, shard, job.retry)
+    if context.retry is not None:
+        failed = find_failed(context.run.url, shard, context.retry)
         positions = tuple(sorted(failed.plain + failed.quarantined))
     rows, stage_s = isolate_shard(
         IsolationTask(
-            run_url=job.run_url,
+            run=context.run,
             shard=shard,
             positions=positions,
-            config=job.config,
-            record=job.record,
-            manifest=job.manifest,
-            allocation=job.allocation,
-            models=job.models,
-            suspects=in_hand.suspects(job.run_url, crumb_names),
+            allocation=context.allocation,
+            models=context.models,
+            suspects=in_hand.suspects(context.run.url, crumb_names),
         )
     )
-    if not job.fenced():
-        job.write(shard, rows, stage_s)
+    if not context.fenced():
+        context.write(shard, rows, stage_s)

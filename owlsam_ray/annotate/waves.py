@@ -10,7 +10,7 @@ from ray.data.exceptions import SystemException
 from ray.exceptions import RayError
 
 from owlsam_ray.annotate import pipeline
-from owlsam_ray.annotate.pipeline import Job
+from owlsam_ray.annotate.pipeline import AttemptContext
 from owlsam_ray.errors import IncompleteError, OwlsamError
 from owlsam_ray.run import in_hand
 from owlsam_ray.run.attempts import Attempt
@@ -75,7 +75,7 @@ class Failed:
 class Labeller:
     """Labels the shards of an attempt."""
 
-    job: Job
+    context: AttemptContext
     tally: RunCounts
     watcher: ProgressWatcher
     attempt: Attempt
@@ -90,7 +90,7 @@ class Labeller:
             StoppedError: the attempt was asked to stop.
             OwlsamError: further tries cannot help, or another attempt has taken over.
         """
-        self._bring_to_end(self.job, Unfinished(self.tally))
+        self._bring_to_end(self.context, Unfinished(self.tally))
         self.watcher.look()
 
     def retry(self, retry: Retry) -> None:
@@ -104,49 +104,49 @@ class Labeller:
         if not shards:
             return
         _log.info("retrying the %s images of %d shards", retry.what, len(shards))
-        job = replace(self.job, retry=retry)
+        context = replace(self.context, retry=retry)
         # Images that killed a process before must not go to an actor.
         killers = [
             shard
             for shard in (() if retry.only_transient else shards)
-            if find_failed(job.run_url, shard, retry).quarantined
+            if find_failed(context.run.url, shard, retry).quarantined
         ]
         try:
-            self._bring_to_end(job, Failed(sorted(set(shards) - set(killers))))
-            self._bring_to_end(job, Failed(killers), alone=True)
+            self._bring_to_end(context, Failed(sorted(set(shards) - set(killers))))
+            self._bring_to_end(context, Failed(killers), alone=True)
         finally:
             self.tally.forget(shards)
         self.watcher.look()
 
-    def _bring_to_end(self, job: Job, work: Work, *, alone: bool = False) -> None:
+    def _bring_to_end(self, context: AttemptContext, work: Work, *, alone: bool = False) -> None:
         """Run waves until no shard is left; shards that processes died on come last, each in a separate process.
 
         A wave that breaks is rebuilt from the shards still missing; after several waves without any progress the
         attempt gives up.
         """
-        fruitless = 0
+        fruitless, most = 0, context.run.config.resources.wave_shards
         left = work.left()
         while left:
             self._stop_if_asked()
-            found = in_hand.list_markers(job.run_url)
+            found = in_hand.list_markers(context.run.url)
             struck = {shard: len(found.get(shard, ())) for shard in left}
             plain = [] if alone else [shard for shard in left if struck[shard] < MAX_DEATHS]
             # Shards that a process died on go last, so that they do not take others down with them.
-            wave = sorted(plain, key=lambda shard: (struck[shard], shard))[: job.config.resources.wave_shards]
+            wave = sorted(plain, key=lambda shard: (struck[shard], shard))[:most]
             try:
                 if wave:
-                    pipeline.run_wave(job, wave)
+                    pipeline.run_wave(context, wave)
                 else:
                     _log.warning("%d shards that processes died on are labelled one by one, in isolation", len(left))
                     self.isolating(True)
-                    pipeline.run_isolated(job, {shard: found.get(shard, []) for shard in left})
+                    pipeline.run_isolated(context, {shard: found.get(shard, []) for shard in left})
             except RayError as error:
                 cause: BaseException | None = root_cause(error)
             else:
                 cause = None
             self.isolating(False)
-            after = in_hand.deaths(in_hand.list_markers(job.run_url))
-            if cause is None and not job.stopping():
+            after = in_hand.deaths(in_hand.list_markers(context.run.url))
+            if cause is None and not context.stopping():
                 work.handed_back([shard for shard in wave or left if after.get(shard, 0) < MAX_DEATHS or not wave])
             self._stop_if_asked()
             before, left = left, work.left()

@@ -116,7 +116,7 @@ def collect(
     wanted = sorted(by_shard.keys() & done)
     for number, shard in enumerate(wanted):
         show("calibrated", number, len(wanted))
-        labels = read_labels(manifest.run_url, manifest, shard, rules.shards, rules.decisions)
+        labels = read_labels(manifest, shard, rules.shards, rules.decisions)
         collector.add(labels, by_shard[shard])
     show("calibrated", len(wanted), len(wanted))
     _check_counts(counts, truth, manifest, rules.shape)

@@ -20,10 +20,9 @@ from owlsam_ray.evaluate.ground_truth import NO_GROUP, GroundTruth, load_ground_
 from owlsam_ray.evaluate.matching import Shape
 from owlsam_ray.reduce.operating_points import OperatingPoints
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
-from owlsam_ray.reduce.run import open_run
 from owlsam_ray.run.paths import OPERATING_POINTS_FILE
 from owlsam_ray.run.proof import ShardRules
-from owlsam_ray.run.record import run_directory
+from owlsam_ray.run.run import open_labelled_run
 from owlsam_ray.terminal import Show, silent
 from owlsam_ray.vocabulary.names import fold_category
 
@@ -86,8 +85,8 @@ def calibrate_run(
         OSError: storage refused.
     """
     matching, fitting = matching or MatchRule(), fitting or Fitting()
-    run_url = run_directory(config)
-    record, manifest = open_run(config, run_url)
+    run = open_labelled_run(config)
+    record = run.record
     truth = _load_truth(config, ground_truth, matching.shape)
     floor = float((record.fingerprint_parts or {})["config"]["detector"]["score_floor"])
     settings = config.reduce.model_copy(update=_APART)
@@ -95,7 +94,7 @@ def calibrate_run(
     decisions = resolve_decisions(settings, record, floor, None)
     decisions = replace(decisions, thresholds=np.full(len(record.categories), floor))
     rules = ShardRules.of(record)
-    found = collect(manifest, truth, Rules(rules, decisions, matching.shape, matching.iou_threshold), show)
+    found = collect(run.manifest, truth, Rules(rules, decisions, matching.shape, matching.iou_threshold), show)
     fitted = operating_points(
         found.samples,
         decisions.categories,
@@ -118,7 +117,7 @@ def calibrate_run(
         "counts": found.counts,
         **fitted,
     }
-    _write(result, out or storage.join(run_url, OPERATING_POINTS_FILE))
+    _write(result, out or storage.join(run.url, OPERATING_POINTS_FILE))
     return result
 
 

@@ -13,9 +13,9 @@ from owlsam_ray.evaluate.ground_truth import GroundTruth, load_ground_truth
 from owlsam_ray.evaluate.predictions import Predictions, load_predictions
 from owlsam_ray.evaluate.speed import run_speed
 from owlsam_ray.evaluate.summary import summarize
-from owlsam_ray.run.guard import check_config, load_run_manifest
 from owlsam_ray.run.paths import ANNOTATIONS, COCO_FOLDER, EVALUATION_FILE, FAILURES
-from owlsam_ray.run.record import RunRecord, load_record, run_directory
+from owlsam_ray.run.record import RunRecord
+from owlsam_ray.run.run import open_labelled_run
 
 _log = logging.getLogger(__name__)
 
@@ -34,36 +34,31 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
         GuardError: the run was made with other settings.
         IncompleteError: the run is not labelled, or not reduced yet.
     """
-    run_url = run_directory(config)
-    record = load_record(run_url)
-    if record is None:
-        raise InputError(f"{run_url} holds no run (no run.json): plan, annotate and reduce it first")
-    check_config(config, record, images_matter=False)
-    annotations = storage.join(run_url, COCO_FOLDER, ANNOTATIONS)
-    if record.fingerprint is None or not storage.exists(annotations):
+    run = open_labelled_run(config)
+    annotations = storage.join(run.url, COCO_FOLDER, ANNOTATIONS)
+    if not storage.exists(annotations):
         raise IncompleteError(
-            f"{run_url} is not reduced yet, or not to one COCO file (no coco/annotations.json): run `owlsam reduce` "
+            f"{run.url} is not reduced yet, or not to one COCO file (no coco/annotations.json): run `owlsam reduce` "
             "first, without reduce.out and reduce.images_per_file. To evaluate other files, give --ground-truth and "
             "--predictions without a run"
         )
     truth = load_ground_truth(_ground_truth_url(config), masks=True)
     predictions = load_predictions(
         annotations, truth, masks=truth.has_masks, mapping=config.evaluate.mapping,
-        failed=_failed_images(storage.join(run_url, COCO_FOLDER, FAILURES)),
+        failed=_failed_images(storage.join(run.url, COCO_FOLDER, FAILURES)),
     )  # fmt: skip
-    provenance = _provenance(predictions, record)
+    provenance = _provenance(predictions, run.record)
     truth, listed = _scored(truth, predictions), len(truth.images)
     _warn(truth, predictions, listed)
-    manifest = load_run_manifest(run_url, record)
     evaluation = {
         "ground_truth": truth.url,
         "predictions": annotations,
         "reduce_score_threshold": provenance.get("score_threshold"),
         **summarize(truth, predictions, _kinds(truth, predictions), config.evaluate, num_listed=listed),
-        "speed": run_speed(run_url, manifest, record.fingerprint),
+        "speed": run_speed(run),
     }
     text = json.dumps(evaluation, indent=1, allow_nan=False)
-    storage.write_atomic(storage.join(run_url, EVALUATION_FILE), text.encode())
+    storage.write_atomic(storage.join(run.url, EVALUATION_FILE), text.encode())
     return evaluation
 
 

@@ -6,19 +6,14 @@ from typing import Any
 
 from owlsam_ray import storage
 from owlsam_ray.run.counts import RunCounts
-from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.paths import PROGRESS_FILE
+from owlsam_ray.run.run import StoredRun
 
 DETECTOR_STAGE, SEGMENTER_STAGE = "detect", "segment"
 
 
-def run_speed(run_url: str, manifest: Manifest, fingerprint: str) -> dict[str, Any]:
+def run_speed(run: StoredRun) -> dict[str, Any]:
     """Return busy seconds of the models, and the rate of the last attempt.
-
-    Args:
-        run_url: the run directory.
-        manifest: manifest of the run.
-        fingerprint: label fingerprint that every shard must have.
 
     Returns:
         `images` (number of images that reached the models), `stage_s` (busy seconds of each stage, summed over all
@@ -30,7 +25,7 @@ def run_speed(run_url: str, manifest: Manifest, fingerprint: str) -> dict[str, A
     Raises:
         IncompleteError: a shard file is damaged or foreign.
     """
-    tally = RunCounts(run_url, manifest, fingerprint).refresh()
+    tally = RunCounts(run).refresh()
     counts, stage_s = tally.counts, tally.stage_s
     images = counts["ok"] + counts["empty"]
     detector = stage_s.get(DETECTOR_STAGE, 0.0) / images if images else None
@@ -45,7 +40,7 @@ def run_speed(run_url: str, manifest: Manifest, fingerprint: str) -> dict[str, A
         "segmenter_s_per_image": segmenter,
         "models_s_per_image": total,
         "images_per_s_per_actor": 1 / total if total else None,
-        "wall_images_per_s": _wall_rate(run_url),
+        "wall_images_per_s": _wall_rate(run.url),
     }
 
 

@@ -1,7 +1,6 @@
 """Check a sample of a hundred files to confirm that a moved dataset is the one that was planned."""
 
 import logging
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from owlsam_ray import storage
 from owlsam_ray.errors import GuardError, OwlsamError, shown
 from owlsam_ray.run.manifest import Manifest
-from owlsam_ray.run.moved_data import Move
+from owlsam_ray.run.run import Run
 from owlsam_ray.schema import Container
 from owlsam_ray.sources.listing import address_of
 from owlsam_ray.storage.secrets import masked
@@ -22,22 +21,18 @@ _MAY_MISS = 0.05
 _log = logging.getLogger(__name__)
 
 
-def moved_manifest(manifest: Manifest, moves: Sequence[Move]) -> Manifest:
-    """Return the manifest with URIs under the new roots, after checking a sample of its files there.
-
-    Args:
-        manifest: the manifest as planned.
-        moves: moves from old roots to new ones; if empty, the manifest is returned unchanged.
+def with_checked_moves(run: Run) -> Run:
+    """Return the run with URIs under the new roots, after checking a sample of its files there.
 
     Raises:
         GuardError: too many files are missing there, or one has a different size than at its old path or in the plan.
     """
-    if not moves:
-        return manifest
-    moved = manifest.with_moves(moves)
+    if not run.moves:
+        return run
+    moved = run.with_moves()
     rows = [
         (old, new)
-        for old, new in _sample(manifest, moved)
+        for old, new in _sample(run.manifest, moved.manifest)
         if old["uri"] != new["uri"] and old["container"] != Container.BAD
     ]
     if not rows:
@@ -46,12 +41,12 @@ def moved_manifest(manifest: Manifest, moves: Sequence[Move]) -> Manifest:
         found = list(pool.map(lambda pair: _problem(*pair), rows))
     missing = [uri for uri, problem in found if problem == "missing"]
     other = [f"{uri} {problem}" for uri, problem in found if problem not in (None, "missing")]
-    roots = ", ".join(f"{shown(masked(move.old))} -> {shown(masked(move.new))}" for move in moves)
+    roots = ", ".join(f"{shown(masked(move.old))} -> {shown(masked(move.new))}" for move in run.moves)
     if other or len(missing) > _MAY_MISS * len(rows):
         first = masked(other[0] if other else f"{missing[0]} is missing")
         raise GuardError(
             f"the dataset that data.images, data.files and data.annotations now point to ({roots}) is not the one that "
-            f"{manifest.run_url} was planned with: of {len(rows)} sampled files, {len(missing)} are missing and "
+            f"{run.url} was planned with: of {len(rows)} sampled files, {len(missing)} are missing and "
             f"{len(other)} differ; the first: {first}. Copy the files there, set the old paths, or use another "
             "--run directory."
         )

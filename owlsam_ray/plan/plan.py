@@ -23,20 +23,15 @@ from owlsam_ray.config.vocabulary import is_vocabulary_file
 from owlsam_ray.errors import FailedImagesError, GuardError, InputError
 from owlsam_ray.inference.suppress import label_thresholds
 from owlsam_ray.plan.image_check import verify_images
-from owlsam_ray.plan.moved_images import moved_manifest
+from owlsam_ray.plan.moved_images import with_checked_moves
 from owlsam_ray.plan.selection import already_planned, named, select_images, selection_of
-from owlsam_ray.run.guard import (
-    check_config,
-    check_same_vocabulary,
-    load_run_manifest,
-    moves_since_plan,
-    with_planned_suffixes,
-)
+from owlsam_ray.run.guard import check_same_vocabulary
 from owlsam_ray.run.manifest import Manifest, moved_uris
 from owlsam_ray.run.manifest_writer import ShardLayout, shard_size, write_parts
 from owlsam_ray.run.moved_data import Move
 from owlsam_ray.run.paths import PREDICTIONS, RUN_FILE
 from owlsam_ray.run.record import RunRecord, load_record, run_directory, save_record
+from owlsam_ray.run.run import Run, open_run
 from owlsam_ray.sources import Listing, ListingOptions, list_images
 from owlsam_ray.sources.bad_rows import check_bad_rows
 from owlsam_ray.sources.spool import Spool
@@ -50,10 +45,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A planned run."""
+    """A planned run, and what this call found and added."""
 
-    record: RunRecord
-    manifest: Manifest
+    run: Run
     new: int
     """Number of images that this call added; 0 if the run was already planned."""
     listed: int | None = None
@@ -90,9 +84,9 @@ def plan_run(
         GuardError: the directory was planned with other settings or holds something else, or the listing contradicts
             the images that are already planned.
     """
-    run_url = run_directory(config)
-    record = load_record(run_url)
-    if record is None:
+    run = open_run(config, extending=extend)
+    if run is None:
+        run_url = run_directory(config)
         if extend:
             raise InputError(f"{run_url} holds no plan to extend (no {RUN_FILE}): run `owlsam plan` without --extend")
         if storage.list_names(storage.join(run_url, PREDICTIONS)):
@@ -100,27 +94,21 @@ def plan_run(
                 f"{run_url} holds predictions but no {RUN_FILE}: restore that file, or choose another directory"
             )
         return _freeze(config, show=show, raise_if_taken_over=raise_if_taken_over)
-    check_config(config, record, data_too=not extend)
-    config = with_planned_suffixes(config, record)
-    manifest = load_run_manifest(run_url, record)
     if extend:
-        moves = _moves_of_extension(config, record, manifest)
-        return _freeze(
-            config, show=show, raise_if_taken_over=raise_if_taken_over, before=Plan(record, manifest, 0), moves=moves
-        )
-    _check_names(config, record)
-    _tell_other_selection(config.plan, record)
-    return Plan(record, moved_manifest(manifest, moves_since_plan(config, record)), 0)
+        moves = _moves_of_extension(run)
+        return _freeze(run.config, show=show, raise_if_taken_over=raise_if_taken_over, before=run, moves=moves)
+    _check_names(run)
+    _tell_other_selection(run)
+    return Plan(with_checked_moves(run), 0)
 
 
-def _moves_of_extension(config: RunConfig, record: RunRecord, manifest: Manifest) -> tuple[Move, ...]:
+def _moves_of_extension(run: Run) -> tuple[Move, ...]:
     """Find where the dataset has moved since the plan; empty if the new path holds a different dataset to add."""
-    moves = moves_since_plan(config, record)
     try:
-        moved_manifest(manifest, moves)
+        with_checked_moves(run)
     except GuardError:
         return ()
-    return moves
+    return run.moves
 
 
 def _freeze(
@@ -128,7 +116,7 @@ def _freeze(
     *,
     show: Show,
     raise_if_taken_over: Callable[[], None],
-    before: Plan | None = None,
+    before: Run | None = None,
     moves: tuple[Move, ...] = (),
 ) -> Plan:
     """List, select, write the parts of the manifest, and make them valid.
@@ -142,7 +130,7 @@ def _freeze(
     vocabulary = resolve_vocabulary(config.vocabulary, listing.categories)
     label_thresholds(config.suppress, [category.name for category in vocabulary.categories])
     if before is not None:
-        check_same_vocabulary(vocabulary, before.record, run_url)
+        check_same_vocabulary(vocabulary, before)
     with tempfile.TemporaryDirectory(prefix="owlsam-plan-") as folder:
         spool, wanted, repeated = select_images(listing, config.plan, Path(folder), show=show)
         next_id = 1
@@ -152,7 +140,7 @@ def _freeze(
         count = int(wanted.sum())
         told = {"listed": spool.num_listed, "eligible": len(spool) - repeated, "repeated": repeated}
         if count == 0 and before is not None:
-            return Plan(before.record, before.manifest, 0, **told)
+            return Plan(before, 0, **told)
         if count == 0:
             raise InputError(_nothing_left(config.plan, spool))
         bad = check_bad_rows(config, run_url, spool, wanted)
@@ -176,11 +164,11 @@ def _freeze(
     record = _new_record(config, vocabulary, manifest, before, keep_places=bool(moves))
     raise_if_taken_over()
     save_record(run_url, record)
-    return Plan(record, manifest, count, bad=bad, **told)
+    return Plan(Run(record, manifest, config), count, bad=bad, **told)
 
 
 def _new_record(
-    config: RunConfig, vocabulary: Vocabulary, manifest: Manifest, before: Plan | None, *, keep_places: bool
+    config: RunConfig, vocabulary: Vocabulary, manifest: Manifest, before: Run | None, *, keep_places: bool
 ) -> RunRecord:
     """Build the unsaved `run.json` of a plan or extension; `keep_places` keeps the dataset paths of the first plan."""
     fields: dict[str, Any] = {
@@ -188,7 +176,7 @@ def _new_record(
         "layout_hash": manifest.layout_hash,
         "num_parts": len(manifest.parts),
     }
-    now = _current_record(before, run_directory(config))
+    now = _current_record(before, manifest.run_url)
     if now is not None:
         if keep_places:
             places = {name: now.config["data"][name] for name in ("images", "annotations", "files")}
@@ -203,7 +191,7 @@ def _new_record(
     )
 
 
-def _current_record(before: Plan | None, run_url: str) -> RunRecord | None:
+def _current_record(before: Run | None, run_url: str) -> RunRecord | None:
     """Reload the record, with fields that an attempt may have set during the listing; None for a first plan.
 
     Raises:
@@ -215,20 +203,21 @@ def _current_record(before: Plan | None, run_url: str) -> RunRecord | None:
     return now
 
 
-def _check_names(config: RunConfig, record: RunRecord) -> None:
+def _check_names(run: Run) -> None:
     """Check that the content of the vocabulary file has not changed; a change counts as different settings.
 
     Raises:
         GuardError: the content has changed.
     """
-    if not is_vocabulary_file(config.vocabulary.categories):
+    settings = run.config.vocabulary
+    if not is_vocabulary_file(settings.categories):
         return
     try:
-        vocabulary = resolve_vocabulary(config.vocabulary, [])
+        vocabulary = resolve_vocabulary(settings, [])
     except InputError as error:
         _log.warning("the run keeps its planned vocabulary, because the vocabulary file cannot be read: %s", error)
         return
-    check_same_vocabulary(vocabulary, record, run_directory(config))
+    check_same_vocabulary(vocabulary, run)
 
 
 def list_dataset(config: RunConfig) -> Listing:
@@ -292,10 +281,10 @@ def _nothing_left(plan: PlanConfig, spool: Spool) -> str:
     return "there are no images to plan"
 
 
-def _tell_other_selection(plan: PlanConfig, record: RunRecord) -> None:
+def _tell_other_selection(run: Run) -> None:
     """Warn if the existing plan was made with a different selection than the config requests."""
-    before = selection_of(record.stored_config().plan)
-    if selection_of(plan) != before:
+    before = selection_of(run.record.stored_config().plan)
+    if selection_of(run.config.plan) != before:
         _log.warning(
             "the run keeps its planned selection, %s; `owlsam plan --extend` adds the images that it lacks",
             before or "all images",

@@ -30,7 +30,6 @@ _BLOCK = 2**22
 class ReduceJob:
     """What all chunks of a reduce have in common."""
 
-    run_url: str
     manifest: Manifest
     rules: ShardRules
     decisions: Decisions
@@ -80,7 +79,7 @@ def write_chunk(chunk: Chunk) -> ChunkResult:
     with ExitStack() as stack:
         files: dict[tuple[str, str], IO[bytes]] = {}
         for shard in chunk.shards:
-            labels = read_labels(job.run_url, job.manifest, shard, job.rules, job.decisions, job.overlay)
+            labels = read_labels(job.manifest, shard, job.rules, job.decisions, job.overlay)
             result.num_images += labels.images.num_rows
             result.counts.add(labels.counts)
             for output in job.outputs:

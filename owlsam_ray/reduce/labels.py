@@ -161,7 +161,6 @@ class Overlay(Protocol):
 
 
 def read_labels(
-    run_url: str,
     manifest: Manifest,
     shard: int,
     rules: ShardRules,
@@ -175,7 +174,7 @@ def read_labels(
         OSError: storage gave up.
     """
     sources = manifest.read_shard(shard)
-    _, rows = prove_shard(run_url, shard, sources["image_id"], rules)
+    _, rows = prove_shard(manifest.run_url, shard, sources["image_id"], rules)
     first_ordinal, _ = manifest.shard_span(shard)
     lengths = pc.fill_null(pc.list_value_length(rows["det_index"]), 0).to_numpy()
     image = np.repeat(np.arange(rows.num_rows), lengths)

@@ -28,10 +28,10 @@ from owlsam_ray.reduce.formats.coco import category_entry
 from owlsam_ray.reduce.formats.json_rows import LINE_END, annotation_lines, dump_json, image_lines
 from owlsam_ray.reduce.fragments import ReduceJob
 from owlsam_ray.reduce.labels import ShardLabels, read_labels
-from owlsam_ray.reduce.run import Reduction, open_run, prepare
+from owlsam_ray.reduce.run import Reduction, prepare
 from owlsam_ray.reduce.sampling import Picks, SampleOptions, pick, why
 from owlsam_ray.run.paths import COCO_FOLDER, REVIEW_FOLDER
-from owlsam_ray.run.record import run_directory
+from owlsam_ray.run.run import open_labelled_run
 from owlsam_ray.run.shards import done_shards
 from owlsam_ray.storage.secrets import masked_tree, published
 from owlsam_ray.terminal import Show, silent, table_cell
@@ -65,17 +65,16 @@ def review_list(
         IncompleteError: nothing was labelled, or a shard is damaged.
         OSError: storage refused.
     """
-    run_url = run_directory(config)
-    record, manifest = open_run(config, run_url)
-    done = done_shards(run_url)
-    shards = [shard for shard in manifest.iter_shards() if shard in done]
-    if len(shards) < manifest.num_shards:
-        _log.warning("%d of %d shards are labelled: the list is of these", len(shards), manifest.num_shards)
-    out_url = plain_url(out or storage.join(run_url, REVIEW_FOLDER))
-    if out_url == plain_url(config.reduce.out or storage.join(run_url, COCO_FOLDER)):
+    run = open_labelled_run(config)
+    done, num_shards = done_shards(run.url), run.manifest.num_shards
+    shards = [shard for shard in run.manifest.iter_shards() if shard in done]
+    if len(shards) < num_shards:
+        _log.warning("%d of %d shards are labelled: the list is of these", len(shards), num_shards)
+    out_url = plain_url(out or storage.join(run.url, REVIEW_FOLDER))
+    if out_url == plain_url(config.reduce.out or storage.join(run.url, COCO_FOLDER)):
         raise InputError(f"{out_url} is where reduce writes: take another --out for the review list")
     with claimed_folder(config, out_url) as (attempt, scratch):
-        reviewing = _Reviewing(prepare(config, record, manifest, scratch, out_url), options, tuple(shards))
+        reviewing = _Reviewing(prepare(run, scratch, out_url), options, tuple(shards))
         if options.by == "uncertain" and not np.isfinite(reviewing.reduction.job.decisions.thresholds).any():
             raise InputError(
                 "the least certain annotations are those nearest to a threshold, and none is set: set "
@@ -165,7 +164,7 @@ def write_shard(wanted: _Wanted) -> _Written:
 
 
 def _labels_of(job: ReduceJob, shard: int) -> ShardLabels:
-    return read_labels(job.run_url, job.manifest, shard, job.rules, job.decisions, job.overlay)
+    return read_labels(job.manifest, shard, job.rules, job.decisions, job.overlay)
 
 
 @dataclass(frozen=True, slots=True)

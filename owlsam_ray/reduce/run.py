@@ -33,11 +33,10 @@ from owlsam_ray.reduce.fragments import Chunk, ChunkResult, Fragments, ReduceJob
 from owlsam_ray.reduce.labels import LabelCounts
 from owlsam_ray.reduce.operating_points import load_operating_points
 from owlsam_ray.reduce.resolve import resolve_decisions, settings_in_use
-from owlsam_ray.run.guard import check_config, load_run_manifest
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.paths import ANNOTATIONS, ATTEMPTS, COCO_FOLDER, CORRECTIONS, FAILURES
 from owlsam_ray.run.proof import ShardRules, check_all_present
-from owlsam_ray.run.record import RunRecord, load_record, run_directory
+from owlsam_ray.run.run import Run, open_labelled_run
 from owlsam_ray.run.shards import done_shards
 from owlsam_ray.storage.secrets import masked_tree, published
 from owlsam_ray.terminal import Show, silent
@@ -76,49 +75,30 @@ def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = silent)
             `partial`, missing shards raise it only after everything is written.
         OSError: storage refused.
     """
-    run_url = run_directory(config)
-    record, manifest = open_run(config, run_url)
-    shards: Sequence[int] = range(manifest.num_shards)
+    run = open_labelled_run(config)
+    shards: Sequence[int] = range(run.manifest.num_shards)
     if partial:
-        done = done_shards(run_url)
+        done = done_shards(run.url)
         shards = [shard for shard in shards if shard in done]
     else:
-        check_all_present(run_url, manifest)
-    out_url = plain_url(config.reduce.out or storage.join(run_url, COCO_FOLDER))
+        check_all_present(run.manifest)
+    out_url = plain_url(config.reduce.out or storage.join(run.url, COCO_FOLDER))
     check_inputs(config, out_url)
-    if config.reduce.executor == "ray" and "memory://" in (run_url[:9], out_url[:9]):
+    if config.reduce.executor == "ray" and "memory://" in (run.url[:9], out_url[:9]):
         raise InputError("reduce.executor: ray cannot see memory://, which is in this process alone: take local")
     with claimed_folder(config, out_url) as (attempt, scratch):
-        reduction = prepare(config, record, manifest, scratch, out_url)
+        reduction = prepare(run, scratch, out_url)
         names = [name for output in reduction.job.outputs for name in file_names(output.name, reduction.spans)]
-        if out_url != plain_url(storage.join(run_url, COCO_FOLDER)):  # the default is the run's own folder
+        if out_url != plain_url(storage.join(run.url, COCO_FOLDER)):  # the default is the run's own folder
             check_foreign(out_url, names)
         counts = reduction.work(shards, partial=partial, show=show, raise_if_taken_over=attempt.raise_if_taken_over)
     if counts["unlabelled"]:
         raise IncompleteError(
-            f"{counts['unlabelled']} of {counts['images']} images of {run_url} are not labelled yet: what is written "
+            f"{counts['unlabelled']} of {counts['images']} images of {run.url} are not labelled yet: what is written "
             "is of the others (`partial` stands in its info). Call `owlsam annotate` again, and reduce once more.",
             counts,
         )
     return counts
-
-
-def open_run(config: RunConfig, run_url: str) -> tuple[RunRecord, Manifest]:
-    """Open a run in which something was labelled.
-
-    Raises:
-        InputError: there is no run.
-        GuardError: it was made with other settings.
-        IncompleteError: nothing was labelled yet.
-    """
-    record = load_record(run_url)
-    if record is None:
-        raise InputError(f"{run_url} holds no run (no run.json): call `owlsam plan` and `owlsam annotate` first")
-    check_config(config, record, images_matter=False)
-    manifest = load_run_manifest(run_url, record)
-    if record.fingerprint is None:
-        raise IncompleteError(f"nothing was labelled in {run_url} yet: call `owlsam annotate`")
-    return record, manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,14 +195,14 @@ class Reduction:
         return files
 
 
-def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: str, out_url: str) -> Reduction:
+def prepare(run: Run, scratch: str, out_url: str) -> Reduction:
     """Resolve the settings; refuse settings that do not fit the run, before a shard is read.
 
     Raises:
         InputError: a setting does not fit the run.
         GuardError: a file that a setting names belongs to another run.
     """
-    settings = config.reduce
+    settings, record, manifest = run.config.reduce, run.record, run.manifest
     parts, fingerprint = record.fingerprint_parts or {}, record.fingerprint or ""
     score_floor = parts["config"]["detector"]["score_floor"]
     points = None
@@ -239,14 +219,13 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
             settings, manifest, rules, decisions, categories=record.categories, scratch=scratch
         )
     job = ReduceJob(
-        run_url=manifest.run_url,
         manifest=manifest,
         rules=rules,
         decisions=decisions,
         outputs=(
             FailuresOutput(),
             *([corrections.output] if corrections is not None else []),
-            *outputs_of(settings, record, decisions, manifest),
+            *outputs_of(run, decisions),
         ),
         scratch=scratch,
         overlay=corrections.overlay if corrections is not None else None,
@@ -266,7 +245,7 @@ def prepare(config: RunConfig, record: RunRecord, manifest: Manifest, scratch: s
     }
     return Reduction(
         settings,
-        config.resources,
+        run.config.resources,
         job,
         spans_of(manifest, settings.images_per_file),
         out_url,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from owlsam_ray.errors import OwlsamError
 from owlsam_ray.run.manifest import Manifest, num_shards_behind
+from owlsam_ray.run.run import StoredRun
 from owlsam_ray.run.shards import ShardFooter, corrupt_shard, done_shards, read_footer, shard_url
 
 _COUNTED = ("ok", "empty", "failed", "transient", "detections", "masks")
@@ -27,17 +28,16 @@ class RunCounts:
     are refreshed, so counts by status lag behind the listing while `unread` is not 0.
     """
 
-    def __init__(self, run_url: str, manifest: Manifest, fingerprint: str | None, *, shards: range | None = None):
+    def __init__(self, run: StoredRun, *, shards: range | None = None) -> None:
         """Start with nothing counted.
 
         Args:
-            run_url: the run directory.
-            manifest: the run's manifest.
-            fingerprint: label fingerprint that every shard must have; None accepts any.
+            run: the run. Every shard must have its label fingerprint; a run without one accepts any.
             shards: the slice's shards, ascending; None means all shards of the run.
         """
-        self.run_url = run_url
-        self._fingerprint = fingerprint
+        manifest = run.manifest
+        self.run_url = run.url
+        self._fingerprint = run.record.fingerprint
         self._in_run, self._num_parts = manifest.num_shards, len(manifest.parts)
         self._shards = range(manifest.num_shards) if shards is None else shards
         self._images = _images_of_shards(manifest)[self._shards.start : self._shards.stop : self._shards.step]

@@ -49,17 +49,17 @@ def check_failures(max_failed: int | float, counts: dict[str, Any]) -> None:
         )
 
 
-def check_all_present(run_url: str, manifest: Manifest) -> None:
+def check_all_present(manifest: Manifest) -> None:
     """Check that every shard has a file.
 
     Raises:
         IncompleteError: shards are missing; the message states how many, and the first of them.
     """
-    done = done_shards(run_url)
+    done = done_shards(manifest.run_url)
     missing = [shard for shard in manifest.iter_shards() if shard not in done]
     if missing:
         raise IncompleteError(
-            f"{len(missing)} of {manifest.num_shards} shards of {run_url} are not labelled yet (the first: "
+            f"{len(missing)} of {manifest.num_shards} shards of {manifest.run_url} are not labelled yet (the first: "
             f"{', '.join(str(shard) for shard in missing[:5])}): run `owlsam annotate` again"
         )
 

@@ -106,12 +106,12 @@ def load_record(run_url: str) -> RunRecord | None:
         ) from None
 
 
-def as_stored(record: RunRecord, run_url: str) -> RunRecord:
-    """Reload the record, because another call may have extended the plan since it was read."""
-    return load_record(run_url) or record
-
-
 def save_record(run_url: str, record: RunRecord) -> None:
     """Replace `run.json` atomically."""
     data = json.dumps(record.model_dump(mode="json"), indent=1).encode()
     storage.write_atomic(storage.join(run_url, RUN_FILE), data)
+
+
+def forget_plan(run_url: str) -> None:
+    """Discard a plan before anything was labelled with it; the next call plans again."""
+    storage.remove(storage.join(run_url, RUN_FILE))

@@ -3,17 +3,11 @@
 from dataclasses import dataclass, replace
 
 from owlsam_ray.config.run import RunConfig
-from owlsam_ray.errors import IncompleteError, InputError
-from owlsam_ray.run.guard import (
-    check_config,
-    load_run_manifest,
-    missing_manifest,
-    moves_since_plan,
-    with_planned_suffixes,
-)
+from owlsam_ray.errors import GuardError, IncompleteError, InputError
 from owlsam_ray.run.manifest import Manifest, load_manifest
-from owlsam_ray.run.moved_data import Move
+from owlsam_ray.run.moved_data import Move, moves_between
 from owlsam_ray.run.paths import RUN_FILE
+from owlsam_ray.run.planned_settings import check_config, with_planned_suffixes
 from owlsam_ray.run.record import RunRecord, load_record, run_directory
 
 
@@ -42,7 +36,7 @@ class Run(StoredRun):
     @property
     def moves(self) -> tuple[Move, ...]:
         """Roots of the dataset that this call names elsewhere than the plan did."""
-        return moves_since_plan(self.config, self.record)
+        return moves_between(self.record.config.get("data", {}), self.config.data.model_dump(mode="json"))
 
     def with_moves(self) -> "Run":
         """The run with URIs under the new roots. The files there are not looked at: see `plan.moved_images`."""
@@ -63,12 +57,7 @@ def open_stored_run(run_url: str, *, verify: bool = True) -> StoredRun:
     record = load_record(run_url)
     if record is None:
         raise InputError(f"{run_url} holds no run (no {RUN_FILE})")
-    if verify:
-        return StoredRun(record, load_run_manifest(run_url, record))
-    manifest = load_manifest(run_url, verify=False, num_parts=record.num_parts)
-    if manifest is None:
-        raise missing_manifest(run_url)
-    return StoredRun(record, manifest)
+    return StoredRun(record, _manifest_of(run_url, record, verify=verify))
 
 
 def open_run(config: RunConfig, *, extending: bool = False) -> Run | None:
@@ -101,11 +90,11 @@ def open_labelled_run(config: RunConfig) -> Run:
     run_url = run_directory(config)
     record = load_record(run_url)
     if record is None:
-        raise InputError(f"{run_url} holds no run (no {RUN_FILE}): call `owlsam plan` and `owlsam annotate` first")
+        raise InputError(f"{run_url} holds no run (no {RUN_FILE}): run `owlsam plan` and `owlsam annotate` first")
     check_config(config, record, images_matter=False)
     run = reopen_run(config, record)
     if record.fingerprint is None:
-        raise IncompleteError(f"nothing was labelled in {run_url} yet: call `owlsam annotate`")
+        raise IncompleteError(f"nothing was labelled in {run_url} yet: run `owlsam annotate`")
     return run
 
 
@@ -115,4 +104,17 @@ def reopen_run(config: RunConfig, record: RunRecord) -> Run:
     Raises:
         GuardError: the manifest is missing or damaged, or is not the one of the record.
     """
-    return Run(record, load_run_manifest(run_directory(config), record), config)
+    return Run(record, _manifest_of(run_directory(config), record, verify=True), config)
+
+
+def _manifest_of(run_url: str, record: RunRecord, *, verify: bool) -> Manifest:
+    """Load the manifest of a planned run; with `verify`, compare it with its hashes."""
+    manifest = load_manifest(run_url, verify=verify, num_parts=record.num_parts)
+    if manifest is None:
+        raise GuardError(f"{run_url}/manifest is missing: restore it, or plan again in another directory")
+    if verify and manifest.layout_hash != record.layout_hash:
+        raise GuardError(
+            f"the manifest of {run_url} has the layout hash {manifest.layout_hash[:16]}, but the run was planned with "
+            f"{record.layout_hash[:16]}: restore {run_url}/manifest, or use another directory"
+        )
+    return manifest

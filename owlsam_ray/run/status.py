@@ -14,15 +14,13 @@ from rich.console import Group
 from rich.table import Table
 
 from owlsam_ray.config.resources import ResourcesConfig
-from owlsam_ray.errors import IncompleteError, InputError
+from owlsam_ray.errors import IncompleteError
 from owlsam_ray.run.attempts import AttemptRecord, ended_attempts, is_dead_here, live_attempts
 from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.failure_counts import find_failures
 from owlsam_ray.run.in_hand import list_markers
-from owlsam_ray.run.manifest import load_manifest
-from owlsam_ray.run.paths import RUN_FILE
 from owlsam_ray.run.progress import duration
-from owlsam_ray.run.record import load_record
+from owlsam_ray.run.run import open_stored_run
 from owlsam_ray.terminal import safe_text
 
 _NAMED = 20
@@ -62,15 +60,11 @@ class RunStatus:
 
         Raises:
             InputError: the directory holds no run.
-            GuardError: `run.json` or the manifest is damaged.
+            GuardError: `run.json` or the manifest is damaged, or the manifest is missing.
         """
-        record = load_record(run_url)
-        manifest = load_manifest(run_url, verify=False, num_parts=record.num_parts) if record is not None else None
-        if record is None or manifest is None:
-            raise InputError(f"{run_url} holds no run (no {RUN_FILE}, or no manifest)")
-        self._run_url, self._manifest = run_url, manifest
-        self._tally = RunCounts(run_url, manifest, record.fingerprint)
-        beat_s = record.config.get("resources", {}).get("heartbeat_s", ResourcesConfig().heartbeat_s)
+        self._run = open_stored_run(run_url, verify=False)
+        self._tally = RunCounts(self._run)
+        beat_s = self._run.record.config.get("resources", {}).get("heartbeat_s", ResourcesConfig().heartbeat_s)
         self.patience_s = 1.2 * float(beat_s) + 1.0
         """Seconds within which a live attempt sends a heartbeat, by the heartbeat interval of the planned config."""
         self._watched: dict[str, _Watched] = {}
@@ -102,20 +96,20 @@ class RunStatus:
             self._tally.read_footers()
         except IncompleteError as error:
             problems.append(f"{self._tally.unread} shard files cannot be trusted (see `owlsam verify`): {error}")
-        failures = find_failures(self._manifest, self._tally.failed_shards)
+        failures = find_failures(self._run.manifest, self._tally.failed_shards)
         wait_s = self.patience_s + _LOOK_S if wait_s is None else wait_s
         while self._anyone_unknown() and time.monotonic() - start < wait_s:
             time.sleep(_LOOK_S)
             self._look_for_life()
         counts = self._tally.summary()
         return (
-            {"run": self._run_url}
+            {"run": self._run.url}
             | counts
             | {
                 "failed_by_class": dict(sorted(failures.by_class.items())),
                 "failed_by_reason": dict(sorted(failures.by_reason.items())),
                 "quarantined": failures.quarantined,
-                "in_hand": len(list_markers(self._run_url)),
+                "in_hand": len(list_markers(self._run.url)),
                 "problems": problems,
             }
             | self._attempts(counts["left"])
@@ -124,7 +118,7 @@ class RunStatus:
     def _look_for_life(self) -> None:
         now = time.monotonic()
         before, self._watched = self._watched, {}
-        for record in live_attempts(self._run_url):
+        for record in live_attempts(self._run.url):
             watched = before.get(record.id)
             if watched is None or watched.record.beat != record.beat:
                 watched = _Watched(record, now, moved=watched is not None)
@@ -137,7 +131,7 @@ class RunStatus:
     def _attempts(self, left: int) -> dict[str, Any]:
         """Rate, time left, and what the attempts report about themselves."""
         now = time.monotonic()
-        ended = sorted(ended_attempts(self._run_url), key=lambda record: (record.ended or "", record.id))
+        ended = sorted(ended_attempts(self._run.url), key=lambda record: (record.ended or "", record.id))
         signed_off = {record.id for record in ended}
         alive = [
             (watched.record, watched.state(now, self.patience_s))

@@ -17,15 +17,15 @@ from typing import Any, Literal
 
 from owlsam_ray import storage
 from owlsam_ray.config.resources import ResourcesConfig
-from owlsam_ray.errors import GuardError, IncompleteError, InputError
+from owlsam_ray.errors import GuardError, IncompleteError
 from owlsam_ray.parallel.processes import in_order
 from owlsam_ray.run.attempts import Slice
 from owlsam_ray.run.claim import claim
-from owlsam_ray.run.guard import load_run_manifest
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.paths import DAMAGED, PREDICTIONS, QUERY_FILE, RUN_FILE
 from owlsam_ray.run.proof import ShardRules, prove_shard
-from owlsam_ray.run.record import RunRecord, canonical_hash, load_record
+from owlsam_ray.run.record import canonical_hash
+from owlsam_ray.run.run import StoredRun, open_stored_run
 from owlsam_ray.run.shards import shard_name, shard_of, shard_url
 from owlsam_ray.terminal import Show, silent
 
@@ -101,19 +101,20 @@ def verify_run(
         IncompleteError: there are problems that were not repaired; the counts are its second argument.
         AttemptLiveError: `repair` is set and an attempt works on the run.
     """
-    record, manifest = _load(run_url)
-    with _alone(run_url, record) if repair else contextlib.nullcontext():
+    run = _open(run_url)
+    manifest = run.manifest
+    with _alone(run) if repair else contextlib.nullcontext():
         names = storage.list_names(storage.join(run_url, PREDICTIONS))
         shards = [shard for name in names if (shard := shard_of(name)) is not None]
         others = [name for name in names if shard_of(name) is None]
         tally = _Tally()
         total = sum(manifest.shard_span(shard)[1] for shard in shards if shard < manifest.num_shards)
         seen = 0
-        for found in _check_all(run_url, record, manifest, shards, workers):
+        for found in _check_all(run, shards, workers):
             tally.add(found)
             seen += found.num_rows
             show("verified", seen, total)
-        problems = _other_problems(run_url, record)
+        problems = _other_problems(run)
         for problem in problems:
             _log.error("%s", problem)
         moved = _move_aside(run_url, tally) if repair else []
@@ -131,23 +132,20 @@ def verify_run(
     return summary
 
 
-def _load(run_url: str) -> tuple[RunRecord, Manifest]:
-    """Load run.json and the manifest, and check the manifest's hashes."""
+def _open(run_url: str) -> StoredRun:
+    """Open the run, and check the manifest's hashes."""
     try:
-        record = load_record(run_url)
-        if record is None:
-            raise InputError(f"{run_url} holds no run (no {RUN_FILE})")
-        return record, load_run_manifest(run_url, record)
+        return open_stored_run(run_url)
     except GuardError as error:
         raise IncompleteError(f"{error}. Nothing else was checked: shards cannot be verified without it.") from None
 
 
-def _alone(run_url: str, record: RunRecord) -> contextlib.AbstractContextManager[Any]:
+def _alone(run: StoredRun) -> contextlib.AbstractContextManager[Any]:
     """Claim the whole run, so that no attempt works on it meanwhile."""
-    stored = record.config.get("resources", {})
+    stored = run.record.config.get("resources", {})
     defaults = ResourcesConfig()
     return claim(
-        run_url,
+        run.url,
         scope="label",
         part=Slice(),
         heartbeat_s=float(stored.get("heartbeat_s", defaults.heartbeat_s)),
@@ -155,19 +153,18 @@ def _alone(run_url: str, record: RunRecord) -> contextlib.AbstractContextManager
     )
 
 
-def _check_all(
-    run_url: str, record: RunRecord, manifest: Manifest, shards: Sequence[int], workers: int | None
-) -> Iterator[ShardFinding]:
+def _check_all(run: StoredRun, shards: Sequence[int], workers: int | None) -> Iterator[ShardFinding]:
     """Check all shards; yield findings in the order of the shards."""
+    manifest = run.manifest
     small = replace(manifest, parts=tuple(replace(part, source={}) for part in manifest.parts))
-    numerics = frozenset(canonical_hash(each)[:16] for each in record.numerics)
-    rules = ShardRules.of(record, numerics=numerics)
+    numerics = frozenset(canonical_hash(each)[:16] for each in run.record.numerics)
+    rules = ShardRules.of(run.record, numerics=numerics)
     if workers is None:
         few = len(shards) * manifest.num_images < _WORTH_PROCESSES * manifest.num_shards
         workers = 1 if few else len(os.sched_getaffinity(0))
     chunks = [shards[start : start + _SHARDS_AT_ONCE] for start in range(0, len(shards), _SHARDS_AT_ONCE)]
     check = partial(check_shards, small, rules)
-    for findings in in_order(check, chunks, workers, apart=not run_url.startswith("memory:")):
+    for findings in in_order(check, chunks, workers, apart=not run.url.startswith("memory:")):
         yield from findings
 
 
@@ -200,15 +197,16 @@ def _check_shard(manifest: Manifest, rules: ShardRules, shard: int) -> ShardFind
     )
 
 
-def _other_problems(run_url: str, record: RunRecord) -> list[str]:
+def _other_problems(run: StoredRun) -> list[str]:
     """Problems with the fingerprint and the query embeddings, one sentence each."""
+    record = run.record
     if record.fingerprint is None:
         return []
     parts = record.fingerprint_parts or {}
     problems = []
     if canonical_hash(parts) != record.fingerprint:
-        problems.append(f"{run_url}/{RUN_FILE}: the label fingerprint is not the hash of its parts")
-    url = storage.join(run_url, QUERY_FILE)
+        problems.append(f"{run.url}/{RUN_FILE}: the label fingerprint is not the hash of its parts")
+    url = storage.join(run.url, QUERY_FILE)
     try:
         found = hashlib.sha256(storage.read_bytes(url)).hexdigest()
     except FileNotFoundError:

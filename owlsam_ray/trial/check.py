@@ -23,13 +23,14 @@ from owlsam_ray.inference.suppress import label_thresholds
 from owlsam_ray.models.shipped import check_shipped
 from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.parallel.allocation import MEBIBYTE, Allocation, allocate, check_object_store
-from owlsam_ray.plan.moved_images import moved_manifest
+from owlsam_ray.plan.moved_images import with_checked_moves
 from owlsam_ray.plan.plan import list_dataset
 from owlsam_ray.plan.selection import select_images
-from owlsam_ray.run.guard import check_config, check_writable, load_run_manifest, moves_since_plan
+from owlsam_ray.run.guard import check_writable
 from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.manifest_writer import shard_size
-from owlsam_ray.run.record import load_record, run_directory
+from owlsam_ray.run.record import run_directory
+from owlsam_ray.run.run import Run, open_run
 from owlsam_ray.run.shards import done_shards
 from owlsam_ray.terminal import Show, silent
 from owlsam_ray.trial.images import Labelled, Prompts, label_here
@@ -41,8 +42,7 @@ from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
 class _Directory:
     """The run directory, which may already hold a plan."""
 
-    manifest: Manifest | None
-    vocabulary: Vocabulary | None
+    run: Run | None
     left: int
     """Images without labels; 0 without a plan."""
 
@@ -108,7 +108,7 @@ def check_run(
         steps.skip("space")
     else:
         steps.run("space", _try_space, config, allocation, dataset, summary)
-    summary |= {"planned": directory is not None and directory.manifest is not None, "steps": steps.told}
+    summary |= {"planned": directory is not None and directory.run is not None, "steps": steps.told}
     if summary["hours"] is not None:
         say(_in_words(summary))
     if steps.first is not None:
@@ -129,15 +129,15 @@ def _try_directory(config: RunConfig) -> Done[_Directory]:
     run_url = run_directory(config)
     with _nothing_new(run_url):
         check_writable(run_url)
-        record = load_record(run_url)
-    if record is None:
-        return Done(_Directory(None, None, 0), f"{run_url}, no plan yet")
-    check_config(config, record)
-    manifest = moved_manifest(load_run_manifest(run_url, record), moves_since_plan(config, record))
+        run = open_run(config)
+    if run is None:
+        return Done(_Directory(None, 0), f"{run_url}, no plan yet")
+    run = with_checked_moves(run)
+    manifest = run.manifest
     done = sum(manifest.shard_span(shard)[1] for shard in done_shards(run_url) if shard < manifest.num_shards)
     left = manifest.num_images - done
     told = f"{run_url}, planned: {manifest.num_images:,} images, {left:,} of them without labels"
-    return Done(_Directory(manifest, Vocabulary(record.categories, record.queries), left), told)
+    return Done(_Directory(run, left), told)
 
 
 @contextlib.contextmanager
@@ -158,8 +158,8 @@ def _nothing_new(run_url: str) -> Iterator[None]:
 
 def _try_dataset(config: RunConfig, directory: _Directory | None, images: int, show: Show) -> Done[_Dataset]:
     """Find the images that are planned, or that would be planned."""
-    if directory is not None and directory.manifest is not None:
-        return _of_plan(directory.manifest, directory.left, images, max_file_mb=config.decode.max_file_mb)
+    if directory is not None and directory.run is not None:
+        return _of_plan(directory.run.manifest, directory.left, images, max_file_mb=config.decode.max_file_mb)
     listing = list_dataset(config)
     with tempfile.TemporaryDirectory(prefix="owlsam-check-") as folder:
         spool, wanted, _ = select_images(listing, config.plan, Path(folder), show=show)
@@ -198,8 +198,11 @@ def _spread(total: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 def _try_vocabulary(
     config: RunConfig, directory: _Directory | None, categories: list[dict[str, Any]]
 ) -> Done[Vocabulary]:
-    planned = directory.vocabulary if directory is not None else None
-    vocabulary = planned or resolve_vocabulary(config.vocabulary, categories)
+    run = directory.run if directory is not None else None
+    if run is not None:
+        vocabulary = Vocabulary(run.record.categories, run.record.queries)
+    else:
+        vocabulary = resolve_vocabulary(config.vocabulary, categories)
     label_thresholds(config.suppress, [category.name for category in vocabulary.categories])
     return Done(vocabulary, f"{len(vocabulary.categories)} categories, {len(vocabulary.queries)} queries")
 

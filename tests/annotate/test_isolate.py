@@ -24,8 +24,7 @@ from owlsam_ray.errors import GuardError, IncompleteError, InputError, OwlsamErr
 from owlsam_ray.models.fakes import ALLOCATE, HANG, HANG_MODEL, SEGFAULT
 from owlsam_ray.models.load import find_models
 from owlsam_ray.parallel.allocation import allocate
-from owlsam_ray.run.guard import load_run_manifest
-from owlsam_ray.run.record import load_record
+from owlsam_ray.run.run import open_run
 from owlsam_ray.run.shards import load_shard
 from tests.runs import ROOT, label_here
 
@@ -71,15 +70,12 @@ def make_task(root: Path, *, poisoned: dict[int, int] = POISONED) -> tuple[Isola
         }
     )
     label_here(config)
-    record = load_record(str(config.run))
-    assert record is not None
+    run = open_run(config.model_copy(update={"fakes": config.fakes.model_copy(update={"poison": True})}))
+    assert run is not None
     task = IsolationTask(
-        run_url=str(config.run),
+        run=run,
         shard=0,
         positions=None,
-        config=config.model_copy(update={"fakes": config.fakes.model_copy(update={"poison": True})}),
-        record=record,
-        manifest=load_run_manifest(str(config.run), record),
         allocation=allocate(config.resources, num_cpus=2, num_gpus=0),
         models=find_models(config.detector, config.segment),
     )
@@ -115,6 +111,13 @@ def check(rows: pa.Table, peaceful: pa.Table, reasons: dict[int, str]) -> None:
             assert row == before
 
 
+def with_settings(task: IsolationTask, section: str, **values: Any) -> IsolationTask:
+    """The task with other settings in one section, unvalidated."""
+    config = task.run.config
+    changed = getattr(config, section).model_copy(update=values)
+    return replace(task, run=replace(task.run, config=config.model_copy(update={section: changed})))
+
+
 def count_starts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Processes that are started from here on."""
     pids: list[int] = []
@@ -133,7 +136,7 @@ def count_starts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_some_positions_and_kills_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an image that is alone, and of several: nobody is given up."""
     task, peaceful = make_task(tmp_path, poisoned={})
-    slow = task.config.model_copy(update={"fakes": task.config.fakes.model_copy(update={"delay_s": 0.5})})
+    slow = with_settings(task, "fakes", delay_s=0.5)
     pids, groups = count_starts(monkeypatch), []
     send = _Worker._send
 
@@ -145,7 +148,7 @@ def test_some_positions_and_kills_from_outside(tmp_path: Path, monkeypatch: pyte
                 os.kill(pids[-1], signal.SIGKILL)
 
     monkeypatch.setattr(_Worker, "_send", send_and_kill)
-    rows, _ = isolate_shard(replace(task, config=slow, positions=(2, 5, 7, 11), suspects=frozenset({6})))
+    rows, _ = isolate_shard(replace(slow, positions=(2, 5, 7, 11), suspects=frozenset({6})))
     assert groups == [[5], [5], [2, 7, 11], [2], [7, 11]]
     assert len(pids) == 3
     assert rows.equals(peaceful.take([2, 5, 7, 11]))
@@ -252,8 +255,7 @@ def test_what_a_model_raises_is_the_reason_of_its_image(tmp_path: Path, monkeypa
 def test_what_is_no_fault_of_an_image_is_told(tmp_path: Path) -> None:
     task, _ = make_task(tmp_path, poisoned={})
     gone = task.models.__class__(tmp_path / "nothing", tmp_path / "nothing")
-    settings = task.config.detector.model_copy(update={"model": "owlvit"})
-    broken = replace(task, models=gone, config=task.config.model_copy(update={"detector": settings}))
+    broken = replace(with_settings(task, "detector", model="owlvit"), models=gone)
     with pytest.raises((WeightsError, InputError, IncompleteError), match="nothing"):
         isolate_shard(broken)
     (tmp_path / "run" / "manifest" / "part-0000.parquet").write_bytes(b"no")
@@ -286,8 +288,8 @@ import subprocess, sys
 from pathlib import Path
 from owlsam_ray.annotate import isolate
 from owlsam_ray.config.load import RunConfig
-from owlsam_ray.run.guard import load_run_manifest
 from owlsam_ray.run.record import load_record
+from owlsam_ray.run.run import reopen_run
 from owlsam_ray.models.load import find_models
 from owlsam_ray.parallel.allocation import allocate
 root = Path(sys.argv[1])
@@ -302,8 +304,7 @@ def told(*arguments, **named):
     return process
 isolate.subprocess.Popen = told
 isolate.isolate_shard(isolate.IsolationTask(
-    run_url=str(root / "run"), shard=0, positions=None, config=config, record=record,
-    manifest=load_run_manifest(str(root / "run"), record),
+    run=reopen_run(config, record), shard=0, positions=None,
     allocation=allocate(config.resources, num_cpus=2, num_gpus=0), models=find_models(config.detector, config.segment),
 ))
 """

@@ -1,5 +1,6 @@
 """The Ray graph: one block, one shard, one file; nothing fused, nothing partial."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,35 +12,39 @@ import ray
 from ray.exceptions import RayError
 
 from owlsam_ray.annotate.attempt import annotate_run
-from owlsam_ray.annotate.pipeline import ROWS_SCHEMA, FetchShard, Job, ShardSink, build_graph
+from owlsam_ray.annotate.pipeline import ROWS_SCHEMA, AttemptContext, FetchShard, ShardSink, build_graph
 from owlsam_ray.annotate.waves import root_cause
 from owlsam_ray.config.load import load_config
 from owlsam_ray.errors import IncompleteError, PreflightError, StorageSetupError
 from owlsam_ray.fetch.images import FETCHED_SCHEMA
 from owlsam_ray.models.load import find_models
 from owlsam_ray.parallel.allocation import allocate
-from owlsam_ray.run.guard import load_run_manifest
 from owlsam_ray.run.manifest import Manifest
-from owlsam_ray.run.record import load_record
+from owlsam_ray.run.paths import MANIFEST, RUN_FILE
+from owlsam_ray.run.run import Run, open_run
 from owlsam_ray.run.shards import done_shards, read_footer
 from owlsam_ray.schema import predictions_to_table
 from tests.run.test_shards import prediction
 from tests.runs import TinyRun, coco_bytes
 
 
+def opened(tiny: TinyRun, name: str) -> Run:
+    run = open_run(load_config([tiny.run_file], run=str(tiny.root / name)))
+    assert run is not None
+    return run
+
+
 @pytest.fixture(scope="module")
-def job(tiny: TinyRun, uninterrupted: bytes) -> Job:
-    """A job whose output goes to a directory of its own."""
-    config = load_config([tiny.run_file], run=str(tiny.root / "uninterrupted"))
-    record = load_record(config.run or "")
-    assert record is not None
-    return Job(
-        run_url=str(tiny.root / "pipeline"),
-        config=config,
-        record=record,
-        manifest=load_run_manifest(str(tiny.root / "uninterrupted"), record),
-        allocation=allocate(config.resources, num_cpus=2, num_gpus=0),
-        models=find_models(config.detector, config.segment),
+def context(tiny: TinyRun, uninterrupted: bytes) -> AttemptContext:
+    """The context of an attempt on a run of its own, planned as the uninterrupted one."""
+    (tiny.root / "pipeline").mkdir()
+    shutil.copytree(tiny.root / "uninterrupted" / MANIFEST, tiny.root / "pipeline" / MANIFEST)
+    shutil.copy(tiny.root / "uninterrupted" / RUN_FILE, tiny.root / "pipeline")
+    run = opened(tiny, "pipeline")
+    return AttemptContext(
+        run=run,
+        allocation=allocate(run.config.resources, num_cpus=2, num_gpus=0),
+        models=find_models(run.config.detector, run.config.segment),
         attempt="pipeline",
         stop_url=str(tiny.root / "pipeline.stop"),
         fence_url=str(tiny.root / "pipeline.fenced"),
@@ -53,12 +58,12 @@ def rows(shard: int, count: int, *, of: int) -> pa.Table:
     return table.append_column("stage_s", pa.array(['{"decode": 1.5}'] * count)).cast(ROWS_SCHEMA)
 
 
-def test_the_sink_writes_whole_shards(job: Job) -> None:
-    sink = ShardSink(job)
+def test_the_sink_writes_whole_shards(context: AttemptContext) -> None:
+    sink = ShardSink(context)
     assert sink.write([rows(3, 8, of=8), ROWS_SCHEMA.empty_table(), rows(19, 5, of=5)], None) == [3, 19]
-    footer = read_footer(job.run_url, 3)
-    assert (footer.num_rows, footer.numerics, footer.stage_s) == (8, job.record.numerics_id, {"decode": 1.5})
-    assert footer.fingerprint == job.record.fingerprint
+    footer = read_footer(context.run.url, 3)
+    assert (footer.num_rows, footer.numerics, footer.stage_s) == (8, context.run.record.numerics_id, {"decode": 1.5})
+    assert footer.fingerprint == context.run.record.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -66,19 +71,19 @@ def test_the_sink_writes_whole_shards(job: Job) -> None:
     [rows(5, 7, of=8), rows(5, 9, of=8), pa.concat_tables([rows(5, 4, of=8), rows(6, 4, of=8)])],
     ids=["partial", "too many", "two halves"],
 )
-def test_the_sink_refuses_what_is_not_one_whole_shard(job: Job, block: pa.Table) -> None:
+def test_the_sink_refuses_what_is_not_one_whole_shard(context: AttemptContext, block: pa.Table) -> None:
     with pytest.raises(ValueError, match="is not one whole shard"):
-        ShardSink(job).write([block], None)
-    assert not {5, 6} & done_shards(job.run_url)
+        ShardSink(context).write([block], None)
+    assert not {5, 6} & done_shards(context.run.url)
 
 
-def test_nothing_is_begun_once_the_attempt_was_asked_to_stop(job: Job) -> None:
-    Path(job.stop_url).touch()
+def test_nothing_is_begun_once_the_attempt_was_asked_to_stop(context: AttemptContext) -> None:
+    Path(context.stop_url).touch()
     try:
-        assert FetchShard(job)(pa.table({"shard": [0]})).num_rows == 0
+        assert FetchShard(context)(pa.table({"shard": [0]})).num_rows == 0
     finally:
-        Path(job.stop_url).unlink()
-    assert FetchShard(job)(pa.table({"shard": [0]})).schema.equals(FETCHED_SCHEMA)
+        Path(context.stop_url).unlink()
+    assert FetchShard(context)(pa.table({"shard": [0]})).schema.equals(FETCHED_SCHEMA)
 
 
 @pytest.fixture
@@ -88,8 +93,8 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def errors_of_ours_reach_the_driver_as_they_are(job: Job) -> None:
-    build_graph(job, [0])  # sets Ray up
+def errors_of_ours_reach_the_driver_as_they_are(context: AttemptContext) -> None:
+    build_graph(context, [0])  # sets Ray up
     for error in (PreflightError("no room"), StorageSetupError("no key"), OSError(28, "no space left")):
 
         def stumble(block: pa.Table, error: Exception = error) -> pa.Table:
@@ -103,10 +108,10 @@ def errors_of_ours_reach_the_driver_as_they_are(job: Job) -> None:
 
 
 @pytest.mark.slow
-def test_the_graph_on_ray(job: Job, tiny: TinyRun, local_ray: None) -> None:
+def test_the_graph_on_ray(context: AttemptContext, tiny: TinyRun, local_ray: None) -> None:
     """One start of Ray for errors and the shape of the graph."""
-    errors_of_ours_reach_the_driver_as_they_are(job)
-    dataset = build_graph(replace(job, run_url=str(tiny.root / "uninterrupted")), range(5)).materialize()
+    errors_of_ours_reach_the_driver_as_they_are(context)
+    dataset = build_graph(replace(context, run=opened(tiny, "uninterrupted")), range(5)).materialize()
     blocks = [ray.get(reference) for reference in dataset.get_internal_block_refs()]
     assert sorted((block["shard"][0].as_py(), block.num_rows) for block in blocks) == [(n, 8) for n in range(5)]
     assert "pixels" not in str(blocks[0].schema)
@@ -176,7 +181,7 @@ def test_a_damaged_shard_stops_a_resume(tiny: TinyRun, tmp_path: Path) -> None:
     from owlsam_ray.plan.plan import plan_run
 
     config = load_config([tiny.run_file], run=str(tmp_path))
-    manifest: Manifest = plan_run(config).manifest
+    manifest: Manifest = plan_run(config).run.manifest
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "shard-00000004.parquet").write_bytes(b"PAR1")
     assert manifest.num_shards == 40

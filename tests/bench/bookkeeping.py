@@ -90,7 +90,7 @@ def make_run(folder: Path, images: int, *, shard_size: int = SHARD_SIZE) -> Mani
         )
     )
     run = folder / "run"
-    record = plan_run(load_config([str(folder / "run.json5")], overrides=[], run=str(run))).record
+    record = plan_run(load_config([str(folder / "run.json5")], overrides=[], run=str(run))).run.record
     manifest = write_parts(str(run), picture_tables(pictures, images), ShardLayout(shard_size=shard_size), source={})
     save_record(
         str(run),
@@ -140,13 +140,10 @@ def measure_bookkeeping(run: str) -> dict[str, float]:
 def keep_books(run: str) -> None:
     """Called in a process of its own; prints figures."""
     from owlsam_ray.run.counts import RunCounts
-    from owlsam_ray.run.guard import load_run_manifest
+    from owlsam_ray.run.run import open_stored_run
 
     start = time.perf_counter()
-    record = load_record(run)
-    assert record is not None
-    manifest = load_run_manifest(run, record)
-    tally = RunCounts(run, manifest, record.fingerprint)
+    tally = RunCounts(open_stored_run(run))
     tally.refresh_listing()
     wave = tally.pending()[:1000]
     ready = time.perf_counter()

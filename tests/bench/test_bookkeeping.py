@@ -1,13 +1,13 @@
 """The benchmark of bookkeeping makes the runs that it says, and a run of ten million images starts as is promised."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from owlsam_ray.run.counts import RunCounts
-from owlsam_ray.run.guard import load_run_manifest
-from owlsam_ray.run.record import load_record
+from owlsam_ray.run.run import open_stored_run
 from tests.bench.bookkeeping import NUM_IMAGES, bench, finish, make_run, marks_of
 from tests.bench.measured_process import MeasuredProcess, tree_bytes
 
@@ -17,14 +17,13 @@ GIB = 1024
 def test_a_generated_run_is_a_planned_one_of_which_99_percent_are_finished(tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     make_run(tmp_path, 3005, shard_size=10)
-    record = load_record(run)
-    assert record is not None
-    manifest = load_run_manifest(run, record)  # compares its hashes
+    opened = open_stored_run(run)  # compares its hashes
+    record, manifest = opened.record, opened.manifest
     assert (manifest.num_images, manifest.num_shards) == (3005, 301)
     for shard in (0, 1, 2, 100, 200):
         assert all(Path(uri).is_file() for uri in manifest.read_shard(shard)["uri"].to_pylist())
     finish(run, manifest, *marks_of(record))
-    tally = RunCounts(run, manifest, marks_of(record)[0]).refresh()
+    tally = RunCounts(replace(opened, record=record.model_copy(update={"fingerprint": marks_of(record)[0]}))).refresh()
     assert tally.pending() == [0, 100, 200, 300]
     assert (tally.counts["failed"], tally.images_done, tally.transient_shards) == (2970, 2970, set())
 

@@ -23,7 +23,7 @@ def test_every_source_is_planned(source: str, tmp_path: Path) -> None:
     }
     plan = plan_run(RunConfig.model_validate(json.loads(json.dumps(tree))))
     assert plan.new == 100
-    names = [name for table in plan.manifest.iter_images() for name in table["file_name"].to_pylist()]
+    names = [name for table in plan.run.manifest.iter_images() for name in table["file_name"].to_pylist()]
     assert len(set(names)) == 100
 
 

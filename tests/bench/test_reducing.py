@@ -45,18 +45,18 @@ def labelled_run(root: Path, images: int) -> tuple[RunConfig, Manifest, ShardRul
     plan = plan_run(many)
     assert labelled is not None
     update = {name: getattr(labelled, name) for name in ("fingerprint", "fingerprint_parts", "numerics")}
-    save_record(str(many.run), plan.record.model_copy(update=update))
+    save_record(str(many.run), plan.run.record.model_copy(update=update))
     shards = sorted((root / "few" / "run" / "predictions").iterdir())
     rows = pa.concat_tables([load_shard(str(few.run), number)[1] for number in range(len(shards))]).combine_chunks()
     rows = pa.concat_tables([rows, _broken(rows)])
     rules = ShardRules(labelled.fingerprint or "", labelled.ids_per_image, len(labelled.categories))
-    for shard in plan.manifest.iter_shards():
-        ids = plan.manifest.read_shard(shard)["image_id"].to_numpy()
+    for shard in plan.run.manifest.iter_shards():
+        ids = plan.run.manifest.read_shard(shard)["image_id"].to_numpy()
         places = np.where([is_broken(number) for number in ids], DISTINCT, ids % DISTINCT)
         table = rows.take(pa.array(places)).combine_chunks()
         table = table.set_column(0, table.schema.field("image_id"), pa.array(ids))
         write_shard(str(many.run), shard, table, fingerprint=rules.fingerprint, numerics="n", stage_s={})
-    return many, plan.manifest, rules
+    return many, plan.run.manifest, rules
 
 
 def _broken(rows: pa.Table) -> pa.Table:

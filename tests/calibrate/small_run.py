@@ -93,12 +93,11 @@ def plan(root: Path, *, num_images: int, seed: int = 0) -> SmallRun:
 def label(small: SmallRun, *, seed: int = 0, masks: bool = True, shards: range | None = None) -> None:
     """Shards as an attempt leaves them: most objects are found, with scores above those of most strangers."""
     config = small.config()
-    planned = plan_run(config)
-    record, manifest = planned.record, planned.manifest
+    run = plan_run(config).run
     (small.run / QUERY_FILE).write_bytes(b"queries")
     weights = {"detector": Path(config.detector.weights), "segmenter": Path(config.segment.weights)}
-    parts = fingerprint_parts(config, record, weights=weights, run_url=str(small.run))
-    record = guard_labels(record, parts, str(small.run))
+    run = guard_labels(run, fingerprint_parts(run, weights=weights))
+    record, manifest = run.record, run.manifest
     assert record.fingerprint is not None
     labels = {category.id: index for index, category in enumerate(record.categories)}
     for shard in manifest.iter_shards() if shards is None else shards:

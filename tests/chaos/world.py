@@ -27,9 +27,8 @@ from owlsam_ray import storage
 from owlsam_ray.config.load import load_config
 from owlsam_ray.config.run import RunConfig
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.run.guard import load_run_manifest
 from owlsam_ray.run.paths import PREDICTIONS
-from owlsam_ray.run.record import load_record
+from owlsam_ray.run.run import open_stored_run
 from owlsam_ray.run.shards import shard_url
 from tests.annotate.test_kill import workers
 from tests.faulty_s3 import Faults, FaultyS3, faulty_s3
@@ -439,9 +438,7 @@ class Chaos:
         return lambda: self.disk.set_read_only(False)
 
     def _shard_rows(self) -> list[dict[str, Any]]:
-        record = load_record(str(self.run))
-        assert record is not None
-        manifest = load_run_manifest(str(self.run), record)
+        manifest = open_stored_run(str(self.run)).manifest
         self.story.shards = manifest.num_shards
         rows: list[dict[str, Any]] = []
         for shard in manifest.iter_shards():

@@ -14,7 +14,7 @@ from owlsam_ray.config.load import config_from_stored
 from owlsam_ray.config.run import FREE_FIELDS, NON_LABEL_FIELDS, RunConfig
 from owlsam_ray.config.vocabulary import Category, Exemplar
 from owlsam_ray.errors import GuardError
-from owlsam_ray.run.guard import check_config
+from owlsam_ray.run.planned_settings import check_config
 from owlsam_ray.run.record import RunRecord, canonical_hash
 from owlsam_ray.vocabulary import Query
 

@@ -70,18 +70,17 @@ def label(config: RunConfig, *, masks: bool = True, failed: int = 0) -> None:
 
     The first images may have failed.
     """
-    plan = plan_run(config)
-    record, manifest = plan.record, plan.manifest
+    planned = plan_run(config).run
     run = Path(str(config.run))
     (run / QUERY_FILE).write_bytes(b"queries")
     weights = {"detector": Path(config.detector.weights), "segmenter": Path(config.segment.weights)}
-    record = guard_labels(record, fingerprint_parts(config, record, weights=weights, run_url=str(run)), str(run))
+    record = guard_labels(planned, fingerprint_parts(planned, weights=weights)).record
     assert record.fingerprint is not None
     labels = {category.id: index for index, category in enumerate(record.categories)}
     ordinal = 0
-    for shard in manifest.iter_shards():
+    for shard in planned.manifest.iter_shards():
         rows = []
-        for source in manifest.read_shard(shard).to_pylist():
+        for source in planned.manifest.read_shard(shard).to_pylist():
             size = (source["height"], source["width"])
             row = _prediction(source["image_id"], size, labels[3 if ordinal % 2 else 9], masks=masks)
             if ordinal < failed:

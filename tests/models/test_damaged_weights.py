@@ -214,7 +214,7 @@ def test_annotate_ends_with_2_and_the_right_weights_are_taken_afterwards(
     assert "Traceback" not in capfd.readouterr().err
     assert not storage.exists(str(run / RUN_FILE))
     config = load_config([run_file(tmp_path, SHIPPED / "detector")], run=str(run))
-    prepared = annotate._set_up(config, str(run))
+    prepared, _ = annotate._set_up(config)
     assert prepared.record.fingerprint is not None
 
 
@@ -228,10 +228,10 @@ def test_any_error_undoes_the_plan_of_this_call_and_no_other(tmp_path: Path, mon
         with monkeypatch.context() as patch:
             patch.setattr(target, stumble)
             with pytest.raises(ZeroDivisionError):
-                annotate._set_up(config, str(tmp_path / "run"))
+                annotate._set_up(config)
         assert not storage.exists(str(tmp_path / "run" / RUN_FILE))
-    annotate._set_up(config, str(tmp_path / "run"))
+    annotate._set_up(config)
     monkeypatch.setattr("owlsam_ray.models.load.find_models", stumble)
     with pytest.raises(ZeroDivisionError):
-        annotate._set_up(config, str(tmp_path / "run"))
+        annotate._set_up(config)
     assert storage.exists(str(tmp_path / "run" / RUN_FILE))

@@ -15,8 +15,9 @@ from owlsam_ray.errors import FailedImagesError, GuardError, IncompleteError, In
 from owlsam_ray.ops.arrays import repeats
 from owlsam_ray.plan import plan as plan_module
 from owlsam_ray.plan.plan import Plan, plan_run
-from owlsam_ray.run.guard import guard_labels, guard_numerics, load_run_manifest
+from owlsam_ray.run.guard import guard_labels, guard_numerics
 from owlsam_ray.run.record import load_record
+from owlsam_ray.run.run import open_run, open_stored_run
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 9, "name": "dog"}]
 
@@ -57,11 +58,11 @@ def make_config(source: dict[str, Any], run: Path, **plan: Any) -> RunConfig:
 
 
 def names(plan: Plan) -> list[str]:
-    return [name for table in plan.manifest.iter_images() for name in table["file_name"].to_pylist()]
+    return [name for table in plan.run.manifest.iter_images() for name in table["file_name"].to_pylist()]
 
 
 def ids(plan: Plan) -> list[int]:
-    return [number for table in plan.manifest.iter_images() for number in table["image_id"].to_pylist()]
+    return [number for table in plan.run.manifest.iter_images() for number in table["image_id"].to_pylist()]
 
 
 def test_limit(tmp_path: Path) -> None:
@@ -155,15 +156,15 @@ def test_extend_adds_what_is_new(tmp_path: Path) -> None:
     first = plan_run(config)
     assert plan_run(config, extend=True).new == 0
     write_coco(data, [*numbered(3, folder="b", first=50), *numbered(12)[2:]])  # two are gone, five are new
-    assert plan_run(config).manifest == first.manifest, "without --extend the plan is kept"
+    assert plan_run(config).run.manifest == first.run.manifest, "without --extend the plan is kept"
     both = plan_run(config, extend=True)
     assert both.new == 5
     assert ids(both) == [*range(100, 110), 150, 151, 152, 110, 111]
-    assert both.manifest.parts[0] == first.manifest.parts[0]
+    assert both.run.manifest.parts[0] == first.run.manifest.parts[0]
     record = load_record(str(run))
-    assert record == both.record
-    assert load_run_manifest(str(run), both.record) == both.manifest
-    assert plan_run(config).manifest == both.manifest
+    assert record == both.run.record
+    assert open_stored_run(str(run)).manifest == both.run.manifest
+    assert plan_run(config).run.manifest == both.run.manifest
 
 
 def test_extend_by_another_file(tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_extend_by_another_file(tmp_path: Path) -> None:
         plan_run(other)
     both = plan_run(other, extend=True)
     assert ids(both) == list(range(100, 108))
-    assert [shard["uri"].to_pylist()[0].split("/")[-4] for shard in map(both.manifest.read_shard, (0, 2))] == [
+    assert [shard["uri"].to_pylist()[0].split("/")[-4] for shard in map(both.run.manifest.read_shard, (0, 2))] == [
         "one",
         "two",
     ]
@@ -228,21 +229,22 @@ def test_ids_that_an_extension_gives_are_new(tmp_path: Path) -> None:
 
 def test_an_extension_and_an_attempt_keep_what_the_other_wrote(tmp_path: Path) -> None:
     data, run = write_coco(tmp_path / "data", numbered(5)), tmp_path / "run"
-    old = plan_run(coco_run(data, run)).record
+    old = plan_run(coco_run(data, run)).run
     write_coco(data, numbered(9))
     plan_run(coco_run(data, run), extend=True)
     # The attempt read run.json before the extension, and sets its fingerprint and numerics after it.
-    guarded = guard_labels(old, {"config": {}}, str(run))
-    guard_numerics(guarded, {"device": "cpu"}, str(run), allow_change=False)
-    record = load_record(str(run))
-    assert record is not None
-    assert (record.num_parts, record.fingerprint, len(record.numerics)) == (2, guarded.fingerprint, 1)
-    assert load_run_manifest(str(run), record).num_images == 9
+    guarded = guard_labels(old, {"config": {}})
+    guard_numerics(guarded, {"device": "cpu"}, allow_change=False)
+    extended = open_run(coco_run(data, run))
+    assert extended is not None
+    record = extended.record
+    assert (record.num_parts, record.fingerprint, len(record.numerics)) == (2, guarded.record.fingerprint, 1)
+    assert extended.manifest.num_images == 9
     write_coco(data, numbered(11))
 
     def meanwhile(what: str, done: int, total: int | None) -> None:
         if what == "planned" and not told:
-            told.append(guard_numerics(record, {"device": "cuda"}, str(run), allow_change=True))
+            told.append(guard_numerics(extended, {"device": "cuda"}, allow_change=True))
 
     told: list[Any] = []
     plan_run(coco_run(data, run), extend=True, show=meanwhile)
@@ -263,9 +265,7 @@ def test_two_extensions_at_once_are_told(tmp_path: Path) -> None:
     told: list[Any] = []
     with pytest.raises(GuardError, match="extended by another command meanwhile"):
         plan_run(coco_run(data, run), extend=True, show=meanwhile)
-    record = load_record(str(run))
-    assert record is not None
-    assert load_run_manifest(str(run), record) == told[0].manifest, "the other one's parts are left alone"
+    assert open_stored_run(str(run)).manifest == told[0].run.manifest, "the other one's parts are left alone"
 
 
 def test_categories_of_a_wrong_form_are_told(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_extend_refuses_a_contradiction(tmp_path: Path, images: list[dict[str, A
     write_coco(data, images)
     with pytest.raises(GuardError, match=words):
         plan_run(coco_run(data, tmp_path / "run"), extend=True)
-    assert load_record(str(tmp_path / "run")) == before.record
+    assert load_record(str(tmp_path / "run")) == before.run.record
 
 
 def test_a_file_of_names_that_changes_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -340,7 +340,7 @@ def test_a_file_of_names_that_changes_is_refused(tmp_path: Path, caplog: pytest.
     with pytest.raises(GuardError, match=r"other categories \(2 -> 2\); the first that differs: .*car.*wolf"):
         plan_run(config)
     file.unlink()
-    assert plan_run(config).record == plan.record
+    assert plan_run(config).run.record == plan.run.record
     assert "keeps its planned vocabulary" in caplog.text
 
 
@@ -372,7 +372,7 @@ def test_a_killed_extension_leaves_the_old_plan(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             plan_run(coco_run(data, run), extend=True)
     assert (run / "manifest" / "part-0001.json").exists()
-    assert plan_run(coco_run(data, run)).manifest == first.manifest
+    assert plan_run(coco_run(data, run)).run.manifest == first.run.manifest
     assert plan_run(coco_run(data, run), extend=True).new == 4
 
 

@@ -51,7 +51,7 @@ def reduce_shards(
     outputs: tuple[Output, ...] = (CocoOutput(),),
 ) -> dict[str, Any]:
     """What `reduce_run` does with the shards of a manifest."""
-    check_all_present(run_url, manifest)
+    check_all_present(manifest)
     out = settings.out or storage.join(run_url, "coco")
     if decisions is None:
         everything = keep_everything(categories)
@@ -72,7 +72,6 @@ def reduce_shards(
             outputs = (corrections.output, *outputs)
             provenance["corrections"] = corrections.provenance
         job = ReduceJob(
-            run_url=run_url,
             manifest=manifest,
             rules=rules,
             decisions=decisions,

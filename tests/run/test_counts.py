@@ -18,12 +18,28 @@ from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.manifest import Manifest, ManifestPart
 from owlsam_ray.run.paths import PROGRESS_FILE
 from owlsam_ray.run.progress import ProgressWatcher
+from owlsam_ray.run.record import RunRecord
+from owlsam_ray.run.run import StoredRun
 from owlsam_ray.run.shards import shard_url
 from owlsam_ray.schema import predictions_to_table
 from tests.run.test_shards import PREDICTIONS, write
 
 
-def manifest(*num_rows: int, shard_size: int = 4) -> Manifest:
+def planned(url: Path, *num_rows: int, fingerprint: str = "f") -> StoredRun:
+    manifest = manifest_of(url, *num_rows)
+    record = RunRecord(
+        owlsam_version="0",
+        config={},
+        categories=(),
+        queries=(),
+        ids_per_image=5,
+        layout_hash=manifest.layout_hash,
+        fingerprint=fingerprint,
+    )
+    return StoredRun(record, manifest)
+
+
+def manifest_of(url: Path, *num_rows: int, shard_size: int = 4) -> Manifest:
     """Parts of so many images; an empty file stands for each."""
     parts: list[ManifestPart] = []
     for rows in num_rows:
@@ -40,11 +56,11 @@ def manifest(*num_rows: int, shard_size: int = 4) -> Manifest:
                 source={},
             )
         )
-    return Manifest("", tuple(parts))
+    return Manifest(str(url), tuple(parts))
 
 
 def tally_of(run: Path, num_shards: int, **values: Any) -> RunCounts:
-    return RunCounts(str(run), manifest(4 * num_shards), "f", **values)
+    return RunCounts(planned(run, 4 * num_shards), **values)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -102,15 +118,15 @@ def test_what_is_done_is_known_without_a_footer(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_slice_counts_its_own_shards_only(tmp_path: Path) -> None:
-    run = manifest(4 * 5, 9)  # shards 0…4 and 5…7, of which the last has one image
+    run = planned(tmp_path, 4 * 5, 9)  # shards 0…4 and 5…7, of which the last has one image
     for shard in (1, 2, 4, 5):
         write(str(tmp_path), shard)
-    tally = RunCounts(str(tmp_path), run, "f", shards=range(1, run.num_shards, 3))  # 1, 4, 7
+    tally = RunCounts(run, shards=range(1, run.manifest.num_shards, 3))  # 1, 4, 7
     assert tally.refresh_listing() == {1, 4}
     assert (tally.num_shards, tally.num_images, tally.pending()) == (3, 9, [7])
     assert tally.refresh().summary()["left"] == 1
     assert tally.transient_shards == {1, 4}
-    empty = RunCounts(str(tmp_path), run, "f", shards=range(9, run.num_shards, 10)).refresh()
+    empty = RunCounts(run, shards=range(9, run.manifest.num_shards, 10)).refresh()
     assert (empty.num_images, empty.pending(), empty.summary()["done"]) == (0, [], 0)
 
 
@@ -157,7 +173,7 @@ def test_a_file_that_goes_between_listing_and_reading_is_no_error(tmp_path: Path
 def test_shards_of_another_run_are_refused(tmp_path: Path, num_shards: int, fingerprint: str, words: str) -> None:
     write(str(tmp_path), 1)
     with pytest.raises(IncompleteError, match=words) as caught:
-        RunCounts(str(tmp_path), manifest(4 * num_shards - 2), fingerprint).refresh()
+        RunCounts(planned(tmp_path, 4 * num_shards - 2, fingerprint=fingerprint)).refresh()
     assert shard_url(str(tmp_path), 1) in str(caught.value)
 
 

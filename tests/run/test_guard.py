@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from owlsam_ray.run.guard import (
     fingerprint_parts,
     guard_labels,
     guard_numerics,
-    load_run_manifest,
     numerics_of,
 )
 from owlsam_ray.run.paths import QUERY_FILE
-from owlsam_ray.run.record import RunRecord, canonical_hash, load_record, run_directory
+from owlsam_ray.run.record import canonical_hash, load_record, run_directory
+from owlsam_ray.run.run import Run
 from tests.drawn_images import draw_coco
 
 
@@ -46,15 +47,15 @@ def config(tmp_path: Path) -> RunConfig:
     )
 
 
-def planned(config: RunConfig) -> RunRecord:
-    record = plan_run(config).record
-    (Path(run_directory(config)) / QUERY_FILE).write_bytes(b"queries")
-    return record
+def planned(config: RunConfig) -> Run:
+    run = plan_run(config).run
+    (Path(run.url) / QUERY_FILE).write_bytes(b"queries")
+    return run
 
 
-def parts_of(config: RunConfig, record: RunRecord) -> dict[str, Any]:
-    weights = {"detector": Path(config.detector.weights), "segmenter": Path(config.segment.weights)}
-    return fingerprint_parts(config, record, weights=weights, run_url=run_directory(config))
+def parts_of(run: Run) -> dict[str, Any]:
+    weights = {"detector": Path(run.config.detector.weights), "segmenter": Path(run.config.segment.weights)}
+    return fingerprint_parts(run, weights=weights)
 
 
 def leaves(section: type[Section], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -77,16 +78,14 @@ def changed(config: RunConfig, path: tuple[str, ...]) -> RunConfig:
 
 
 def test_every_field_is_in_the_fingerprint_or_on_the_list(config: RunConfig) -> None:
-    record = planned(config)
-    before = canonical_hash(parts_of(config, record))
+    run = planned(config)
+    before = canonical_hash(parts_of(run))
     walked = 0
     for path in leaves(RunConfig):
         weights = {"detector": Path(config.detector.weights), "segmenter": Path(config.segment.weights)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydantic's, at values that it would not have let in
-            after = canonical_hash(
-                fingerprint_parts(changed(config, path), record, weights=weights, run_url=run_directory(config))
-            )
+            after = canonical_hash(fingerprint_parts(replace(run, config=changed(config, path)), weights=weights))
         assert (after == before) == (path[0] in NON_LABEL_FIELDS), path
         walked += 1
     assert walked > 40
@@ -97,8 +96,8 @@ def test_every_field_is_in_the_fingerprint_or_on_the_list(config: RunConfig) -> 
 
 @pytest.mark.parametrize("what", ["detector weights", "segmenter weights", "embeddings", "queries", "categories"])
 def test_what_else_is_in_the_fingerprint(config: RunConfig, tmp_path: Path, what: str) -> None:
-    record = planned(config)
-    before = parts_of(config, record)
+    run = planned(config)
+    record, before = run.record, parts_of(run)
     if what == "detector weights":
         (tmp_path / "weights" / "model.safetensors").write_bytes(b"other")
     elif what == "segmenter weights":
@@ -109,32 +108,33 @@ def test_what_else_is_in_the_fingerprint(config: RunConfig, tmp_path: Path, what
         record = record.model_copy(update={"queries": record.queries[1:]})
     else:
         record = record.model_copy(update={"categories": record.categories[:1]})
-    guarded = guard_labels(planned(config), before, run_directory(config))
-    assert guarded.fingerprint == canonical_hash(before)
+    guarded = guard_labels(planned(config), before)
+    assert guarded.record.fingerprint == canonical_hash(before)
+    assert load_record(run.url) == guarded.record
     (tmp_path / "run" / QUERY_FILE).write_bytes(b"other" if what == "embeddings" else b"queries")
     with pytest.raises(GuardError, match="were made with other weights or settings") as caught:
-        guard_labels(guarded, parts_of(config, record), run_directory(config))
+        guard_labels(guarded, parts_of(replace(run, record=record)))
     assert {
         "detector weights": "weights.detector",
         "segmenter weights": "weights.segmenter",
         "embeddings": "query_embeddings",
     }.get(what, what) in str(caught.value)
-    assert guard_labels(guarded, before, run_directory(config)) == guarded
+    assert guard_labels(guarded, before) == guarded
 
 
 def test_lost_queries_are_told(config: RunConfig, tmp_path: Path) -> None:
-    record = planned(config)
+    run = planned(config)
     (tmp_path / "run" / QUERY_FILE).unlink()
     with pytest.raises(IncompleteError, match=r"query_embeddings\.safetensors is missing"):
-        parts_of(config, record)
+        parts_of(run)
 
 
 def test_a_plan_is_kept_and_a_changed_config_refused(config: RunConfig) -> None:
     plan = plan_run(config)
-    assert (plan.new, plan.listed) == (plan.manifest.num_images, plan.manifest.num_images)
-    assert plan_run(config) == Plan(plan.record, plan.manifest, 0)
+    assert (plan.new, plan.listed) == (plan.run.manifest.num_images, plan.run.manifest.num_images)
+    assert plan_run(config) == Plan(plan.run, 0)
     free = config.model_copy(update={"resources": config.resources.model_copy(update={"shard_size": 3})})
-    assert plan_run(free).manifest == plan.manifest
+    assert plan_run(free).run.manifest == plan.run.manifest
     other = config.model_copy(
         update={"detector": config.detector.model_copy(update={"score_floor": 0.5, "labels": "best"})}
     )
@@ -146,12 +146,12 @@ def test_a_plan_is_kept_and_a_changed_config_refused(config: RunConfig) -> None:
 
 
 def test_a_changed_layout_is_refused(config: RunConfig, tmp_path: Path) -> None:
-    record = plan_run(config).record
+    plan_run(config)
     tree = json.loads((tmp_path / "run" / "manifest" / "part-0000.json").read_text())
     changed = {"shard_size": 4, "num_shards": -(-tree["num_rows"] // 4)}
     (tmp_path / "run" / "manifest" / "part-0000.json").write_text(json.dumps(tree | changed))
     with pytest.raises(GuardError, match="has the layout hash"):
-        load_run_manifest(run_directory(config), record)
+        plan_run(config)
 
 
 def test_a_half_written_plan_is_made_again(config: RunConfig, tmp_path: Path) -> None:
@@ -178,8 +178,7 @@ def test_a_damaged_record_is_named(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_numerics(config: RunConfig) -> None:
-    record = planned(config)
-    run = run_directory(config)
+    run = planned(config)
     one, other = (
         numerics_of(
             allocate(config.resources.model_copy(update={"detector_batch": batch}), num_cpus=2, num_gpus=0), "fp32"
@@ -187,16 +186,16 @@ def test_numerics(config: RunConfig) -> None:
         for batch in (4, 7)
     )
     assert {"device", "dtype", "detector_batch", "torch", "transformers", "torch_threads"} <= set(one)
-    record = guard_numerics(record, one, run, allow_change=False)
-    first = record.numerics_id
-    assert guard_numerics(record, one, run, allow_change=False) == record
+    run = guard_numerics(run, one, allow_change=False)
+    first = run.record.numerics_id
+    assert guard_numerics(run, one, allow_change=False) == run
     with pytest.raises(GuardError, match=r"detector_batch: 4 -> 7") as caught:
-        guard_numerics(record, other, run, allow_change=False)
+        guard_numerics(run, other, allow_change=False)
     assert "--allow-numerics-change" in str(caught.value)
-    record = guard_numerics(record, other, run, allow_change=True)
-    assert record.numerics == (one, other)
-    assert record.numerics_id != first
-    assert load_record(run) == record
+    run = guard_numerics(run, other, allow_change=True)
+    assert run.record.numerics == (one, other)
+    assert run.record.numerics_id != first
+    assert load_record(run.url) == run.record
 
 
 def test_numerics_do_not_depend_on_the_number_of_actors(config: RunConfig) -> None:

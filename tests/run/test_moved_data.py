@@ -15,10 +15,12 @@ from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import GuardError
 from owlsam_ray.plan.plan import plan_run
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.run.guard import check_config, guard_labels
-from owlsam_ray.run.manifest import moved_uris
+from owlsam_ray.run.guard import guard_labels
+from owlsam_ray.run.manifest import Manifest, moved_uris
 from owlsam_ray.run.moved_data import Move, moves_between, without_places
+from owlsam_ray.run.planned_settings import check_config
 from owlsam_ray.run.record import load_record
+from owlsam_ray.run.run import Run
 from tests.fixtures.make_earlier_runs import config_fields
 from tests.runs import label_here
 
@@ -106,7 +108,7 @@ def test_a_half_done_run_goes_on_where_its_images_moved_to(earlier: Path, tmp_pa
 def test_other_files_at_the_new_place_are_refused(earlier: Path, tmp_path: Path) -> None:
     shutil.copytree(earlier / "images", tmp_path / "mount")
     config = config_of("half_done", images=str(tmp_path / "mount"))
-    uris = plan_run(config).manifest.read_shard(1)["uri"].to_pylist()
+    uris = plan_run(config).run.manifest.read_shard(1)["uri"].to_pylist()
     assert uris == [str(tmp_path / "mount" / name) for name in ("b/03.png", "a/04.png", "b/05.png")]
     (tmp_path / "mount" / "b" / "03.png").write_bytes(b"other")
     with pytest.raises(GuardError, match=r"03\.png has 5 bytes, but 155 at its old path"):
@@ -123,7 +125,7 @@ def test_sizes_that_were_planned_are_compared_where_the_old_place_is_gone(tmp_pa
     plan_run(config)
     (tmp_path / "old").rename(tmp_path / "new")
     moved = config.model_copy(update={"data": config.data.model_copy(update={"images": str(tmp_path / "new")})})
-    bounds = [uri for _, uris in plan_run(moved).manifest.uri_bounds() for uri in uris]
+    bounds = [uri for _, uris in plan_run(moved).run.manifest.uri_bounds() for uri in uris]
     assert bounds
     assert all(uri.startswith(str(tmp_path / "new")) for uri in bounds)
     (tmp_path / "new" / "a" / "02.png").write_bytes(b"another")
@@ -141,7 +143,7 @@ def test_members_of_tar_files_at_the_new_place(tmp_path: Path) -> None:
     (tmp_path / "old").rename(tmp_path / "new")
     files = (str(tmp_path / "new" / "*.tar"),)
     moved = config.model_copy(update={"data": config.data.model_copy(update={"files": files})})
-    assert plan_run(moved).manifest.read_shard(0)["uri"].to_pylist() == [str(tmp_path / "new" / "0.tar")]
+    assert plan_run(moved).run.manifest.read_shard(0)["uri"].to_pylist() == [str(tmp_path / "new" / "0.tar")]
     with (tmp_path / "new" / "0.tar").open("r+b") as file:
         file.truncate(600)
     with pytest.raises(GuardError, match=r"0\.tar has 600 bytes, but one of its images ends at byte 687"):
@@ -160,9 +162,9 @@ def test_an_extension_at_the_new_place_keeps_the_old_names(earlier: Path, tmp_pa
     record = load_record("half_done")
     assert record is not None
     assert record.config["data"]["images"] == "images"
-    assert plan.manifest.read_shard(4)["uri"].to_pylist() == ["images/new.png"]
+    assert plan.run.manifest.read_shard(4)["uri"].to_pylist() == ["images/new.png"]
     again = plan_run(config)
-    assert again.manifest.read_shard(4)["uri"].to_pylist() == [str(tmp_path / "mount" / "new.png")]
+    assert again.run.manifest.read_shard(4)["uri"].to_pylist() == [str(tmp_path / "mount" / "new.png")]
     assert plan_run(config, extend=True).new == 0
 
 
@@ -171,13 +173,14 @@ def test_weights_are_compared_by_what_they_hold() -> None:
     assert record is not None
     config = config_from_stored(record.config)
     elsewhere = config.model_copy(update={"detector": config.detector.model_copy(update={"weights": "/mnt/x"})})
+    run = Run(record, Manifest("run", ()), elsewhere)
     check_config(elsewhere, record)
     assert record.fingerprint_parts is not None
     parts = record.fingerprint_parts | {"config": elsewhere.label_fields()}
-    assert guard_labels(record, parts, "run") == record
+    assert guard_labels(run, parts) == run
     other = parts | {"weights": {"detector": "0" * 64, "segmenter": parts["weights"]["segmenter"]}}
     with pytest.raises(GuardError, match=r"weights\.detector: 'd315.* -> '0000"):
-        guard_labels(record, other, "run")
+        guard_labels(run, other)
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:

@@ -44,7 +44,7 @@ def table_of(folder: Path, uris: list[Any], name: str = "t.jsonl", **columns: An
 
 
 def planned(plan: Plan) -> list[dict[str, Any]]:
-    return [row for table in plan.manifest.iter_images() for row in table.to_pylist()]
+    return [row for table in plan.run.manifest.iter_images() for row in table.to_pylist()]
 
 
 GOOD = [f"https://h/{n}.jpg" for n in range(9)]
@@ -65,7 +65,7 @@ def test_bad_rows_have_ids_and_a_place_and_are_planned_once(tmp_path: Path, colu
     ]
     for _ in range(2):
         again = plan_run(config, extend=True)
-        assert (again.new, again.manifest.num_images) == (0, 12)
+        assert (again.new, again.run.manifest.num_images) == (0, 12)
     table_of(tmp_path, [GOOD[0] + "x", None], name="u.jsonl", **columns)
     if "id" not in columns and "file_name" not in columns:
         more = plan_run(config, extend=True)
@@ -88,7 +88,7 @@ def test_they_are_fetched_as_permanent_failures_and_no_storage_is_asked(
         return read(uri, limit=limit, listed=listed)
 
     monkeypatch.setattr(storage, "read_whole", note)
-    fetched = fetch_shard(plan.manifest, 0, threads=2, max_file_mb=1).to_pylist()
+    fetched = fetch_shard(plan.run.manifest, 0, threads=2, max_file_mb=1).to_pylist()
     assert [row["data"] for row in fetched] == [b"123", None, None]
     assert [(row["reason"], row["status_class"]) for row in fetched] == [
         (None, None),
@@ -227,7 +227,7 @@ def test_files_of_annotations(tmp_path: Path) -> None:
         (3, "row-list.json-6"),
     ]  # fmt: skip
     fetched = [
-        row for shard in (0, 1) for row in fetch_shard(plan.manifest, shard, threads=1, max_file_mb=1).to_pylist()
+        row for shard in (0, 1) for row in fetch_shard(plan.run.manifest, shard, threads=1, max_file_mb=1).to_pylist()
     ]
     assert [row["data"] for row in fetched] == [b"a.png", b"b.png", b"sub/c.png", b"d.png", b"e\\f.png", None, None]
     assert plan_run(config, extend=True).new == 0
@@ -284,7 +284,7 @@ def test_odd_names_of_files_and_members_are_planned_once_and_read(tmp_path: Path
     escaped = told_apart(f"{begin}%FC.png", f"{begin}\udcfc.png")
     names = {f"{begin}a.png": b"a.png", f"{begin}%FC.png": b"%FC.png", f"{begin}x%5Cy.png": b"x\\y.png"}
     names[escaped] = b"\xfc.png"
-    fetched = fetch_shard(plan.manifest, 0, threads=2, max_file_mb=1)
+    fetched = fetch_shard(plan.run.manifest, 0, threads=2, max_file_mb=1)
     assert fetched["reason"].to_pylist() == [None] * 4
     assert {
         row["file_name"]: data for row, data in zip(planned(plan), fetched["data"].to_pylist(), strict=True)
@@ -303,7 +303,7 @@ def test_files_whose_names_are_no_utf8_move_with_their_folder(tmp_path: Path) ->
     config = run_of(tmp_path, {"source": "folder", "images": str(tmp_path / "e%42")})
     moved = plan_run(config)
     assert moved.new == 0
-    fetched = fetch_shard(moved.manifest, 0, threads=2, max_file_mb=1)
+    fetched = fetch_shard(moved.run.manifest, 0, threads=2, max_file_mb=1)
     assert set(fetched["data"].to_pylist()) == {b"a.png", b"\xfc.png", b"%FC.png", b"x\\y.png"}
     assert plan_run(config, extend=True).new == 0
 

@@ -120,8 +120,8 @@ def run_here(config: RunConfig, run: str) -> bytes:
     assert record is not None
     assert record.fingerprint is not None
     plan = plan_run(config)
-    assert done_shards(run) == set(plan.manifest.iter_shards())
-    assert len(storage.list_names(storage.join(run, PREDICTIONS))) == plan.manifest.num_shards
+    assert done_shards(run) == set(plan.run.manifest.iter_shards())
+    assert len(storage.list_names(storage.join(run, PREDICTIONS))) == plan.run.manifest.num_shards
     proof = json.loads(coco)["info"]["owlsam_ray"]["proof"]
     assert proof["ok"] + proof["empty"] == NUM_IMAGES
     assert json.loads(coco)["info"]["owlsam_ray"]["fingerprint"] == record.fingerprint

@@ -114,7 +114,7 @@ def test_a_run_keeps_the_names_that_it_was_planned_with(tmp_path: Path) -> None:
             "segment": {"weights": "w"},
         }
     )
-    planned = plan_run(config).record
+    planned = plan_run(config).run.record
     file.write_text("cow\n")
     record = load_record(str(tmp_path / "run"))
     assert record is not None
@@ -123,4 +123,4 @@ def test_a_run_keeps_the_names_that_it_was_planned_with(tmp_path: Path) -> None:
     with pytest.raises(GuardError, match="was planned with other categories"):
         plan_run(config)
     file.unlink()
-    assert plan_run(config).record.categories == planned.categories
+    assert plan_run(config).run.record.categories == planned.categories

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-from owlsam_ray.config.reduce import ReduceConfig
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.formats.coco import CocoOutput
 from owlsam_ray.reduce.formats.coco_results import RESULTS, CocoResultsOutput
@@ -12,23 +11,19 @@ from owlsam_ray.reduce.formats.parquet import ANNOTATION_TABLE, IMAGE_TABLE, Par
 from owlsam_ray.reduce.formats.protocol import FileSpan, Output
 from owlsam_ray.reduce.formats.safe_paths import numbered_paths
 from owlsam_ray.reduce.formats.yolo import YoloOutput
-from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.paths import CORRECTIONS, FAILURES
-from owlsam_ray.run.record import RunRecord
+from owlsam_ray.run.run import Run
 
 
-def outputs_of(
-    settings: ReduceConfig, record: RunRecord, decisions: Decisions, manifest: Manifest
-) -> tuple[Output, ...]:
+def outputs_of(run: Run, decisions: Decisions) -> tuple[Output, ...]:
     """Create the requested formats, in the order of the settings.
 
     Args:
-        settings: which formats, and their options.
-        record: record of the run.
+        run: the run, whose settings name the formats and their options.
         decisions: settings resolved for the run.
-        manifest: manifest of the run.
     """
-    texts = tuple(query.text for query in record.queries)
+    settings, manifest = run.config.reduce, run.manifest
+    texts = tuple(query.text for query in run.record.queries)
     prompts = texts if settings.provenance else None
     numbered = {}
     if {"yolo", "yolo_segment"} & set(settings.formats):
@@ -36,7 +31,7 @@ def outputs_of(
     made: dict[str, Callable[[], Output]] = {
         "coco": lambda: CocoOutput(prompts, polygons=settings.segmentation == "polygon"),
         "coco_results": CocoResultsOutput,
-        "label_studio": lambda: _label_studio(settings, record, decisions, manifest.images_digest()),
+        "label_studio": lambda: _label_studio(run, decisions),
         "lvis": lambda: LvisOutput.of(decisions, prompts),
         "parquet": lambda: ParquetOutput(tuple(category.name for category in decisions.categories), texts),
         "yolo": lambda: YoloOutput(numbered=numbered, val=settings.yolo_val),
@@ -45,16 +40,15 @@ def outputs_of(
     return tuple(made[name]() for name in settings.formats)
 
 
-def _label_studio(
-    settings: ReduceConfig, record: RunRecord, decisions: Decisions, image_list: str
-) -> LabelStudioOutput:
+def _label_studio(run: Run, decisions: Decisions) -> LabelStudioOutput:
+    record, image_list = run.record, run.manifest.images_digest()
     config = (record.fingerprint_parts or {})["config"]
     fingerprint = record.fingerprint or ""
     return LabelStudioOutput(
         decisions.categories,
         f"{config['detector']['model']} {config['segment']['model']} {fingerprint[:16]}",
         {"fingerprint": fingerprint, "ids_per_image": record.ids_per_image, "image_list": image_list},
-        settings.label_studio_url,
+        run.config.reduce.label_studio_url,
     )
 
 
