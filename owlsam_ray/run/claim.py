@@ -24,13 +24,13 @@ from owlsam_ray.run.attempts import (
     Slice,
     attempt_url,
     fence,
-    is_dead_here,
     live_attempts,
     now_utc,
     process_name,
     safe_file_name,
     write_attempt,
 )
+from owlsam_ray.run.heartbeats import HeartbeatWatch
 
 _log = logging.getLogger(__name__)
 
@@ -94,17 +94,6 @@ def claim_setup(run_url: str, resources: ResourcesConfig) -> contextlib.Abstract
 
 
 @dataclass
-class _Watched:
-    """Another attempt, as observed by this process."""
-
-    record: AttemptRecord
-    since: float
-    """When its file was first seen with its current content, on this process's monotonic clock."""
-    moved: bool = False
-    """Whether its file has changed since it was first seen."""
-
-
-@dataclass
 class _Observer:
     """Observes the attempts that block this process's own attempt."""
 
@@ -113,7 +102,7 @@ class _Observer:
     takeover_s: float
     takeover: bool
     patient: bool
-    seen: dict[str, _Watched] = field(default_factory=dict)
+    heartbeats: HeartbeatWatch = field(default_factory=HeartbeatWatch)
     told: set[str] = field(default_factory=set)
 
     def wait_for_the_slice(self) -> None:
@@ -149,15 +138,13 @@ class _Observer:
         Raises:
             AttemptLiveError: the other attempt is alive, and this one may neither wait for it nor fence it.
         """
-        if is_dead_here(other):
+        self.heartbeats.look(other)
+        life = self.heartbeats.life_of(other, max(self.takeover_s, 2 * other.heartbeat_s))
+        if life == "dead":
             _log.warning("the attempt %s is dead: taking over", other.where)
             self._take_over(other)
             return
-        now = time.monotonic()
-        watched = self.seen.get(other.id)
-        if watched is None or watched.record != other:
-            watched = self.seen[other.id] = _Watched(other, now, moved=watched is not None)
-        if now - watched.since > max(self.takeover_s, 2 * other.heartbeat_s):
+        if life == "silent":
             _log.warning("the attempt %s has sent no heartbeat for %g s: taking over", other.where, self.takeover_s)
             self._take_over(other)
             return
@@ -166,7 +153,7 @@ class _Observer:
             self._tell(other, "is fenced: waiting until it has stopped")
             return
         yields = other.state == "claiming" and other.id > self.mine.id
-        if watched.moved and not yields and not self.patient:
+        if life == "live" and not yields and not self.patient:
             raise AttemptLiveError(
                 f"another attempt is working on {self.mine.run_url}: {other.where}. Wait for it to end, inspect it "
                 "with `owlsam status`, or run again with --takeover to stop it."

@@ -7,7 +7,6 @@ compared.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group
@@ -15,9 +14,10 @@ from rich.table import Table
 
 from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.errors import IncompleteError
-from owlsam_ray.run.attempts import AttemptRecord, ended_attempts, is_dead_here, live_attempts
+from owlsam_ray.run.attempts import AttemptRecord, ended_attempts, live_attempts
 from owlsam_ray.run.counts import RunCounts
 from owlsam_ray.run.failure_counts import find_failures
+from owlsam_ray.run.heartbeats import HeartbeatWatch, Life
 from owlsam_ray.run.in_hand import list_markers
 from owlsam_ray.run.progress import duration
 from owlsam_ray.run.run import open_stored_run
@@ -28,28 +28,6 @@ _NAMED = 20
 _ERRORS = 5
 _LOOK_S = 0.25
 """Seconds between two reads of counters that have not changed yet."""
-
-
-@dataclass(slots=True)
-class _Watched:
-    """An attempt that has not signed off, as observed by this process."""
-
-    record: AttemptRecord
-    since: float
-    """When it was first seen with its current counter, on this process's monotonic clock."""
-    moved: bool = False
-
-    def state(self, now: float, patience_s: float) -> str:
-        """State of the attempt, as far as known.
-
-        `dead` (its process ran on this machine and is gone), `live`, `silent` (no heartbeat for longer than
-        `patience_s`) or `unknown` (not watched long enough).
-        """
-        if is_dead_here(self.record):
-            return "dead"
-        if now - self.since > patience_s:
-            return "silent"
-        return "live" if self.moved else "unknown"
 
 
 class RunStatus:
@@ -67,7 +45,8 @@ class RunStatus:
         beat_s = self._run.record.config.get("resources", {}).get("heartbeat_s", ResourcesConfig().heartbeat_s)
         self.patience_s = 1.2 * float(beat_s) + 1.0
         """Seconds within which a live attempt sends a heartbeat, by the heartbeat interval of the planned config."""
-        self._watched: dict[str, _Watched] = {}
+        self._heartbeats = HeartbeatWatch()
+        self._not_signed_off: list[AttemptRecord] = []
 
     def look(self, *, wait_s: float | None = None) -> dict[str, Any]:
         """Return the current state of the run.
@@ -116,28 +95,21 @@ class RunStatus:
         )
 
     def _look_for_life(self) -> None:
-        now = time.monotonic()
-        before, self._watched = self._watched, {}
-        for record in live_attempts(self._run.url):
-            watched = before.get(record.id)
-            if watched is None or watched.record.beat != record.beat:
-                watched = _Watched(record, now, moved=watched is not None)
-            self._watched[record.id] = watched
+        self._not_signed_off = live_attempts(self._run.url)
+        for record in self._not_signed_off:
+            self._heartbeats.look(record)
+
+    def _life_of(self, record: AttemptRecord) -> Life:
+        return self._heartbeats.life_of(record, self.patience_s)
 
     def _anyone_unknown(self) -> bool:
-        now = time.monotonic()
-        return any(watched.state(now, self.patience_s) == "unknown" for watched in self._watched.values())
+        return any(self._life_of(record) == "unknown" for record in self._not_signed_off)
 
     def _attempts(self, left: int) -> dict[str, Any]:
         """Rate, time left, and what the attempts report about themselves."""
-        now = time.monotonic()
         ended = sorted(ended_attempts(self._run.url), key=lambda record: (record.ended or "", record.id))
         signed_off = {record.id for record in ended}
-        alive = [
-            (watched.record, watched.state(now, self.patience_s))
-            for watched in self._watched.values()
-            if watched.record.id not in signed_off
-        ]
+        alive = [(record, self._life_of(record)) for record in self._not_signed_off if record.id not in signed_off]
         rates = [
             record.progress["images_per_s"]
             for record, state in alive
