@@ -145,6 +145,8 @@ def guard_numerics(run: Run, numerics: dict[str, Any], *, allow_change: bool) ->
     Raises:
         GuardError: the numerics differ; the message has one line per part.
     """
+    # Reloaded: an attempt that opened the run at the same time may have recorded its numerics since.
+    run = replace(run, record=load_record(run.url) or run.record)
     recorded = run.record.numerics
     if recorded and recorded[-1] == numerics:
         return run

@@ -23,7 +23,7 @@ from owlsam_ray.run.guard import (
 )
 from owlsam_ray.run.paths import QUERY_FILE
 from owlsam_ray.run.record import canonical_hash, load_record, run_directory
-from owlsam_ray.run.run import Run
+from owlsam_ray.run.run import Run, open_run
 from tests.drawn_images import draw_coco
 
 
@@ -196,6 +196,19 @@ def test_numerics(config: RunConfig) -> None:
     assert run.record.numerics == (one, other)
     assert run.record.numerics_id != first
     assert load_record(run.url) == run.record
+
+
+def test_attempts_that_begin_together_do_not_forget_each_others_numerics(config: RunConfig) -> None:
+    planned(config)
+    one, two = open_run(config), open_run(config)
+    assert one is not None
+    assert two is not None
+    guard_numerics(one, {"device": "cuda"}, allow_change=False)
+    with pytest.raises(GuardError, match="device: 'cuda' -> 'cpu'"):
+        guard_numerics(two, {"device": "cpu"}, allow_change=False)
+    both = guard_numerics(two, {"device": "cpu"}, allow_change=True)
+    assert both.record.numerics == ({"device": "cuda"}, {"device": "cpu"})
+    assert load_record(both.url) == both.record
 
 
 def test_numerics_do_not_depend_on_the_number_of_actors(config: RunConfig) -> None:
