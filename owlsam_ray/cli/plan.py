@@ -44,9 +44,10 @@ def run(config: RunConfig, options: argparse.Namespace, console: Console) -> dic
     from owlsam_ray.run.progress import CountDisplay
     from owlsam_ray.run.record import run_directory
 
-    check_writable(run_directory(config))
+    run_url = run_directory(config)
+    check_writable(run_url)
     with (
-        claim_setup(run_directory(config), config.resources) as setup,
+        claim_setup(run_url, config.resources) as setup,
         CountDisplay(console, interval_s=config.logging.progress_s) as display,
     ):
         plan = plan_run(config, extend=options.extend, show=display.show, raise_if_taken_over=setup.raise_if_taken_over)
