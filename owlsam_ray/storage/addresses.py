@@ -124,7 +124,9 @@ def check_entry(entry: str) -> str:
     """
     name = _plain(entry)
     if _network(entry) is None and not re.fullmatch(r"(\*\.)?[^\s/*?#@:\[\]]+", name):
-        raise ValueError(f"{shown(entry)} is no host: give a name (images.example, *.example), an address or a network")
+        raise ValueError(
+            f"{shown(entry)} is not a host: give a name (images.example, *.example), an address or a network"
+        )
     return entry
 
 

@@ -113,7 +113,7 @@ def file_size(client: Client, path: str) -> int:
         if entry["type"] != "file":
             raise FileNotFoundError(path)
         if entry.get("size") is None:
-            raise OSError(errno.EOPNOTSUPP, "this storage does not tell the sizes of files")
+            raise OSError(errno.EOPNOTSUPP, "this storage does not report file sizes")
         return int(entry["size"])
     bucket, key, _ = filesystem.split_path(path)
     if not key:

@@ -63,7 +63,7 @@ def move(url: str, to: str) -> None:
         FileNotFoundError, OSError: there is no file at `url`; it cannot be moved.
     """
     if exists(to):
-        raise FileExistsError(errno.EEXIST, "there is such a file already", to)
+        raise FileExistsError(errno.EEXIST, "a file of this name already exists", to)
     client, path = open_url(url)
     if not is_local(client.filesystem):
         write_atomic(to, read_bytes(url))
@@ -103,7 +103,7 @@ def _deadline(client: Client, num_bytes: int = 0) -> dict[str, float]:
 def _open_for(url: str, *, num_bytes: int) -> tuple[Client, str]:
     client, path = open_url(url, in_parts=num_bytes >= _LARGE)
     if client.kind == "http":
-        raise InputError(f"cannot write to {masked_url(url)}: web servers are read only here")
+        raise InputError(f"cannot write to {masked_url(url)}: http(s) storage is read-only")
     return client, path
 
 

@@ -401,7 +401,7 @@ def test_storage_functions_on_a_web_server(site: str) -> None:
         assert file.read() == b"ef"
     with pytest.raises(OSError, match=r"500.*3 tries"):
         storage.exists(f"{site}/500")
-    with pytest.raises(Exception, match="web servers are read only"):
+    with pytest.raises(Exception, match=r"http\(s\) storage is read-only"):
         storage.write_atomic(f"{site}/new", b"")
 
 
