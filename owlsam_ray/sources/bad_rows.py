@@ -76,13 +76,15 @@ def check_bad_rows(config: RunConfig, run_url: str, spool: Spool, wanted: NDArra
         )
     hint = ""
     if spool.name_setting is not None and "bad_name" in found.counts:
-        hint = f" Without {spool.name_setting} each image has a name."
+        hint = f" Without {spool.name_setting}, every image gets a name."
     if bad == count:
-        raise InputError(f"no image can be read by any of {count} rows:\n  {found}\n{listed} Correct data.{hint}")
+        raise InputError(
+            f"none of {count} rows leads to an image:\n  {found}\n{listed} Correct the section data.{hint}"
+        )
     allowed = allowed_failures(config.reduce.max_failed, count)
     if bad > allowed:
         raise FailedImagesError(
-            f"no image can be read by {bad} of {count} rows, and reduce.max_failed ({config.reduce.max_failed}) allows "
+            f"{bad} of {count} rows lead to no image, and reduce.max_failed ({config.reduce.max_failed}) allows "
             f"{allowed}, so nothing is planned:\n  {found}\n{listed} Correct the dataset, or raise reduce.max_failed."
             f"{hint}",
             {"images": count, "failed": bad, "failed_by_reason": _by_reason(found)},

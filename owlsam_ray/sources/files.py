@@ -57,7 +57,7 @@ def expand_braces(pattern: str) -> list[str]:
         first, last = int(inside[1]), int(inside[2])
         if last < first:
             raise InputError(
-                f"data.files {pattern}: the range {{{match[1]}}} falls; write {{{inside[2]}..{inside[1]}}}"
+                f"data.files {pattern}: the range {{{match[1]}}} descends; write {{{inside[2]}..{inside[1]}}}"
             )
         choices = [f"{number:0{len(inside[1])}d}" for number in range(first, last + 1)]
     rests = expand_braces(pattern[match.end() :])
@@ -71,8 +71,8 @@ def _glob(pattern: str) -> list[str]:
         raise InputError(f"cannot list data.files {pattern}: {error.strerror or error}") from None
     if not found:
         raise InputError(
-            f"data.files {pattern} matches no file. Is the folder right, and is the pattern in quotes where a shell "
-            "would read it?"
+            f"data.files {pattern} matches no file: check the folder, and quote the pattern where a shell would "
+            "expand it"
         )
     return found
 
@@ -106,7 +106,7 @@ def tell_left_out(where: str, endings: Mapping[str, int]) -> None:
     rest = sum(number for _, number in ordered[_ENDINGS_TOLD:])
     more = f", {rest} with {len(ordered) - _ENDINGS_TOLD} other endings" if rest else ""
     total = sum(endings.values())
-    _log.warning("%s: %d files are left out by their endings (data.suffixes): %s%s", where, total, listed, more)
+    _log.warning("%s: %d files are left out because of their endings (data.suffixes): %s%s", where, total, listed, more)
 
 
 def check_schemes(urls: Iterable[str]) -> None:
@@ -125,7 +125,7 @@ def check_schemes(urls: Iterable[str]) -> None:
             _check_scheme(scheme)
         except (ValueError, ImportError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise InputError(
-                f"cannot open {shown(url, 500)}: {one_line(error)}. Images lie on a disk, or behind s3, gs, http(s) "
+                f"cannot open {shown(url, 500)}: {one_line(error)}. Images must be on a disk, or at s3, gs, http(s) "
                 "or other URLs that fsspec opens without further settings."
             ) from None
 

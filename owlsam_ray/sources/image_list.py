@@ -103,7 +103,8 @@ def list_images_of(url: str, root: str, dialect: Dialect) -> Listing:
         has_ids = text_id is None
     if not has_ids:
         _log.warning(
-            "%s: image ids are texts, as %s: they are kept as %r in the image records, and the images are numbered",
+            "%s: image ids are texts, such as %s: they are kept as %r in the image records, and the images are "
+            "numbered",
             url, shown(text_id), _TEXT_ID,
         )  # fmt: skip
     # The document stays mapped while the listing is in use: a remote file is copied once.

@@ -60,15 +60,16 @@ def choose_layout(
         if best:
             chosen = layouts[found.index(best)]
             _log.info(
-                "%s: images lie at %s below %s (%d of %d looked up)", where, chosen.caption, root, best, len(sample)
-            )
+                "%s: images are at %s below %s (%d of %d looked up exist)",
+                where, chosen.caption, root, best, len(sample),
+            )  # fmt: skip
             return chosen
     if not tried:
         return layouts[0]
     paths = ", ".join(storage.join(root, name) for name in tried)
     raise InputError(
-        f"none of {looked_up} images looked up exists under data.images {root}; the first was looked for at {paths}. "
-        f"Is data.images the folder that the file names of {where} are relative to, or the one above it?{refused}"
+        f"none of {looked_up} images looked up exists below data.images {root}; the first was expected at {paths}. Set "
+        f"data.images to the folder that the file names of {where} are relative to, or to the one above it.{refused}"
     )
 
 

@@ -71,10 +71,12 @@ def _look_at_folders(url: str, root: str) -> Inspect:
                 continue
             if layout is _IN_ONE_FOLDER:
                 raise InputError(
-                    f"{url} has images of {folder or 'no split'}, as {few[0]}, and data.images {root} holds those of "
-                    "another split only: name the folder above train2017 and val2017"
+                    f"{url} lists images of {folder or 'no split'}, such as {few[0]}, and data.images {root} holds "
+                    "only another split: set data.images to the folder above train2017 and val2017"
                 )
-            _log.warning("none of %d images of %s looked up exists below %s, as %s", len(few), folder, root, few[0])
+            _log.warning(
+                "none of %d images of %s looked up exists below %s; the first is %s", len(few), folder, root, few[0]
+            )
         return set()
 
     return inspect

@@ -89,7 +89,7 @@ def _leave_out_missing(url: str, root: str) -> Inspect:
         absent = [name for name, there in zip(names, exist(root, names), strict=True) if not there]
         if absent:
             _log.warning(
-                "%s: %d images that the archives of Objects365 lack are left out of the listing: %s",
+                "%s: %d images that are missing from the archives of Objects365 are left out of the listing: %s",
                 url, len(absent), ", ".join(absent),
             )  # fmt: skip
         return set(absent)

@@ -50,7 +50,7 @@ def list_table(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listin
     taken = [name for name in config.columns.extra if name in _OWN_FIELDS]
     if taken:
         raise InputError(
-            f"columns.extra holds {shown(taken[0])}, and image records have a field of that name already: leave it "
+            f"columns.extra names {shown(taken[0])}, but image records already have a field of that name: leave it "
             "out, or rename the column"
         )
     files = expand_files(config.files)
@@ -64,7 +64,8 @@ def list_table(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listin
         has_ids = False
         key = _keep_ids(wanted, config.columns)
         _log.warning(
-            "columns.id %s holds texts, as %s: they are kept as %s in the image records, and the images are numbered",
+            "columns.id %s holds texts, such as %s: they are kept as %s in the image records, and the images are "
+            "numbered",
             shown(config.columns.id), example, shown(key),
         )  # fmt: skip
     return Listing(
@@ -124,11 +125,11 @@ class _TableFile:
         columns: dict[str, Any] = {"split": given.get("split"), "image_id": given.get("id")}
         if "id" in given:
             fits = _between(given["id"], 0, MAX_IMAGE_ID - 1)
-            refused.unless(fits, given["id"], "is no id from 0 to 2^53")
+            refused.unless(fits, given["id"], "is not an id from 0 to 2^53")
         for key in ("height", "width", "num_bytes"):
             if key in given:
                 columns[key], fits = stated_sides(given[key])
-                refused.unless(fits, given[key], f"is no {key}")
+                refused.unless(fits, given[key], f"is not a valid {key}")
         without_ids = " Without columns.id the images are numbered." if "id" in given else ""
         refused.raise_if_any(way_out=WAY_OUT + without_ids)
         reasons: dict[int, str] = {}

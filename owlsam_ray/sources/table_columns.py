@@ -95,7 +95,9 @@ def _python_values(array: pa.Array) -> list[Any]:
         except KeyError:
             return list(array.to_pylist())
     except (ValueError, OverflowError, LookupError) as error:
-        raise InputError(f"a column of {array.type!s:.200} cannot be made JSON: {one_line(error)}") from None
+        raise InputError(
+            f"a column of type {array.type!s:.200} cannot be converted to JSON: {one_line(error)}"
+        ) from None
 
 
 def plain(value: Any) -> Any:

@@ -36,7 +36,7 @@ def kind_of(url: str) -> str:
     for suffix, kind in _KINDS.items():
         if name.endswith(suffix):
             return kind
-    raise InputError(f"{url} is no table: its name ends in none of {', '.join(_KINDS)} (text also with .gz)")
+    raise InputError(f"{url} is not a table: its name ends in none of {', '.join(_KINDS)} (text also with .gz)")
 
 
 def read_columns(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
@@ -147,8 +147,8 @@ def _way_to_bytes(wanted: Wanted, kind: pa.DataType) -> str:
         return f"; did you mean {wanted.path}.{shown(inner[0])[1:-1]}?" if inner else ""
     if pa.types.is_map(kind) or pa.types.is_nested(kind):
         return (
-            "; a row of a table is one image here: write a table with a row for each image (explode the column), with "
-            "its bytes in a column of their own"
+            "; each row must be one image: write a table with one row per image (explode the column), with its bytes "
+            "in a separate column"
         )
     return ""
 
@@ -196,7 +196,7 @@ def _field_at(url: str, schema: pa.Schema, column: Wanted) -> pa.Field:
     if extension is not None:
         raise InputError(
             f"{url}: column {shown(column.path)} ({column.setting}) has the Arrow extension type {shown(extension)}, "
-            "whose values only the code of another library can make: write the column as a plain type, or leave it out"
+            "whose values only the code of another library can read: write the column as a plain type, or leave it out"
         )
     return field
 

@@ -72,7 +72,10 @@ class _Sizes:
     def tell(self) -> None:
         """Warn about the values that count as not stated."""
         for path, count in self._odd.items():
-            _log.warning("%s: %d sizes are not stated, the first: %s", self._url, count, self._first[path])
+            _log.warning(
+                "%s: %d sizes are not numbers and count as not stated, the first: %s",
+                self._url, count, self._first[path],
+            )  # fmt: skip
 
 
 def read_csv(url: str, wanted: Sequence[Wanted], *, delimiter: str) -> Iterator[list[pa.Array]]:
@@ -152,14 +155,14 @@ def _from_text(url: str, column: Wanted, texts: pa.Array, first: int, sizes: _Si
     """Convert a column of texts to the wanted type."""
     if column.kind not in (INTEGER, NUMBER):
         return texts
-    word = "integer" if column.kind == INTEGER else "number"
+    word = "an integer" if column.kind == INTEGER else "a number"
     trimmed = pc.utf8_trim_whitespace(texts)
     is_null = pc.is_in(trimmed, value_set=_NULLS)
     bad = pc.invert(are_integers(texts) if column.kind == INTEGER else _are_numbers(trimmed))
     rows = pc.indices_nonzero(bad)
     at = [first + row for row in rows.to_pylist()]
     told = [
-        f"{shown(text)} in {column.path} ({column.setting}) is no {word}"
+        f"{shown(text)} in {column.path} ({column.setting}) is not {word}"
         for text in texts.take(rows[:TOLD]).to_pylist()
     ]
     if column.kind == NUMBER:
@@ -217,7 +220,9 @@ def read_jsonl(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
         check_name(url, column, column.path, names)
     sizes.tell()
     if num_odd:
-        _log.warning("%s: %d lines are no rows, the first: %s", url, num_odd, first_odd)
+        _log.warning(
+            "%s: %d lines are not JSON objects and count as rows without values, the first: %s", url, num_odd, first_odd
+        )
 
 
 def _names(lines: Sequence[bytes]) -> list[str]:
@@ -248,7 +253,7 @@ def _lines(url: str) -> Iterator[list[bytes]]:
                 row += len(lines)
             if len(rest) > _MOST_ROW:
                 most = _MOST_ROW // 2**20
-                raise InputError(f"{url}: row {row} has more than {most} MB: is it one JSON object a line?")
+                raise InputError(f"{url}: row {row} has more than {most} MB: does each line hold one JSON object?")
             if not block:
                 return
 
@@ -281,7 +286,7 @@ def _check_faults(url: str, faults: Mapping[int, ValueError], wanted: Sequence[W
     has_ids = any(column.setting == "columns.id" for column in wanted)
     if has_ids or len(faults) == num_rows or any(isinstance(fault, _RepeatedKeyError) for fault in faults.values()):
         told = [str(fault) for fault in faults.values()]
-        refuse_rows(url, list(faults), told, "Every line has to be one JSON object.")
+        refuse_rows(url, list(faults), told, "Every line must be one JSON object.")
 
 
 def _decode_line(line: bytes, decode: Callable[[bytes], Any]) -> Any:
@@ -348,7 +353,7 @@ def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: in
     if column.kind is None:
         _refuse_endless(url, column, cells, first)
         return pa.array([bytes(cell) for cell in cells], pa.binary()).cast(TEXT)
-    kind, word = {INTEGER: (int, "integer"), NUMBER: (float, "number"), TEXT: (str, "text")}[column.kind]
+    kind, word = {INTEGER: (int, "an integer"), NUMBER: (float, "a number"), TEXT: (str, "a text")}[column.kind]
     try:
         values = msgspec.json.decode(b"[" + b",".join(cells) + b"]", type=list[kind | None])  # type: ignore[valid-type]
         found = pa.array(values, column.kind)
@@ -364,7 +369,7 @@ def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: in
             values.append(value if _is_of(value, kind) else None)
             if value is not None and not _is_of(value, kind):
                 bad.append(row)
-                told.append(f"{shown(value)} in {column.path} ({column.setting}) is no {word}")
+                told.append(f"{shown(value)} in {column.path} ({column.setting}) is not {word}")
         if column.kind == NUMBER:
             sizes.note(column, sum(value is not None for value in values), bad, told)
         elif bad and not column.may_be_odd:

@@ -81,11 +81,11 @@ def index_tar(file: TarFile) -> TarIndex:
             if index.refusal is None:
                 _walk(headers, index)
     except (FileNotFoundError, NotADirectoryError):
-        index.refusal = "is not there; fix data.files, or copy the file"
+        index.refusal = "does not exist; fix data.files, or copy the file"
     except IsADirectoryError:
         index.refusal = "is a folder; name the tar files in it, as in folder/*.tar"
     except PermissionError as error:
-        index.refusal = f"may not be read ({error.strerror or error})"
+        index.refusal = f"cannot be read ({error.strerror or error})"
     return index
 
 
@@ -185,9 +185,11 @@ def _walk(headers: _Headers, index: TarIndex) -> None:
     # Raised by `tarfile` for invalid headers; not all of these are its own errors.
     except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
         if end == 0:
-            index.refusal = f"is no tar file, or its first header is damaged ({error}); leave it out, or copy it again"
+            index.refusal = (
+                f"is not a tar file, or its first header is damaged ({error}); leave it out, or copy it again"
+            )
         else:
-            index.damage = f"is cut or damaged at byte {end} ({error})"
+            index.damage = f"is truncated or damaged at byte {end} ({error})"
     _add_table(index, rows)
 
 
@@ -210,7 +212,7 @@ def _damage(member: tarfile.TarInfo, next_header: int, size: int, end: int) -> s
     own = member.isreg() and not member.issparse()
     # The padding of the last member may be missing.
     if (member.offset_data + member.size if own else next_header) > size:
-        return f"is cut at byte {size}, inside member {shown(member.name)}"
+        return f"is truncated at byte {size}, inside member {shown(member.name)}"
     return None
 
 
@@ -245,13 +247,13 @@ def _check_end(headers: _Headers, end: int, index: TarIndex) -> None:
     first = tail[: tarfile.BLOCKSIZE]
     if first.strip(b"\0"):
         is_cut = len(first) < tarfile.BLOCKSIZE
-        index.damage = f"is cut at byte {headers.size}, inside a header" if is_cut else _bad_header(end)
+        index.damage = f"is truncated at byte {headers.size}, inside a header" if is_cut else _bad_header(end)
     elif len(first) < tarfile.BLOCKSIZE:
         index.unmarked = True
     elif tail.strip(b"\0"):
-        index.damage = f"goes on after its end marker at byte {end} (are several tar files joined in it?)"
+        index.damage = f"continues after its end marker at byte {end} (were several tar files concatenated?)"
     elif rest > _MAX_TAIL:
-        index.damage = f"holds nothing but zeros from byte {end} on to byte {headers.size}"
+        index.damage = f"holds only zeros from byte {end} to byte {headers.size}"
 
 
 def _add_table(index: TarIndex, rows: list[tuple[str, int, int]]) -> None:

@@ -46,7 +46,7 @@ def list_webdataset(config: DataConfig, options: ListingOptions = DEFAULTS) -> L
         if kind is not None:
             problems.append(f"{url} {compressed(kind)}")
         elif (reason := _name_error(name)) is not None:
-            problems.append(f"{shown(url)}: {reason}; rename it, or write its path plainly")
+            problems.append(f"{shown(url)}: {reason}; rename it, or write its path without . and .. parts")
     raise_problems("data.files", problems, "Images are taken from plain .tar files.")
     suffixes = tuple(suffix.lower() for suffix in config.suffixes)
     files = [TarFile(url, name, suffixes) for url, name in zip(urls, names, strict=True)]
@@ -87,14 +87,14 @@ def _tables(files: Sequence[TarFile], options: ListingOptions) -> Iterator[pa.Ta
     way_out = "Fix these files."
     if damaged and not options.keep_whole:
         way_out = (
-            "Copy the damaged files again, or take the members before the damage only: plan.damaged_files=keep_whole."
+            "Copy the damaged files again, or list only the members before the damage: plan.damaged_files=keep_whole."
         )
         refused += damaged
     raise_problems("data.files", refused, way_out)
     if images == 0:
         raise InputError(
-            f"data.files holds no image: of {others} members of {len(files)} tar files none is visible (no name or "
-            f"folder begins with a dot) and ends in {', '.join(files[0].suffixes)} (data.suffixes)"
+            f"data.files holds no image: none of {others} members of {len(files)} tar files ends in "
+            f"{', '.join(files[0].suffixes)} (data.suffixes) and is visible (no name or folder begins with a dot)"
         )
 
 

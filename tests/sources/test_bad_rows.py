@@ -104,7 +104,7 @@ def test_they_are_told_listed_and_bounded(tmp_path: Path, caplog: pytest.LogCapt
     with pytest.raises(FailedImagesError) as caught:
         plan_run(run_of(tmp_path, source, max_failed=4))
     told = str(caught.value.args[0])
-    assert "no image can be read by 5 of 15 rows, and reduce.max_failed (4) allows 4, so nothing is planned" in told
+    assert "5 of 15 rows lead to no image, and reduce.max_failed (4) allows 4, so nothing is planned" in told
     assert f"5 bad_uri: row 9 of {tmp_path}/t.jsonl: 'x' is no URL" in told
     assert "and 2 more" in told
     assert "1 quoted: 'h/a\\\\b.jpg': file_name holds a NUL or a backslash, now 'h/a%5Cb.jpg'" in told
@@ -139,7 +139,7 @@ def test_they_can_be_refused(tmp_path: Path) -> None:
 
 
 def test_a_table_of_bad_rows_alone_is_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"by any of 2 rows(.|\n)*is no URL: set data\.images"):
+    with pytest.raises(InputError, match=r"none of 2 rows leads to an image(.|\n)*is no URL: set data\.images"):
         plan_run(run_of(tmp_path, table_of(tmp_path, ["a.jpg", "b.jpg"])))
 
 

@@ -161,7 +161,7 @@ def test_the_layout_is_chosen_once_and_told(tmp_path: Path, caplog: pytest.LogCa
     touch(tmp_path, "1.jpg", *(f"val2017/{number}.jpg" for number in range(2, 9)))
     with caplog.at_level(logging.INFO):
         listed = listing(tmp_path, {"images": [image(i) for i in range(1, 9)]}, images=tmp_path, name="val2017.json")
-    assert "(7 of 8 looked up)" in caplog.text
+    assert "(7 of 8 looked up exist)" in caplog.text
     assert names(listed)[0] == "val2017/1.jpg"  # which is not there: one failed row
 
 
@@ -298,7 +298,7 @@ def test_ids_that_are_texts_are_kept_and_the_images_numbered(root: Path, caplog:
         {"source_id": "008"},
         {"source_id": 9},
     ]
-    assert "image ids are texts, as 'A-7': they are kept as 'source_id'" in caplog.text
+    assert "image ids are texts, such as 'A-7': they are kept as 'source_id'" in caplog.text
 
 
 @pytest.mark.parametrize(("ids", "text"), [([1, "s7"], "s7"), ([*range(1, 40), "040"], "040"), ([None, "x"], None)])
@@ -313,7 +313,7 @@ def test_a_text_among_the_ids_is_found_wherever_it_stands(
         return
     assert not listed.has_ids
     assert [json.loads(row["extra"])["source_id"] for row in rows(listed)] == ids
-    assert f"image ids are texts, as {text!r}" in caplog.text
+    assert f"image ids are texts, such as {text!r}" in caplog.text
 
 
 def test_a_text_that_is_the_id_of_something_else_changes_nothing(root: Path) -> None:
@@ -374,7 +374,7 @@ def test_missing_annotation_file(root: Path) -> None:
 
 
 def test_wrong_root_is_told_at_once(root: Path) -> None:
-    with pytest.raises(InputError, match=r"none of 1 images looked up exists under data\.images .*elsewhere") as caught:
+    with pytest.raises(InputError, match=r"none of 1 images looked up exists below data\.images .*elsewhere") as caught:
         listing(root, {"images": [image(1)]}, images=root / "elsewhere", name="instances_val2017.json")
     assert "elsewhere/1.jpg" in str(caught.value)
     assert "elsewhere/val2017/1.jpg" in str(caught.value)

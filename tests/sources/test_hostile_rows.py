@@ -54,7 +54,7 @@ def test_a_hostile_row_is_told_by_its_number(tmp_path: Path, line: str, said: st
 def test_a_line_that_cannot_be_read_is_a_bad_row(tmp_path: Path, caplog: pytest.LogCaptureFixture, line: str) -> None:
     rows = listed(jsonl(tmp_path, '{"uri": "a.png"}', line, '{"uri": "c.png"}'))
     assert [row["container"] for row in rows] == [None, "bad", None]
-    assert "1 lines are no rows, the first: row 1: is " in caplog.text
+    assert "1 lines are not JSON objects and count as rows without values, the first: row 1: is " in caplog.text
     assert len(caplog.text) < 800
 
 
@@ -77,7 +77,7 @@ def test_what_nobody_asked_for_does_not_matter(tmp_path: Path) -> None:
 def test_an_integer_of_thousands_of_digits_does_not_get_into_the_labels(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"row 0: the value in big \(columns\.extra\) cannot be read"):
         listed(jsonl(tmp_path, '{"uri": "a.png", "big": ' + DIGITS + "}"), extra=["big"])
-    with pytest.raises(InputError, match=r"in h \(columns\.height\) is no "):
+    with pytest.raises(InputError, match=r"in h \(columns\.height\) is not a "):
         listed(jsonl(tmp_path, '{"uri": "a.png", "h": ' + DIGITS + "}"), height="h", width="h")
 
 
@@ -155,10 +155,10 @@ def test_images_in_every_kind_of_column_of_bytes_are_read(tmp_path: Path, kind: 
             pa.array(
                 [[{"bytes": b"x", "path": "p"}]], pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
             ),
-            "holds list<element: struct<bytes: binary, path: string>>, not bytes; a row of a table is one image here",
+            "holds list<element: struct<bytes: binary, path: string>>, not bytes; each row must be one image",
         ),
-        (pa.array([[("k", b"x")]], pa.map_(pa.string(), pa.binary())), "not bytes; a row of a table is one image here"),
-        (pa.array([[b"x"]], pa.large_list(pa.binary())), "not bytes; a row of a table is one image here"),
+        (pa.array([[("k", b"x")]], pa.map_(pa.string(), pa.binary())), "not bytes; each row must be one image"),
+        (pa.array([[b"x"]], pa.large_list(pa.binary())), "not bytes; each row must be one image"),
         (pa.array([{"path": "p", "data": b"x"}]), "not bytes; did you mean picture.data?"),
         (pa.array(["x"], pa.string_view()), "holds string_view, not bytes"),
     ],
@@ -175,9 +175,9 @@ def test_other_columns_are_named_for_what_they_are(tmp_path: Path, column: pa.Ar
     [
         (
             pa.list_(pa.struct([("data", pa.binary())])),
-            "holds list<element: struct<data: binary>>; a row of a table",
+            "holds list<element: struct<data: binary>>; each row must be one image",
         ),
-        (pa.map_(pa.string(), pa.binary()), "holds map<string, binary ('picture')>; a row of a table is one image"),
+        (pa.map_(pa.string(), pa.binary()), "holds map<string, binary ('picture')>; each row must be one image"),
         (pa.binary(), "'picture' holds binary"),
     ],
 )
@@ -245,5 +245,5 @@ def test_maps_and_dates_beyond_python_in_extra(tmp_path: Path) -> None:
     assert json.loads(listed(tmp_path / "t.parquet", extra=["tags"])[0]["extra"]) == {"tags": {"a": 1}}
     far = pa.array([10**15], pa.int64()).cast(pa.timestamp("ms"))
     pq.write_table(pa.table({"uri": ["1.png"], "when": far}), tmp_path / "t.parquet")
-    with pytest.raises(InputError, match="cannot be made JSON"):
+    with pytest.raises(InputError, match="cannot be converted to JSON"):
         listed(tmp_path / "t.parquet", extra=["when"])

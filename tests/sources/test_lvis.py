@@ -121,7 +121,7 @@ def test_one_folder_for_all_splits(tmp_path: Path) -> None:
 def test_the_folder_of_one_split_is_refused_for_a_file_of_two(tmp_path: Path) -> None:
     touch(tmp_path, "val2017/1.jpg", "train2017/2.jpg")
     listed = listing(tmp_path, small("val2017/1.jpg", "train2017/2.jpg"), tmp_path / "val2017")
-    with pytest.raises(InputError, match=r"images of train2017, as 2\.jpg.*name the folder above"):
+    with pytest.raises(InputError, match=r"images of train2017, such as 2\.jpg.*set data\.images to the folder above"):
         rows(listed)
 
 

@@ -89,7 +89,7 @@ def test_known_missing_images_are_left_out(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         found = [row["file_name"] for row in rows(listing(tmp_path, {"images": images}, tmp_path))]
     assert found == listed_names[:3]
-    assert "6 images that the archives of Objects365 lack are left out" in caplog.text
+    assert "6 images that are missing from the archives of Objects365 are left out" in caplog.text
     assert all(name in caplog.text for name in known[1:])
     assert known[0] not in caplog.text
 

@@ -184,7 +184,7 @@ def test_nested_and_odd_extras(tmp_path: Path) -> None:
 
 def test_extras_that_would_replace_what_image_records_have(tmp_path: Path) -> None:
     file = write(tmp_path, [{"uri": "a.jpg", "id": "x"}], "csv")
-    with pytest.raises(InputError, match=r"columns\.extra holds 'id'.*rename the column"):
+    with pytest.raises(InputError, match=r"columns\.extra names 'id'.*rename the column"):
         listed(file, "/i", extra=["id"])
 
 
@@ -218,7 +218,7 @@ def test_json_lines_of_different_kinds(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(InputError, match=r"has no column 'y' \(columns\.extra\)"):
         listed(write(tmp_path, rows, "jsonl"), "/i", extra=["y"])
     rows.append({"uri": "z.jpg", "x": 1, "h": 2**70, "w": 4})
-    with pytest.raises(InputError, match=rf"row {len(rows) - 1}: 1\.18\d*e\+21 is no height"):
+    with pytest.raises(InputError, match=rf"row {len(rows) - 1}: 1\.18\d*e\+21 is not a valid height"):
         listed(write(tmp_path, rows, "jsonl"), "/i", height="h", width="w")
 
 
@@ -235,13 +235,16 @@ def test_sizes_that_are_no_numbers_are_not_stated(
     assert [row["height"] for row in found] == [None if n in odd else 9 for n in range(400)]
     assert {row["width"] for row in found} == {5}
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "4 sizes are not stated, the first: row 3: '80 px' in h (columns.height) is no number" in told
+    assert "4 sizes are not numbers and count as not stated, the first: row 3: '80 px' in h (columns.height)" in told
+    assert "is not a number" in told
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_column_without_any_number_holds_no_sizes(tmp_path: Path, kind: str) -> None:
     file = write(tmp_path, [{"uri": f"{n}.jpg", "h": h, "w": n} for n, h in enumerate(["", "tall", "x"])], kind)
-    with pytest.raises(InputError, match=r"'tall' in h \(columns\.height\) is no number(.|\n)*Correct columns\.height"):
+    with pytest.raises(
+        InputError, match=r"'tall' in h \(columns\.height\) is not a number(.|\n)*Correct columns\.height"
+    ):
         listed(file, "/i", height="h", width="w")
 
 
@@ -262,10 +265,10 @@ def test_columns_with_a_dot_in_their_name(tmp_path: Path) -> None:
             {"id": "kye"},
             r"has no column 'kye' \(columns\.id\); did you mean columns\.id=key",
         ),
-        ({"uri": "a.jpg", "key": -1}, {"id": "key"}, r"row 1: -1 is no id from 0 to 2\^53"),
-        ({"uri": "a.jpg", "key": 2**53}, {"id": "key"}, r"row 1: 9007199254740992 is no id"),
-        ({"uri": "a.jpg", "h": -2, "w": 3}, {"height": "h", "width": "w"}, r"row 1: -2(\.0)? is no height"),
-        ({"uri": "a.jpg", "key": 5, "n": 0.5}, {"num_bytes": "n", "id": "key"}, "row 1: 0.5 is no num_bytes"),
+        ({"uri": "a.jpg", "key": -1}, {"id": "key"}, r"row 1: -1 is not an id from 0 to 2\^53"),
+        ({"uri": "a.jpg", "key": 2**53}, {"id": "key"}, r"row 1: 9007199254740992 is not an id"),
+        ({"uri": "a.jpg", "h": -2, "w": 3}, {"height": "h", "width": "w"}, r"row 1: -2(\.0)? is not a valid height"),
+        ({"uri": "a.jpg", "key": 5, "n": 0.5}, {"num_bytes": "n", "id": "key"}, "row 1: 0.5 is not a valid num_bytes"),
     ],
 )
 def test_rows_that_cannot_be_taken(
@@ -403,7 +406,7 @@ def test_ids_that_are_texts_are_kept_and_the_images_numbered(
         {"uri": "a.jpg", "sku": "A-7"},
         {"uri": "b.jpg", "sku": "008"},
     ]
-    assert f"columns.id 'sku' holds texts, as 'A-7' in row 0 of {file}: they are kept as 'sku'" in caplog.text
+    assert f"columns.id 'sku' holds texts, such as 'A-7' in row 0 of {file}: they are kept as 'sku'" in caplog.text
 
 
 def test_ids_that_are_texts_late_and_under_a_name_that_is_taken(
@@ -427,7 +430,9 @@ def test_null_values(tmp_path: Path) -> None:
     for kind in ("parquet", "jsonl"):
         found = listed(write(tmp_path, rows, kind), "/data")
         assert bad(found[1]) == ("bad", f"row-list.{kind}-1", 1, "bad_uri: None is no URI")
-        with pytest.raises(InputError, match=r"row 1: None is no id(.|\n)*Without columns.id the images are numbered"):
+        with pytest.raises(
+            InputError, match=r"row 1: None is not an id(.|\n)*Without columns.id the images are numbered"
+        ):
             listed(write(tmp_path, rows, kind), "/data", id="key")
 
 
@@ -453,8 +458,8 @@ def test_all_kinds_of_odd_values_are_told_at_once(tmp_path: Path) -> None:
         listed(write(tmp_path, rows, "parquet"), "/i", id="key", height="h", width="w")
     told = str(caught.value)
     assert told.count("\n  row ") == 5
-    assert "row 4: -1 is no id from 0 to 2^53" in told
-    assert "row 31: 0.5 is no height" in told
+    assert "row 4: -1 is not an id from 0 to 2^53" in told
+    assert "row 31: 0.5 is not a valid height" in told
     assert "and 40 more" in told
 
 
@@ -488,7 +493,7 @@ def test_a_table_without_a_root_takes_urls_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("list.xlsx", b"x", "is no table: its name ends in none of .parquet"),
+        ("list.xlsx", b"x", "is not a table: its name ends in none of .parquet"),
         ("list.parquet", b"", "cannot be read as a table"),
         ("list.parquet", encode([{"uri": "a"}], "parquet")[:-20], "cannot be read as a table"),
         ("list.csv", b"", "cannot be read as a table: Empty CSV file"),
@@ -529,7 +534,7 @@ def test_lines_that_are_no_objects_are_bad_rows(
     assert [row["file_name"] for row in rows] == ["row-list.jsonl-0", "a.jpg", "row-list.jsonl-2", "b.jpg"]
     assert [row["member"] for row in rows] == ["bad_uri: None is no URI", None] * 2
     assert [row["offset"] for row in rows] == [0, None, 2, None]
-    assert f"2 lines are no rows, the first: row 0: {why}" in caplog.text
+    assert f"2 lines are not JSON objects and count as rows without values, the first: row 0: {why}" in caplog.text
     with pytest.raises(InputError, match=f"row 0: {why}"):
         listed(str(file), "/i", id="n")
 

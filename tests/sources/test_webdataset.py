@@ -150,7 +150,7 @@ def test_what_is_no_image_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
     without_bytes, by_ending = [record.getMessage() for record in caplog.records]
     assert "x.tar" in without_bytes
     assert "1 device, 2 link, 1 sparse" in without_bytes
-    assert "2 files are left out by their endings (data.suffixes): 1 .cls, 1 .json" in by_ending
+    assert "2 files are left out because of their endings (data.suffixes): 1 .cls, 1 .json" in by_ending
     assert members_of(path, suffixes=[".CLS"]) == ["a/1.cls"]
 
 
@@ -228,14 +228,14 @@ def test_zstd_by_its_magic(tmp_path: Path) -> None:
 def test_files_that_are_no_tars(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.tar").write_bytes(content)
     told = refusal(tmp_path / "x.tar", options=KEEP)
-    assert f"{tmp_path}/x.tar is no tar file" in told
+    assert f"{tmp_path}/x.tar is not a tar file" in told
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     pack(tmp_path / "0.tar", [("1.jpg", b"x")])
     (tmp_path / "2.tar").mkdir()
     told = refusal(f"{tmp_path}/{{0..2}}.tar")
-    assert f"{tmp_path}/1.tar is not there" in told
+    assert f"{tmp_path}/1.tar does not exist" in told
     assert f"{tmp_path}/2.tar is a folder" in told
     assert "(2 problems)" in told
 
@@ -252,7 +252,7 @@ def test_tars_without_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     pack(tmp_path / "0.tar", [("1.json", b"{}")])
     pack(tmp_path / "1.tar", [])
     told = refusal(tmp_path / "*.tar")
-    assert "holds no image: of 1 members of 2 tar files" in told
+    assert "holds no image: none of 1 members of 2 tar files" in told
     assert "data.suffixes" in told
     pack(tmp_path / "2.tar", [("1.jpg", b"x")])
     caplog.clear()
@@ -300,8 +300,8 @@ def test_the_byte_of_a_cut_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixt
     other = pack(tmp_path / "y.tar", content)
     other.write_bytes(other.read_bytes()[:1540])
     told = refusal(path, other)
-    assert f"{path} is cut at byte 3000, inside member '1.jpg', after 1 whole members" in told
-    assert f"{other} is cut at byte 1540, inside a header, after 1 whole members" in told
+    assert f"{path} is truncated at byte 3000, inside member '1.jpg', after 1 whole members" in told
+    assert f"{other} is truncated at byte 1540, inside a header, after 1 whole members" in told
     assert members_of(path, other, options=KEEP) == ["0.jpg", "0.jpg"]
     assert len(caplog.records) == 2
 
@@ -325,8 +325,8 @@ def test_members_after_damage_are_not_lost_silently(tmp_path: Path, fault: str) 
     path.write_bytes(damaged)
     why, kept = {
         "header": ("has a damaged header at byte 1536", ["0.jpg"]),
-        "joined": ("goes on after its end marker at byte 2560", ["0.jpg", "1.jpg"]),
-        "zeros": ("nothing but zeros from byte 1536", ["0.jpg"]),
+        "joined": ("continues after its end marker at byte 2560", ["0.jpg", "1.jpg"]),
+        "zeros": ("holds only zeros from byte 1536", ["0.jpg"]),
     }[fault]
     assert why in refusal(path)
     assert members_of(path, options=KEEP) == kept
@@ -417,6 +417,6 @@ def test_a_busy_storage_is_asked_again_and_a_missing_tar_is_told(s3: FaultyS3) -
         s3.faults = Faults(seed=3, rate=0.7, kinds=("500", "503", "cut"))
         same_bytes(listing("s3://labels/0.tar"), content)
         s3.faults = Faults()
-        assert "s3://labels/1.tar is not there" in refusal("s3://labels/{0..1}.tar")
+        assert "s3://labels/1.tar does not exist" in refusal("s3://labels/{0..1}.tar")
     finally:
         storage.configure(storage.StoragePolicy())
