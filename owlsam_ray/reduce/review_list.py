@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from owlsam_ray import storage
 from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import InputError
-from owlsam_ray.ops.compiled import text_bytes
 from owlsam_ray.parallel.executors import map_in_order
 from owlsam_ray.reduce.folder import claimed_folder, plain_url
 from owlsam_ray.reduce.formats.coco import category_entry
 from owlsam_ray.reduce.formats.json_rows import LINE_END, annotation_lines, dump_json, image_lines
+from owlsam_ray.reduce.formats.text_rows import text_bytes
 from owlsam_ray.reduce.fragments import ReduceJob
 from owlsam_ray.reduce.labels import ShardLabels, read_labels
 from owlsam_ray.reduce.run import Reduction, prepare

@@ -7,7 +7,6 @@ from typing import IO, Any
 import pyarrow.compute as pc
 
 from owlsam_ray.config.vocabulary import Category
-from owlsam_ray.ops.compiled import Piece, text_bytes
 from owlsam_ray.reduce.formats.json_rows import (
     LINE_END,
     annotation_lines,
@@ -17,6 +16,7 @@ from owlsam_ray.reduce.formats.json_rows import (
     rle_pieces,
 )
 from owlsam_ray.reduce.formats.protocol import FileSpan, Head, Parts, Rendered
+from owlsam_ray.reduce.formats.text_rows import Piece, text_bytes
 from owlsam_ray.reduce.labels import ShardLabels
 from owlsam_ray.run.paths import FAILURES
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from owlsam_ray.ops.compiled import Piece, join_rows, text_bytes
 from owlsam_ray.reduce.formats.coco import write_lines
 from owlsam_ray.reduce.formats.json_rows import LINE_END, bbox_pieces, column_of, literal, rle_pieces
 from owlsam_ray.reduce.formats.protocol import Parts, Rendered
+from owlsam_ray.reduce.formats.text_rows import Piece, join_rows, text_bytes
 from owlsam_ray.reduce.labels import ShardLabels
 
 RESULTS = "results.json"

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlsam_ray.ops.compiled import Piece, join_rows
+from owlsam_ray.reduce.formats.text_rows import Piece, join_rows
 from owlsam_ray.reduce.labels import ShardLabels
 
 LINE_END = ",\n"

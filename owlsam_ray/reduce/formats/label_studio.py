@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from owlsam_ray.config.vocabulary import Category
-from owlsam_ray.ops.compiled import Piece, join_rows, text_bytes
 from owlsam_ray.reduce.formats.coco import write_lines
 from owlsam_ray.reduce.formats.json_rows import LINE_END, column_of, dump_json, json_strings, literal
 from owlsam_ray.reduce.formats.protocol import Head, Parts, Rendered
+from owlsam_ray.reduce.formats.text_rows import Piece, join_rows, text_bytes
 from owlsam_ray.reduce.labels import ShardLabels
 
 TASKS, CONFIG = "label_studio", "label_studio_config.xml"

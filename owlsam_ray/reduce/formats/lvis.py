@@ -10,7 +10,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from owlsam_ray.config.vocabulary import Category
-from owlsam_ray.ops.compiled import Piece, text_bytes
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.reduce.formats.coco import category_entry, write_document
 from owlsam_ray.reduce.formats.json_rows import (
@@ -22,6 +21,7 @@ from owlsam_ray.reduce.formats.json_rows import (
 )
 from owlsam_ray.reduce.formats.loops import rows_of_all_but
 from owlsam_ray.reduce.formats.protocol import Head, Parts, Rendered
+from owlsam_ray.reduce.formats.text_rows import Piece, text_bytes
 from owlsam_ray.reduce.labels import ShardLabels
 from owlsam_ray.vocabulary.builtin import builtin
 

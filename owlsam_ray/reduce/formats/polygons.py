@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from owlsam_ray.ops.compiled import Piece, join_rows
 from owlsam_ray.reduce.formats.json_rows import column_of
 from owlsam_ray.reduce.formats.loops import Rings, rings_of
+from owlsam_ray.reduce.formats.text_rows import Piece, join_rows
 
 cv2.setNumThreads(1)  # each worker has a core of its own
 

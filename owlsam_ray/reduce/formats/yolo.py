@@ -13,10 +13,10 @@ import yaml
 from numpy.typing import NDArray
 
 from owlsam_ray.errors import shown
-from owlsam_ray.ops.compiled import Piece, join_rows, text_bytes
 from owlsam_ray.reduce.formats.json_rows import column_of, dump_json, literal
 from owlsam_ray.reduce.formats.protocol import Bytes, Parts, Rendered
 from owlsam_ray.reduce.formats.safe_paths import label_path, safe_path
+from owlsam_ray.reduce.formats.text_rows import Piece, join_rows, text_bytes
 from owlsam_ray.reduce.labels import ShardLabels
 
 _log = logging.getLogger(__name__)

@@ -205,7 +205,7 @@ RLE = encode_rle(np.ones(SIZE, np.bool_))
         (0, {"score": [0.5]}, "differ in length"),
         (0, {"rle_counts": [RLE, RLE]}, "a mask of 48 among 48 pixels"),
         (0, {"height": 7}, "a mask of 6 among 48 pixels, but the image has 7x8"),
-        (0, {"rle_counts": [b"??\xff", RLE]}, "no compressed RLE"),
+        (0, {"rle_counts": [b"??\xff", RLE]}, "not a compressed RLE"),
         (0, {"x0": [None, 1.0]}, "x0"),
         (0, {"score": [float("nan"), 0.5]}, "score"),
         (0, {"predicted_iou": [None, 0.5]}, "predicted_iou"),
