@@ -138,7 +138,7 @@ class AnnotationCounts:
         problems.add_many(
             Problem.DUPLICATE_ANNOTATION_ID,
             np.ones(len(later), np.bool_),
-            lambda row: f"annotations[{later[row]}]: id {ids[later[row]]} is annotations[{first[row]}]'s",
+            lambda row: f"annotations[{later[row]}]: id {ids[later[row]]} is also that of annotations[{first[row]}]",
         )
 
     def objects(self) -> dict[str, Any]:

@@ -63,7 +63,10 @@ def read_objects(tree: dict[str, Any], *, url: str, image_ids: Sequence[int], ca
             problems.append(f"annotations[{position}]{problem}")
         else:
             seen.add(entry["id"])
-    way_out = "Fix the file: ids are unique integers, and every annotation names an image and a category of the file."
+    way_out = (
+        "Fix the file: ids must be unique integers, and every annotation must refer to an image and a category of the "
+        "file."
+    )
     raise_problems(url, problems, way_out, use="trained on")
     return make_objects(
         entries,

@@ -147,13 +147,13 @@ def _read_head(document: Document) -> tuple[References, Names]:
         else:
             name = category.get("name")
             if not isinstance(name, str) or not name.strip():
-                others.append(f"categories[{position}] (id {number}): name {shown(name, 80)} is no text")
+                others.append(f"categories[{position}] (id {number}): name {shown(name, 80)} is not a text")
             categories[number] = str(name)
     way_out = "Fix the file: annotations name images and categories by their ids, so these must be unique integers."
     raise_problems(document.url, problems, way_out, use="cleaned")
     way_out = (
-        "Fix the file: sides of images are whole numbers of pixels, or not stated (null, 0 or -1), and every category "
-        "has a name."
+        "Fix the file: heights and widths must be whole numbers of pixels, or not stated (null, 0 or -1), and every "
+        "category must have a name."
     )
     raise_problems(document.url, others, way_out, use="cleaned")
     known = References(
@@ -195,8 +195,8 @@ def _check_something_stays(document: Document, known: References, judged: Judged
         first = f"the first has the {key} {shown(entries[0].get(key), 80)}"
     switches = " ".join(f"--set {rule}=false" for rule in taken)
     raise InputError(
-        f"{document.url}: nothing was written, since all {len(judged.rules)} annotations would go "
-        f"({', '.join(reasons)}; {first}). Fix the file, or keep them with {switches}"
+        f"{document.url}: all {len(judged.rules)} annotations would be removed ({', '.join(reasons)}; {first}), so "
+        f"nothing was written. Fix the file, or keep them with {switches}"
     )
 
 
@@ -231,7 +231,7 @@ def _warn(counts: dict[str, Any], url: str) -> None:
             _log.warning("%s: none of %d %s is left", url, counts[f"{kind}_in"], kind)
     if counts["images_emptied"]:
         _log.warning(
-            "%s: %d images lost all of their annotations and stay as background; drop_empty_images removes them",
+            "%s: %d images lost all their annotations and stay as background; drop_empty_images removes them",
             url, counts["images_emptied"],
         )  # fmt: skip
 

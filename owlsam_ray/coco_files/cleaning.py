@@ -128,8 +128,8 @@ class CleaningReport:
         counts = self.as_dict()
         parts = [f"{count} {name}" for part in ("removed", "changed") for name, count in counts[part].items() if count]
         return (
-            f"{self.annotations_out} of {self.annotations_in} annotations and {self.images_out} of {self.images_in} "
-            f"images are trained on ({', '.join(parts) or 'nothing removed or changed'})"
+            f"training uses {self.annotations_out} of {self.annotations_in} annotations and {self.images_out} of "
+            f"{self.images_in} images ({', '.join(parts) or 'nothing removed or changed'})"
         )
 
 

@@ -280,7 +280,9 @@ def _top_level(url: str, mapped: mmap.mmap) -> dict[str, msgspec.Raw]:
     try:
         fields: dict[str, msgspec.Raw] = msgspec.json.decode(memoryview(mapped)[start:], type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
-        way_out = " (a list of results? it needs the images and categories around it)" if _begins_list(mapped) else ""
+        way_out = (
+            " (is it a list of results? a COCO file also holds images and categories)" if _begins_list(mapped) else ""
+        )
         kind = "a list" if _begins_list(mapped) else "a single value"
         raise InputError(f"{url} is not a COCO file: it holds {kind}, not an object{way_out}") from None
     except RecursionError:
@@ -303,7 +305,7 @@ def _check_repeats(url: str, mapped: mmap.mmap, fields: dict[str, msgspec.Raw]) 
         key = _KEY.match(mapped, before, start)
         if key is not None and key.end() != start:
             raise InputError(
-                f"{url} gives {key[1].decode()} twice, first at byte {key.start(1)}: put both into one, or delete one"
+                f"{url} gives {key[1].decode()} twice, first at byte {key.start(1)}: merge them, or delete one"
             )
         before = start + length
 
@@ -317,11 +319,16 @@ def _repaired(url: str, file: IO[bytes], mapped: mmap.mmap) -> mmap.mmap | None:
     changes = [(match.span("half"), rb"\ufffd") for match in _SURROGATES.finditer(mapped) if match["half"]]
     if halves := len(changes):
         _log.warning(
-            "%s holds %d halves of surrogate pairs, the first at byte %d: read as U+FFFD", url, halves, changes[0][0][0]
+            "%s holds %d unpaired surrogates, the first at byte %d, which are read as U+FFFD",
+            url,
+            halves,
+            changes[0][0][0],
         )
     changes += [(match.span("size"), b"0  ") for match in _NO_SIZES.finditer(mapped)]
     if sizes := len(changes) - halves:
-        _log.warning("%s: %d heights or widths are NaN, which JSON does not have: read as not stated", url, sizes)
+        _log.warning(
+            "%s: %d heights or widths are NaN, which is not valid JSON, and are read as not stated", url, sizes
+        )
     if not changes:
         return None
     copied = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -190,8 +190,8 @@ class FileCopy:
             except BadSegmentationError as error:
                 return str(error)
         if rule in _OF_BOXES:
-            picture = "" if not np.isfinite([height, width]).all() else f", picture {width:g} × {height:g}"
-            return f"bbox {shown(entry.get('bbox'), 80)}, area {shown(entry.get('area'), 80)}{picture}"
+            image = "" if not np.isfinite([height, width]).all() else f", image {width:g} × {height:g}"
+            return f"bbox {shown(entry.get('bbox'), 80)}, area {shown(entry.get('area'), 80)}{image}"
         return ""
 
 

@@ -190,7 +190,7 @@ def judge_entries(batches: Iterable[tuple[int, list[Any]]], known: References, s
         boxes = np.where(cut[:, None], inside, boxes)
     if settings.duplicate_iou is not None:
         _judge_duplicates(judged, boxes, settings.duplicate_iou)
-    _mend(judged, survey, settings)
+    _fix(judged, survey, settings)
     stays = np.array([rule is None for rule in rules], np.bool_)
     judged.had_entries[objects.image_index[has_image]] = True
     judged.has_entries[objects.image_index[has_image & stays]] = True
@@ -332,7 +332,7 @@ def _judge_duplicates(judged: Judged, boxes: NDArray[np.float64], iou: float) ->
         judged.details[index] = f"IoU {overlap:.4f} with annotation {objects.ids[stays]}"
 
 
-def _mend(judged: Judged, survey: _Survey, settings: FileCleaning) -> None:
+def _fix(judged: Judged, survey: _Survey, settings: FileCleaning) -> None:
     """Decide the changes to the polygons, flags and ids of remaining entries."""
     judged.clipped = {index: box for index, box in judged.clipped.items() if judged.rules[index] is None}
     if settings.malformed:

@@ -24,7 +24,7 @@ def image_error(image: Any, *, has_ids: bool = True) -> str | None:
         stated_side(image.get("width"))
     except ValueError:
         sizes = f"height {shown(image.get('height'))} or width {shown(image.get('width'))}"
-        return f" ({shown(image.get('file_name'))}): {sizes} is odd"
+        return f" ({shown(image.get('file_name'))}): {sizes} is not a whole number of pixels"
     return None
 
 

@@ -86,9 +86,9 @@ def _rle(segmentation: Any, size_hw: tuple[float, float]) -> bytes:
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         raise BadSegmentationError("neither polygons nor an RLE with a size")
     if size[0] * size[1] > _MAX_PIXELS:
-        raise BadSegmentationError(f"an RLE of {size[0]} × {size[1]}")
+        raise BadSegmentationError(f"an RLE of {size[0]} × {size[1]} has more than {_MAX_PIXELS} pixels")
     if any(side != stated for side, stated in zip(size, size_hw, strict=True) if np.isfinite(stated)):
-        raise BadSegmentationError(f"an RLE of {size[0]} × {size[1]}")
+        raise BadSegmentationError(f"an RLE of {size[0]} × {size[1]} does not have the size of the image")
     counts = segmentation.get("counts")
     if isinstance(counts, str):
         return _checked_text(counts)
@@ -106,5 +106,5 @@ def _checked_text(counts: str) -> bytes:
     """Check that the last number of the text is complete; otherwise pycocotools reads beyond its end."""
     groups = np.frombuffer(counts.encode("utf-8", "replace"), np.uint8).astype(np.int64) - 48
     if len(groups) == 0 or groups.min() < 0 or groups.max() > 0x3F or groups[-1] & 0x20:
-        raise BadSegmentationError(f"{counts[:20]!r}… is no compressed RLE")
+        raise BadSegmentationError(f"{counts[:20]!r}… is not a compressed RLE")
     return counts.encode()

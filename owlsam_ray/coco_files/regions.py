@@ -88,7 +88,7 @@ def rle_of(segmentation: object, size_hw: tuple[int, int] | None) -> Rle:
         raise ValueError(f"RLE counts {_short(counts)} are neither a text nor a list")
     runs = rle_runs(counts.encode("ascii"))
     if (runs < 0).any() or int(runs.sum()) != size_hw[0] * size_hw[1]:
-        raise ValueError(f"RLE of {len(counts)} letters does not describe a mask of {size_hw[0]}×{size_hw[1]}")
+        raise ValueError(f"RLE of {len(counts)} characters does not describe a mask of {size_hw[0]}×{size_hw[1]}")
     return {"size": list(size_hw), "counts": counts.encode("ascii")}
 
 
@@ -97,7 +97,7 @@ def _from_polygons(polygons: list[Any], size_hw: tuple[int, int]) -> Rle:
         if not isinstance(polygon, list) or len(polygon) % 2 or not all(is_number(number) for number in polygon):
             raise ValueError(f"polygon {_short(polygon)} is not an even number of finite coordinates")
         if any(abs(number) > _FAR for number in polygon):
-            raise ValueError(f"polygon {_short(polygon)} leaves every picture")
+            raise ValueError(f"polygon {_short(polygon)} has a coordinate beyond {_FAR:.0f} pixels")
     closed = [polygon for polygon in polygons if len(polygon) >= 6]
     if not closed:
         raise NoOutlineError("segmentation holds no polygon of three or more points")

@@ -30,7 +30,7 @@ def stated_side(value: object) -> int | None:
     if is_unstated(value):
         return None
     if not _is_number(value) or not 1 <= value <= MAX_SIDE or value != int(value):
-        raise ValueError("is no whole number of pixels")
+        raise ValueError("is not a whole number of pixels")
     return int(value)
 
 

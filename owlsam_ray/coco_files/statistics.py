@@ -97,7 +97,7 @@ def _read_categories(document: Document, problems: Problems) -> list[dict[str, A
         elif number in kept:
             problems.add(
                 Problem.DUPLICATE_CATEGORY_ID,
-                f"categories[{position}]: id {number} is that of {shown(kept[number]['name'])}",
+                f"categories[{position}]: id {number} is also that of {shown(kept[number]['name'])}",
             )
         elif not isinstance(entry.get("name"), str):
             problems.add(Problem.ODD_CATEGORY, f"categories[{position}]: name {shown(entry.get('name'), 80)}")
@@ -127,7 +127,9 @@ def _read_images(document: Document, problems: Problems) -> _Images:
     problems.add_many(
         Problem.DUPLICATE_IMAGE_ID,
         np.ones(len(later), np.bool_),
-        lambda row: f"images[{positions[later[row]]}]: id {ids[later[row]]} is images[{positions[first_of[row]]}]'s",
+        lambda row: (
+            f"images[{positions[later[row]]}]: id {ids[later[row]]} is also that of images[{positions[first_of[row]]}]"
+        ),
     )
     return _Images(Index(ids, positions), np.concatenate(all_sizes))
 

@@ -123,7 +123,7 @@ def _draw_per_image(axes: Axes, images: dict[str, Any]) -> None:
     axes.axvline(numbers["mean"], color=_ORANGE, linewidth=1.5)
     axes.set_xlabel(
         f"annotations{'' if width == 1 else f', {width} a bar'}\nmean {numbers['mean']:.3g}, "
-        f"median {numbers['median']:g}, most {numbers['max']:,}; {images['without_annotations']:,} images without"
+        f"median {numbers['median']:g}, max {numbers['max']:,}; {images['without_annotations']:,} images have none"
     )
     axes.set_ylabel("images")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -87,7 +87,7 @@ def _groups(groups: dict[str, Any]) -> RenderableType:
         table.add_row(_GROUPS[letter], *(f"{numbers[key]:,}" for key in ("categories", "without_objects", "objects")))
     stated = groups["stated"]
     told = [
-        f"{stated[f'{key}_equal']:,} of {stated[f'{key}_stated']:,} stated {key} equal the file's own"
+        f"{stated[f'{key}_equal']:,} of {stated[f'{key}_stated']:,} stated {key} equal the counts in the file"
         for key in ("instance_count", "image_count")
         if stated[f"{key}_stated"]
     ]
@@ -104,10 +104,10 @@ def _scores(scores: dict[str, Any]) -> Table:
 
 
 def _problems(problems: dict[str, Any]) -> Table:
-    table = _table("What is odd")
+    table = _table("Problems")
     table.add_column("problem")
-    table.add_column("number", justify="right")
-    table.add_column("the first")
+    table.add_column("count", justify="right")
+    table.add_column("first example")
     for name, found in problems.items():
         table.add_row(name, f"{found['count']:,}", safe_text(found["examples"][0]))
     return table

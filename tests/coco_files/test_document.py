@@ -137,7 +137,7 @@ def test_halves_of_surrogate_pairs_are_told(path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING), open_document(_write(path, text)) as document:
         assert document.value("info", dict, {}) == {"a": "\ufffd", "b": "\\ud800 😀"}
         assert [table["name"].to_pylist() for _, table in document.columns("annotations", SCHEMA)] == [["\ufffd"]]
-    assert "2 halves of surrogate pairs, the first at byte 16" in caplog.text
+    assert "2 unpaired surrogates, the first at byte 16" in caplog.text
     assert path.read_text() == text
 
 
@@ -147,7 +147,7 @@ def test_sizes_that_are_nan_are_not_stated(path: Path, caplog: pytest.LogCapture
         assert [images for _, images in document.batches("images")] == [
             [{"height": 0, "width": 0}, {"height": 5, "width": 0, "a": '"width": NaN\ufffd'}]
         ]
-    assert "3 heights or widths are NaN, which JSON does not have: read as not stated" in caplog.text
+    assert "3 heights or widths are NaN, which is not valid JSON, and are read as not stated" in caplog.text
     assert path.read_text() == text
     with pytest.raises(InputError, match="invalid character"), open_document(_write(path, '{"score": NaN}')):
         pass
@@ -166,7 +166,7 @@ def test_sizes_that_are_nan_are_not_stated(path: Path, caplog: pytest.LogCapture
         (b'{"info": "\xe4"}', "not valid UTF-8 at byte 10"),
         (b'{"info": "' + "ä".encode() * 2**20 + b'\xff"}', f"not valid UTF-8 at byte {10 + 2**21}"),
         (b'{"info": "\\ud800', "ends too early"),
-        (b"[{}]", "holds a list, not an object (a list of results?"),
+        (b"[{}]", "holds a list, not an object (is it a list of results?"),
         (b"17", "holds a single value, not an object"),
         (b"\x1f\x8b\x08\x00", "compressed with gzip"),
         (b'{"images": [1], "annotations": [], "images": []}', 'gives "images" twice, first at byte 1'),

@@ -110,7 +110,7 @@ def test_sizes_are_pixels_or_not_stated(
     for name in ("image_without_size", "odd_image_size"):
         assert found["problems"][name]["count"] == (name == problem)
     if height in (96.5, -2):
-        with pytest.raises(InputError, match=r"height (96\.5|-2) is no whole number of pixels"):
+        with pytest.raises(InputError, match=r"height (96\.5|-2) is not a whole number of pixels"):
             clean_file(url, str(tmp_path / "out.json"))
     else:
         clean_file(url, str(tmp_path / "out.json"))

@@ -366,7 +366,7 @@ def test_bad_predictions_are_named(tmp_path: Path, change: Any, words: str) -> N
     ("segmentation", "words"),
     [
         ({"size": [20, 31], "counts": "0"}, r"its mask has the size \[20, 31\], its image \[20, 30\]"),
-        ({"size": [20, 30], "counts": "PPPP\x7f"}, "is no compressed RLE"),
+        ({"size": [20, 30], "counts": "PPPP\x7f"}, "is not a compressed RLE"),
         ({"size": [20, 30], "counts": "0000"}, "does not describe a mask of 20×30"),
         ({"size": [20, 30], "counts": [100, 20]}, "RLE of 2 runs does not describe a mask"),
         ({"size": [20, 30], "counts": [700, -100]}, "RLE of 2 runs does not describe a mask"),
@@ -374,7 +374,7 @@ def test_bad_predictions_are_named(tmp_path: Path, change: Any, words: str) -> N
         ([[1, 2, 3, 4]], "no polygon of three or more points"),
         ([[1, 2, 3, 4, 5]], "not an even number of finite coordinates"),
         ([[1, 2, 3, 4, 5, math.nan]], "not an even number of finite coordinates"),
-        ([[1, 2, 3, 4, 5, 1e30]], "leaves every picture"),
+        ([[1, 2, 3, 4, 5, 1e30]], "has a coordinate beyond 1000000 pixels"),
         ("mask", "neither polygons nor RLE"),
     ],
 )
@@ -622,7 +622,7 @@ def test_usage(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     code, summary, _ = call(capsys, *files, "--set", "evaluate.score_threshold=0.6")
     assert (code, summary["recall"]) == (0, 0.0)
     for override, words in (
-        ("evaluate.size_edges_px=[96, 32]", "must rise"),
+        ("evaluate.size_edges_px=[96, 32]", "must increase"),
         ("evaluate.size_edges_px=[-1]", "evaluate.size_edges_px.0"),
         ("evaluate.speed=1", "evaluate.speed"),
         ("reduce.score_threshold=0.3", "only the section `evaluate`"),
