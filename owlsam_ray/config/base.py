@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -10,7 +10,10 @@ from pydantic import (
     Discriminator,
     Field,
     StringConstraints,
+    model_validator,
 )
+
+from owlsam_ray.config.rules import Rule
 
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -24,9 +27,20 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A frozen section that refuses unknown keys."""
+    """A frozen section that refuses unknown keys, and combinations of settings that break one of its rules."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    RULES: ClassVar[tuple[Rule, ...]] = ()
+    """Rules across several fields, in the order in which they are checked."""
+
+    @model_validator(mode="after")
+    def _keeps_its_rules(self) -> Self:
+        for rule in self.RULES:
+            problem = rule.problem_of(self)
+            if problem is not None:
+                raise ValueError(problem)
+        return self
 
 
 @dataclass(frozen=True, slots=True)

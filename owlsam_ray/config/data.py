@@ -1,18 +1,20 @@
 """Sections `data` and `plan`: which images are labelled, and how they are listed and divided."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
-    model_validator,
 )
 
+from owlsam_ray.config import rules
 from owlsam_ray.config.base import Auto, Name, PositiveInt, Section
 
 
 class ColumnsConfig(Section):
     """Names of a table's columns. A dot reaches into a structure: `image.bytes`."""
+
+    RULES: ClassVar = rules.COLUMNS
 
     uri: Name | None = None
     """Location of the image: a URL, or a path below `data.images`. Default: `uri`, unless `bytes` is given."""
@@ -33,14 +35,6 @@ class ColumnsConfig(Section):
     extra: tuple[Name, ...] = ()
     """Columns that are copied into the image records of the output."""
 
-    @model_validator(mode="after")
-    def _sizes_are_pairs(self) -> Self:
-        if (self.height is None) != (self.width is None):
-            raise ValueError("columns.height and columns.width go together: give both, or neither")
-        if self.uri is not None and self.bytes is not None:
-            raise ValueError("columns.uri and columns.bytes both say where the image is: give one of them")
-        return self
-
 
 def _one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
@@ -48,6 +42,8 @@ def _one_or_more(value: Any) -> Any:
 
 class DataConfig(Section):
     """Where the images come from."""
+
+    RULES: ClassVar = rules.DATA
 
     source: Literal["coco", "lvis", "objects365", "folder", "table", "webdataset"]
     """`coco`, `lvis`, `objects365`: images listed in a JSON file; `folder`: every image file under `images`; `table`:
@@ -67,30 +63,11 @@ class DataConfig(Section):
     """File endings, case-insensitive, that `folder` takes as image files and `webdataset` as image members. A planned
     run keeps the ones it was planned with, unless others are given."""
 
-    @model_validator(mode="after")
-    def _fields_belong_to_the_source(self) -> Self:
-        by_json, by_files = self.source in ("coco", "lvis", "objects365"), self.source in ("table", "webdataset")
-        if by_json and self.annotations is None:
-            raise ValueError(f"source: {self.source} needs data.annotations, the JSON file")
-        if not by_json and self.annotations is not None:
-            raise ValueError(f"source: {self.source} takes no data.annotations; did you mean source: coco?")
-        if by_files and not self.files:
-            raise ValueError(
-                f"source: {self.source} needs data.files, the {'tables' if self.source == 'table' else 'tar files'}"
-            )
-        if not by_files and self.files:
-            raise ValueError(f"source: {self.source} takes no data.files; did you mean source: table or webdataset?")
-        if not by_files and self.images is None:
-            raise ValueError(f"source: {self.source} needs data.images, the root of the image files")
-        if self.source == "webdataset" and self.images is not None:
-            raise ValueError("source: webdataset takes no data.images: the images are members of data.files")
-        if self.source != "table" and self.columns != ColumnsConfig():
-            raise ValueError(f"data.columns is for source: table, not for {self.source}")
-        return self
-
 
 class PlanConfig(Section):
     """Which of the images are planned, and how they are listed. Frozen by `plan`: the layout hash covers its choice."""
+
+    RULES: ClassVar = rules.PLAN
 
     limit: PositiveInt | None = None
     """Take only the first N images of the listing."""
@@ -115,11 +92,3 @@ class PlanConfig(Section):
     """Processes that list tar files; `auto`: one per CPU."""
     part_images: PositiveInt = 1_000_000
     """Images per part of the manifest."""
-
-    @model_validator(mode="after")
-    def _one_choice(self) -> Self:
-        if self.limit is not None and self.sample is not None:
-            raise ValueError(
-                "plan.limit and plan.sample both choose among the images: give one, and unset the other with null"
-            )
-        return self

@@ -32,5 +32,5 @@ class EvaluateConfig(Section):
     @classmethod
     def _edges_rise(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if any(high <= low for low, high in pairwise(value)):
-            raise ValueError(f"size_edges_px must rise, and {list(value)} does not")
+            raise ValueError(f"size_edges_px must increase from each to the next, not {list(value)}")
         return value

@@ -1,11 +1,10 @@
 """Sections that can change labels: image decoding, detector, tiling, suppression and segmentation.
 
-The rest of a run, where and how fast, is in the other modules of `config`. Settings that contradict each other are
-refused, never resolved silently. A default of None means a value that only some choices use; the field's docstring
-names it.
+The rest of a run, where and how fast, is in the other modules of `config`. A default of None means a value that only
+some choices use; the field's docstring names it.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -13,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from owlsam_ray.config import rules
 from owlsam_ray.config.base import Added, Fraction, Name, PositiveInt, Section
 
 Grey16 = Literal["full", "auto", 8, 9, 10, 11, 12, 13, 14, 15, 16]
@@ -40,6 +40,8 @@ def _without_weights(fields: Any) -> Any:
 
 class DetectorConfig(Section):
     """Detection of boxes from prompts."""
+
+    RULES: ClassVar = rules.DETECTOR
 
     model: Literal["owlvit", "owlv2", "fake"] = "owlvit"
     """Architecture; `fake`: computes boxes from the pixels without a model, for tests at scale."""
@@ -70,20 +72,11 @@ class DetectorConfig(Section):
 
     _fake_has_no_weights = model_validator(mode="before")(_without_weights)
 
-    @model_validator(mode="after")
-    def _settings_agree(self) -> Self:
-        if self.pad_value is not None and self.preprocess != "scenic":
-            raise ValueError(
-                f"pad_value {self.pad_value} belongs to preprocess: scenic; hf pads as transformers does. Set "
-                "preprocess: scenic, or leave pad_value out"
-            )
-        if self.objectness == "multiply" and self.model != "owlv2":
-            raise ValueError(f"objectness: multiply needs an OWLv2; model is {self.model}, which estimates none")
-        return self
-
 
 class TilingConfig(Section):
     """Splitting of large images into overlapping tiles, so that small objects are seen at full resolution."""
+
+    RULES: ClassVar = rules.TILING
 
     size: Annotated[int, Field(ge=32)] | None = None
     """Side of a tile in original pixels; default: no tiles. Images that fit into one tile are not split."""
@@ -94,17 +87,15 @@ class TilingConfig(Section):
     full_image: bool = True
     """Also run on the whole image: large objects do not fit into a tile."""
 
-    @model_validator(mode="after")
-    def _settings_agree(self) -> Self:
-        fields = type(self).model_fields
-        for name in ("overlap", "full_image"):
-            if self.size is None and getattr(self, name) != fields[name].default:
-                raise ValueError(f"{name}: {getattr(self, name)} without size would have no effect: set tiling.size")
-        return self
+
+DEFAULT_THRESHOLD = 0.7
+DEFAULT_SIGMA = 0.5
 
 
 class SuppressConfig(Section):
     """Suppression of overlapping boxes."""
+
+    RULES: ClassVar = rules.SUPPRESS
 
     strategy: Literal["nms", "soft_nms", "merge", "none"] = "nms"
     """`nms`: the best box stays, boxes that overlap it more than the threshold are removed; `soft_nms`: their scores
@@ -128,38 +119,15 @@ class SuppressConfig(Section):
     def _null_unsets_them(cls, value: Any) -> Any:
         return {} if value is None else value
 
-    @model_validator(mode="after")
-    def _settings_agree(self) -> Self:
-        soft = self.strategy == "soft_nms"
-        if self.decay is not None and not soft:
-            raise ValueError(f"decay: {self.decay} belongs to strategy: soft_nms, not to {self.strategy}")
-        if self.sigma is not None and (not soft or self.decay == "linear"):
-            raise ValueError(f"sigma {self.sigma} belongs to strategy: soft_nms with decay: exponential")
-        if self.threshold is not None or self.thresholds:
-            name = "thresholds" if self.thresholds else f"threshold {self.threshold}"
-            if self.strategy == "none":
-                raise ValueError(
-                    f"strategy: none suppresses nothing, so {name} would have no effect: leave it out (null)"
-                )
-            if soft and self.decay != "linear":
-                raise ValueError(
-                    f"exponential decay has no threshold, so {name} would have no effect: leave it out "
-                    "(null), or set decay: linear"
-                )
-        if self.thresholds and self.across_labels:
-            raise ValueError(
-                "thresholds are of single categories, and across_labels compares boxes of different ones: set one "
-                "threshold, or across_labels: false"
-            )
-        if self.strategy == "merge" and self.overlap == "ios":
-            raise ValueError(
-                "strategy: merge averages boxes, and overlap: ios puts parts together with wholes: the mean would be "
-                "the box of neither. Take overlap: iou, or strategy: nms"
-            )
-        if self.strategy == "none" and (self.across_labels or self.overlap != "iou"):
-            name = "across_labels" if self.across_labels else f"overlap: {self.overlap}"
-            raise ValueError(f"strategy: none suppresses nothing, so {name} would have no effect")
-        return self
+    @property
+    def common_threshold(self) -> float:
+        """The threshold of categories without their own."""
+        return DEFAULT_THRESHOLD if self.threshold is None else self.threshold
+
+    @property
+    def decay_sigma(self) -> float:
+        """The sigma of exponential decay."""
+        return DEFAULT_SIGMA if self.sigma is None else self.sigma
 
 
 class SegmentConfig(Section):

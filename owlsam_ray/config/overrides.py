@@ -41,8 +41,8 @@ def parse_override(text: str, load_yaml: Callable[[str], Any]) -> dict[str, Any]
         tree = _value(value, load_yaml)
     except ValueError as error:
         raise ConfigError(
-            f"--set {shown(text)}: the value is not valid YAML: {error}. A text that begins like a list, a section or "
-            f"a quoted text is to be quoted: \"{name}='…'\""
+            f"--set {shown(text)}: the value is not valid YAML: {error}. Quote a text that begins like a list, a "
+            f"section or a quoted text: \"{name}='…'\""
         ) from None
     for part in reversed(parts):
         tree = {part: tree}

@@ -1,12 +1,11 @@
-"""Sections `reduce` and `evaluate`: decisions made without a GPU, output files, and scoring."""
+"""Section `reduce`: decisions made without a GPU, and output files."""
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
     field_validator,
-    model_validator,
 )
 
 from owlsam_ray.config.base import Auto, Fraction, Name, PositiveInt, Section
@@ -97,11 +96,12 @@ class ReduceConfig(Section):
     def _one_format_is_a_list_of_one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _settings_agree(self) -> Self:
-        if len(set(self.formats)) < len(self.formats):
-            raise ValueError(f"formats holds one twice: {list(self.formats)}")
-        return self
+    @field_validator("formats")
+    @classmethod
+    def _formats_differ(cls, value: tuple[FormatName, ...]) -> tuple[FormatName, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"formats lists one format twice: {list(value)}")
+        return value
 
 
 def allowed_failures(max_failed: int | float, num_images: int) -> int:

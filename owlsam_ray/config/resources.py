@@ -1,17 +1,17 @@
 """Section `resources`: actors, batches, memory and deadlines; none of them changes a label."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field
 
+from owlsam_ray.config import rules
 from owlsam_ray.config.base import Auto, Name, PositiveInt, Section
 
 
 class ResourcesConfig(Section):
     """Where and how fast the run works. `device`, `dtype` and the batch sizes are also part of the numerics id."""
+
+    RULES: ClassVar = rules.RESOURCES
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA if available."""
@@ -71,12 +71,3 @@ class ResourcesConfig(Section):
     `fetch_timeout` and are retried at the end."""
     actor_memory_gb: Annotated[float, Field(gt=0)] | Auto = "auto"
     """Gigabytes (10⁹ bytes) of an actor's own memory; above, it is ended as if it hung. `auto`: 80 % of the node's."""
-
-    @model_validator(mode="after")
-    def _several_beats(self) -> Self:
-        if self.takeover_s < 2 * self.heartbeat_s:
-            raise ValueError(
-                f"takeover_s {self.takeover_s:g} is less than two times heartbeat_s {self.heartbeat_s:g}: an attempt "
-                "that lives would be taken over"
-            )
-        return self

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from owlsam_ray.config import rules
 from owlsam_ray.config.base import Finite, Name, Section, _by_kind
 
 BuiltinVocabulary = Literal["coco", "lvis", "objects365"]
@@ -27,6 +28,8 @@ Frequency = Literal["r", "c", "f"]
 class Category(Section):
     """One category to look for."""
 
+    RULES: ClassVar = rules.CATEGORY
+
     id: Annotated[int, Field(ge=0, lt=2**53, strict=True)]
     """`category_id` in the output; below 2^53, so that every JSON reader keeps it."""
     name: Name
@@ -39,15 +42,6 @@ class Category(Section):
     """Texts that are queried verbatim, instead of name and synonyms in the templates."""
     frequency: Frequency | None = None
     """LVIS's frequency group, copied into the output: AP per group needs it."""
-
-    @model_validator(mode="after")
-    def _prompts_replace_names(self) -> Self:
-        if self.prompts and self.synonyms:
-            raise ValueError(
-                f"category {self.name!r:.120} has prompts and synonyms: prompts replace name and synonyms, so add the "
-                "synonyms to the prompts, or leave the prompts out"
-            )
-        return self
 
 
 class Exemplar(Section):
@@ -89,8 +83,8 @@ def _check_list_or_file(value: str) -> str:
         return value
     close = difflib.get_close_matches(value.lower(), VOCABULARIES, n=1)
     raise ValueError(
-        f"{value!r:.120} is no list of categories: take {', '.join(VOCABULARIES)}, a text file (its path holds a / or "
-        f"ends in .txt), or a list of names{f'. Did you mean {close[0]}?' if close else ''}"
+        f"{value!r:.120} is not a list of categories: choose {', '.join(VOCABULARIES)}, a text file (its path holds a "
+        f"/ or ends in .txt), or a list of names{f'. Did you mean {close[0]}?' if close else ''}"
     )
 
 
@@ -105,6 +99,8 @@ def is_vocabulary_file(categories: object) -> bool:
 
 class VocabularyConfig(Section):
     """The categories and how they are queried."""
+
+    RULES: ClassVar = rules.VOCABULARY
 
     categories: Annotated[
         Annotated[Name, AfterValidator(_check_list_or_file), Tag("<text>")]
@@ -150,7 +146,7 @@ class VocabularyConfig(Section):
         if isinstance(value, str):
             return value
         if not value:
-            raise ValueError("templates is empty: take `none` for the bare names")
+            raise ValueError("templates is empty: write `none` for the bare names")
         for template in value:
             check_template(template)
         if len(set(value)) < len(value):
@@ -167,8 +163,8 @@ class VocabularyConfig(Section):
             for entry in entries:
                 if isinstance(entry, bool) or not isinstance(entry, (str, int)):
                     raise ValueError(
-                        f"{info.field_name} holds {entry!r:.120}, which is no name or id (put names in quotes where "
-                        "YAML would read something else)"
+                        f"{info.field_name} holds {entry!r:.120}, which is neither a name nor an id (put names in "
+                        "quotes where YAML would read something else)"
                     )
         return entries
 
@@ -184,21 +180,3 @@ class VocabularyConfig(Section):
         if isinstance(value, Mapping) and "dataset_synonyms" in value and "synonyms" not in value:
             return {"synonyms" if key == "dataset_synonyms" else key: each for key, each in value.items()}
         return value
-
-    @model_validator(mode="after")
-    def _settings_agree(self) -> Self:
-        if self.synonyms and self.categories not in ("lvis", "dataset"):
-            raise ValueError(
-                "synonyms: true takes those that `lvis` or the dataset's own categories list, and categories is "
-                "neither `lvis` nor `dataset`: give synonyms in a list of categories or a text file, where they are "
-                "asked anyway"
-            )
-        without_groups = isinstance(self.categories, str) and self.categories not in ("lvis", "dataset")
-        if self.frequency is not None and without_groups:
-            raise ValueError(
-                f"frequency: {list(self.frequency)} needs categories with groups, and {self.categories} has none: "
-                "`lvis` has, and `dataset` where the dataset's categories have a `frequency`"
-            )
-        if self.exemplars_replace_text and not self.exemplars:
-            raise ValueError("exemplars_replace_text without exemplars: there would be nothing to replace the texts by")
-        return self

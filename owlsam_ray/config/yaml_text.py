@@ -57,10 +57,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             node = super().compose_node(parent, index)
             size = self._sizes.get(node) if node is not None else 0
             if size is None:
-                raise _error(f"the alias *{alias.anchor:.60} stands inside of what it names", alias.start_mark)
+                raise _error(f"the alias *{alias.anchor:.60} is inside the value that it names", alias.start_mark)
             self._unfolded += size
             if self._unfolded > _MAX_UNFOLDED:
-                raise _error(f"its aliases stand for more than {_MAX_UNFOLDED:,} values", alias.start_mark)
+                raise _error(f"its aliases expand to more than {_MAX_UNFOLDED:,} values", alias.start_mark)
             return node
         self._depth += 1
         if self._depth > _MAX_DEPTH:
@@ -86,11 +86,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         """Construct an integer, a float, a bool or a date."""
         kind = node.tag.rsplit(":", 1)[-1]
         if len(str(node.value)) > _MAX_NUMBER:
-            raise _error(f"a value of {len(node.value)} characters is no {kind} that can be meant", node.start_mark)
+            raise _error(
+                f"a value of {len(node.value)} characters is too long for a value of type {kind}", node.start_mark
+            )
         try:
             return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
         except (ValueError, LookupError, AttributeError, OverflowError):
-            raise _error(f"{shown(node.value)} is no {kind}", node.start_mark) from None
+            raise _error(f"{shown(node.value)} is not a valid {kind}", node.start_mark) from None
 
 
 for _tag in ("int", "float", "bool", "timestamp"):

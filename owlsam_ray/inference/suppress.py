@@ -34,8 +34,6 @@ from owlsam_ray.errors import InputError, shown
 from owlsam_ray.ops.boxes import concatenated_ranges, overlapping_pairs, pair_overlaps
 from owlsam_ray.records import Detections
 
-_THRESHOLD = 0.7
-_SIGMA = 0.5
 _ROUND_COST = 5000
 """Overhead of a round, expressed as a number of box pairs to compare."""
 
@@ -44,7 +42,7 @@ def label_thresholds(settings: SuppressConfig, names: Sequence[str]) -> NDArray[
     """Return the threshold of every category.
 
     Args:
-        settings: the threshold (default 0.7), and thresholds per category.
+        settings: the common threshold, and thresholds per category.
         names: (L,) category names in the order of their indices.
 
     Returns:
@@ -57,8 +55,7 @@ def label_thresholds(settings: SuppressConfig, names: Sequence[str]) -> NDArray[
     if unknown:
         hints = "; ".join(_hint(name, names) for name in unknown)
         raise InputError(f"suppress.thresholds names unknown categories: {hints}")
-    default = _default_threshold(settings)
-    return np.array([settings.thresholds.get(name, default) for name in names], np.float64)
+    return np.array([settings.thresholds.get(name, settings.common_threshold) for name in names], np.float64)
 
 
 def _hint(unknown: str, names: Sequence[str]) -> str:
@@ -97,7 +94,7 @@ def suppress(
     if settings.strategy == "none" or len(detections) == 0:
         return detections
     if thresholds is None:
-        limits = np.full(len(detections), _default_threshold(settings))
+        limits = np.full(len(detections), settings.common_threshold)
     else:
         limits = thresholds[detections.labels]
     groups = np.zeros_like(detections.labels)
@@ -109,10 +106,6 @@ def suppress(
     if settings.strategy == "nms":
         return detections.take(np.flatnonzero(owners == np.arange(len(owners))))
     return _merge(detections, owners)
-
-
-def _default_threshold(settings: SuppressConfig) -> float:
-    return _THRESHOLD if settings.threshold is None else settings.threshold
 
 
 def _owners(
@@ -207,7 +200,7 @@ def _decays(
         factors = 1.0 - graph.data
     else:
         with np.errstate(over="ignore"):  # for tiny sigmas: exp(-inf) = 0 is intended
-            factors = np.exp(-(graph.data * graph.data) / (_SIGMA if settings.sigma is None else settings.sigma))
+            factors = np.exp(-(graph.data * graph.data) / settings.decay_sigma)
     return _Decays(graph.indptr, graph.indices, factors, clusters)
 
 
