@@ -65,7 +65,7 @@ def _check_list(categories: Sequence[Category]) -> None:
         if repeated:
             raise InputError(
                 f"vocabulary.categories: {len(repeated)} {what}(s) given more than once: "
-                f"{', '.join(repr(value) for value in repeated[:5])}. Every category needs a {what} of its own."
+                f"{', '.join(repr(value) for value in repeated[:5])}. Every category needs a unique {what}."
             )
 
 
@@ -87,7 +87,7 @@ def _from_source(source_categories: Sequence[dict[str, Any]], *, with_synonyms: 
     if not source_categories:
         raise InputError(
             "vocabulary.categories is `dataset`, but the dataset names no categories: list them in the run file or in "
-            "a text file, or take a built-in list: `coco`, `lvis` or `objects365`"
+            "a text file, or choose a built-in list: `coco`, `lvis` or `objects365`"
         )
     wanted = ("id", "name", "supercategory", *(("synonyms",) if with_synonyms else ()))
     categories = []

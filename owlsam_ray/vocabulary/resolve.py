@@ -99,8 +99,8 @@ def _texts(category: Category, config: VocabularyConfig) -> list[tuple[str, ...]
             if not canonical(name):
                 whose = "" if name == category.name else f" (a synonym of {shown(category.name)})"
                 raise InputError(
-                    f"nothing is left of the name {shown(name)}{whose} in canonical form, which keeps a-z, 0-9 and "
-                    "dashes: set vocabulary.canonical: false, or give the category another name or prompts of its own"
+                    f"the name {shown(name)}{whose} is empty in canonical form, which keeps only a-z, 0-9 and dashes: "
+                    "set vocabulary.canonical: false, or give the category another name, or prompts"
                 )
             prompts = tuple(canonical(prompt) for prompt in prompts)
         filled.append(prompts)
@@ -117,7 +117,7 @@ def _by_label(exemplars: Iterable[Exemplar], categories: Sequence[Category]) -> 
             more = f", … ({len(categories)} in all)" if len(categories) > _NAMED else ""
             raise InputError(
                 f"vocabulary.exemplars[{position}] shows {shown(exemplar.category)}, and no category has that name. "
-                f"There are: {known}{more}"
+                f"The categories are: {known}{more}"
             )
         grouped.setdefault(label, []).append(exemplar)
     return grouped
@@ -137,11 +137,13 @@ def _warn_of_equal_queries(categories: Sequence[Category], queries: Iterable[Que
         earlier = first.setdefault(_key(query), query)
         if earlier.label != query.label:
             names = (categories[earlier.label].name, categories[query.label].name)
-            clashes.append(f"{shown(query.text)} of {shown(names[1])} is {shown(earlier.text)} of {shown(names[0])}")
+            clashes.append(
+                f"{shown(query.text)} of {shown(names[1])} equals {shown(earlier.text)} of {shown(names[0])}"
+            )
     if clashes:
         more = f"; and {len(clashes) - _NAMED} more" if len(clashes) > _NAMED else ""
         _log.warning(
-            "%d quer%s asked for two categories; their scores are equal, so the later one can never win by it: %s%s",
+            "%d quer%s shared by two categories, whose scores for it are equal, so the later category never wins: %s%s",
             len(clashes),
             "y is" if len(clashes) == 1 else "ies are",
             "; ".join(clashes[:_NAMED]),

@@ -44,12 +44,12 @@ def select_categories(
         _check_groups(categories)
         kept = [category for category in kept if category.frequency in frequency]
     if not kept:
-        whose = "of those in vocabulary.only " if only is not None else ""
+        whose = "in vocabulary.only " if only is not None else ""
         raise InputError(
-            f"no category is left: none {whose}is in a group of vocabulary.frequency, {list(frequency or ())}"
+            f"no category is left: no category {whose}is in a group of vocabulary.frequency, {list(frequency or ())}"
         )
     if len(kept) < len(categories):
-        _log.info("%d of %d categories are looked for", len(kept), len(categories))
+        _log.info("%d of %d categories are selected", len(kept), len(categories))
     return kept
 
 
@@ -67,7 +67,7 @@ def _wanted(
             if entry not in names:
                 ids = sorted(names)
                 raise InputError(
-                    f"vocabulary.only names the id {entry}, and the list has none such: its {len(ids)} ids lie between "
+                    f"vocabulary.only names the id {entry}, which is not in the list: its {len(ids)} ids are between "
                     f"{ids[0]} and {ids[-1]}"
                 )
             wanted.add(entry)

@@ -50,11 +50,12 @@ def read_text_file(url: str) -> list[Category]:
         if "," in text and "\t" not in text:
             with_comma.append(f"{where} ({text[:60]!r})")
     if not categories:
-        raise InputError(f"{url} names nothing to look for: write one name a line")
+        raise InputError(f"{url} holds no name: write one name per line")
     if with_comma:
         _log.warning(
-            "%s is taken for one name with commas, as %d line(s) are: write one name a line, and synonyms after a tab",
-            with_comma[0], len(with_comma),
+            "%d line(s) hold commas and are read as one name each, the first is %s: write one name per line, and "
+            "synonyms after a tab",
+            len(with_comma), with_comma[0],
         )  # fmt: skip
     return categories
 
@@ -73,7 +74,7 @@ def _category(text: str, where: str, *, category_id: int) -> Category:
     name, *rest = (part.strip() for part in text.split("\t"))
     if not name or len(rest) > 1:
         raise InputError(
-            f"{where} is {text[:60]!r}: a line is a name, or a name, one tab and synonyms with commas between them"
+            f"{where} is {text[:60]!r}: a line must be a name, or a name, one tab and comma-separated synonyms"
         )
     synonyms = tuple(synonym.strip() for synonym in rest[0].split(",")) if rest and rest[0] else ()
     if not all(synonyms):

@@ -78,7 +78,7 @@ def test_only_lvis_is_canonical_unless_told() -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("lvsi", "is no list of categories: take coco, lvis, objects365, dataset, a text file"),
+        ("lvsi", "is not a list of categories: choose coco, lvis, objects365, dataset, a text file"),
         ("lvsi", "Did you mean lvis?"),
         ("COCO", "Did you mean coco?"),
         ("names", "its path holds a / or ends in .txt"),

@@ -105,9 +105,9 @@ def test_ids_are_integers_that_json_keeps(wrong: Any) -> None:
                 "exemplars": [{"category": "dog", "image": "x"}, {"category": "cow", "image": "y"}],
             },
             [],
-            "vocabulary.exemplars[1] shows 'cow', and no category has that name. There are: 'cat', 'dog'",
+            "vocabulary.exemplars[1] shows 'cow', and no category has that name. The categories are: 'cat', 'dog'",
         ),
-        ({"categories": ["cat", "猫"], "canonical": True}, [], "nothing is left of the name '猫' in canonical form"),
+        ({"categories": ["cat", "猫"], "canonical": True}, [], "the name '猫' is empty in canonical form"),
         (
             {"categories": [{"id": 1, "name": "cat", "synonyms": ["猫"]}], "canonical": True, "templates": "none"},
             [],
@@ -250,7 +250,7 @@ def test_one_query_in_two_categories_is_told(caplog: pytest.LogCaptureFixture) -
     )
     assert len(vocabulary.queries) == 5
     assert len(caplog.records) == 1
-    assert "1 query is asked for two categories" in caplog.text
+    assert "1 query is shared by two categories" in caplog.text
     assert "'pet' of 'dog' is 'Pet' of 'cat'" in caplog.text
 
 

@@ -22,7 +22,7 @@ def test_names_and_ids_keep_the_lists_order_and_ids(caplog: pytest.LogCaptureFix
     assert [(each.id, each.name) for each in found] == [
         (1, "person"), (10, "traffic light"), (64, "potted plant"), (90, "toothbrush"),
     ]  # fmt: skip
-    assert "4 of 80 categories are looked for" in caplog.text
+    assert "4 of 80 categories are selected" in caplog.text
     assert [each.id for each in chosen(categories="lvis", only="aerosol can")] == [1]
     assert [each.name for each in chosen(categories="objects365", only=["Bakset", "Monitor/TV"])] == [
         "Monitor/TV", "Basket",
@@ -65,7 +65,7 @@ def test_groups_of_a_dataset_and_of_a_list() -> None:
         ({"categories": "coco", "only": "qqqq"}, "no category has that name (there are 80)"),
         (
             {"categories": "coco", "only": 12},
-            "names the id 12, and the list has none such: its 80 ids lie between 1 and 90",
+            "names the id 12, which is not in the list: its 80 ids are between 1 and 90",
         ),
         ({"categories": "lvis", "only": "spray can"}, "It is a synonym of 'aerosol_can'"),
         ({"categories": "lvis", "only": "spray can", "synonyms": True}, "It is a synonym of 'aerosol_can'"),
@@ -76,11 +76,11 @@ def test_groups_of_a_dataset_and_of_a_list() -> None:
         ({"categories": ["cat"], "frequency": "r"}, "1 of 1 have none; the first is 'cat' (id 1)"),
         (
             {"categories": [{"id": 1, "name": "cat", "frequency": "r"}], "frequency": "f"},
-            "no category is left: none is in a group of vocabulary.frequency, ['f']",
+            "no category is left: no category is in a group of vocabulary.frequency, ['f']",
         ),
         (
             {"categories": "coco", "only": "dog", "exemplars": [{"category": "cat", "image": "c.jpg"}]},
-            "vocabulary.exemplars[0] shows 'cat', and no category has that name. There are: 'dog'",
+            "vocabulary.exemplars[0] shows 'cat', and no category has that name. The categories are: 'dog'",
         ),
     ],
 )
@@ -95,12 +95,12 @@ def test_what_the_list_lacks_is_refused(fields: dict[str, Any], words: str) -> N
     [
         ({"only": []}, "only is empty: leave it out (null)"),
         ({"frequency": []}, "frequency is empty"),
-        ({"only": [1.5]}, "only holds 1.5, which is no name or id"),
-        ({"only": ["cat", False]}, "only holds False, which is no name or id (put names in quotes"),
+        ({"only": [1.5]}, "only holds 1.5, which is neither a name nor an id"),
+        ({"only": ["cat", False]}, "only holds False, which is neither a name nor an id (put names in quotes"),
         ({"only": [" "]}, "at least 1 character"),
         ({"only": {"a": 1}}, "valid tuple"),
         ({"frequency": ["x"]}, "'r', 'c' or 'f'"),
-        ({"categories": "coco", "frequency": ["r"]}, "needs categories with groups, and coco has none"),
+        ({"categories": "coco", "frequency": ["r"]}, "needs categories with frequency groups, and coco has none"),
         ({"categories": "names.txt", "frequency": ["r"]}, "and names.txt has none"),
         ({"categories": "objects365", "synonyms": True}, "categories is neither `lvis` nor `dataset`"),
     ],

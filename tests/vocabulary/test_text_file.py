@@ -60,12 +60,15 @@ def test_a_file_without_an_ending_and_one_on_a_url(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "names nothing to look for: write one name a line"),
-        (b"# cat\n\n", "names nothing to look for"),
+        (b"", "holds no name: write one name per line"),
+        (b"# cat\n\n", "holds no name"),
         (b"cat\n\n# x\nCat \n", "line 4 repeats the name 'Cat' of line 1"),
         (b"cat\nH\xfctte\n", "line 2 is not UTF-8: b'H\\xfctte'"),
         (b"c\x00a\x00t\x00", "line 1 holds control characters"),
-        (b"cat\n\tkitty\n", "line 2 is '\\tkitty': a line is a name, or a name, one tab and synonyms"),
+        (
+            b"cat\n\tkitty\n",
+            "line 2 is '\\tkitty': a line must be a name, or a name, one tab and comma-separated synonyms",
+        ),
         (b"cat\tkitty\tpuss\n", "line 1 is 'cat\\tkitty\\tpuss'"),
         (b"cat\tkitty,,puss\n", "line 1 ('cat') has an empty synonym: 'kitty,,puss'"),
     ],
@@ -84,7 +87,8 @@ def test_names_with_commas_get_one_warning(tmp_path: Path, caplog: pytest.LogCap
     file.write_text("# a, b\nmug\tcup, beaker\ncat, dog\ncow,pig\n")
     assert [each.name for each in resolve(file).categories] == ["mug", "cat, dog", "cow,pig"]
     (record,) = [each for each in caplog.records if each.levelno == logging.WARNING]
-    assert f"{file}, line 3 ('cat, dog') is taken for one name with commas, as 2 line(s)" in record.getMessage()
+    found = f"2 line(s) hold commas and are read as one name each, the first is {file}, line 3 ('cat, dog')"
+    assert found in record.getMessage()
     assert "write one name a line" in record.getMessage()
     caplog.clear()
     file.write_text("mug\tcup, beaker\n")
