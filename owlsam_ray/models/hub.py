@@ -33,12 +33,12 @@ def resolve_weights(weights: str, *, setting: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
-            f"{setting} {shown(weights)} is neither a directory here nor to be had from the hub ({reason}). Download "
-            "it once where there is a network, and name the directory."
+            f"{setting} {shown(weights)} is not a local directory, and the hub does not provide it ({reason}). "
+            "Download it once on a machine with network access, and give the directory."
         ) from None
     if not any(found.glob("*.safetensors")):
         raise WeightsError(
-            f"{setting} {shown(weights)}: the hub holds no safetensors there, and a pickle is not loaded, since it "
+            f"{setting} {shown(weights)}: the hub has no safetensors for it, and a pickle is not loaded, since it "
             "may hold code. Convert it once with from_pretrained(…).save_pretrained(…) (see the README), or name a "
             "revision that has safetensors: org/model@revision"
         )

@@ -45,7 +45,7 @@ WEIGHTS_FILE = "model.safetensors"
 _MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
 _STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 _HINT = (
-    "Wanted: the official mobile_sam.pt (vit_t), a .safetensors file with the same tensor names, or a directory with "
+    "Expected: the official mobile_sam.pt (vit_t), a .safetensors file with the same tensor names, or a directory with "
     f"{CONFIG_FILE} and {WEIGHTS_FILE}; for SAM ViT-B, L or H set segment.model: sam."
 )
 
@@ -157,7 +157,7 @@ def read_mobile_sam(path: Path) -> tuple[MobileSamConfig, dict[str, Tensor]]:
 
 def _check_state(state: Mapping[str, Tensor], config: MobileSamConfig, *, source: str) -> list[str]:
     """Check names and shapes; return the names of the model's batch counters, which inference does not read."""
-    with refused_as_weights(Path(source), "is described by sizes that no model can have"):
+    with refused_as_weights(Path(source), "comes with model sizes that are not possible"):
         shapes = official_shapes(config)
     counters = [name for name in shapes if name.endswith(".num_batches_tracked")]
     check_layout(
@@ -212,7 +212,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is not a weight file: {type(error).__name__}: {one_line(error)}. {_HINT}"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(state[key], Tensor) for key in state):
-        raise WeightsError(f"{path} holds no plain table of tensors. {_HINT}")
+        raise WeightsError(f"{path} does not hold a plain dict of tensors. {_HINT}")
     return state
 
 

@@ -199,10 +199,10 @@ def load_processor(path: Path) -> Processor:
                 kind = Owlv2ImageProcessor if owlv2 else OwlViTImageProcessor
                 processor: Processor = kind(**fields.get("image_processor", fields))
             except Exception as error:  # transformers has no common base class for its errors
-                raise WeightsError(f"{file} describes no image processor: {one_line(error)}") from error
+                raise WeightsError(f"{file} does not describe an image processor: {one_line(error)}") from error
             check_statistics(file, processor.image_mean, processor.image_std)
             if processor.do_center_crop:
-                raise WeightsError(f"{file} asks for a centre crop, which would cut objects off: set it to false")
+                raise WeightsError(f"{file} sets do_center_crop, which would cut objects off: set it to false")
             for name in ("do_resize", "do_normalize", *(("do_pad", "do_rescale") if owlv2 else ())):
                 if not getattr(processor, name):
                     raise WeightsError(f"{file} sets {name} to false, and the model needs it: set it to true")

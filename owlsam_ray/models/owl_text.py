@@ -42,8 +42,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], limit: int, *, way_out: str
         tokens = tokenizer(prompt, verbose=False)["input_ids"]  # its own warning would announce an indexing error
         if len(tokens) > limit:
             raise InputError(
-                f"the prompt {shown(prompt)} has {len(tokens)} tokens with start and end, and the text tower takes "
-                f"{limit}: {way_out}"
+                f"the prompt {shown(prompt)} has {len(tokens)} tokens with start and end, and the text encoder takes "
+                f"at most {limit}: {way_out}"
             )
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
@@ -70,8 +70,8 @@ def embed_texts(path: Path, prompts: Sequence[str], *, device: torch.device | No
     ids, mask = tokenize(load_tokenizer(path), list(rows), config.text_config.max_position_embeddings)
     if ids.numel() and int(ids.max()) >= config.text_config.vocab_size:
         raise WeightsError(
-            f"the tokenizer of {path} gives the token {int(ids.max())}, and its model knows "
-            f"{config.text_config.vocab_size}: take the tokenizer that the model came with"
+            f"the tokenizer of {path} gives the token {int(ids.max())}, and the model knows only "
+            f"{config.text_config.vocab_size} tokens: use the tokenizer that came with the model"
         )
     model = load_model(path).eval().to(device or torch.device("cpu"))
     distinct = [

@@ -81,7 +81,7 @@ def check_weights(path: Path, model: Family) -> None:
         expected,
         found,
         source=str(file),
-        hint=f"Wanted: {name} as {path / 'config.json'} describes it.",
+        hint=f"Expected: {name} as {path / 'config.json'} describes it.",
         ignored=_optional(family),
     )
 
@@ -103,11 +103,11 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         WeightsError: it is damaged, or has no padding token.
     """
-    with refused_as_weights(path, "holds no tokenizer that can be loaded"):
+    with refused_as_weights(path, "holds a tokenizer that cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         filling = tokenizer.pad_token_id
     if not isinstance(filling, int):
-        raise WeightsError(f"{path} holds a tokenizer without a pad_token: take the one that the model came with")
+        raise WeightsError(f"{path} holds a tokenizer without a pad_token: use the one that came with the model")
     return tokenizer
 
 
@@ -132,7 +132,10 @@ def _read_config(path: Path) -> tuple[Family, dict[str, Any]]:
 def _build_empty(path: Path) -> OwlModel:
     """The model without values, on the meta device."""
     family, config = family_of(path), load_config(path)
-    with refused_as_weights(path / "config.json", f"describes no {family} that can be built"), torch.device("meta"):
+    with (
+        refused_as_weights(path / "config.json", f"describes an {family} model that cannot be built"),
+        torch.device("meta"),
+    ):
         return _FAMILIES[family][1](config)
 
 

@@ -111,14 +111,14 @@ def check_weights(path: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if any(name in found for name in _FREQUENCIES):
         expected = {name: shape for name, shape in expected.items() if name in found or name not in _FREQUENCIES}
-    check_layout(expected, found, source=str(file), hint=f"Wanted: SamModel as {path / _CONFIG} describes it.")
+    check_layout(expected, found, source=str(file), hint=f"Expected: SamModel as {path / _CONFIG} describes it.")
     _load_processor(path, model.config)
 
 
 def _build_empty(path: Path) -> SamModel:
     """The model without values, on the meta device."""
     config = _load_config(path)
-    with refused_as_weights(path / _CONFIG, "describes no SAM that can be built"), torch.device("meta"):
+    with refused_as_weights(path / _CONFIG, "describes a SAM that cannot be built"), torch.device("meta"):
         return SamModel(config)
 
 
@@ -129,9 +129,7 @@ def _load_config(path: Path) -> SamConfig:
     if kind == "mobile_sam":
         raise WeightsError(f"{path} holds a mobile_sam model, and segment.model is sam: set segment.model: mobile_sam")
     if kind != "sam":
-        raise WeightsError(
-            f"{file} describes a {shown(kind)} model, and segment.model is sam: wanted is SAM ViT-B, L or H"
-        )
+        raise WeightsError(f"{file} describes a {shown(kind)} model, and segment.model: sam needs SAM ViT-B, L or H")
     with refused_as_weights(file, "does not describe a SAM"):
         config = SamConfig.from_dict(fields)
         _check_sizes(config, file)
@@ -152,9 +150,9 @@ def _check_sizes(config: SamConfig, file: Path) -> None:
         ("mask_decoder_config.num_multimask_outputs", decoder.num_multimask_outputs, 3),
     ):
         if value != wanted:
-            raise WeightsError(f"{file} does not describe a SAM: {name} gives {value} where {wanted} is needed")
+            raise WeightsError(f"{file} does not describe a SAM: {name} is {value}, and must be {wanted}")
     if not isinstance(vision.image_size, int) or vision.image_size % 16:
-        raise WeightsError(f"{file}: vision_config.image_size {vision.image_size} is not one multiple of 16")
+        raise WeightsError(f"{file}: vision_config.image_size {vision.image_size} is not an integer multiple of 16")
 
 
 def _load_processor(path: Path, config: SamConfig) -> SamImageProcessor:
@@ -175,6 +173,6 @@ def _load_processor(path: Path, config: SamConfig) -> SamImageProcessor:
             check_statistics(file, processor.image_mean, processor.image_std)
             for field, (value, wanted) in asks.items():
                 if value != wanted:
-                    raise WeightsError(f"{file} asks for {field} {value}, and this SAM is run with {wanted}: change it")
+                    raise WeightsError(f"{file} sets {field} to {value}, and SAM needs {wanted}: change it")
             return processor
     return SamImageProcessor()

@@ -99,8 +99,8 @@ def check_sizes(fields: object, source: Path, *, num_tensors: int) -> None:
             most = min(num_tensors or _MOST_PARTS, _MOST_PARTS) if name.endswith(_COUNTS) else _LARGEST_SIZE
             if abs(value) > most:
                 raise WeightsError(
-                    f"{source} gives {one_line(name, 60)} {shown(value, 40)}, more than the {most} that can be: is it "
-                    "the config of these weights?"
+                    f"{source} gives {one_line(name, 60)} {shown(value, 40)}, more than the possible {most}: is it the "
+                    "config of these weights?"
                 )
 
 
@@ -131,7 +131,7 @@ def read_config(path: Path) -> Any:
     try:
         return read_json(file)
     except OSError as error:
-        raise WeightsError(f"{path} is no model directory: cannot read {file.name} ({error.strerror})") from None
+        raise WeightsError(f"{path} is not a model directory: cannot read {file.name} ({error.strerror})") from None
     except ValueError as error:
         raise WeightsError(f"{file} is not valid JSON: {one_line(error)}") from None
 
@@ -149,7 +149,7 @@ def find_safetensors(path: Path, model_class: str) -> Path:
     file = path / "model.safetensors"
     if not file.is_file():
         other = (
-            "pytorch_model.bin is not loaded, it may hold code: convert it once with "
+            "pytorch_model.bin is not loaded, since it may hold code: convert it once with "
             f"{model_class}.from_pretrained(…).save_pretrained(…)"
             if (path / "pytorch_model.bin").is_file()
             else "is it a directory that save_pretrained wrote?"
@@ -179,7 +179,7 @@ def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise WeightsError(f"{path} is not a safetensors file: export the weights again") from None
     if size < end:
-        raise WeightsError(f"{path} is cut off: {size} of {end} bytes; copy or download it again")
+        raise WeightsError(f"{path} is truncated: {size} of {end} bytes; copy or download it again")
     _check_tensors(path)
     return shapes
 
@@ -192,7 +192,7 @@ def _check_tensors(path: Path) -> None:
     """
     from safetensors import safe_open
 
-    with refused_as_weights(path, "is not a whole safetensors file, export the weights again"), safe_open(path, "np"):
+    with refused_as_weights(path, "is not a valid safetensors file, export the weights again"), safe_open(path, "np"):
         pass
 
 
@@ -238,4 +238,4 @@ def check_statistics(source: Path, mean: object, std: object) -> None:
             isinstance(each, int | float) and math.isfinite(each) and each > least for each in numbers
         )
         if not fits:
-            raise WeightsError(f"{source} gives {name} {shown(values)}, and three numbers are needed")
+            raise WeightsError(f"{source} gives {name} {shown(values)}, which must be three numbers")

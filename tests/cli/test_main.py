@@ -127,7 +127,10 @@ def test_plan_twice_and_reduce_too_early(tiny: TinyRun, tmp_path: Path, capsys: 
     [
         ("vocabulary.categories=[]", "vocabulary.categories is empty"),
         ("vocabulary.categories=[cat, cat]", "given more than once: 'cat'"),
-        ("vocabulary.templates='{} with a description that goes on for much too long'", "the text tower takes 48"),
+        (
+            "vocabulary.templates='{} with a description that goes on for much too long'",
+            "the text encoder takes at most 48",
+        ),
         ("data.images=/nowhere", "none of 20 images looked up exists"),
         ("detector.weights=/nowhere", "is not a directory in Hugging Face layout"),
         ("segment.weights=/nowhere", "there are no segmenter weights"),

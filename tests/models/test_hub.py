@@ -21,7 +21,9 @@ def test_what_is_not_there_is_told_with_its_setting(
         resolve_weights(str(tmp_path / "gone"), setting=setting)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("nobody/has-this-model", "not a name"):
-        with pytest.raises(WeightsError, match=f"{setting} '{name}' is neither a directory here nor to be had from"):
+        with pytest.raises(
+            WeightsError, match=f"{setting} '{name}' is not a local directory, and the hub does not provide it"
+        ):
             resolve_weights(name, setting=setting)
 
 
@@ -34,7 +36,7 @@ def test_a_revision_may_be_named_and_must_hold_safetensors(tmp_path: Path, monke
 
     monkeypatch.setattr("owlsam_ray.models.hub.snapshot_download", snapshot)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(WeightsError, match=r"detector.weights 'org/model': the hub holds no safetensors there"):
+    with pytest.raises(WeightsError, match=r"detector.weights 'org/model': the hub has no safetensors for it"):
         resolve_weights("org/model", setting="detector.weights")
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert resolve_weights("org/model@refs/pr/9", setting="detector.weights") == tmp_path

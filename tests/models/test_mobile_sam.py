@@ -417,7 +417,7 @@ def test_other_layouts_name_file_and_tensors(
     for action in (lambda: check_weights(str(path)), lambda: load(path)):
         with pytest.raises(WeightsError) as caught:
             action()
-        for part in [str(path), "Wanted: the official mobile_sam.pt", *parts]:
+        for part in [str(path), "Expected: the official mobile_sam.pt", *parts]:
             assert part in str(caught.value)
 
 
@@ -487,7 +487,7 @@ def test_cut_off_files_are_refused(tiny_directory: Path, tmp_path: Path, suffix:
 @pytest.mark.parametrize("content", [[1, 2], {"model": {"a": torch.zeros(1)}}, {1: torch.zeros(1)}, torch.zeros(2)])
 def test_other_things_than_a_table_of_tensors_are_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "odd.pt")
-    with pytest.raises(WeightsError, match=r"odd\.pt holds no plain table of tensors"):
+    with pytest.raises(WeightsError, match=r"odd\.pt does not hold a plain dict of tensors"):
         check_weights(str(tmp_path / "odd.pt"))
 
 

@@ -176,7 +176,7 @@ def test_an_owlv2_without_one_of_its_steps_is_refused(tmp_path: Path, name: str)
 def test_damaged_processor_files_are_refused(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("[1]")
-    with pytest.raises(WeightsError, match="describes no image processor"):
+    with pytest.raises(WeightsError, match="does not describe an image processor"):
         load_processor(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(WeightsError, match=r"holds no preprocessor_config\.json or processor_config\.json"):

@@ -94,7 +94,9 @@ def test_a_prompt_that_is_too_long_is_never_cut(directory: Path) -> None:
     assert len(embed_texts(directory, [fits])) == 1
     with pytest.raises(InputError) as caught:
         embed_texts(directory, ["a cat", fits + "x"])
-    assert f"the prompt '{fits}x' has 49 tokens with start and end, and the text tower takes 48" in str(caught.value)
+    assert f"the prompt '{fits}x' has 49 tokens with start and end, and the text encoder takes at most 48" in str(
+        caught.value
+    )
     assert "shorten the name or synonym that it comes from; vocabulary.canonical: true" in str(caught.value)
     with pytest.raises(InputError, match=r"takes 4: take a short word$"):
         tokenize(load_tokenizer(directory), ["cats"], 4, way_out="take a short word")
