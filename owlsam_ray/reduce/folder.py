@@ -84,7 +84,10 @@ def _check_place(out_url: str) -> None:
     while name := folder.rpartition("/")[2]:
         folder = folder.rpartition("/")[0]
         if name in _OF_A_RUN and storage.exists(storage.join(folder or "/", RUN_FILE)):
-            raise InputError(f"{out_url} lies in {name}/ of the run {folder}, which is not a place for label files")
+            raise InputError(
+                f"{out_url} is in {name}/ of the run {folder}, which holds only the run's own files: choose another "
+                "directory with --out"
+            )
 
 
 def check_inputs(config: RunConfig, out_url: str) -> None:
@@ -107,7 +110,7 @@ def check_inputs(config: RunConfig, out_url: str) -> None:
         folder, _, name = (os.path.realpath(url) if "://" not in url else url).rpartition("/")
         if folder == place and (_IS_OURS.fullmatch(name) or name == SUMMARY_FILE):
             raise InputError(
-                f"{url} ({setting}) lies in the directory that is written to, under a name that reduce gives: move it "
+                f"{url} ({setting}) is in the output directory, under a name that reduce itself writes: move it "
                 "elsewhere, or choose another directory with --out"
             )
 
@@ -129,7 +132,7 @@ def check_foreign(out_url: str, names: Collection[str]) -> None:
         entries = storage.list_names(storage.join(out_url, name)) if name.startswith("yolo") else [name]
         if set(entries) & {*FOLDER_ENTRIES, name}:
             raise InputError(
-                f"{out_url} holds {name}, which no reduce has written: move it, or choose another directory with --out"
+                f"{out_url} holds {name}, which reduce did not write: move it, or choose another directory with --out"
             )
 
 

@@ -84,7 +84,7 @@ def _known(name: int | str, known: Mapping[int | str, int], setting: str) -> int
         return name
     near = difflib.get_close_matches(str(name), [str(each) for each in known])
     hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-    raise ConfigError(f"{setting} names {shown(name)}, which is no category of the run{hint}")
+    raise ConfigError(f"{setting} names {shown(name)}, which is not a category of the run{hint}")
 
 
 def _targets(
@@ -122,8 +122,8 @@ def _builtin_targets(
     partners = by_name(ours, places, fold=fold_category)
     if 2 * len(partners) < len(categories):
         raise InputError(
-            f"reduce.mapping {name} starts from categories of {name.split('_')[0]}, and the run looked for others "
-            f"({len(categories) - len(partners)} of {len(categories)} are not in that list)"
+            f"reduce.mapping {name} maps the categories of {name.split('_')[0]}, but "
+            f"{len(categories) - len(partners)} of {len(categories)} categories of the run are not in that list"
         )
     ids = {label: mapping.ids[mapping.source[place].id] for label, place in partners.items()
            if mapping.source[place].id in mapping.ids}  # fmt: skip
@@ -157,17 +157,17 @@ def _thresholds(
         if point.category_id not in by_id:
             raise InputError(
                 f"reduce.operating_points has a threshold for {shown(point.name)} (id {point.category_id}), which is "
-                "no category of the run"
+                "not a category of the run"
             )
         name = categories[by_id[point.category_id]].name
         if point.name != name:
             raise InputError(
                 f"reduce.operating_points has a threshold for {shown(point.name)} with the id {point.category_id}, "
-                f"which is that of {shown(name)} in the run: calibrate again, or correct {settings.operating_points}"
+                f"which belongs to {shown(name)} in the run: calibrate again, or correct {settings.operating_points}"
             )
         if point.category_id in seen:
             raise InputError(
-                f"reduce.operating_points has two thresholds for {shown(name)}: leave one of them in "
+                f"reduce.operating_points has two thresholds for {shown(name)}: keep only one of them in "
                 f"{settings.operating_points}"
             )
         seen.add(point.category_id)
@@ -189,10 +189,10 @@ def _warn_of_points(settings: ReduceConfig, shown: Sequence[Category], points: O
     bare = [each.name for each in shown if each.id not in own and each.name not in settings.score_thresholds]
     if bare:
         common = settings.score_threshold
-        instead = "what is above the score floor" if common is None else f"what is above score_threshold {common:g}"
+        limit = "the score floor" if common is None else f"score_threshold {common:g}"
         _log.warning(
-            "reduce.operating_points has no threshold for %d of %d categories, which keep %s: %s",
-            len(bare), len(shown), instead, _some(bare),
+            "reduce.operating_points has no threshold for %d of %d categories, which keep all scores above %s: %s",
+            len(bare), len(shown), limit, _some(bare),
         )  # fmt: skip
     if points.settings is None:
         return
@@ -201,7 +201,7 @@ def _warn_of_points(settings: ReduceConfig, shown: Sequence[Category], points: O
                for name in _SHOWN_BY if now.get(name) != then.get(name)]  # fmt: skip
     if changed:
         _log.warning(
-            "reduce.operating_points were fitted under other settings, so that what they promise may not hold: %s",
+            "reduce.operating_points were fitted under other settings, so their targets may be missed: %s",
             ", ".join(changed),
         )
 

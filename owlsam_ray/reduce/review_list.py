@@ -69,15 +69,15 @@ def review_list(
     done, num_shards = done_shards(run.url), run.manifest.num_shards
     shards = [shard for shard in run.manifest.iter_shards() if shard in done]
     if len(shards) < num_shards:
-        _log.warning("%d of %d shards are labelled: the list is of these", len(shards), num_shards)
+        _log.warning("%d of %d shards are labelled: the list covers only these", len(shards), num_shards)
     out_url = plain_url(out or storage.join(run.url, REVIEW_FOLDER))
     if out_url == plain_url(config.reduce.out or storage.join(run.url, COCO_FOLDER)):
-        raise InputError(f"{out_url} is where reduce writes: take another --out for the review list")
+        raise InputError(f"{out_url} is where reduce writes: choose another --out for the review list")
     with claimed_folder(config, out_url) as (attempt, scratch):
         reviewing = _Reviewing(prepare(run, scratch, out_url), options, tuple(shards))
         if options.by == "uncertain" and not np.isfinite(reviewing.reduction.job.decisions.thresholds).any():
             raise InputError(
-                "the least certain annotations are those nearest to a threshold, and none is set: set "
+                "--by uncertain chooses the annotations nearest to a threshold, and none is set: set "
                 "reduce.score_threshold or reduce.operating_points"
             )
         picks = reviewing.choose(show)

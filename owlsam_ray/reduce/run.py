@@ -85,7 +85,7 @@ def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = silent)
     out_url = plain_url(config.reduce.out or storage.join(run.url, COCO_FOLDER))
     check_inputs(config, out_url)
     if config.reduce.executor == "ray" and "memory://" in (run.url[:9], out_url[:9]):
-        raise InputError("reduce.executor: ray cannot see memory://, which is in this process alone: take local")
+        raise InputError("reduce.executor: ray cannot read memory://, which exists only in this process: set local")
     with claimed_folder(config, out_url) as (attempt, scratch):
         reduction = prepare(run, scratch, out_url)
         names = [name for output in reduction.job.outputs for name in file_names(output.name, reduction.spans)]
@@ -94,8 +94,8 @@ def reduce_run(config: RunConfig, *, partial: bool = False, show: Show = silent)
         counts = reduction.work(shards, partial=partial, show=show, raise_if_taken_over=attempt.raise_if_taken_over)
     if counts["unlabelled"]:
         raise IncompleteError(
-            f"{counts['unlabelled']} of {counts['images']} images of {run.url} are not labelled yet: what is written "
-            "is of the others (`partial` stands in its info). Call `owlsam annotate` again, and reduce once more.",
+            f"{counts['unlabelled']} of {counts['images']} images of {run.url} are not labelled yet: the files cover "
+            "only the others, and their info says `partial`. Call `owlsam annotate` again, then reduce again.",
             counts,
         )
     return counts
@@ -268,7 +268,7 @@ def spans_of(manifest: Manifest, images_per_file: int | None) -> tuple[FileSpan,
         if size > images_per_file:
             raise InputError(
                 f"reduce.images_per_file {images_per_file} is less than the {size} images of a shard, and files are "
-                "cut at borders of shards: take a larger number"
+                "split only between shards: set a larger number"
             )
         if images + size > images_per_file:
             starts.append(shard)
@@ -309,8 +309,8 @@ def _check_sum(counts: LabelCounts, images: int) -> None:
     kept = counts.annotations - counts.corrections["added"]
     if counts.detections != kept + left_out:
         raise IncompleteError(
-            f"{kept} annotations and {left_out} detections left out are not the {counts.detections} detections of the "
-            "shards"
+            f"{kept} annotations and {left_out} detections left out do not add up to the {counts.detections} "
+            "detections of the shards"
         )
 
 

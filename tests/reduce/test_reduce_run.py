@@ -106,7 +106,7 @@ def test_names_of_ones_own(labelled: Path, tmp_path: Path) -> None:
     [
         ("only=[cat]", Exception, "reduce.only names 'cat'"),
         ("score_thresholds={thing1: 0.5}", Exception, "did you mean 'thing 1'"),
-        ("mapping=lvis_to_coco", InputError, "starts from categories of lvis"),
+        ("mapping=lvis_to_coco", InputError, "maps the categories of lvis"),
         ("mapping={cat: dog}", Exception, "reduce.mapping names 'cat'"),
         ("images_per_file=5", InputError, "less than the 20 images of a shard"),
         ("score_threshold=0.01", Exception, "below detector.score_floor"),
@@ -114,7 +114,7 @@ def test_names_of_ones_own(labelled: Path, tmp_path: Path) -> None:
         ("suppress={strategy: nms, thresholds: {thing 1: 0.9}}", Exception, "thresholds.thing 1 0.9 is looser"),
         ("only=[]", Exception, "keep no category"),
         ("operating_points=/nowhere.json", InputError, "cannot read reduce.operating_points"),
-        ("formats=[coco, coco]", Exception, "formats holds one twice"),
+        ("formats=[coco, coco]", Exception, "formats lists one format twice"),
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_written(
@@ -169,7 +169,9 @@ def test_operating_points_that_do_not_fit_are_refused_or_told(
     assert apply(*ids, settings=settings) == ""
     some = list(ids)[:2]
     told = apply(*some, settings=settings)
-    assert f"no threshold for {len(ids) - 2} of {len(ids)} categories, which keep what is above the score floor" in told
+    assert (
+        f"no threshold for {len(ids) - 2} of {len(ids)} categories, which keep all scores above the score floor" in told
+    )
     assert f": {', '.join(list(ids)[2:7])}" in told
     assert "above score_threshold 0.6" in apply(*some, overrides=("score_threshold=0.6",))
     # Who is not in the output, or has a threshold of its own, needs none.
@@ -231,7 +233,7 @@ def test_what_people_keep_beside_the_files_stays(labelled: Path, tmp_path: Path)
     assert contents(tmp_path) == first
     forged = {"files": ["mine.json", "../mine.json", "yolo/images"]}
     (tmp_path / "reduce.json").write_text(json.dumps(forged))
-    with pytest.raises(InputError, match=r"holds annotations.json, which no reduce has written"):
+    with pytest.raises(InputError, match=r"holds annotations.json, which reduce did not write"):
         reduced(labelled, tmp_path)
     assert all((tmp_path / name).is_file() for name in kept)
 
@@ -250,7 +252,7 @@ def test_what_is_read_is_not_written_over(labelled: Path, tmp_path: Path) -> Non
     reduced(labelled, tmp_path)
     before = contents(tmp_path)
     for override in (f"corrections={tmp_path}/annotations.json", f"operating_points={tmp_path}/x/../annotations.json"):
-        with pytest.raises(InputError, match="lies in the directory that is written to"):
+        with pytest.raises(InputError, match="is in the output directory, under a name that reduce itself writes"):
             reduced(labelled, tmp_path, override)
     assert contents(tmp_path) == before
 
@@ -258,7 +260,7 @@ def test_what_is_read_is_not_written_over(labelled: Path, tmp_path: Path) -> Non
 def test_what_no_reduce_has_written_is_not_replaced(labelled: Path, tmp_path: Path) -> None:
     (tmp_path / "yolo" / "labels").mkdir(parents=True)
     (tmp_path / "yolo" / "labels" / "mine.txt").write_text("0 0.5 0.5 1 1")
-    with pytest.raises(InputError, match="holds yolo, which no reduce has written"):
+    with pytest.raises(InputError, match="holds yolo, which reduce did not write"):
         reduced(labelled, tmp_path, "formats=[coco, yolo]")
     assert set(contents(tmp_path)) == {"yolo/labels/mine.txt"}
     reduced(labelled, tmp_path)

@@ -64,7 +64,7 @@ class CocoOutput:
         if self.polygons:
             told = parts.head.told.get(self.name, {})
             _log.info(
-                "polygons of %d masks with %d pixels: %d pixels are drawn otherwise",
+                "polygons of %d masks with %d pixels: %d pixels differ from the masks",
                 *(told.get(key, 0) for key in ("polygon_masks", "polygon_pixels", "polygon_pixels_off")),
             )
         return names

@@ -120,7 +120,7 @@ class LvisOutput:
         told = parts.head.told.get(self.name, {})
         if any(told.values()):
             _log.info(
-                "lvis: left out %d annotations over the %d best of an image; %d without a mask got their box as one",
+                "lvis: left out %d annotations beyond the best %d of an image; %d without a mask got their box as mask",
                 told["over_300"],
                 MOST_DETECTIONS,
                 told["box_for_mask"],

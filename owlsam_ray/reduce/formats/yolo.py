@@ -99,7 +99,7 @@ class YoloOutput:
         parts.install_folder(self.name, more)
         told = parts.head.told.get(self.name, {})
         for key, words in (
-            ("no_area", "annotations left out, because their boxes have no area inside the picture"),
+            ("no_area", "annotations left out, because their boxes have no area inside the image"),
             ("box_for_mask", "annotations without a mask got their box as the outline"),
             ("renamed", "images got another name, see renamed.jsonl"),
         ):
@@ -108,7 +108,7 @@ class YoloOutput:
         if told.get("numbered"):
             first, path = next(iter(self.numbered.items()))
             _log.warning(
-                "%s: %d images would share a file of labels with another one and got a number, see renamed.jsonl (%s "
+                "%s: %d images would share a label file with another image and got a number, see renamed.jsonl (%s "
                 "is now %s)", self.name, told["numbered"], shown(first), shown(path),
             )  # fmt: skip
         return [self.name]

@@ -289,7 +289,7 @@ def test_a_pair_with_one_file_of_labels_is_told_and_all_formats_come_out(
     output = YoloOutput(numbered=numbered_of(manifest), val="mine.txt")
     told = reduced(tmp_path, manifest, output, CocoOutput())["told"]["yolo"]
     assert told == {"no_area": 0, "numbered": 1, "renamed": 1}
-    assert "yolo: 1 images would share a file of labels with another one" in caplog.text
+    assert "yolo: 1 images would share a label file with another image" in caplog.text
     assert "('x/a.png' is now 'x/a-2.png')" in caplog.text
     root = tmp_path / "coco" / "yolo"
     assert (root / "train.txt").read_text() == "./images/x/a.jpg\n./images/b.jpg\n./images/x/a-2.png\n"
