@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Make .venv at the root of the checkout and install owlsam-ray with exact versions. Does nothing when that was done.
+# Create .venv at the root of the checkout and install owlsam-ray with exact versions. Does nothing when that is done.
 #   cluster/setup.sh          what a run needs
-#   cluster/setup.sh dev      and what the tests need
+#   cluster/setup.sh dev      also what the tests need
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1:-}

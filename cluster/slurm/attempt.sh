@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One attempt at a run, inside a Slurm job: annotate*.sbatch become this.
+# One attempt at a run, inside a Slurm job; annotate*.sbatch replace themselves by this script.
 #   attempt.sh RUNFILE RUN [OPTION OF ANNOTATE...]
-# SIGUSR1 (shortly before the time limit) and SIGTERM go to owlsam as SIGTERM. When it was interrupted (exit code 75) the
-# job is queued again, at most OWLSAM_MAX_REQUEUES times; every other exit code is the job's.
+# SIGUSR1 (shortly before the time limit) and SIGTERM are passed to owlsam as SIGTERM. If it ends as interrupted (exit
+# code 75), the job is queued again, at most OWLSAM_MAX_REQUEUES times; any other exit code becomes the job's.
 set -euo pipefail
 
-main() { # a function: bash has read it whole, whatever happens to this file meanwhile
+main() { # a function, which bash reads whole before it runs: this file may change meanwhile
     OWLSAM_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
     # shellcheck source=cluster/slurm/site.sh
     source "$OWLSAM_HOME/cluster/slurm/site.sh"
-    (($# >= 2)) || fail "what to label? attempt.sh RUNFILE RUN [OPTION OF ANNOTATE...]"
+    (($# >= 2)) || fail "usage: attempt.sh RUNFILE RUN [OPTION OF ANNOTATE...]"
     local run_file=$1 run=$2 code=0
     shift 2
     driver='' stopping='' signalled=''
@@ -18,7 +18,7 @@ main() { # a function: bash has read it whole, whatever happens to this file mea
     size_of_job
     "$OWLSAM" annotate "$run_file" --run "$run" "${sizes[@]}" "$@" &
     driver=$!
-    [ -z "$stopping" ] || stop_driver # before there was a driver
+    [ -z "$stopping" ] || stop_driver # the signal came before there was a driver
     while :; do # a trapped signal ends `wait` as well
         signalled='' code=0
         wait "$driver" || code=$?
@@ -44,17 +44,17 @@ stop_driver() {
     [ -z "$driver" ] || kill -TERM "$driver" 2>/dev/null || true
 }
 
-make_ray_folder() { # of this job alone: several may share a node
+make_ray_folder() { # for this job only: several jobs may share a node
     ray_folder=$OWLSAM_TMP/owlsam-$SLURM_JOB_ID
-    rm -rf "$ray_folder" # an attempt that was killed left it
+    rm -rf "$ray_folder" # left by an attempt that was killed
     mkdir -m 700 "$ray_folder" || fail "cannot make $ray_folder: set OWLSAM_TMP to a folder of this node"
     export RAY_TMPDIR=$ray_folder
 }
 
-size_of_job() { # Ray sees the whole node
+size_of_job() { # otherwise Ray takes the whole node
     sizes=(--set "resources.num_cpus=$SLURM_CPUS_ON_NODE")
     local mb=${SLURM_MEM_PER_NODE:-$((${SLURM_MEM_PER_CPU:-0} * SLURM_CPUS_ON_NODE))}
-    if ((mb > 0)); then # 30 % for blocks as Ray does, 80 % as `auto` does
+    if ((mb > 0)); then # 30 % for blocks, Ray's default share; 80 % for actors, as `auto`
         sizes+=(--set "resources.object_store_mb=$((mb * 3 / 10))")
         sizes+=(--set "resources.actor_memory_gb=$(printf '%d.%03d' $((mb * 839 / 1000000)) $((mb * 839 / 1000 % 1000)))")
     fi
@@ -62,19 +62,19 @@ size_of_job() { # Ray sees the whole node
 
 queue_again() {
     local job=$SLURM_JOB_ID restarts=${SLURM_RESTART_COUNT:-0} state waited
-    # The number of an array's last task is the number of the whole array.
+    # The last task of an array has the same SLURM_JOB_ID as the whole array.
     [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     if ((restarts >= OWLSAM_MAX_REQUEUES)); then
-        say "interrupted after $restarts requeues (OWLSAM_MAX_REQUEUES): submit it again to go on"
+        say "interrupted after $restarts requeues (OWLSAM_MAX_REQUEUES): submit the job again to continue"
         return
     fi
-    # Slurm would also revive a job that somebody has cancelled.
+    # Slurm would also requeue a job that was cancelled.
     state=$(squeue --noheader --jobs="$job" --format=%T) || state=unknown
     if [ "$state" != RUNNING ]; then
-        say "interrupted, and not queued again: the job's state is $state"
+        say "interrupted, and not queued again because the job's state is $state"
         return
     fi
-    # From here on this process waits for Slurm to end it: an exit of its own would be the job's end.
+    # From here on this process waits for Slurm to end it: if it exited first, the job would be over.
     trap 'exit 75' TERM
     trap '' USR1
     for _ in 1 2 3 4 5 6; do
@@ -85,7 +85,7 @@ queue_again() {
         fi
         sleep 10
     done
-    say "Slurm does not queue it again: submit it again to go on"
+    say "Slurm does not queue the job again: submit it again to continue"
 }
 
 main "$@"

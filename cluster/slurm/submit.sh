@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Plan a run here, submit the jobs that label it, and one that reduces it once they are all done. Prints the job ids.
+# Plan a run here, submit the jobs that label it, and one that reduces it when all are complete. Prints the job ids.
 #   cluster/slurm/submit.sh RUNFILE RUN [TASKS [OPTION OF SBATCH...]]
 #   cluster/slurm/submit.sh run.yaml /scratch/runs/1 16 --partition=gpu --gpus-per-node=1 --time=8:00:00
-# The options are for the labelling jobs; OWLSAM_REDUCE_OPTIONS="--partition=cpu --mem=16G" for the other one.
-# After any failure the same call goes on.
+# The options are for the labelling jobs; OWLSAM_REDUCE_OPTIONS="--partition=cpu --mem=16G" sets those of the reduce job.
+# After any failure, run the same command again to continue.
 set -euo pipefail
 OWLSAM_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export OWLSAM_HOME
@@ -24,7 +24,7 @@ if ((tasks == 1)); then
 else
     label=$(sbatch --parsable --array="0-$((tasks - 1))" "${options[@]}" "$jobs/annotate-array.sbatch" "$run_file" "$run")
 fi
-label=${label%%;*} # from clusters with a name: id;name
+label=${label%%;*} # clusters with a name print id;name
 echo "annotate $label"
 reduce=$(sbatch --parsable --dependency="afterok:$label" --kill-on-invalid-dep=yes "${reduce_options[@]}" \
     "$jobs/reduce.sbatch" "$run_file" "$run")
