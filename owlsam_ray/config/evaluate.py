@@ -32,5 +32,5 @@ class EvaluateConfig(Section):
     @classmethod
     def _edges_rise(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if any(high <= low for low, high in pairwise(value)):
-            raise ValueError(f"size_edges_px must increase from each to the next, not {list(value)}")
+            raise ValueError("each edge must be greater than the one before")
         return value

@@ -72,7 +72,7 @@ def _lines(error: ValidationError, prefix: str = "") -> list[str]:
     for item in error.errors(include_url=False, include_context=False)[:_TOLD]:
         place = ".".join(one_line(part, 60) for part in item["loc"] if part not in KINDS) or "(run file)"
         got = "" if isinstance(item["input"], dict) else f" (got {shown(item['input'])})"
-        lines.append(f"  {prefix}{place}: {one_line(item['msg'], 1000)}{got}")
+        lines.append(f"  {prefix}{place}: {one_line(item['msg'].removeprefix('Value error, '), 1000)}{got}")
     more = error.error_count() - len(lines)
     return [*lines, f"  and {more} more"] if more > 0 else lines
 

@@ -100,7 +100,7 @@ class ReduceConfig(Section):
     @classmethod
     def _formats_differ(cls, value: tuple[FormatName, ...]) -> tuple[FormatName, ...]:
         if len(set(value)) < len(value):
-            raise ValueError(f"formats lists one format twice: {list(value)}")
+            raise ValueError("a format is listed twice")
         return value
 
 

@@ -183,7 +183,8 @@ def _read_config(path: Path) -> MobileSamConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(one_line(part, 60) for part in first["loc"])
-        told = f"{where}: {first['msg']}" if where else str(first["msg"])
+        problem = first["msg"].removeprefix("Value error, ")
+        told = f"{where}: {problem}" if where else problem
         raise WeightsError(f"{path} does not describe a MobileSAM: {one_line(told)}") from None
     except ValueError as error:
         raise WeightsError(f"{path} does not describe a MobileSAM: {one_line(error)}") from None

@@ -622,7 +622,7 @@ def test_usage(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     code, summary, _ = call(capsys, *files, "--set", "evaluate.score_threshold=0.6")
     assert (code, summary["recall"]) == (0, 0.0)
     for override, words in (
-        ("evaluate.size_edges_px=[96, 32]", "must increase"),
+        ("evaluate.size_edges_px=[96, 32]", "each edge must be greater"),
         ("evaluate.size_edges_px=[-1]", "evaluate.size_edges_px.0"),
         ("evaluate.speed=1", "evaluate.speed"),
         ("reduce.score_threshold=0.3", "only the section `evaluate`"),

@@ -114,7 +114,7 @@ def test_names_of_ones_own(labelled: Path, tmp_path: Path) -> None:
         ("suppress={strategy: nms, thresholds: {thing 1: 0.9}}", Exception, "thresholds.thing 1 0.9 is looser"),
         ("only=[]", Exception, "keep no category"),
         ("operating_points=/nowhere.json", InputError, "cannot read reduce.operating_points"),
-        ("formats=[coco, coco]", Exception, "formats lists one format twice"),
+        ("formats=[coco, coco]", Exception, "a format is listed twice"),
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_written(
