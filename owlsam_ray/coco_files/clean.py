@@ -231,7 +231,7 @@ def _warn(counts: dict[str, Any], url: str) -> None:
             _log.warning("%s: none of %d %s is left", url, counts[f"{kind}_in"], kind)
     if counts["images_emptied"]:
         _log.warning(
-            "%s: %d images lost all their annotations and stay as background; drop_empty_images removes them",
+            "%s: %d images lost all of their annotations and stay as background; drop_empty_images removes them",
             url, counts["images_emptied"],
         )  # fmt: skip
 

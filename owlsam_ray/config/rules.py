@@ -117,12 +117,15 @@ DETECTOR = (
     ),
 )
 
-TILING = tuple(
+TILING = (
     Rule(
-        lambda s, name=name: s.size is None and _differs(s, name),
-        f"{name}: {{s.{name}}} without size would have no effect: set tiling.size",
-    )
-    for name in ("overlap", "full_image")
+        lambda s: s.size is None and _differs(s, "overlap"),
+        "overlap: {s.overlap} without size would have no effect: set tiling.size",
+    ),
+    Rule(
+        lambda s: s.size is None and _differs(s, "full_image"),
+        "full_image: {s.full_image} without size would have no effect: set tiling.size",
+    ),
 )
 
 

@@ -197,7 +197,7 @@ def test_no_annotation_at_all() -> None:
     cleaned = run()
     assert len(cleaned.kept) == 0
     assert cleaned.boxes_xyxy.shape == (0, 4)
-    assert cleaned.report.summary().startswith("0 of 0 annotations and 2 of 2 images")
+    assert cleaned.report.summary().startswith("training uses 0 of 0 annotations and 2 of 2 images")
 
 
 NUMBER = st.one_of(st.floats(-50, 250), st.sampled_from([0, 1e-300, 1e300, HUGE, -HUGE, 100, 200]))

@@ -27,7 +27,7 @@ def test_what_stands_for_an_unknown_size(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [*WRONG, "96", True, False, [96], {}, 10**400])
 def test_anything_else_is_an_error(value: Any) -> None:
-    with pytest.raises(ValueError, match="no whole number of pixels"):
+    with pytest.raises(ValueError, match="is not a whole number of pixels"):
         stated_side(value)
 
 

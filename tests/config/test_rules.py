@@ -14,9 +14,9 @@ from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.config.run import RunConfig
 from owlsam_ray.config.vocabulary import Category, VocabularyConfig
 
-COCO = {"source": "coco", "annotations": "a.json", "images": "images"}
-SECTIONS = {"data": COCO, "detector": {"weights": "d"}, "segment": {"weights": "s"}}
-STRICT = {"suppress": {"threshold": 0.5}}
+COCO: dict[str, Any] = {"source": "coco", "annotations": "a.json", "images": "images"}
+SECTIONS: dict[str, Any] = {"data": COCO, "detector": {"weights": "d"}, "segment": {"weights": "s"}}
+STRICT: dict[str, Any] = {"suppress": {"threshold": 0.5}}
 
 # For each section: cases in the order of its rules. Each breaks one rule, and none before it.
 CASES: dict[type[Section], list[tuple[dict[str, Any], str]]] = {
@@ -79,7 +79,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(section, rule, fields, words, id=words)
 
 
-@pytest.mark.parametrize(("section", "rule", "fields", "words"), cases())
+@pytest.mark.parametrize(("section", "rule", "fields", "words"), list(cases()))
 def test_a_broken_rule_is_reported(
     section: type[Section], rule: rules.Rule, fields: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

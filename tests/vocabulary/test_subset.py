@@ -72,7 +72,7 @@ def test_groups_of_a_dataset_and_of_a_list() -> None:
         ({"categories": "lvis", "only": "aerosolcan"}, "Did you mean 'aerosol_can'"),
         ({"categories": "lvis", "only": "bus"}, "Did you mean 'bus_(vehicle)'"),
         ({"categories": "lvis", "only": "Bow"}, "Did you mean 'bow_(weapon)' or 'bow_(decorative_ribbons)'"),
-        ({"categories": "lvis", "only": 1, "frequency": "f"}, "none of those in vocabulary.only is in a group"),
+        ({"categories": "lvis", "only": 1, "frequency": "f"}, "no category in vocabulary.only is in a group"),
         ({"categories": ["cat"], "frequency": "r"}, "1 of 1 have none; the first is 'cat' (id 1)"),
         (
             {"categories": [{"id": 1, "name": "cat", "frequency": "r"}], "frequency": "f"},

@@ -89,7 +89,7 @@ def test_names_with_commas_get_one_warning(tmp_path: Path, caplog: pytest.LogCap
     (record,) = [each for each in caplog.records if each.levelno == logging.WARNING]
     found = f"2 line(s) hold commas and are read as one name each, the first is {file}, line 3 ('cat, dog')"
     assert found in record.getMessage()
-    assert "write one name a line" in record.getMessage()
+    assert "write one name per line" in record.getMessage()
     caplog.clear()
     file.write_text("mug\tcup, beaker\n")
     resolve(file)
