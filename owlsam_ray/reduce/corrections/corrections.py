@@ -1,12 +1,12 @@
 """Read a file of reviewers' corrections and split it into rows for each shard.
 
 The file is a COCO file written by a reduce (or `owlsam review-list`) and changed in a tool. Its annotations are matched
-to the model's by id. The id is fixed by the image and the detection and does not depend on the settings of `reduce`:
+to the model's by id, and by box and category where a tool numbered them anew (`matching.py` states the steps). The id
+is fixed by the image and the detection and does not depend on the settings of `reduce`. An annotation with:
 
 - same box, mask and category: confirmed. The annotation stays as the model made it, whatever the settings say;
 - another box, mask or category: edited. The file's version replaces it, under the same id;
-- no id, or an id that no detection of its image has: a new annotation (`overlay.py` assigns its id);
-- same box and category as another detection: matched to that detection, whatever the id says, because tools renumber;
+- no match: a new annotation (`overlay.py` assigns its id);
 - `"owlsam_rejected": true`: the model's annotation is removed;
 - not in the file: depends on the scope.
 

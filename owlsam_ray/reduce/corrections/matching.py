@@ -1,4 +1,24 @@
-"""Find the detection that each entry of a file of corrections refers to."""
+"""Find the detection that each entry of a file of corrections refers to.
+
+The entries of an image are paired with its detections in three steps. A step takes the entries that are left, in the
+order of the file, and each detection is paired at most once:
+
+1. by id, in place: with the detection that the entry's id names, if the entry has its box. The category or the mask may
+   have been edited.
+2. by box and category: with any detection that has both. In the files of tools that number annotations anew, an id may
+   name another detection of its image by chance, so this goes before an id that nothing supports.
+3. by id alone: with the detection that the id names. Its box was moved.
+
+An entry that is left is a new annotation, and a detection that is left is missing from the file.
+
+Ties: of several detections with an entry's box and category, the entry gets one with its mask, else any; of these the
+lowest det_index, which has the highest score. Of several entries that a step would pair with one detection, the first
+in the file gets it; the others go on to the next detection or step. So two entries that equal two detections in box and
+category are paired by mask, and without masks in order.
+
+Boxes are the same within `shapes.SAME_PX`, before or after the settings of this reduce apply. For an entry without a
+box, as a polygon of Label Studio, the same mask counts as the same box.
+"""
 
 from dataclasses import dataclass
 
@@ -68,73 +88,41 @@ class Matching:
         counts: bytes | None = self._masks[place].as_py()
         return counts
 
-    def meet(self, entries: list[Entry], places: dict[int, int]) -> None:
+    def pair(self, entries: list[Entry], places: dict[int, int]) -> None:
         """Find the detection that each entry refers to, and store it in the entry.
 
-        A tool may have renumbered the entries, and an id that is in its image's range by chance means nothing. So an
-        entry's content takes precedence over its id. The order of matching is: id and geometry agree; the entry equals
-        another detection; only the category differs from the detection of its id; box and category equal those of a
-        detection; and last, the id alone.
-
         Args:
-            entries: entries of one image.
-            places: det_index → position, for the detections of this image.
+            entries: entries of one image, in the order of the file.
+            places: det_index → position, for the detections of this image, ascending.
         """
-        taken: set[int] = set()
-        ordered = sorted(entries, key=lambda entry: entry.is_rejected)
+        free = set(places.values())
 
-        def claim(entry: Entry, place: int | None) -> None:
-            if place is not None and place not in taken:
-                entry.place = place
-                taken.add(place)
+        def by_id_in_place(entry: Entry) -> int | None:
+            own = by_id(entry)
+            return own if own is not None and self.is_here(entry, own) else None
 
-        def left() -> list[Entry]:
-            return [entry for entry in ordered if entry.place < 0]
+        def by_box_and_category(entry: Entry) -> int | None:
+            every = np.fromiter((place for place in places.values() if place in free), np.int64)
+            near = every[self._category[every] == entry.category]
+            if entry.shape.box_xyxy is not None:  # for all at once; `is_here` alone is slow in crowded images
+                near = near[same_boxes(entry.shape.box_xyxy, self._seen_boxes[:, near]).any(axis=0)]
+            alike = [place for place in near.tolist() if self.is_here(entry, place)]
+            return min(alike, key=lambda place: not self.has_mask(place, entry), default=None)
 
-        for entry in ordered:
-            if self.is_own(entry, places):
-                claim(entry, places[entry.det_index])
-        renamed, is_numbered_anew = [], False
-        for entry in left():
+        def by_id(entry: Entry) -> int | None:
             own = places.get(entry.det_index)
-            if own is not None and own not in taken and self.is_here(entry, own) and self.has_mask(own, entry):
-                renamed.append(entry)
-            else:
-                claim(entry, self._alike(entry, places, taken, with_mask=True))
-                is_numbered_anew |= entry.place >= 0
-        for entry in renamed:
-            if is_numbered_anew:  # then it may be a detection of that category in the same box
-                claim(entry, self._alike(entry, places, taken, with_mask=True))
-            if entry.place < 0:
-                claim(entry, places[entry.det_index])
-        for entry in left():
-            claim(entry, self._alike(entry, places, taken, with_mask=False))
-        for entry in left():
-            claim(entry, places.get(entry.det_index))
+            return own if own in free else None
 
-    def is_own(self, entry: Entry, places: dict[int, int]) -> bool:
-        """Whether an entry equals the detection that its id names."""
-        own = places.get(entry.det_index)
-        return (
-            own is not None
-            and self.is_here(entry, own)
-            and bool(self._category[own] == entry.category)
-            and self.has_mask(own, entry)
-        )
+        for step in (by_id_in_place, by_box_and_category, by_id):
+            for entry in entries:
+                if entry.place < 0 and (place := step(entry)) is not None:
+                    entry.place = place
+                    free.discard(place)
 
-    def _alike(self, entry: Entry, places: dict[int, int], taken: set[int], *, with_mask: bool) -> int | None:
-        """Find an unclaimed detection with an entry's box and category, and with `with_mask` also its mask."""
-        box = entry.shape.box_xyxy
-        if not places or (box is None and (entry.shape.mask is None or not with_mask)):
-            return None
-        every = np.fromiter(places.values(), np.int64)
-        near = every[self._category[every] == entry.category]
-        if box is not None:
-            near = near[same_boxes(box, self._seen_boxes[:, near]).any(axis=0)]
-        alike = (
-            place for place in near.tolist() if place not in taken and (not with_mask or self.has_mask(place, entry))
-        )
-        return next(alike, None)
+    def is_equal(self, entry: Entry, place: int) -> bool:
+        """Whether an entry has a detection's box, category and mask."""
+        same_category = bool(self._category[place] == entry.category)
+        return same_category and self.is_here(entry, place) and self.has_mask(place, entry)
 
     def is_here(self, entry: Entry, place: int) -> bool:
         """Whether an entry has a detection's box, before or after the settings apply; without a box, its mask."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from owlsam_ray.errors import IncompleteError
 from owlsam_ray.reduce.corrections.matching import Entry, Matching
 from owlsam_ray.reduce.corrections.report import conflict_line, remark_line
-from owlsam_ray.reduce.corrections.shapes import Shape, empty_part, read_shape, same_box
+from owlsam_ray.reduce.corrections.shapes import Shape, empty_part, read_shape, same_boxes
 from owlsam_ray.reduce.corrections.store import read_rows
 from owlsam_ray.reduce.decisions import Columns, Decisions, Pins, decide
 from owlsam_ray.reduce.labels import ANNOTATION_SCHEMA, Found, ShardLabels
@@ -139,7 +139,7 @@ class ShardReview:
                 shape = Shape(None, None)
             own = (row["position"], row["file_id"], row["det_index"], row["category"])
             entries.append(Entry(image, *own, shape, is_rejected=is_rejected))
-        self._match.meet(entries, places)
+        self._match.pair(entries, places)
         entries = self._sound(image, entries, places)
         entries = self._number(image, self._visible(image, entries, spared), places)
         self._pin(image, rows, entries, places, spared)
@@ -162,9 +162,10 @@ class ShardReview:
         """Drop entries that repeat another one, and rejections of detections that do not exist."""
         sound = []
         for entry in entries:
+            own = places.get(entry.det_index)
             if entry.place < 0 and entry.is_rejected:
                 self._conflict(image, entry.position, entry.file_id, "no_detection: it rejects what the run lacks")
-            elif entry.place < 0 and self._match.is_own(entry, places):
+            elif entry.place < 0 and own is not None and self._match.is_equal(entry, own):
                 self._conflict(image, entry.position, entry.file_id, "repeated: another entry has its id and its box")
             else:
                 sound.append(entry)
@@ -284,9 +285,9 @@ class ShardReview:
         left it.
         """
         box, at = entry.shape.box_xyxy, int(self._shown_at[entry.place])
-        if at >= 0 and (box is None or same_box(box, self._shown.boxes_xyxy[at])):
+        if at >= 0 and (box is None or same_boxes(box, self._shown.boxes_xyxy[at])):
             return _machine_columns(self._shown, at)
-        if box is not None and same_box(box, self._match.boxes[entry.place]):
+        if box is not None and same_boxes(box, self._match.boxes[entry.place]):
             detections = self._found.detections
             return {name: detections[name][entry.place].as_py() for name in _MACHINE_COLUMNS}
         return None

@@ -117,13 +117,8 @@ def empty_part(shape: Shape, size_hw: tuple[int, int]) -> str | None:
     return f"its bbox lies outside the picture of {size_hw[0]}×{size_hw[1]}" if outside else None
 
 
-def same_box(box_xyxy: Box, other_xyxy: NDArray[np.float32]) -> bool:
-    """Whether each side of the first box is within `SAME_PX` of that of the second, (4,)."""
-    return bool(np.abs(np.array(box_xyxy) - other_xyxy.astype(np.float64)).max() < SAME_PX)
-
-
 def same_boxes(box_xyxy: Box, others_xyxy: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """(...) whether a box is the same as each of (..., 4)."""
+    """(...) whether each side of a box is within `SAME_PX` of that of each of (..., 4) boxes."""
     same: NDArray[np.bool_] = np.abs(others_xyxy.astype(np.float64) - np.array(box_xyxy)).max(axis=-1) < SAME_PX
     return same
 

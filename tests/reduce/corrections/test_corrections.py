@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pycocotools import mask as coco_mask
 
@@ -16,8 +17,10 @@ from owlsam_ray.config.reduce import ReduceConfig
 from owlsam_ray.errors import GuardError, InputError
 from owlsam_ray.reduce.decisions import Decisions
 from owlsam_ray.run.manifest import Manifest
+from owlsam_ray.run.shards import load_shard, write_shard
+from owlsam_ray.schema import PREDICTION_SCHEMA
 from tests.reduce.everything import keep_everything
-from tests.reduce.made_runs import CATEGORIES, K, random_run, reduce_shards
+from tests.reduce.made_runs import CATEGORIES, FINGERPRINT, K, random_run, reduce_shards
 
 Tree = dict[str, Any]
 SEEDS = range(4)
@@ -378,6 +381,128 @@ def test_ids_of_a_tool_mean_nothing_where_geometry_speaks(tmp_path: Path, seed: 
     assert found["annotations"] == [each for each in tree["annotations"] if each["id"] != gone]
     told = {key: report["counts"][key] for key in ("rejected", "deleted", "edited", "added", "conflicts")}
     assert told == {"rejected": 1, "deleted": 0, "edited": 0, "added": 0, "conflicts": {}}
+
+
+def distinct_images(tree: Tree, *, least: int) -> list[list[Tree]]:
+    """The annotations of each image with at least that many, all in different boxes that can be seen."""
+    sizes = {image["id"]: (image["width"], image["height"]) for image in tree["images"]}
+    by_image: dict[int, list[Tree]] = {}
+    for each in tree["annotations"]:
+        by_image.setdefault(each["image_id"], []).append(each)
+
+    def is_seen(each: Tree) -> bool:
+        (x, y, width, height), size = each["bbox"], sizes[each["image_id"]]
+        return bool(x < size[0] and y < size[1] and min(width, height) > 0.1)
+
+    return [
+        own
+        for own in by_image.values()
+        if len({str(np.round(each["bbox"], 1)) for each in own}) == len(own) >= least and all(map(is_seen, own))
+    ]
+
+
+def numbered_anew(tree: Tree, images: list[list[Tree]], *, first: int, masks: bool) -> Tree:
+    """An export of a tool that numbers images, categories and annotations, rounds boxes and writes no `info` of ours.
+
+    CVAT's COCO export numbers from 1, Roboflow's from 0, and COCO Annotator's has the ids of its database.
+    """
+    shown = [own[0]["image_id"] for own in images]
+    names = {image["id"]: image["file_name"] for image in tree["images"]}
+    categories = {each["id"]: number for number, each in enumerate(tree["categories"], 1)}
+    entries = [
+        {
+            "id": number,
+            "image_id": shown.index(each["image_id"]) + 1,
+            "category_id": categories[each["category_id"]],
+            "segmentation": each.get("segmentation", []) if masks else [],
+            "area": each["area"],
+            "bbox": [round(side, 2) for side in each["bbox"]],
+            "iscrowd": 0,
+            "attributes": {"occluded": False},
+        }
+        for number, each in enumerate((each for own in images for each in own), first)
+    ]
+    return {
+        "info": {"contributor": "", "version": ""},
+        "images": [{"id": number, "file_name": names[image]} for number, image in enumerate(shown, 1)],
+        "categories": [each | {"id": categories[each["id"]]} for each in tree["categories"]],
+        "annotations": entries,
+    }
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("first", ["0", "1", "a database's", "by chance its image's own"])
+def test_an_export_that_is_numbered_anew_pairs_by_box_and_category(tmp_path: Path, first: str, masks: bool) -> None:
+    manifest = random_run(tmp_path, 31, num_images=60, shard_size=20)
+    tree, _, _ = reduced(tmp_path, manifest, everything())
+    images = distinct_images(tree, least=2)[::-1]  # the tool sorts them differently
+    assert len(images) >= 3
+    moved, renamed, chance = images[0][0], images[0][1], images[2]
+    before = len(images[0]) + len(images[1])
+    start = {"0": 0, "1": 1, "a database's": 48211}.get(first, chance[1]["id"] - before)
+    export = numbered_anew(tree, images, first=start, masks=masks)
+    x, y, width, height = export["annotations"][0]["bbox"]
+    export["annotations"][0]["bbox"] = [x, y, width + 1, height]
+    export["annotations"][1]["category_id"] = export["annotations"][1]["category_id"] % 3 + 1
+    found, _, report = reduced(tmp_path, manifest, everything(), export, corrections_scope="images")
+    lost = {moved["id"], renamed["id"]}
+    kept = [each for each in found["annotations"] if "corrected" not in each]
+    assert kept == [each for each in tree["annotations"] if each["id"] not in lost]
+    lines = Counter((line["what"], line.get("annotation")) for line in report["applied"])
+    assert lines == {("added", 0): 1, ("added", 1): 1, ("deleted", None): 2}
+    assert {line["id"] for line in report["applied"] if line["what"] == "deleted"} == lost
+    told = {key: report["counts"][key] for key in ("confirmed", "edited", "added", "deleted", "conflicts")}
+    confirmed = sum(len(own) for own in images) - 2
+    assert told == {"confirmed": confirmed, "edited": 0, "added": 2, "deleted": 2, "conflicts": {}}
+
+
+def test_an_id_that_is_kept_keeps_its_annotation(tmp_path: Path) -> None:
+    """Moved, renamed, or both; and renamed where the run has another, hidden detection of that name in the same box."""
+    manifest = random_run(tmp_path, 31, num_images=60, shard_size=20)
+    rows = load_shard(str(tmp_path), 0)[1].to_pylist()
+    row = next(row for row in rows if row["status"] == "ok" and len(row["label"]) >= 3)
+    row["label"][:3] = [0, 1, 2]
+    for axis in ("x0", "y0", "x1", "y1"):
+        row[axis][1] = row[axis][0]  # the second is in the box of the first
+    table = pa.Table.from_pylist(rows, PREDICTION_SCHEMA)
+    write_shard(str(tmp_path), 0, table, fingerprint=FINGERPRINT, numerics="n", stage_s={})
+    tree, _, _ = reduced(tmp_path, manifest, everything())
+    own = [each for each in tree["annotations"] if each["image_id"] == row["image_id"]]
+    hidden = own[1]
+    fixed = copy.deepcopy(tree)
+    fixed["annotations"] = [each for each in fixed["annotations"] if each["id"] != hidden["id"]]
+    entries = {each["id"]: each for each in fixed["annotations"]}
+    entries[own[0]["id"]]["category_id"] = hidden["category_id"]
+    entries[own[2]["id"]] |= {"category_id": hidden["category_id"], "bbox": [0, 0, 1.5, 1]}
+    found, _, report = reduced(tmp_path, manifest, everything(), fixed)
+    applied = {line["id"]: (line["what"], line.get("changed")) for line in report["applied"]}
+    assert applied.pop(hidden["id"]) == ("deleted", None)
+    assert applied.pop(own[0]["id"]) == ("edited", ["category_id"])
+    what, changed = applied.pop(own[2]["id"])
+    assert (what, changed[:2]) == ("edited", ["bbox", "category_id"])
+    assert applied == {}
+    assert {each["id"] for each in found["annotations"] if each.get("corrected")} == {own[0]["id"], own[2]["id"]}
+
+
+def test_equal_ones_are_paired_in_order(tmp_path: Path) -> None:
+    """Two detections with one box and one category, and two entries numbered anew; a third one is new."""
+    manifest = random_run(tmp_path, 31, num_images=60, shard_size=20)
+    rows = load_shard(str(tmp_path), 0)[1].to_pylist()
+    row = next(row for row in rows if row["status"] == "ok" and len(row["label"]) >= 3)
+    for name in ("label", "x0", "y0", "x1", "y1"):
+        row[name][1] = row[name][0]
+    table = pa.Table.from_pylist(rows, PREDICTION_SCHEMA)
+    write_shard(str(tmp_path), 0, table, fingerprint=FINGERPRINT, numerics="n", stage_s={})
+    tree, _, _ = reduced(tmp_path, manifest, everything())
+    first, second = [each for each in tree["annotations"] if each["image_id"] == row["image_id"]][:2]
+    bare = {"image_id": row["image_id"], "category_id": first["category_id"], "bbox": first["bbox"]}
+    image = [each for each in tree["images"] if each["id"] == row["image_id"]]
+    for count, ids in ((1, [first["id"]]), (2, [first["id"], second["id"]]), (3, [first["id"], second["id"]])):
+        fixed = tree | {"images": image, "annotations": [bare | {"id": number} for number in range(count)]}
+        found, _, report = reduced(tmp_path, manifest, everything(), fixed)
+        own = [each for each in found["annotations"] if each["image_id"] == row["image_id"]]
+        assert [each["id"] for each in own if "corrected" not in each] == ids
+        assert report["counts"]["added"] == max(0, count - 2)
 
 
 @pytest.mark.parametrize("strategy", ["merge", "soft_nms", "nms"])
