@@ -6,11 +6,12 @@ All arrays are on the CPU. Pixels and dense masks are deliberately absent: they 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from owlsam_ray.errors import FailureClass
+from owlsam_ray.errors import FailureClass, ImageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,25 @@ class EncodedImage:
     """Reason and class when fetching failed."""
     note: str | None = None
     """A remark from the fetch, such as a size that contradicts the listing."""
+
+    @classmethod
+    def of(
+        cls,
+        outcome: bytes | memoryview | ImageError,
+        *,
+        image_id: int,
+        height: int | None = None,
+        width: int | None = None,
+        note: str | None = None,
+    ) -> Self:
+        """Create the image from what came of fetching it: the file's bytes, or the error.
+
+        A size counts as stated only if the source states both `height` and `width`.
+        """
+        stated = (height, width) if height is not None and width is not None else None
+        if isinstance(outcome, ImageError):
+            return cls(image_id, None, stated, failure=(outcome.reason, outcome.failure_class), note=note)
+        return cls(image_id, outcome, stated, note=note)
 
 
 @dataclass(frozen=True, slots=True)

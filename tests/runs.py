@@ -110,12 +110,11 @@ def label_here(config: RunConfig, *, extend: bool = False, allow_numerics_change
     """Plan, label what is not labelled yet, and reduce in this process, without Ray (whose actors are other processes
     and see no `memory://`); returns the COCO file."""
     # Imported here: most tests of whole runs call the command, and need no torch in this process.
-    import torch
-    from safetensors.torch import load
-
     from owlsam_ray.annotate.attempt import embed_run_queries
     from owlsam_ray.fetch.images import fetch_shard, to_images
-    from owlsam_ray.inference.load import load_engine
+    from owlsam_ray.inference.load import open_engine
+    from owlsam_ray.inference.queries import load_embeddings
+    from owlsam_ray.models.arithmetic import restored_arithmetic
     from owlsam_ray.models.load import find_models
     from owlsam_ray.parallel.allocation import allocate
     from owlsam_ray.plan.plan import plan_run
@@ -135,22 +134,13 @@ def label_here(config: RunConfig, *, extend: bool = False, allow_numerics_change
     allocation = allocate(config.resources, num_cpus=2, num_gpus=0)
     run = guard_numerics(run, numerics_of(allocation, config.resources.dtype), allow_change=allow_numerics_change)
     record = run.record
-    threads = torch.get_num_threads()
-    torch.set_num_threads(allocation.torch_threads)
-    with load_engine(
-        config,
-        allocation,
-        models=models,
-        query_embeddings=load(storage.read_bytes(storage.join(run.url, QUERY_FILE)))["queries"],
-        query_labels=record.query_labels,
-        category_names=record.category_names,
-    ) as engine:
+    queries = load_embeddings(storage.join(run.url, QUERY_FILE), record.vocabulary)
+    with restored_arithmetic(), open_engine(config, allocation, models=models, queries=queries) as engine:
         for shard in sorted(set(run.manifest.iter_shards()) - done_shards(run.url)):
             fetched = fetch_shard(run.manifest, shard, threads=4, max_file_mb=config.decode.max_file_mb)
             predictions, stage_s = engine.annotate(to_images(fetched))
             rows = predictions_to_table(predictions)
             marks = {"fingerprint": record.fingerprint or "", "numerics": record.numerics_id}
             write_shard(run.url, shard, rows, **marks, stage_s=stage_s)
-    torch.set_num_threads(threads)
     reduce_run(config)
     return storage.read_bytes(storage.join(run.url, "coco", "annotations.json"))

@@ -7,11 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import fsspec
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from safetensors.torch import load
 
 from owlsam_ray import storage
 from owlsam_ray.annotate.attempt import embed_run_queries
@@ -19,7 +17,9 @@ from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import FailureClass
 from owlsam_ray.fetch.images import fetch_shard, to_images
 from owlsam_ray.inference.engine import Engine
-from owlsam_ray.inference.load import load_engine
+from owlsam_ray.inference.load import open_engine
+from owlsam_ray.inference.queries import load_embeddings
+from owlsam_ray.models.arithmetic import restored_arithmetic
 from owlsam_ray.models.load import find_models
 from owlsam_ray.parallel.allocation import allocate
 from owlsam_ray.plan.plan import plan_run
@@ -53,15 +53,9 @@ class Runs:
             storage.write_atomic(f"memory://properties/images/{number:02d}.png", bad.get(number, data))
         config, record, _ = self.plan(7)
         allocation = allocate(config.resources, num_cpus=2, num_gpus=0)
-        torch.set_num_threads(allocation.torch_threads)
-        self.engine: Engine = load_engine(
-            config,
-            allocation,
-            models=find_models(config.detector, config.segment),
-            query_embeddings=load(storage.read_bytes(storage.join(str(config.run), QUERY_FILE)))["queries"],
-            query_labels=record.query_labels,
-            category_names=record.category_names,
-        )
+        models = find_models(config.detector, config.segment)
+        queries = load_embeddings(storage.join(str(config.run), QUERY_FILE), record.vocabulary)
+        self.engine: Engine = open_engine(config, allocation, models=models, queries=queries)
 
     def plan(self, shard_size: int) -> tuple[RunConfig, RunRecord, Manifest]:
         """A run directory without a shard."""
@@ -103,11 +97,10 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs() -> Iterator[Runs]:
-    threads = torch.get_num_threads()
-    made = Runs()
-    yield made
-    made.engine.close()
-    torch.set_num_threads(threads)
+    with restored_arithmetic():
+        made = Runs()
+        yield made
+        made.engine.close()
     fsspec.filesystem("memory").store.clear()
 
 

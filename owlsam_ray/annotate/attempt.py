@@ -237,22 +237,14 @@ def embed_run_queries(run: Run, detector_weights: Path) -> None:
     Raises:
         InputError: a prompt is longer than the text tower allows, or an exemplar cannot be read.
     """
-    from safetensors.torch import save as save_safetensors
+    from owlsam_ray.inference.queries import embed_vocabulary, save_embeddings
 
-    from owlsam_ray.inference.queries import embed_queries
-
-    queries, config = run.record.queries, run.config
-    embeddings = embed_queries(
-        queries,
-        detector_weights=detector_weights,
-        settings=config.detector,
-        ensemble=config.vocabulary.ensemble,
-        grey16=config.decode.grey16,
-    )
-    storage.write_atomic(storage.join(run.url, QUERY_FILE), save_safetensors({"queries": embeddings.contiguous()}))
-    prompts = sum(len(query.prompts) for query in queries)
-    exemplars = sum(query.exemplar is not None for query in queries)
-    _log.info("embedded %d prompts and %d exemplars as %d queries", prompts, exemplars, len(queries))
+    record = run.record
+    queries = embed_vocabulary(record.vocabulary, run.config, detector_weights=detector_weights)
+    save_embeddings(storage.join(run.url, QUERY_FILE), queries)
+    prompts = sum(len(query.prompts) for query in record.queries)
+    exemplars = sum(query.exemplar is not None for query in record.queries)
+    _log.info("embedded %d prompts and %d exemplars as %d queries", prompts, exemplars, len(record.queries))
 
 
 def _prepare(run: Run, models: ModelPaths, attempt: Attempt) -> AttemptContext:

@@ -149,25 +149,19 @@ def _work(setup: dict[str, Any], lines: Iterator[dict[str, Any]], replies: _Repl
 
 def _load(setup: dict[str, Any], run: "Run", watch: WorkSlots) -> "Engine":
     """Load the engine in the same way as an actor."""
-    from safetensors.torch import load as load_safetensors
-
     from owlsam_ray import storage
-    from owlsam_ray.inference.load import load_engine
-    from owlsam_ray.models.arithmetic import fix_arithmetic
+    from owlsam_ray.inference.load import open_engine
+    from owlsam_ray.inference.queries import load_embeddings
     from owlsam_ray.models.weights import ModelPaths
     from owlsam_ray.parallel.allocation import Allocation
     from owlsam_ray.run.paths import QUERY_FILE
 
-    allocation = Allocation(**setup["allocation"])
-    fix_arithmetic(allocation.torch_threads)
-    return load_engine(
+    return open_engine(
         run.config,
-        allocation,
+        Allocation(**setup["allocation"]),
         models=ModelPaths(**{role: Path(path) for role, path in setup["models"].items()}),
-        query_embeddings=load_safetensors(storage.read_bytes(storage.join(run.url, QUERY_FILE)))["queries"],
-        query_labels=run.record.query_labels,
-        category_names=run.record.category_names,
-        watch=watch,
+        queries=load_embeddings(storage.join(run.url, QUERY_FILE), run.record.vocabulary),
+        slots=watch,
     )
 
 

@@ -133,11 +133,9 @@ class Annotator:
         """Load the models, and the query embeddings from the run directory."""
         # Imported here: fetch and write tasks import this module too, and torch would cost each of their processes
         # eight seconds and half a gigabyte.
-        from safetensors.torch import load as load_safetensors
-
         from owlsam_ray.annotate.actor_watch import WatchedWork
-        from owlsam_ray.inference.load import load_engine
-        from owlsam_ray.models.arithmetic import fix_arithmetic
+        from owlsam_ray.inference.load import open_engine
+        from owlsam_ray.inference.queries import load_embeddings
 
         self._context = context
         context.enter()
@@ -145,15 +143,12 @@ class Annotator:
         # Deaths of earlier processes: a process that Ray restarts finds the markers of the previous one.
         self._strikes = in_hand.deaths(in_hand.list_markers(run.url))
         self._watched = WatchedWork(run.url, context.attempt, run.config.resources)
-        fix_arithmetic(context.allocation.torch_threads)
-        self._engine = load_engine(
+        self._engine = open_engine(
             run.config,
             context.allocation,
             models=context.models,
-            query_embeddings=load_safetensors(storage.read_bytes(storage.join(run.url, QUERY_FILE)))["queries"],
-            query_labels=run.record.query_labels,
-            category_names=run.record.category_names,
-            watch=self._watched.watch,
+            queries=load_embeddings(storage.join(run.url, QUERY_FILE), run.record.vocabulary),
+            slots=self._watched.watch,
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from owlsam_ray import storage
-from owlsam_ray.config.base import MEGABYTE as MEGABYTE
+from owlsam_ray.config.base import MEGABYTE
 from owlsam_ray.errors import FailureClass, ImageError, InputError, StorageSetupError
 from owlsam_ray.fetch.deadline_pool import DeadlinePool, StalledError
 from owlsam_ray.fetch.packed import (
@@ -268,18 +268,13 @@ def to_images(fetched: pa.Table) -> list[EncodedImage]:
     images = []
     data = fetched["data"].combine_chunks()
     for position, row in enumerate(fetched.drop_columns(["data"]).to_pylist()):
-        stated = (row["height"], row["width"]) if row["height"] is not None and row["width"] is not None else None
-        failure = (row["reason"], FailureClass(row["status_class"])) if row["reason"] is not None else None
-        buffer = data[position].as_buffer()
-        images.append(
-            EncodedImage(
-                image_id=row["image_id"],
-                data=memoryview(buffer) if buffer is not None else None,
-                stated_hw=stated,
-                failure=failure,
-                note=row["note"],
-            )
-        )
+        outcome: memoryview | ImageError
+        if row["reason"] is not None:
+            outcome = ImageError(row["reason"], FailureClass(row["status_class"]))
+        else:
+            outcome = memoryview(data[position].as_buffer())
+        described = {name: row[name] for name in ("image_id", "height", "width", "note")}
+        images.append(EncodedImage.of(outcome, **described))
     return images
 
 

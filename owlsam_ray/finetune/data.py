@@ -15,10 +15,11 @@ from owlsam_ray import storage
 from owlsam_ray.coco_files.annotations import read_objects
 from owlsam_ray.coco_files.cleaning import CleaningReport, CleaningSettings, clean
 from owlsam_ray.coco_files.outlines import Outline
+from owlsam_ray.config.base import MEGABYTE
 from owlsam_ray.config.inference import DecodeConfig
 from owlsam_ray.config.vocabulary import Category, VocabularyConfig
 from owlsam_ray.errors import ImageError, InputError
-from owlsam_ray.fetch.images import MEGABYTE, fetch_file
+from owlsam_ray.fetch.images import fetch_file
 from owlsam_ray.inference.decode import decode_image
 from owlsam_ray.ops.masks import decode_rle
 from owlsam_ray.sources.coco import list_tree, read_tree

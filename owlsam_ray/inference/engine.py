@@ -52,7 +52,7 @@ class Engine:
         query_embeddings: Tensor,
         query_labels: Sequence[int],
         settings: EngineSettings,
-        watch: WorkSlots | None = None,
+        slots: WorkSlots | None = None,
     ) -> None:
         """Start the threads.
 
@@ -62,12 +62,12 @@ class Engine:
             query_embeddings: (Q, D) float32, the queries embedded once per run.
             query_labels: category index of each query.
             settings: thresholds and batch sizes.
-            watch: records what the threads are working on.
+            slots: records what the threads are working on, for a watchdog.
         """
         if len(query_labels) != len(query_embeddings):
             raise ValueError(f"{len(query_labels)} query labels for {len(query_embeddings)} query embeddings")
         self._detector, self._segmenter, self._settings = detector, segmenter, settings
-        self._watch = watch
+        self._slots = slots
         self._queries = query_embeddings.to(detector.device)
         self._query_labels = np.asarray(query_labels, np.int64)
         # Enough for a full batch of each model to form while every thread decodes; with fewer the engine could stall.
@@ -408,10 +408,10 @@ class Engine:
         self._pool.submit(self._encode, item, masks).add_done_callback(self._check)
 
     def _busy(self, kind: str, items: Sequence[Item]) -> AbstractContextManager[None]:
-        """Record the work in the watch, if there is one."""
-        if self._watch is None:
+        """Record the work in the slots, if there are any."""
+        if self._slots is None:
             return contextlib.nullcontext()
-        return self._watch.busy(kind, [item.image.image_id for item in items])
+        return self._slots.busy(kind, [item.image.image_id for item in items])
 
     @contextlib.contextmanager
     def _timed(self, stage: str, items: Sequence[Item]) -> Iterator[None]:

@@ -5,20 +5,69 @@ normalisation in the class head of transformers, before the product with the ima
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from owlsam_ray import storage
 from owlsam_ray.config.inference import DecodeConfig, DetectorConfig, Grey16
+from owlsam_ray.config.run import RunConfig
 from owlsam_ray.config.vocabulary import Exemplar
 from owlsam_ray.errors import ImageError, InputError, shown
 from owlsam_ray.inference.decode import decode_image
-from owlsam_ray.vocabulary import Query
+from owlsam_ray.vocabulary import Query, Vocabulary
+
+_TENSOR = "queries"
+"""Name of the tensor in a file of query embeddings."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedQueries:
+    """What an engine looks for: the vocabulary, and the embedding of each of its queries."""
+
+    vocabulary: Vocabulary
+    embeddings: Tensor
+    """(Q, D) float32 on the CPU, in the order of the vocabulary's queries."""
+
+
+def embed_vocabulary(vocabulary: Vocabulary, config: RunConfig, *, detector_weights: Path) -> EmbeddedQueries:
+    """Embed all queries of a vocabulary with a run's settings.
+
+    Raises:
+        InputError, WeightsError: as `embed_queries`.
+    """
+    embeddings = embed_queries(
+        vocabulary.queries,
+        detector_weights=detector_weights,
+        settings=config.detector,
+        ensemble=config.vocabulary.ensemble,
+        grey16=config.decode.grey16,
+    )
+    return EmbeddedQueries(vocabulary, embeddings)
+
+
+def save_embeddings(url: str, queries: EmbeddedQueries) -> None:
+    """Write the embeddings as a safetensors file.
+
+    Raises:
+        OSError: storage failed.
+    """
+    storage.write_atomic(url, safetensors.torch.save({_TENSOR: queries.embeddings.contiguous()}))
+
+
+def load_embeddings(url: str, vocabulary: Vocabulary) -> EmbeddedQueries:
+    """Read the file of `save_embeddings`; `vocabulary` is the one that was embedded.
+
+    Raises:
+        OSError: storage failed.
+    """
+    return EmbeddedQueries(vocabulary, safetensors.torch.load(storage.read_bytes(url))[_TENSOR])
 
 
 def embed_queries(

@@ -12,7 +12,7 @@ from owlsam_ray.config.run import RunConfig
 from owlsam_ray.config.vocabulary import Category
 from owlsam_ray.errors import ConfigError, GuardError
 from owlsam_ray.run.paths import RUN_FILE
-from owlsam_ray.vocabulary import Query
+from owlsam_ray.vocabulary import Query, Vocabulary
 
 
 class RunRecord(BaseModel):
@@ -44,14 +44,9 @@ class RunRecord(BaseModel):
     """Library versions at the first attempt, for information only."""
 
     @property
-    def query_labels(self) -> tuple[int, ...]:
-        """Category index of each query."""
-        return tuple(query.label for query in self.queries)
-
-    @property
-    def category_names(self) -> tuple[str, ...]:
-        """Category names, by category index."""
-        return tuple(category.name for category in self.categories)
+    def vocabulary(self) -> Vocabulary:
+        """The categories and their queries."""
+        return Vocabulary(self.categories, self.queries)
 
     @property
     def numerics_id(self) -> str:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,9 +33,12 @@ from owlsam_ray.run.record import run_directory
 from owlsam_ray.run.run import Run, open_run
 from owlsam_ray.run.shards import done_shards
 from owlsam_ray.terminal import Show, silent
-from owlsam_ray.trial.images import Labelled, Prompts, label_here
+from owlsam_ray.trial.images import Sample, label_sample
 from owlsam_ray.trial.steps import Done, Steps
 from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
+
+if TYPE_CHECKING:
+    from owlsam_ray.inference.queries import EmbeddedQueries
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,27 +96,27 @@ def check_run(
         vocabulary = steps.run("vocabulary", _try_vocabulary, config, directory, own)
     allocation = steps.run("resources", _try_resources, config)
     models = steps.run("weights", _try_weights, config)
-    prompts = None
+    queries = None
     if vocabulary is None or models is None:
         steps.skip("prompts")
     else:
-        prompts = steps.run("prompts", _try_prompts, config, vocabulary, models)
-    labelled = None
-    if dataset is None or allocation is None or prompts is None:
+        queries = steps.run("prompts", _try_prompts, config, vocabulary, models)
+    sample = None
+    if dataset is None or allocation is None or models is None or queries is None:
         steps.skip("images")
     else:
-        labelled = steps.run("images", _try_images, config, allocation, prompts, dataset.rows)
-    summary = _estimated(dataset, allocation, labelled)
+        sample = steps.run("images", _try_images, config, allocation, models, queries, dataset.rows)
+    summary = _estimated(dataset, allocation, sample)
     if dataset is None or allocation is None or config.run is None:
         steps.skip("space")
     else:
         steps.run("space", _try_space, config, allocation, dataset, summary)
-    summary |= {"planned": directory is not None and directory.run is not None, "steps": steps.told}
+    summary |= {"planned": directory is not None and directory.run is not None, "steps": steps.reported}
     if summary["hours"] is not None:
         say(_in_words(summary))
-    if steps.first is not None:
-        error = steps.first
-        others = sum(step["ok"] is False for step in steps.told) - 1
+    if steps.first_error is not None:
+        error = steps.first_error
+        others = sum(step["ok"] is False for step in steps.reported) - 1
         more = f" ({others} more step(s) failed, see above)" if others else ""
         raise type(error)(f"{error.args[0]}{more}", summary)
     return summary
@@ -136,8 +139,8 @@ def _try_directory(config: RunConfig) -> Done[_Directory]:
     manifest = run.manifest
     done = sum(manifest.shard_span(shard)[1] for shard in done_shards(run_url) if shard < manifest.num_shards)
     left = manifest.num_images - done
-    told = f"{run_url}, planned: {manifest.num_images:,} images, {left:,} of them without labels"
-    return Done(_Directory(run, left), told)
+    detail = f"{run_url}, planned: {manifest.num_images:,} images, {left:,} of them without labels"
+    return Done(_Directory(run, left), detail)
 
 
 @contextlib.contextmanager
@@ -199,11 +202,8 @@ def _try_vocabulary(
     config: RunConfig, directory: _Directory | None, categories: list[dict[str, Any]]
 ) -> Done[Vocabulary]:
     run = directory.run if directory is not None else None
-    if run is not None:
-        vocabulary = Vocabulary(run.record.categories, run.record.queries)
-    else:
-        vocabulary = resolve_vocabulary(config.vocabulary, categories)
-    label_thresholds(config.suppress, [category.name for category in vocabulary.categories])
+    vocabulary = run.record.vocabulary if run is not None else resolve_vocabulary(config.vocabulary, categories)
+    label_thresholds(config.suppress, vocabulary.category_names)
     return Done(vocabulary, f"{len(vocabulary.categories)} categories, {len(vocabulary.queries)} queries")
 
 
@@ -234,38 +234,36 @@ def _try_weights(config: RunConfig) -> Done[ModelPaths]:
     return Done(models, f"{config.detector.weights} and {config.segment.weights}")
 
 
-def _try_prompts(config: RunConfig, vocabulary: Vocabulary, models: ModelPaths) -> Done[Prompts]:
-    from owlsam_ray.inference.queries import embed_queries
+def _try_prompts(config: RunConfig, vocabulary: Vocabulary, models: ModelPaths) -> Done["EmbeddedQueries"]:
+    from owlsam_ray.inference.queries import embed_vocabulary
 
-    embeddings = embed_queries(
-        vocabulary.queries,
-        detector_weights=models.detector,
-        settings=config.detector,
-        ensemble=config.vocabulary.ensemble,
-        grey16=config.decode.grey16,
-    )
-    return Done(Prompts(vocabulary, models, embeddings), f"{len(embeddings)} embedded")
+    queries = embed_vocabulary(vocabulary, config, detector_weights=models.detector)
+    return Done(queries, f"{len(queries.embeddings)} embedded")
 
 
 def _try_images(
-    config: RunConfig, allocation: Allocation, prompts: Prompts, rows: list[dict[str, Any]]
-) -> Done[Labelled]:
+    config: RunConfig,
+    allocation: Allocation,
+    models: ModelPaths,
+    queries: "EmbeddedQueries",
+    rows: list[dict[str, Any]],
+) -> Done[Sample]:
     """Fetch and label the sample; failures are an error only if the run would not tolerate their number."""
-    labelled = label_here(config, allocation, prompts, rows)
-    counts, failed = labelled.counts(), labelled.failed_images
+    sample = label_sample(rows, config, allocation, models=models, queries=queries)
+    counts, failed = sample.counts(), sample.failed_images
     named = "; ".join(f"{each['file_name']}: {each['reason']}" for each in failed)
     if counts["failed"] > allowed_failures(config.reduce.max_failed, len(rows)):
         error = FailedImagesError(
             f"{counts['failed']} of {len(rows)} images failed ({named}), more than reduce.max_failed "
             f"({config.reduce.max_failed}) allows"
         )
-        return Done(labelled, "", error)
-    rate = "" if labelled.images_per_s is None else f", {labelled.images_per_s:.2f} images/s"
-    told = f"{counts['ok']} ok, {counts['empty']} empty, {counts['failed']} failed on {allocation.device}{rate}"
-    return Done(labelled, f"{told} ({named})" if named else told)
+        return Done(sample, "", error)
+    rate = "" if sample.images_per_s is None else f", {sample.images_per_s:.2f} images/s"
+    detail = f"{counts['ok']} ok, {counts['empty']} empty, {counts['failed']} failed on {allocation.device}{rate}"
+    return Done(sample, f"{detail} ({named})" if named else detail)
 
 
-def _estimated(dataset: _Dataset | None, allocation: Allocation | None, labelled: Labelled | None) -> dict[str, Any]:
+def _estimated(dataset: _Dataset | None, allocation: Allocation | None, sample: Sample | None) -> dict[str, Any]:
     """Extrapolate from the sample to all images."""
     summary: dict[str, Any] = {
         "images": dataset.left if dataset is not None else None,
@@ -280,14 +278,14 @@ def _estimated(dataset: _Dataset | None, allocation: Allocation | None, labelled
         "predictions_bytes": None,
         "free_bytes": None,
     }
-    if labelled is None or dataset is None or allocation is None:
+    if sample is None or dataset is None or allocation is None:
         return summary
-    summary |= labelled.counts() | {"failed_images": labelled.failed_images}
-    if labelled.bytes_per_image is not None:
-        summary["predictions_bytes"] = round(labelled.bytes_per_image * dataset.left)
-    if labelled.images_per_s is not None:
-        hours = dataset.left / (labelled.images_per_s * allocation.actors) / 3600
-        summary |= {"images_per_s": round(labelled.images_per_s, 3), "hours": round(hours, 3)}
+    summary |= sample.counts() | {"failed_images": sample.failed_images}
+    if sample.bytes_per_image is not None:
+        summary["predictions_bytes"] = round(sample.bytes_per_image * dataset.left)
+    if sample.images_per_s is not None:
+        hours = dataset.left / (sample.images_per_s * allocation.actors) / 3600
+        summary |= {"images_per_s": round(sample.images_per_s, 3), "hours": round(hours, 3)}
     return summary
 
 
@@ -301,13 +299,13 @@ def _try_space(config: RunConfig, allocation: Allocation, dataset: _Dataset, sum
             f"roughly {needed / 1e9:.1f} GB of shards do not fit in {config.run}, which has {free / 1e9:.1f} GB free: "
             "free space, or choose another run directory"
         )
-    told = [] if needed is None else [f"roughly {needed / 1e9:.2f} GB of shards"]
-    told += [] if free is None else [f"{free / 1e9:.1f} GB free"]
+    details = [] if needed is None else [f"roughly {needed / 1e9:.2f} GB of shards"]
+    details += [] if free is None else [f"{free / 1e9:.1f} GB free"]
     if resources.object_store_mb is not None and resources.ray_address is None:
         store_bytes = resources.object_store_mb * MEBIBYTE
         check_object_store(allocation, resources, shard_bytes=dataset.shard_bytes, store_bytes=store_bytes)
-        told.append("shards in flight fit resources.object_store_mb")
-    return Done(True, ", ".join(told))
+        details.append("shards in flight fit resources.object_store_mb")
+    return Done(True, ", ".join(details))
 
 
 def _in_words(summary: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Label a few images in this process, through all stages of a run, for `owlsam check`."""
+"""Label a few images in this process, without Ray, through all stages of a run."""
 
 import math
 import time
@@ -9,32 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from owlsam_ray.config.base import MEGABYTE
 from owlsam_ray.config.run import RunConfig
-from owlsam_ray.errors import ImageError, PreflightError
+from owlsam_ray.errors import PreflightError
 from owlsam_ray.fetch.images import fetch_rows
 from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.parallel.allocation import Allocation
 from owlsam_ray.records import EncodedImage, Prediction
 from owlsam_ray.run.shards import encode_shard, footer_bytes
 from owlsam_ray.schema import ROW_GROUP_IMAGES, predictions_to_table
-from owlsam_ray.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from owlsam_ray.inference.engine import Engine
+    from owlsam_ray.inference.queries import EmbeddedQueries
 
 
 @dataclass(frozen=True, slots=True)
-class Prompts:
-    """Vocabulary, models and query embeddings for an engine."""
-
-    vocabulary: Vocabulary
-    models: ModelPaths
-    embeddings: "Tensor"
-    """(Q, D) float32."""
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """Results for the images."""
+class Sample:
+    """A sample of a run's images, labelled."""
 
     file_names: list[str]
     predictions: list[Prediction]
@@ -66,16 +56,25 @@ class Labelled:
         return (len(data) - footer) / len(rows) + footer / ROW_GROUP_IMAGES
 
 
-def label_here(config: RunConfig, allocation: Allocation, prompts: Prompts, rows: Sequence[dict[str, Any]]) -> Labelled:
-    """Fetch, decode, detect, segment and encode images in the same way as an actor.
+def label_sample(
+    rows: Sequence[dict[str, Any]],
+    config: RunConfig,
+    allocation: Allocation,
+    *,
+    models: ModelPaths,
+    queries: "EmbeddedQueries",
+) -> Sample:
+    """Fetch and label images in this process, and measure how fast it labels them.
 
     Args:
+        rows: rows of a listing or a manifest, at least one.
         config: the run's config.
         allocation: resources of an actor on this machine.
-        prompts: vocabulary, models and query embeddings.
-        rows: rows of a listing or a manifest, at least one.
+        models: paths of the weights.
+        queries: what to look for.
 
     Raises:
+        StorageSetupError: this machine cannot access the storage.
         PreflightError: the models do not run on this machine.
         WeightsError: the models do not load.
     """
@@ -85,54 +84,70 @@ def label_here(config: RunConfig, allocation: Allocation, prompts: Prompts, rows
         max_bytes=config.decode.max_file_mb * MEGABYTE,
         deadline_s=config.resources.fetch_deadline_s,
     )
-    images = [_encoded(number, row, data) for number, (row, data) in enumerate(zip(rows, fetched, strict=True))]
-    try:
-        predictions, rate = _run(config, allocation, prompts, images)
-    except RuntimeError as error:  # from torch or the engine: no memory, no driver, …
-        raise PreflightError(f"the models do not run on this machine: {error}") from error
-    return Labelled([row["file_name"] for row in rows], predictions, rate)
+    images = [
+        EncodedImage.of(outcome, image_id=number, height=row["height"], width=row["width"])
+        for number, (row, outcome) in enumerate(zip(rows, fetched, strict=True))
+    ]
+    predictions, rate = label_here(images, config, allocation, models=models, queries=queries, measure_rate=True)
+    return Sample([row["file_name"] for row in rows], predictions, rate)
 
 
-def _encoded(number: int, row: dict[str, Any], fetched: bytes | ImageError) -> EncodedImage:
-    stated = (row["height"], row["width"]) if row["height"] is not None and row["width"] is not None else None
-    if isinstance(fetched, ImageError):
-        return EncodedImage(number, None, stated_hw=stated, failure=(fetched.reason, fetched.failure_class))
-    return EncodedImage(number, fetched, stated_hw=stated)
-
-
-def _run(
-    config: RunConfig, allocation: Allocation, prompts: Prompts, images: Sequence[EncodedImage]
+def label_here(
+    images: Sequence[EncodedImage],
+    config: RunConfig,
+    allocation: Allocation,
+    *,
+    models: ModelPaths,
+    queries: "EmbeddedQueries",
+    measure_rate: bool = False,
 ) -> tuple[list[Prediction], float | None]:
-    """Label the images, and measure images per second over those that did not fail.
+    """Decode, detect, segment and encode images in this process as an actor would.
 
-    On a GPU the first pass is a warm-up, and a second pass fills a batch for the measurement: calls have a fixed shape,
-    so a few images cost as much as a full batch.
+    Torch's settings are afterwards as they were before.
+
+    Args:
+        images: encoded images, any number of them.
+        config: the run's config.
+        allocation: resources of an actor on this machine.
+        models: paths of the weights.
+        queries: what to look for.
+        measure_rate: also measure images per second; on a GPU this takes a second pass.
+
+    Returns:
+        One prediction per image in the same order; the rate, None if it was not measured or if every image failed.
+
+    Raises:
+        PreflightError: the models do not run on this machine.
+        WeightsError: the models do not load.
+        InputError: a threshold names a category that the vocabulary does not have.
     """
-    import torch
+    from owlsam_ray.inference.load import open_engine
+    from owlsam_ray.models.arithmetic import restored_arithmetic
 
-    from owlsam_ray.inference.load import load_engine
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(allocation.torch_threads)
     try:
-        with load_engine(
-            config,
-            allocation,
-            models=prompts.models,
-            query_embeddings=prompts.embeddings,
-            query_labels=[query.label for query in prompts.vocabulary.queries],
-            category_names=[category.name for category in prompts.vocabulary.categories],
-        ) as engine:
+        with (
+            restored_arithmetic(),
+            open_engine(config, allocation, models=models, queries=queries) as engine,
+        ):
             start = time.perf_counter()
             predictions, _ = engine.annotate(images)
             seconds = time.perf_counter() - start
             good = [image for image, row in zip(images, predictions, strict=True) if row.failure is None]
-            timed = len(good)
-            if good and allocation.device == "cuda":
-                many = good * math.ceil(allocation.detector_batch / len(good))
-                start = time.perf_counter()
-                engine.annotate(many)
-                seconds, timed = time.perf_counter() - start, len(many)
-    finally:
-        torch.set_num_threads(threads)
-    return predictions, timed / seconds if timed else None
+            if not measure_rate or not good:
+                return predictions, None
+            if allocation.device == "cuda":
+                return predictions, _rate_of_full_batches(engine, good, allocation.detector_batch)
+    except RuntimeError as error:  # from torch or the engine: no memory, no driver, …
+        raise PreflightError(f"the models do not run on this machine: {error}") from error
+    return predictions, len(good) / seconds
+
+
+def _rate_of_full_batches(engine: "Engine", images: Sequence[EncodedImage], batch: int) -> float:
+    """Measure images per second over at least one full batch, after a first pass that warmed up the GPU.
+
+    Calls have a fixed shape, so a few images cost as much as a full batch.
+    """
+    many = list(images) * math.ceil(batch / len(images))
+    start = time.perf_counter()
+    engine.annotate(many)
+    return len(many) / (time.perf_counter() - start)

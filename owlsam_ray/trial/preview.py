@@ -15,21 +15,22 @@ import torch
 
 from owlsam_ray import storage
 from owlsam_ray.coco_files.document import open_document
+from owlsam_ray.config.base import MEGABYTE
 from owlsam_ray.config.data import DataConfig
 from owlsam_ray.config.load import absolute, load_tree, validate_tree, with_absolute_paths
 from owlsam_ray.config.resources import ResourcesConfig
 from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import ConfigError, ImageError, InputError, shown
-from owlsam_ray.fetch.images import MEGABYTE, fetch_file
+from owlsam_ray.fetch.images import fetch_file
 from owlsam_ray.inference.decode import decode_image
-from owlsam_ray.inference.load import load_engine
-from owlsam_ray.inference.queries import embed_queries
+from owlsam_ray.inference.queries import embed_vocabulary
 from owlsam_ray.models.load import find_models
 from owlsam_ray.models.shipped import check_shipped, model_settings
 from owlsam_ray.parallel.allocation import allocate
 from owlsam_ray.records import EncodedImage, Prediction
 from owlsam_ray.sources import list_images
 from owlsam_ray.trial.contact_sheet import CELL, LabelledImage, label_picture, was_drawn_here, write_contact_sheet
+from owlsam_ray.trial.images import label_here
 from owlsam_ray.vocabulary import Vocabulary, resolve_vocabulary
 
 _COLUMNS = 4
@@ -183,6 +184,7 @@ def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: fl
         InputError: no image can be labelled, the vocabulary is invalid, or `out` cannot be written.
         ConfigError: `min_score` is outside 0…1 or below `detector.score_floor`.
         WeightsError: the models do not load.
+        PreflightError: the models do not run on this machine.
     """
     if not 0 <= min_score <= 1:
         raise ConfigError(f"--min-score {min_score:g} is not a score: scores are from 0 to 1")
@@ -193,7 +195,7 @@ def preview(images: Sequence[str], config: RunConfig, *, out: str, min_score: fl
         )
     _check_writable(Path(out).parent)
     vocabulary = resolve_vocabulary(config.vocabulary, _source_categories(config))
-    encoded = [_encoded(number, url, config) for number, url in enumerate(images)]
+    encoded = [_fetch(number, url, config) for number, url in enumerate(images)]
     rows = list(zip(images, _label(encoded, config, vocabulary), strict=True))
     result = Preview(rows, vocabulary, out)
     alone = len(images) == 1
@@ -245,33 +247,21 @@ def _label(images: Sequence[EncodedImage], config: RunConfig, vocabulary: Vocabu
     )
     num_cpus = max(2, len(os.sched_getaffinity(0)))
     allocation = allocate(resources, num_cpus=num_cpus, num_gpus=torch.cuda.device_count())
-    torch.set_num_threads(allocation.torch_threads)
     check_shipped(config.detector.weights, config.segment.weights)
     models = find_models(config.detector, config.segment)
-    embeddings = embed_queries(
-        vocabulary.queries,
-        detector_weights=models.detector,
-        settings=config.detector,
-        ensemble=config.vocabulary.ensemble,
-        grey16=config.decode.grey16,
-    )
-    with load_engine(
-        config.model_copy(update={"resources": resources}),
-        allocation,
-        models=models,
-        query_embeddings=embeddings,
-        query_labels=vocabulary.query_labels,
-        category_names=[category.name for category in vocabulary.categories],
-    ) as engine:
-        predictions, _ = engine.annotate(images)
+    queries = embed_vocabulary(vocabulary, config, detector_weights=models.detector)
+    config = config.model_copy(update={"resources": resources})
+    predictions, _ = label_here(images, config, allocation, models=models, queries=queries)
     return predictions
 
 
-def _encoded(number: int, url: str, config: RunConfig) -> EncodedImage:
+def _fetch(number: int, url: str, config: RunConfig) -> EncodedImage:
+    outcome: bytes | ImageError
     try:
-        return EncodedImage(number, fetch_file(url, max_bytes=config.decode.max_file_mb * MEGABYTE))
+        outcome = fetch_file(url, max_bytes=config.decode.max_file_mb * MEGABYTE)
     except ImageError as error:
-        return EncodedImage(number, None, failure=(error.reason, error.failure_class))
+        outcome = error
+    return EncodedImage.of(outcome, image_id=number)
 
 
 def _picture(

@@ -27,8 +27,8 @@ class Steps:
     """Runs and reports steps one by one; keeps the first error."""
 
     say: Callable[[str], None]
-    told: list[dict[str, Any]] = field(default_factory=list)
-    first: OwlsamError | None = None
+    reported: list[dict[str, Any]] = field(default_factory=list)
+    first_error: OwlsamError | None = None
 
     def run(self, name: str, work: Callable[P, Done[T]], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Run a step and return its value; None if it raises."""
@@ -42,16 +42,16 @@ class Steps:
         except OSError as raised:
             detail, error = "", IncompleteError(f"storage error: {raised}")
         if error is not None:
-            self.first = self.first or error
+            self.first_error = self.first_error or error
             detail = str(error.args[0])
-        self._tell(name, "✓" if error is None else "✗", time.monotonic() - start, detail)
+        self._report(name, "✓" if error is None else "✗", time.monotonic() - start, detail)
         return value
 
     def skip(self, name: str) -> None:
         """Report that a step is not tried because a step it needs failed."""
-        self._tell(name, "–", 0.0, "not tried: a step that it needs failed")
+        self._report(name, "–", 0.0, "not tried: a step that it needs failed")
 
-    def _tell(self, name: str, mark: str, seconds: float, detail: str) -> None:
+    def _report(self, name: str, mark: str, seconds: float, detail: str) -> None:
         ok = {"✓": True, "✗": False}.get(mark)
-        self.told.append({"step": name, "ok": ok, "seconds": round(seconds, 1), "detail": detail})
+        self.reported.append({"step": name, "ok": ok, "seconds": round(seconds, 1), "detail": detail})
         self.say(f"{mark} {name:<14} {seconds:6.1f} s  {detail}")

@@ -56,6 +56,11 @@ class Vocabulary:
         """Index into `categories`, per query."""
         return tuple(query.label for query in self.queries)
 
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        """Name of each category."""
+        return tuple(category.name for category in self.categories)
+
 
 def resolve_vocabulary(config: VocabularyConfig, source_categories: Sequence[dict[str, Any]]) -> Vocabulary:
     """The categories that a config names, each with its queries.

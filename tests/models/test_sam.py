@@ -20,18 +20,19 @@ from transformers import SamModel
 from owlsam_ray.config.inference import SegmentConfig
 from owlsam_ray.config.load import load_config
 from owlsam_ray.errors import WeightsError
-from owlsam_ray.inference.load import load_engine
+from owlsam_ray.inference.load import open_engine
+from owlsam_ray.inference.queries import embed_vocabulary
 from owlsam_ray.inference.segment import decode_boxes
+from owlsam_ray.models.arithmetic import restored_arithmetic
 from owlsam_ray.models.load import find_models
-from owlsam_ray.models.owl_text import embed_texts
-from owlsam_ray.models.owl_weights import ready
 from owlsam_ray.models.sam import Sam, check_weights
 from owlsam_ray.models.sam_frame import boxes_to_sam_frame, input_size_hw
 from owlsam_ray.ops.masks import decode_rle, segments_from_logits
 from owlsam_ray.parallel.allocation import allocate
 from owlsam_ray.records import EncodedImage
+from owlsam_ray.vocabulary import resolve_vocabulary
 from tests.oracles import stability_loop
-from tests.runs import CATEGORIES, TinyRun, make_tiny_run
+from tests.runs import TinyRun, make_tiny_run
 from tests.seeded_sam import TINY_SIDE, processor, write_full, write_tiny
 
 CPU = torch.device("cpu")
@@ -417,16 +418,14 @@ def drawn_run(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_the_engine_gives_the_masks_of_transformers(
     drawn_run: TinyRun, tiny_directory: Path, by: str, prompt: str
 ) -> None:
-    config = load_config([drawn_run.run_file], overrides=[f"segment.masks={by}", f"segment.prompt={prompt}"])
+    settings = {"segment.masks": by, "segment.prompt": prompt, "resources.torch_threads": torch.get_num_threads()}
+    config = load_config([drawn_run.run_file], overrides=[f"{name}={value}" for name, value in settings.items()])
     files = sorted((drawn_run.root / "data" / "images").rglob("*.*g"))
-    with load_engine(
-        config,
-        allocate(config.resources, num_cpus=1, num_gpus=0),
-        models=find_models(config.detector, config.segment),
-        query_embeddings=ready(embed_texts(drawn_run.root / "owlvit", [f"a {name}" for name in CATEGORIES])),
-        query_labels=range(len(CATEGORIES)),
-        category_names=CATEGORIES,
-    ) as engine:
+    models = find_models(config.detector, config.segment)
+    vocabulary = resolve_vocabulary(config.vocabulary, [])
+    queries = embed_vocabulary(vocabulary, config, detector_weights=models.detector)
+    allocation = allocate(config.resources, num_cpus=1, num_gpus=0)
+    with restored_arithmetic(), open_engine(config, allocation, models=models, queries=queries) as engine:
         rows, _ = engine.annotate([EncodedImage(number, file.read_bytes()) for number, file in enumerate(files)])
     assert [row.image_id for row in rows] == [0, 1]
     for row, file in zip(rows, files, strict=True):

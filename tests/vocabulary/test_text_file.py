@@ -122,7 +122,7 @@ def test_a_run_keeps_the_names_that_it_was_planned_with(tmp_path: Path) -> None:
     file.write_text("cow\n")
     record = load_record(str(tmp_path / "run"))
     assert record is not None
-    assert record.category_names == planned.category_names == ("cat", "dog")
+    assert record.vocabulary.category_names == planned.vocabulary.category_names == ("cat", "dog")
     assert [query.text for query in record.queries] == ["a photo of a cat", "a photo of a dog", "a photo of a puppy"]
     with pytest.raises(GuardError, match="was planned with other categories"):
         plan_run(config)
