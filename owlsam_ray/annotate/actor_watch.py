@@ -35,10 +35,10 @@ class WatchedWork:
         self._shards = 0
         self._lock = threading.Lock()
         remove_old_slot_files()
-        self.watch = WorkSlots()
-        self.watch.remove_file()  # it exists only during work: Ray ends idle actors without notice
+        self.slots = WorkSlots()
+        self.slots.remove_file()  # it exists only during work: Ray ends idle actors without notice
         Watchdog(
-            self.watch,
+            self.slots,
             deadline_s=resources.image_deadline_s,
             memory_bytes=actor_memory_bytes(resources),
             on_overrun=self._end_process,
@@ -49,14 +49,14 @@ class WatchedWork:
         """Keep a marker while a shard is worked on, and the slot file while any shard is."""
         with self._lock:
             if self._shards == 0:
-                self.watch.renew()
+                self.slots.renew()
             self._shards += 1
         marker = InHandMarker(
             shard=shard,
             worker=self._worker,
             attempt=self._attempt,
             host=socket.gethostname(),
-            notes=str(self.watch.path),
+            notes=str(self.slots.path),
         )
         try:
             with in_hand.held(self._run_url, marker):
@@ -71,20 +71,20 @@ class WatchedWork:
             with self._lock:
                 self._shards -= 1
                 if self._shards == 0:
-                    self.watch.remove_file()
+                    self.slots.remove_file()
 
-    def _end_process(self, trouble: Overrun) -> None:
-        """Write the finding to the markers, if storage allows it within 10 s, and end the process."""
+    def _end_process(self, overrun: Overrun) -> None:
+        """Write the overrun to the markers, if storage allows it within 10 s, and end the process."""
 
-        def tell() -> None:
+        def write_markers() -> None:
             with self._lock:
                 held = list(self._in_hand.values())
             for marker in held:
-                found = {"image_ids": tuple(trouble.image_ids), "reason": trouble.text}
+                found = {"image_ids": overrun.image_ids, "reason": overrun.reason}
                 in_hand.write(self._run_url, marker.model_copy(update=found))
 
-        telling = threading.Thread(target=tell, daemon=True)
-        telling.start()
-        telling.join(timeout=10)
-        print(f"owlsam: this process stops: {safe_lines(trouble.text)}", file=sys.stderr, flush=True)
+        writing = threading.Thread(target=write_markers, daemon=True)
+        writing.start()
+        writing.join(timeout=10)
+        print(f"owlsam: this process stops: {safe_lines(overrun.reason)}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODE)

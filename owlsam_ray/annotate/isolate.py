@@ -2,13 +2,11 @@
 
 Images that were being worked on when a process died go first, each alone; then all others together. If a group kills
 the process, the images that it left in its work slots go first in turn; if it left none, the group is split in half. An
-image that kills the process alone becomes a failed row; all others are labelled. A death by signal or a hang must
-happen twice, because a process may also be killed or paused from outside.
+image that kills the process alone becomes a failed row; all others are labelled. A death by signal, a hang or an
+unreadable reply must happen twice, because something outside the process may be the cause.
 """
 
-import builtins
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -20,15 +18,28 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Self, TypeVar
 
 import pyarrow as pa
 
-from owlsam_ray import errors
-from owlsam_ray.errors import FailureClass, IncompleteError, OwlsamError, PreflightError
+from owlsam_ray.annotate.isolation_messages import (
+    Done,
+    LabelGroup,
+    MessageError,
+    ModelRaised,
+    Overran,
+    Raised,
+    Ready,
+    Reply,
+    Request,
+    Setup,
+    receive_replies,
+    send,
+)
+from owlsam_ray.errors import FailureClass, IncompleteError, PreflightError
 from owlsam_ray.inference.watchdog import hang_text, memory_text, resident_bytes
 from owlsam_ray.models.weights import ModelPaths
 from owlsam_ray.parallel.allocation import Allocation, actor_memory_bytes
@@ -43,7 +54,7 @@ _MOST_SUSPECTS = 16
 """With more suspects than this, splitting in half finds the culprit sooner."""
 _LOOK_S = 0.2
 _SILENCE_S = 20.0
-"""Seconds without the worker's message (sent every second), beyond the deadline of an image, that count as a hang."""
+"""Seconds without a reply (one comes every second), beyond the deadline of an image, that count as a hang."""
 _REAP_S = 10.0
 """Seconds to wait for a killed process; one that hangs in the kernel cannot be killed and is abandoned after this."""
 _LAST_RESORT_CODE = 1
@@ -53,6 +64,10 @@ _START_S = 1800.0
 _STARTS_WITHOUT_READY = 2
 _MOST_GIVEN_UP = 5
 """Images given up before the first one is labelled from which the process, not the images, is taken as the cause."""
+_UNREADABLE = "killed_process: unreadable reply"
+R = TypeVar("R", bound=Reply)
+_Replies = queue.SimpleQueue[Reply | MessageError | None]
+"""Replies of one worker process in order; at the end None."""
 _log = logging.getLogger(__name__)
 
 
@@ -113,11 +128,11 @@ def isolate_shard(task: IsolationTask) -> tuple[pa.Table, dict[str, float]]:
     wanted = list(range(len(image_ids))) if task.positions is None else list(task.positions)
     groups = _first_groups(wanted, image_ids, task.suspects)
     outcome = _Outcome()
-    with _Worker(task) as room:
+    with _Worker(task) as worker:
         while groups:
             group = groups.pop(0)
             try:
-                rows, stage_s = room.label(group)
+                rows, stage_s = worker.label(group)
             except _WorkerDied as died:
                 groups = _after_death(group, died.death, image_ids, outcome) + groups
             else:
@@ -171,7 +186,7 @@ class _Worker:
         self._memory_bytes = actor_memory_bytes(task.run.config.resources)
         self._deadline_s = task.run.config.resources.image_deadline_s
         self._process: subprocess.Popen[str] | None = None
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._replies: _Replies = queue.SimpleQueue()
         self._groups = 0
 
     def __enter__(self) -> Self:
@@ -194,14 +209,14 @@ class _Worker:
             self._start()
         self._groups += 1
         path = Path(self._folder.name) / f"group-{self._groups}.arrow"
-        self._send({"positions": positions, "path": str(path)})
-        answer = self._await("done", self._deadline_s + _SILENCE_S)
+        self._send(LabelGroup(positions=tuple(positions), path=str(path)))
+        done = self._await(Done, self._deadline_s + _SILENCE_S)
         with pa.memory_map(str(path)) as file:
             reader = pa.ipc.open_file(file)
             if (wrong := misfit_of(reader.schema, PREDICTION_SCHEMA)) is not None:
                 raise IncompleteError(f"the isolation process of shard {self._task.shard} wrote no valid rows: {wrong}")
             rows = reader.read_all()
-        return rows, answer["stage_s"]
+        return rows, done.stage_s
 
     def _start(self) -> None:
         """Start the process and wait until its models are loaded.
@@ -212,14 +227,14 @@ class _Worker:
         for _ in range(_STARTS_WITHOUT_READY):
             self._launch()
             try:
-                self._await("ready", _START_S)
+                self._await(Ready, _START_S)
             except _WorkerDied as died:
                 last = died.death.reason
             else:
                 return
         raise IncompleteError(
             f"the isolation process of shard {self._task.shard} ended before its first image ({last}): "
-            f"{self._last_words()}"
+            f"{self._last_log_line()}"
         )
 
     def _launch(self) -> None:
@@ -231,31 +246,31 @@ class _Worker:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
+                errors="replace",
                 env=os.environ | child_variables(Path(self._folder.name)),
             )
-        self._lines = queue.SimpleQueue()
-        threading.Thread(target=_read_lines, args=(self._process, self._lines), daemon=True).start()
+        self._replies = queue.SimpleQueue()
+        threading.Thread(target=_receive, args=(self._process.stdout, self._replies), daemon=True).start()
         task = self._task
         self._send(
-            {
-                "shard": task.shard,
-                "folder": self._folder.name,
-                "config": task.run.config.model_dump(mode="json"),
-                "record": task.run.record.model_dump(mode="json"),
-                "allocation": asdict(task.allocation),
-                "models": {role: str(path) for role, path in asdict(task.models).items()},
-            }
+            Setup(
+                shard=task.shard,
+                folder=self._folder.name,
+                config=task.run.config,
+                record=task.run.record,
+                allocation=task.allocation,
+                models=task.models,
+            )
         )
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, request: Request) -> None:
         if self._process is None or self._process.stdin is None:
             raise RuntimeError("there is no isolation process to write to")
-        with contextlib.suppress(BrokenPipeError):  # it died: its last output says why
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it died: its last reply says why
+            send(self._process.stdin, request)
 
-    def _await(self, wanted: str, silence_s: float) -> dict[str, Any]:
-        """Wait for the next reply of a kind.
+    def _await(self, wanted: type[R], silence_s: float) -> R:
+        """Wait for the next reply of a kind, for at most `silence_s` seconds without any reply.
 
         Raises:
             _WorkerDied: the process ended or was ended.
@@ -265,21 +280,24 @@ class _Worker:
         if process is None:
             raise RuntimeError("there is no isolation process to read from")
         last_reply_s, reason = time.monotonic(), None
-        accused: list[int] = []
+        overrun_ids: tuple[int, ...] = ()
         while reason is None:
             with contextlib.suppress(queue.Empty):
-                line = self._lines.get(timeout=_LOOK_S)
-                if line is None:
+                reply = self._replies.get(timeout=_LOOK_S)
+                if reply is None:
                     break
                 last_reply_s = time.monotonic()
-                message: dict[str, Any] = json.loads(line)
-                if message["kind"] == wanted:
-                    return message
-                if message["kind"] == "error":
+                if isinstance(reply, wanted):
+                    return reply
+                if isinstance(reply, Raised):
                     self._end()
-                    raise _as_raised(message)
-                if message["kind"] == "trouble":
-                    reason, accused = message["reason"], message["image_ids"]
+                    raise reply.error()
+                if isinstance(reply, Overran):
+                    reason, overrun_ids = reply.reason, reply.image_ids
+                elif isinstance(reply, ModelRaised):
+                    reason = reply.reason
+                elif isinstance(reply, MessageError):
+                    reason = _UNREADABLE
             if self._memory_bytes is not None and resident_bytes(process.pid) > 1.1 * self._memory_bytes:
                 reason = reason or memory_text(self._memory_bytes)
             elif time.monotonic() - last_reply_s > silence_s:
@@ -287,10 +305,10 @@ class _Worker:
         code = self._end(grace_s=_REAP_S if reason is None else 0.0)
         if reason is None and code == _LAST_RESORT_CODE and time.monotonic() - last_reply_s > self._deadline_s:
             reason = hang_text(self._deadline_s)
-        in_hand = frozenset(accused) or self._left_in_hand()
+        in_hand = frozenset(overrun_ids) or self._left_in_hand()
         # A process that is paused from outside looks as if it hung.
-        certain = reason is not None and reason != hang_text(self._deadline_s)
-        raise _WorkerDied(Death(reason or _how_it_ended(code), is_certain=certain, in_hand=in_hand))
+        is_certain = reason not in (None, _UNREADABLE, hang_text(self._deadline_s))
+        raise _WorkerDied(Death(reason or _how_it_ended(code), is_certain=is_certain, in_hand=in_hand))
 
     def _left_in_hand(self) -> frozenset[int]:
         """Read image ids from the work slots of dead processes, and remove the slot files."""
@@ -322,16 +340,21 @@ class _Worker:
                     stream.close()
         return code
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         text = (Path(self._folder.name) / "log").read_text(encoding="utf-8", errors="replace").strip()
         return text.splitlines()[-1] if text else "it logged nothing"
 
 
-def _read_lines(process: "subprocess.Popen[str]", lines: "queue.SimpleQueue[str | None]") -> None:
-    with contextlib.suppress(ValueError):  # closed meanwhile
-        for line in process.stdout or ():
-            lines.put(line)
-    lines.put(None)
+def _receive(stream: IO[str], replies: _Replies) -> None:
+    """Queue the replies of a process until its output ends, or a line is not a reply."""
+    try:
+        for reply in receive_replies(stream):
+            replies.put(reply)
+    except MessageError as error:
+        replies.put(error)
+    except ValueError:  # the stream was closed meanwhile
+        pass
+    replies.put(None)
 
 
 def _how_it_ended(code: int) -> str:
@@ -339,11 +362,3 @@ def _how_it_ended(code: int) -> str:
         with contextlib.suppress(ValueError):
             return f"killed_process: {signal.Signals(-code).name}"
     return f"killed_process: exit code {code}"
-
-
-def _as_raised(message: dict[str, Any]) -> OwlsamError | OSError:
-    """Recreate the error that was raised in the process."""
-    kind: Any = getattr(errors, message["name"], getattr(builtins, message["name"], None))
-    if not (isinstance(kind, type) and issubclass(kind, (OwlsamError, OSError))):
-        kind = OSError
-    return kind(*message["arguments"])

@@ -141,14 +141,14 @@ class Annotator:
         context.enter()
         run = context.run
         # Deaths of earlier processes: a process that Ray restarts finds the markers of the previous one.
-        self._strikes = in_hand.deaths(in_hand.list_markers(run.url))
+        self._deaths = in_hand.deaths(in_hand.list_markers(run.url))
         self._watched = WatchedWork(run.url, context.attempt, run.config.resources)
         self._engine = open_engine(
             run.config,
             context.allocation,
             models=context.models,
             queries=load_embeddings(storage.join(run.url, QUERY_FILE), run.record.vocabulary),
-            slots=self._watched.watch,
+            slots=self._watched.slots,
         )
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -159,7 +159,7 @@ class Annotator:
         if block.num_rows == 0 or self._context.stopping():
             return ROWS_SCHEMA.empty_table()
         shard = block["shard"][0].as_py()
-        if self._strikes.get(shard, 0) >= MAX_DEATHS:
+        if self._deaths.get(shard, 0) >= MAX_DEATHS:
             return ROWS_SCHEMA.empty_table()
         with self._watched.in_hand(shard):
             predictions, stage_s = self._engine.annotate(to_images(block))
@@ -278,7 +278,7 @@ def run_isolated(context: AttemptContext, shards: Mapping[int, Sequence[str]]) -
         ray.get(done)
 
 
-def _isolate(context: AttemptContext, shard: int, crumb_names: Sequence[str]) -> None:
+def _isolate(context: AttemptContext, shard: int, marker_names: Sequence[str]) -> None:
     """Label one shard in isolation, in a process on the node that Ray chooses."""
     from owlsam_ray.annotate.isolate import IsolationTask, isolate_shard
 
@@ -294,7 +294,7 @@ def _isolate(context: AttemptContext, shard: int, crumb_names: Sequence[str]) ->
             positions=positions,
             allocation=context.allocation,
             models=context.models,
-            suspects=in_hand.suspects(context.run.url, crumb_names),
+            suspects=in_hand.suspects(context.run.url, marker_names),
         )
     )
     if not context.fenced():

@@ -27,12 +27,10 @@ _LAST_RESORT_S = 10.0
 class Overrun:
     """Why a process has to end."""
 
-    kind: str
-    """`hang` or `out_of_memory`."""
     image_ids: tuple[int, ...]
-    """Images that took too long; for `out_of_memory`, all images being worked on."""
-    text: str
-    """The reason of a failed row."""
+    """Images that took too long; if the process uses too much memory, all images being worked on."""
+    reason: str
+    """The reason of a failed row: `hang: …` or `out_of_memory: …`."""
 
 
 class Watchdog:
@@ -40,7 +38,7 @@ class Watchdog:
 
     def __init__(
         self,
-        watch: WorkSlots,
+        slots: WorkSlots,
         *,
         deadline_s: float,
         memory_bytes: int | None,
@@ -50,22 +48,22 @@ class Watchdog:
         """Prepare.
 
         Args:
-            watch: work slots of this process.
+            slots: work slots of this process.
             deadline_s: maximum seconds for one piece of work.
             memory_bytes: maximum private memory of the process; None means no limit.
             on_overrun: called once; should end the process.
             last_resort: end the process without a message if the watchdog thread cannot run.
         """
-        self._watch, self._deadline_s, self._memory_bytes = watch, deadline_s, memory_bytes
-        self._on_trouble, self._last_resort = on_overrun, last_resort
+        self._slots, self._deadline_s, self._memory_bytes = slots, deadline_s, memory_bytes
+        self._on_overrun, self._last_resort = on_overrun, last_resort
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="owlsam-watchdog", daemon=True)
-        self._silent: IO[str] | None = None
+        self._devnull: IO[str] | None = None
 
     def start(self) -> "Watchdog":
         """Start watching."""
         if self._last_resort:
-            self._silent = open(os.devnull, "w", encoding="ascii")  # noqa: SIM115 (open as long as the process)
+            self._devnull = open(os.devnull, "w", encoding="ascii")  # noqa: SIM115 (open as long as the process)
         self._thread.start()
         return self
 
@@ -73,26 +71,26 @@ class Watchdog:
         """Stop watching."""
         self._stop.set()
         self._thread.join()
-        if self._silent is not None:
+        if self._devnull is not None:
             faulthandler.cancel_dump_traceback_later()
-            self._silent.close()
+            self._devnull.close()
 
     def _run(self) -> None:
         while not self._stop.wait(_LOOK_S):
-            if self._silent is not None:
-                faulthandler.dump_traceback_later(self._deadline_s + _LAST_RESORT_S, exit=True, file=self._silent)
-            trouble = self.look()
-            if trouble is not None:
-                self._on_trouble(trouble)
+            if self._devnull is not None:
+                faulthandler.dump_traceback_later(self._deadline_s + _LAST_RESORT_S, exit=True, file=self._devnull)
+            overrun = self.look()
+            if overrun is not None:
+                self._on_overrun(overrun)
                 return
 
     def look(self) -> Overrun | None:
         """Return the current overrun; None if there is none."""
-        late = self._watch.overdue(self._deadline_s)
+        late = self._slots.overdue(self._deadline_s)
         if late:
-            return Overrun("hang", late, hang_text(self._deadline_s))
+            return Overrun(late, hang_text(self._deadline_s))
         if self._memory_bytes is not None and resident_bytes() > self._memory_bytes:
-            return Overrun("out_of_memory", self._watch.in_hand(), memory_text(self._memory_bytes))
+            return Overrun(self._slots.in_hand(), memory_text(self._memory_bytes))
         return None
 
 

@@ -1,7 +1,5 @@
 """The images that kill a process are found, and only these are given up."""
 
-import errno
-import json
 import os
 import signal
 import subprocess
@@ -17,10 +15,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from owlsam_ray.annotate.isolate import IsolationTask, _as_raised, _first_groups, _Worker, isolate_shard
-from owlsam_ray.annotate.isolation_worker import error_arguments
+from owlsam_ray.annotate.isolate import IsolationTask, _first_groups, _Worker, isolate_shard
+from owlsam_ray.annotate.isolation_messages import LabelGroup, Ready, Request
 from owlsam_ray.config.run import RunConfig
-from owlsam_ray.errors import GuardError, IncompleteError, InputError, OwlsamError, PreflightError, WeightsError
+from owlsam_ray.errors import GuardError, IncompleteError, InputError, PreflightError, WeightsError
 from owlsam_ray.models.fakes import ALLOCATE, HANG, HANG_MODEL, SEGFAULT
 from owlsam_ray.models.load import find_models
 from owlsam_ray.parallel.allocation import allocate
@@ -137,13 +135,13 @@ def test_some_positions_and_kills_from_outside(tmp_path: Path, monkeypatch: pyte
     """Of an image that is alone, and of several: nobody is given up."""
     task, peaceful = make_task(tmp_path, poisoned={})
     slow = with_settings(task, "fakes", delay_s=0.5)
-    pids, groups = count_starts(monkeypatch), []
+    pids, groups = count_starts(monkeypatch), list[list[int]]()
     send = _Worker._send
 
-    def send_and_kill(room: _Worker, message: dict[str, Any]) -> None:
-        send(room, message)
-        if "positions" in message:
-            groups.append(message["positions"])
+    def send_and_kill(worker: _Worker, request: Request) -> None:
+        send(worker, request)
+        if isinstance(request, LabelGroup):
+            groups.append(list(request.positions))
             if len(groups) in (1, 3):
                 os.kill(pids[-1], signal.SIGKILL)
 
@@ -170,30 +168,6 @@ def test_many_suspects_are_one_group() -> None:
     groups = _first_groups(list(range(100)), list(range(100)), frozenset(range(30, 47)))
     assert groups == [list(range(30, 47)), [*range(30), *range(47, 100)]]
     assert _first_groups([], [], frozenset({1})) == []
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        WeightsError("no weights at /w"),
-        PreflightError("a call does not fit"),
-        ConnectionResetError("gone"),
-        OSError(errno.ENOSPC, "No space left on device", "/x"),
-        PermissionError(errno.EACCES, "Permission denied"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_an_error_is_the_same_in_the_parent(error: OwlsamError | OSError) -> None:
-    message = json.loads(json.dumps({"name": type(error).__name__, "arguments": error_arguments(error)}))
-    raised = _as_raised(message)
-    assert (type(raised), str(raised)) == (type(error), str(error))
-    assert getattr(raised, "errno", None) == getattr(error, "errno", None)
-    assert getattr(raised, "filename", None) == getattr(error, "filename", None)
-
-
-def test_an_unknown_error_of_storage_is_an_os_error() -> None:
-    raised = _as_raised({"name": "SomeClientError", "arguments": ["gone"]})
-    assert (type(raised), str(raised)) == (OSError, "gone")
 
 
 @pytest.mark.slow
@@ -231,6 +205,23 @@ def preprocess(self, pixels):
     return real(self, pixels)
 fakes.FakeDetector.preprocess = preprocess
 """
+
+
+@pytest.mark.parametrize("line", ["Segmentation fault", '{"kind": "done"}'])
+def test_a_process_that_replies_rubbish_is_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    """Twice, since something outside of it may be to blame."""
+    task, _ = make_task(tmp_path, poisoned={})
+    script = tmp_path / "python"
+    replies = f"read setup; echo '{Ready().model_dump_json()}'; read group; echo '{line}'; read more"
+    script.write_text(f"#!/bin/sh\n{replies}\n", encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    starts = count_starts(monkeypatch)
+    rows, _ = isolate_shard(replace(task, positions=(5,)))
+    assert rows["reason"].to_pylist() == ["killed_process: unreadable reply"]
+    assert len(starts) == 2
 
 
 @pytest.mark.slow
@@ -298,11 +289,11 @@ fields = record.config | {"run": str(root / "run"), "fakes": {"poison": True}}
 fields["resources"]["image_deadline_s"] = 600
 config = RunConfig.model_validate(fields)
 start = subprocess.Popen
-def told(*arguments, **named):
+def start_and_print(*arguments, **named):
     process = start(*arguments, **named)
     print(process.pid, flush=True)
     return process
-isolate.subprocess.Popen = told
+isolate.subprocess.Popen = start_and_print
 isolate.isolate_shard(isolate.IsolationTask(
     run=reopen_run(config, record), shard=0, positions=None,
     allocation=allocate(config.resources, num_cpus=2, num_gpus=0), models=find_models(config.detector, config.segment),

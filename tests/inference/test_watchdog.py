@@ -21,25 +21,25 @@ from owlsam_ray.run import in_hand
 
 
 def test_slots_are_taken_and_given_back(tmp_path: Path) -> None:
-    watch = WorkSlots(tmp_path)
-    assert read_slots(watch.path) == []
-    with watch.busy("decode", [7]), watch.busy("model", range(100, 300)):
-        assert sorted(read_slots(watch.path)) == [("decode", [7]), ("model", list(range(100, 164)))]
-        assert watch.in_hand() == (7, *range(100, 300))
-    with watch.busy("encode", [-(2**62)]):
-        assert read_slots(watch.path) == [("encode", [-(2**62)])]
-    assert read_slots(watch.path) == []
-    watch.close()
-    assert not watch.path.exists()
+    slots = WorkSlots(tmp_path)
+    assert read_slots(slots.path) == []
+    with slots.busy("decode", [7]), slots.busy("model", range(100, 300)):
+        assert sorted(read_slots(slots.path)) == [("decode", [7]), ("model", list(range(100, 164)))]
+        assert slots.in_hand() == (7, *range(100, 300))
+    with slots.busy("encode", [-(2**62)]):
+        assert read_slots(slots.path) == [("encode", [-(2**62)])]
+    assert read_slots(slots.path) == []
+    slots.close()
+    assert not slots.path.exists()
 
 
 def test_many_threads(tmp_path: Path) -> None:
     """More at once than there are slots: nothing is lost that fits, and nothing stays."""
-    watch = WorkSlots(tmp_path)
+    slots = WorkSlots(tmp_path)
     barrier = threading.Barrier(301)
 
     def work(number: int) -> None:
-        with watch.busy("decode", [number]):
+        with slots.busy("decode", [number]):
             barrier.wait()
             barrier.wait()
 
@@ -47,20 +47,20 @@ def test_many_threads(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     barrier.wait()
-    assert len(read_slots(watch.path)) == 256
+    assert len(read_slots(slots.path)) == 256
     barrier.wait()
     for thread in threads:
         thread.join()
-    assert read_slots(watch.path) == []
-    assert watch.in_hand() == ()
+    assert read_slots(slots.path) == []
+    assert slots.in_hand() == ()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_dead_process_leaves_word(tmp_path: Path, number: signal.Signals) -> None:
     code = (
         "import os, sys; from pathlib import Path; from owlsam_ray.inference.watchdog import WorkSlots\n"
-        "watch = WorkSlots(Path(sys.argv[1]))\n"
-        "with watch.busy('model', [1, 2]), watch.busy('decode', [3]):\n"
+        "slots = WorkSlots(Path(sys.argv[1]))\n"
+        "with slots.busy('model', [1, 2]), slots.busy('decode', [3]):\n"
         "    os.kill(os.getpid(), int(sys.argv[2]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(int(number))], check=False)
@@ -77,10 +77,10 @@ def test_a_file_of_something_else_says_nothing(tmp_path: Path) -> None:
 
 def test_a_slot_that_is_half_written_counts_as_free(tmp_path: Path) -> None:
     """Whatever the moment of death: a slot says all of what was in hand, or nothing."""
-    watch = WorkSlots(tmp_path)
-    free = watch.path.read_bytes()
-    with watch.busy("decode", [5, 6]):
-        taken = watch.path.read_bytes()
+    slots = WorkSlots(tmp_path)
+    free = slots.path.read_bytes()
+    with slots.busy("decode", [5, 6]):
+        taken = slots.path.read_bytes()
     changed = [place for place in range(len(free)) if free[place] != taken[place]]
     ids, header = [place for place in changed if place > 1], [place for place in changed if place <= 1]
     torn = bytearray(free)
@@ -102,31 +102,31 @@ def test_a_watchdog_that_is_stopped_ends_nothing(tmp_path: Path) -> None:
     assert not dog._thread.is_alive()
 
 
-def test_work_that_takes_too_long_is_told(tmp_path: Path) -> None:
-    watch, told, troubles = WorkSlots(tmp_path), threading.Event(), list[Overrun]()
+def test_work_that_takes_too_long_is_reported(tmp_path: Path) -> None:
+    slots, reported, overruns = WorkSlots(tmp_path), threading.Event(), list[Overrun]()
 
-    def tell(trouble: Overrun) -> None:
-        troubles.append(trouble)
-        told.set()
+    def report(overrun: Overrun) -> None:
+        overruns.append(overrun)
+        reported.set()
 
-    dog = Watchdog(watch, deadline_s=0.5, memory_bytes=None, on_overrun=tell, last_resort=False).start()
-    with watch.busy("decode", [5]):
+    dog = Watchdog(slots, deadline_s=0.5, memory_bytes=None, on_overrun=report, last_resort=False).start()
+    with slots.busy("decode", [5]):
         time.sleep(0.05)
-    assert not told.is_set()
-    with watch.busy("decode", [6]):
-        assert told.wait(10)
+    assert not reported.is_set()
+    with slots.busy("decode", [6]):
+        assert reported.wait(10)
     dog.stop()
-    assert troubles == [Overrun("hang", (6,), "hang: no end within 0.5 s")]
+    assert overruns == [Overrun((6,), "hang: no end within 0.5 s")]
 
 
-def test_memory_that_grows_is_told(tmp_path: Path) -> None:
-    watch = WorkSlots(tmp_path)
+def test_memory_that_grows_is_reported(tmp_path: Path) -> None:
+    slots = WorkSlots(tmp_path)
     assert resident_bytes() > 10**6
     assert resident_bytes(2**30) == 0
-    with watch.busy("decode", [5]):
-        dog = Watchdog(watch, deadline_s=9, memory_bytes=1000, on_overrun=print)
-        assert dog.look() == Overrun("out_of_memory", (5,), "out_of_memory: above 1e-06 GB")
-    assert Watchdog(watch, deadline_s=9, memory_bytes=2**50, on_overrun=print).look() is None
+    with slots.busy("decode", [5]):
+        dog = Watchdog(slots, deadline_s=9, memory_bytes=1000, on_overrun=print)
+        assert dog.look() == Overrun((5,), "out_of_memory: above 1e-06 GB")
+    assert Watchdog(slots, deadline_s=9, memory_bytes=2**50, on_overrun=print).look() is None
 
 
 def test_shared_memory_is_nobodys_own() -> None:
@@ -163,17 +163,17 @@ def test_old_files_are_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_file_of_slots_is_there_only_while_there_is_work(tmp_path: Path) -> None:
-    watch = WorkSlots(tmp_path)
-    watch.remove_file()
+    slots = WorkSlots(tmp_path)
+    slots.remove_file()
     assert not list(tmp_path.iterdir())
-    with watch.busy("decode", [1]):
-        watch.renew()  # work of before ends in the file of before
+    with slots.busy("decode", [1]):
+        slots.renew()  # work of before ends in the file of before
         (file,) = tmp_path.iterdir()
-        with watch.busy("model", [2]):
+        with slots.busy("model", [2]):
             assert read_slots(file) == [("model", [2])]
-        assert watch.in_hand() == (1,)
+        assert slots.in_hand() == (1,)
     assert read_slots(file) == []
-    watch.remove_file()
+    slots.remove_file()
     assert not list(tmp_path.iterdir())
 
 
@@ -193,13 +193,13 @@ def test_an_actor_leaves_no_file_in_the_temporary_folder(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="full"), work.in_hand(5):
         raise OSError("full")
     assert not list(folder.iterdir())
-    with work.in_hand(6), work.watch.busy("decode", [9]):
+    with work.in_hand(6), work.slots.busy("decode", [9]):
         (file,) = folder.iterdir()
         (names,) = in_hand.list_markers(run).values()
         assert in_hand.suspects(run, names) == {9}
 
 
-def test_the_file_of_a_dead_process_goes_with_its_crumb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_of_a_dead_process_goes_with_its_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     ours, other, elsewhere = (
