@@ -111,7 +111,7 @@ def test_labels_of_runs_that_were_planned_with_secrets() -> None:
 def test_signs_of_life(tmp_path: Path) -> None:
     def end() -> None:
         with claim(str(tmp_path), scope="label", part=Slice.parse("1/1"), heartbeat_s=60, takeover_s=60) as attempt:
-            attempt.tell(last_error=f"no answer of {URL}")
+            attempt.set_report(last_error=f"no answer of {URL}")
             attempt.record.state = "running"
             attempt.save()
             assert f"no answer of {SHOWN}" in _written(tmp_path)

@@ -219,14 +219,14 @@ def _watch(
 ) -> ProgressWatcher:
     """Report progress to `show`, to `progress.json`, and with the heartbeats to other machines."""
 
-    def tell(state: dict[str, Any]) -> None:
-        attempt.tell(progress=state)
+    def report(state: dict[str, Any]) -> None:
+        attempt.set_report(progress=state)
         show(state)
 
     return ProgressWatcher(
         tally,
         interval_s=config.logging.progress_s,
-        show=tell,
+        show=report,
         file_name=PROGRESS_FILE if part.is_whole else f"progress-{part.index}-of-{part.count}.json",
     )
 

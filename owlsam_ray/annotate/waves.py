@@ -168,7 +168,7 @@ class Labeller:
             if fruitless >= _FRUITLESS_WAVES:
                 raise IncompleteError(f"Ray finished none of {num_shards} shards and raised no error: see Ray's logs")
             return
-        self.attempt.tell(last_error=in_one_line(cause))
+        self.attempt.set_report(last_error=in_one_line(cause))
         if isinstance(cause, OwlsamError):
             raise cause
         if isinstance(cause, OSError) and cause.errno in _STORAGE_IS_FULL_OR_CLOSED:

@@ -92,7 +92,7 @@ def operating_points(
         {"category_id": category.id, "name": category.name} | _row(basis, cut, is_reached, each, target)
         for category, (basis, cut), is_reached, each in zip(categories, chosen, reached, spread, strict=True)
     ]
-    _tell(rows, target, enough)
+    _log_outcome(rows, target, enough)
     return {
         "enough_examples": enough,
         "overall": _overall(rows, everything.sample),
@@ -207,7 +207,7 @@ def _numbers(found: int, right: int, objects: int) -> dict[str, Any]:
     }
 
 
-def _tell(rows: list[dict[str, Any]], target: Target, enough: int) -> None:
+def _log_outcome(rows: list[dict[str, Any]], target: Target, enough: int) -> None:
     missed = [row["name"] for row in rows if not row["reached"]]
     if missed:
         wanted = "any F1 above 0" if target.value is None else f"{target.name} {target.value:g}"

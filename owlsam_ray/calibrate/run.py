@@ -104,11 +104,11 @@ def calibrate_run(
         num_images=found.num_images,
         floor=floor,
     )
-    told = {} if target.value is None else {"value": target.value}
+    stated = {} if target.value is None else {"value": target.value}
     result: dict[str, Any] = {
         "version": 1,
         "fingerprint": record.fingerprint,
-        "target": {"name": target.name, **told, "shape": matching.shape, "iou_threshold": matching.iou_threshold},
+        "target": {"name": target.name, **stated, "shape": matching.shape, "iou_threshold": matching.iou_threshold},
         "ground_truth": truth.url,
         "confidence": CONFIDENCE,
         "fitting": {"min_examples": fitting.min_examples, "resamples": fitting.resamples, "seed": fitting.seed},

@@ -90,7 +90,7 @@ class _Call:
     def end_early(self, error: OwlsamError) -> None:
         """Report an error that ends the process from another thread, see `parallel/ending`."""
         self.console.show_cursor()  # a progress bar hides it
-        self.end(_tell(error, self.summary))
+        self.end(_report_error(error, self.summary))
 
 
 def _run(options: argparse.Namespace, console: Console, answers: Answers, summary: dict[str, Any]) -> ExitCode:
@@ -113,15 +113,15 @@ def _run(options: argparse.Namespace, console: Console, answers: Answers, summar
             summary["run"] = config.run
             summary |= _COMMANDS[options.command](config, options, console)
     except OwlsamError as error:
-        return _tell(error, summary)
+        return _report_error(error, summary)
     except OSError as error:
         logging.getLogger("owlsam_ray").debug("storage error", exc_info=True)
         message = (
             f"storage error: {_words_of(error)}. Finished work is kept: fix the cause and run the same command again."
         )
-        return _tell(IncompleteError(message), summary)
+        return _report_error(IncompleteError(message), summary)
     except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray's own SIGTERM handler
-        return _tell(InterruptedRunError("interrupted: run the same command again"), summary)
+        return _report_error(InterruptedRunError("interrupted: run the same command again"), summary)
     except Exception as error:  # Python's own exit code, 1, would mean failed images
         logging.getLogger("owlsam_ray").exception("unexpected error; finished work is kept")
         summary["error"] = storage.described(error, _LONG_MESSAGE)
@@ -161,7 +161,7 @@ def _words_of(error: OSError) -> str:
     return one_line(masked(str(error)[: 10 * _LONG_MESSAGE]), _LONG_MESSAGE)
 
 
-def _tell(error: OwlsamError, summary: dict[str, Any]) -> ExitCode:
+def _report_error(error: OwlsamError, summary: dict[str, Any]) -> ExitCode:
     message = str(error.args[0]) if error.args else type(error).__name__
     logging.getLogger("owlsam_ray").error("%s", message)
     summary.update(error.args[1] if len(error.args) > 1 and isinstance(error.args[1], dict) else {})

@@ -127,7 +127,7 @@ class AnnotationCounts:
         """(M,) number of categories that each image contains."""
         return np.bincount(self._all_pairs() // max(1, len(self.per_category)), minlength=len(self.per_image))
 
-    def tell_repeats(self, problems: Problems) -> None:
+    def record_repeats(self, problems: Problems) -> None:
         """Record repeated annotation ids."""
         ids = np.concatenate(self._ids) if self._ids else np.empty(0, np.int64)
         if (ids[1:] > ids[:-1]).all():

@@ -339,12 +339,12 @@ def _repaired(url: str, file: IO[bytes], mapped: mmap.mmap) -> mmap.mmap | None:
 
 def _not_json(url: str, mapped: mmap.mmap, error: msgspec.DecodeError) -> InputError:
     shift = len(_BYTE_ORDER_MARK) if mapped[: len(_BYTE_ORDER_MARK)] == _BYTE_ORDER_MARK else 0
-    told = re.fullmatch(r"(?:JSON is malformed: )?(.*) \(byte (\d+)\)", str(error))
-    if told is None:  # it is truncated
+    match = re.fullmatch(r"(?:JSON is malformed: )?(.*) \(byte (\d+)\)", str(error))
+    if match is None:  # it is truncated
         return InputError(f"{url} is not valid JSON: it ends too early, at byte {len(mapped)}; was it copied whole?")
-    place = int(told[2]) + shift - told[1].startswith("trailing")  # msgspec counts this position from 1
+    place = int(match[2]) + shift - match[1].startswith("trailing")  # msgspec counts this position from 1
     near = mapped[max(0, place - 20) : place + 20].decode("utf-8", "replace")
-    return InputError(f"{url} is not valid JSON: {told[1]} at byte {place}, near {near!r}")
+    return InputError(f"{url} is not valid JSON: {match[1]} at byte {place}, near {near!r}")
 
 
 def _decode(url: str, key: str, text: bytes) -> Any:

@@ -51,14 +51,14 @@ def misfit(element: Any, schema: pa.Schema) -> str | None:
     if not isinstance(element, dict):
         return f" is {kind_of(element)}, not an object"
     number = element.get("id")
-    told = f" (id {number})" if isinstance(number, int) and not isinstance(number, bool) else ""
+    which = f" (id {number})" if isinstance(number, int) and not isinstance(number, bool) else ""
     for field in schema:
         value = element.get(field.name)
         if value is None and not field.nullable:
-            return f"{told} has no {field.name}"
+            return f"{which} has no {field.name}"
         if value is not None and field.metadata != _FLAG and not _fits(value, field.type):
             of_bits = " of 64 bits" if pa.types.is_int64(field.type) and type(value) is int else ""
-            return f"{told}: {field.name} {_short(value)} is not {_wanted(field.type)}{of_bits}"
+            return f"{which}: {field.name} {_short(value)} is not {_wanted(field.type)}{of_bits}"
     return None
 
 

@@ -139,7 +139,7 @@ class FileCopy:
                 rule = judged.rules[index]
                 if rule is not None:
                     entry = json.loads(text)
-                    self._tell("removed", entry, rule, self._detail(index, entry, rule))
+                    self._record("removed", entry, rule, self._detail(index, entry, rule))
                 elif index in changed:
                     yield _json(self._changed(index, json.loads(text)))
                 else:
@@ -151,20 +151,20 @@ class FileCopy:
         if index in judged.clipped:
             fixed["bbox"] = judged.clipped[index]
             detail = f"bbox {entry['bbox']} is now {fixed['bbox']}"
-            self._tell("changed", entry, Change.CLIPPED_BOX, detail)
+            self._record("changed", entry, Change.CLIPPED_BOX, detail)
         if index in judged.fixed:
             fixed["segmentation"] = proper_polygons(entry["segmentation"])
             detail = f"{judged.fixed[index]} of {len(entry['segmentation'])} polygons have no area"
-            self._tell("changed", entry, Change.DROPPED_POLYGON, detail)
+            self._record("changed", entry, Change.DROPPED_POLYGON, detail)
         if index in judged.new_ids:
             fixed["id"] = judged.new_ids[index]
-            self._tell("changed", entry, NEW_ID, f"id is now {fixed['id']}")
+            self._record("changed", entry, NEW_ID, f"id is now {fixed['id']}")
         if index in judged.crowd_flags:
             fixed["iscrowd"] = judged.crowd_flags[index]
-            self._tell("changed", entry, CROWD_FLAG, f"iscrowd {shown(entry['iscrowd'])} is now {fixed['iscrowd']}")
+            self._record("changed", entry, CROWD_FLAG, f"iscrowd {shown(entry['iscrowd'])} is now {fixed['iscrowd']}")
         return fixed
 
-    def _tell(self, action: str, entry: Any, rule: str, detail: str) -> None:
+    def _record(self, action: str, entry: Any, rule: str, detail: str) -> None:
         fields = entry if isinstance(entry, dict) else {}
         number, category = fields.get("image_id"), fields.get("category_id")
         place = int(self.known.images.places([number])[0])

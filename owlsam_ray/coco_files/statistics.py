@@ -73,7 +73,7 @@ def statistics(url: str, show: Callable[[int, int], None] = lambda done, total: 
             show(block.stop, len(document))
         show(len(document), len(document))
         num_bytes = len(document)
-    counts.tell_repeats(problems)
+    counts.record_repeats(problems)
     rows = _category_rows(categories, counts)
     return {
         "file": url,

@@ -113,7 +113,7 @@ class ByteDisplay:
                 transient=True,
             )
             self._task = self._bar.add_task("stats", total=None)
-        self._start = self._told = time.monotonic()
+        self._start = self._last_logged = time.monotonic()
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -131,8 +131,8 @@ class ByteDisplay:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total)
-        elif now - self._told >= _LOG_INTERVAL_S:
-            self._told = now
+        elif now - self._last_logged >= _LOG_INTERVAL_S:
+            self._last_logged = now
             rate = done / (now - self._start)
             _log.info(
                 "%s of %s MB read · %.0f MB/s · %.0f s left",

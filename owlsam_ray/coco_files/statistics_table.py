@@ -86,12 +86,12 @@ def _groups(groups: dict[str, Any]) -> RenderableType:
     for letter, numbers in groups["groups"].items():
         table.add_row(_GROUPS[letter], *(f"{numbers[key]:,}" for key in ("categories", "without_objects", "objects")))
     stated = groups["stated"]
-    told = [
+    comparisons = [
         f"{stated[f'{key}_equal']:,} of {stated[f'{key}_stated']:,} stated {key} equal the counts in the file"
         for key in ("instance_count", "image_count")
         if stated[f"{key}_stated"]
     ]
-    return Group(table, safe_text("; ".join(told)))
+    return Group(table, safe_text("; ".join(comparisons)))
 
 
 def _scores(scores: dict[str, Any]) -> Table:

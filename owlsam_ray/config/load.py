@@ -146,8 +146,8 @@ def config_from_stored(fields: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(with_added(RunConfig, fields))
     except ValidationError as error:
-        told = "\n".join(["the stored run config does not load in this version:", *_lines(error)])
-        raise ConfigError(told) from None
+        message = "\n".join(["the stored run config does not load in this version:", *_lines(error)])
+        raise ConfigError(message) from None
 
 
 def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:

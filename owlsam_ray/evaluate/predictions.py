@@ -237,7 +237,7 @@ def _regions(
             raise InputError(f"{where}: {error}") from None
         regions.append(Region(image_id, ids.categories[category_id], box, area, rle, score))
     if ids.translation:
-        ids.translation.tell(url, num_kept=len(regions))
+        ids.translation.log_left_out(url, num_kept=len(regions))
     return regions
 
 

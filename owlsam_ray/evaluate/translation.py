@@ -54,7 +54,7 @@ class Translation:
             "left_out_by_category": dict(sorted(self.left_out.items(), key=lambda entry: (-entry[1], entry[0]))),
         }
 
-    def tell(self, url: str, *, num_kept: int) -> None:
+    def log_left_out(self, url: str, *, num_kept: int) -> None:
         """Log what was left out."""
         if self.unreached:
             _log.info(

@@ -89,7 +89,7 @@ def fetch_shard(
     error = setup_error(rows, fetched) if positions is None else None
     if error is not None and not _another_storage_works(manifest, {_root(row["uri"]) for row in rows}):
         raise error
-    _tell_what_is_missing(rows, fetched)
+    _warn_of_missing_setup(rows, fetched)
     failures = [outcome if isinstance(outcome, ImageError) else None for outcome in fetched]
     columns: dict[str, list[Any]] = {
         "shard": [shard] * len(rows),
@@ -182,9 +182,9 @@ def setup_error(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome | Non
     return StorageSetupError("\n".join(_missing(rows, outcomes).values()))
 
 
-def _tell_what_is_missing(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]) -> None:
+def _warn_of_missing_setup(rows: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]) -> None:
     for root, what in _missing(rows, outcomes).items():
-        storage.tell_once(root, StorageSetupError(what))
+        storage.warn_once(root, StorageSetupError(what))
 
 
 def _another_storage_works(manifest: Manifest, broken: set[str]) -> bool:

@@ -91,7 +91,7 @@ def _run_guarded(positions: tuple[int, ...], task: FetchTask) -> Iterator[Outcom
     except (OSError, InputError) as error:
         failure = image_error(error)
     except Exception as error:  # noqa: BLE001 (any error of a library behind fsspec becomes the row of its images)
-        storage.tell_once("a read of images", error)
+        storage.warn_once("a read of images", error)
         failure = ImageError(f"fetch_failed: {storage.described(error)}", FailureClass.TRANSIENT)
     else:
         return

@@ -74,7 +74,7 @@ def finetune(config: FinetuneConfig, *, report: Callable[[dict[str, Any]], None]
         progress=lambda: max(store.checkpoints(), default=0),
         state=lambda: f"the last checkpoint is of step {max(store.checkpoints(), default=0)}",
     )
-    with _ray(config, losses), _tell_metrics(store, report, config.logging.progress_s):
+    with _ray(config, losses), _reported_metrics(store, report, config.logging.progress_s):
         _fit_again(config)
     finished: dict[str, Any] = next((line for line in reversed(store.read_metrics()) if line.get("finished")), {})
     summary = {name: value for name, value in finished.items() if name not in ("step", "finished")}
@@ -166,10 +166,10 @@ def _fit_again(config: FinetuneConfig) -> None:
         try:
             return _fit(config)
         except ray.train.TrainingFailedError as error:
-            told, lost = _told(error)
+            cause, lost = _own_error(error)
             if left == 0 or not lost:
-                raise told from error
-            _log.warning("%s", told)
+                raise cause from error
+            _log.warning("%s", cause)
 
 
 def _fit(config: FinetuneConfig) -> None:
@@ -253,7 +253,7 @@ def _work(arguments: dict[str, Any]) -> None:
     )
 
 
-def _told(error: BaseException) -> tuple[OwlsamError, bool]:
+def _own_error(error: BaseException) -> tuple[OwlsamError, bool]:
     """Extract our own error from Ray's wrappers, if there is one, and say whether a worker was merely lost."""
     failures = list((getattr(error, "worker_failures", None) or {}).values())
     for failure in failures:
@@ -265,8 +265,8 @@ def _told(error: BaseException) -> tuple[OwlsamError, bool]:
     # When one worker is lost, the others report a broken connection.
     lost = isinstance(error, PreemptionError) or any(isinstance(failure, RayError) for failure in failures)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    told = IncompleteError(f"the training failed ({lines[-1]}); the same command continues from the last checkpoint")
-    return told, lost
+    failed = IncompleteError(f"the training failed ({lines[-1]}); the same command continues from the last checkpoint")
+    return failed, lost
 
 
 @contextlib.contextmanager
@@ -296,21 +296,23 @@ def _ray(config: FinetuneConfig, losses: LossCount) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tell_metrics(store: TrainingStore, report: Callable[[dict[str, Any]], None], interval_s: float) -> Iterator[None]:
+def _reported_metrics(
+    store: TrainingStore, report: Callable[[dict[str, Any]], None], interval_s: float
+) -> Iterator[None]:
     """Report the lines that the first worker writes, as they appear."""
     stop = threading.Event()
-    told = store.read_metrics()
+    reported = store.read_metrics()
 
     def look() -> None:
-        nonlocal told
+        nonlocal reported
         with contextlib.suppress(OSError, ValueError):
             lines = store.read_metrics()
             # Workers that replace lost ones cut off the lines of steps that they repeat.
-            pairs = enumerate(zip(told, lines, strict=False))
-            same = next((index for index, (old, new) in pairs if old != new), min(len(told), len(lines)))
+            pairs = enumerate(zip(reported, lines, strict=False))
+            same = next((index for index, (old, new) in pairs if old != new), min(len(reported), len(lines)))
             for line in lines[same:]:
                 report(line)
-            told = lines
+            reported = lines
 
     def watch() -> None:
         while not stop.wait(interval_s):

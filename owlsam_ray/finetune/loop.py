@@ -119,7 +119,7 @@ class _Training:
                 stack.callback(board.close)
             self._steps(board)
         summary = self._summary()
-        self._tell({"step": self.step, "finished": True} | summary, None)
+        self._report({"step": self.step, "finished": True} | summary, None)
         return summary
 
     def _steps(self, board: "_Board | None") -> None:
@@ -146,7 +146,7 @@ class _Training:
                     "eta_s": round((steps - self.step) * seconds / (self.step - since)),
                 }
                 self.window = []
-                self._tell(line, board)
+                self._report(line, board)
             if self.step % self.config.checkpoint.validate_every == 0 or self.step == steps:
                 self._validate(board)
             if self.step % self.config.checkpoint.every == 0 or self.step == steps:
@@ -223,7 +223,7 @@ class _Training:
             start = time.monotonic()
             metrics = self.task.validate(self._averaged_module(), self._validation_samples(), device=self.worker.device)
             seconds = round(time.monotonic() - start, 1)
-            self._tell({"step": self.step} | metrics | {"val/seconds": seconds}, board)
+            self._report({"step": self.step} | metrics | {"val/seconds": seconds}, board)
             value = metrics[self.task.best_metric]
             if not self.best or value > self.best[self.task.best_metric]:
                 self.best = {"step": self.step} | metrics
@@ -297,7 +297,7 @@ class _Training:
         self.best, self.window = state["best"], state["window"]
         self.metrics = [line for line in self.store.read_metrics() if line["step"] <= self.step]
         if self.step < self.settings.steps:
-            self._tell({"step": self.step, "resumed": True}, None)
+            self._report({"step": self.step, "resumed": True}, None)
 
     def _check_agreement(self) -> None:
         """Check that all workers found the same checkpoint.
@@ -312,7 +312,7 @@ class _Training:
                 "that all workers share"
             )
 
-    def _tell(self, line: dict[str, Any], board: "_Board | None") -> None:
+    def _report(self, line: dict[str, Any], board: "_Board | None") -> None:
         if not self.worker.is_first:
             return
         self.metrics.append(line)

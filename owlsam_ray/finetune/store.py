@@ -95,14 +95,17 @@ class TrainingStore:
         Raises:
             IncompleteError: storage refused; earlier checkpoints are unchanged.
         """
-        with self._telling(f"the checkpoint of step {step}"), storage.open_atomic(self._checkpoint_url(step)) as file:
+        with (
+            self._explained_errors(f"the checkpoint of step {step}"),
+            storage.open_atomic(self._checkpoint_url(step)) as file,
+        ):
             torch.save(dict(state), file)
         for old in self.checkpoints()[:-keep]:
             storage.remove(self._checkpoint_url(old))
         storage.remove_stale_temporaries(storage.join(self.url, _CHECKPOINTS))
 
     @contextlib.contextmanager
-    def _telling(self, what: str) -> Iterator[None]:
+    def _explained_errors(self, what: str) -> Iterator[None]:
         """Convert a refusal of the storage to an error that says what is kept and what to do."""
         try:
             yield
@@ -164,7 +167,7 @@ class TrainingStore:
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Replace `metrics.jsonl`: object stores cannot append, and a resumed training drops repeated steps."""
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        with self._telling(METRICS_FILE):
+        with self._explained_errors(METRICS_FILE):
             storage.write_atomic(storage.join(self.url, METRICS_FILE), text.encode())
 
     def put_directory(self, name: str, local: Path, *, last: str | None = None) -> None:
@@ -178,7 +181,7 @@ class TrainingStore:
         files = sorted(path for path in local.rglob("*") if path.is_file())
         for path in sorted(files, key=lambda path: path.name == last):
             relative = path.relative_to(local).as_posix()
-            with self._telling(f"{name}/{relative}"):
+            with self._explained_errors(f"{name}/{relative}"):
                 storage.write_atomic(storage.join(self.url, name, *relative.split("/")), path.read_bytes())
 
     def _checkpoint_url(self, step: int) -> str:

@@ -184,8 +184,8 @@ def _read_config(path: Path) -> MobileSamConfig:
         first = error.errors(include_url=False)[0]
         where = ".".join(one_line(part, 60) for part in first["loc"])
         problem = first["msg"].removeprefix("Value error, ")
-        told = f"{where}: {problem}" if where else problem
-        raise WeightsError(f"{path} does not describe a MobileSAM: {one_line(told)}") from None
+        described = f"{where}: {problem}" if where else problem
+        raise WeightsError(f"{path} does not describe a MobileSAM: {one_line(described)}") from None
     except ValueError as error:
         raise WeightsError(f"{path} does not describe a MobileSAM: {one_line(error)}") from None
 

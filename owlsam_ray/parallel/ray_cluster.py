@@ -145,7 +145,7 @@ def _start_here(resources: RaySettings, options: dict[str, Any]) -> None:
             options["object_spilling_directory"] = str(spill.path)
         if resources.object_store_mb is not None:
             options["object_store_memory"] = resources.object_store_mb * 2**20
-        with _on_loopback(), _told_rightly():
+        with _on_loopback(), _translated_errors():
             ray.init(address="local", **options)  # "local" never joins a cluster that happens to run on this machine
     except BaseException:
         with contextlib.suppress(Exception):
@@ -215,7 +215,7 @@ def _on_loopback() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_rightly() -> Iterator[None]:
+def _translated_errors() -> Iterator[None]:
     """Translate what Ray raises while it starts into this project's errors: it raises almost any kind, even OSError."""
     try:
         yield

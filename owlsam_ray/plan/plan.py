@@ -98,7 +98,7 @@ def plan_run(
         moves = _moves_of_extension(run)
         return _freeze(run.config, show=show, raise_if_taken_over=raise_if_taken_over, before=run, moves=moves)
     _check_names(run)
-    _tell_other_selection(run)
+    _warn_of_other_selection(run)
     return Plan(with_checked_moves(run), 0)
 
 
@@ -138,9 +138,9 @@ def _freeze(
             old, next_id = already_planned(spool, before.manifest)
             wanted &= ~old
         count = int(wanted.sum())
-        told = {"listed": spool.num_listed, "eligible": len(spool) - repeated, "repeated": repeated}
+        counts = {"listed": spool.num_listed, "eligible": len(spool) - repeated, "repeated": repeated}
         if count == 0 and before is not None:
-            return Plan(before, 0, **told)
+            return Plan(before, 0, **counts)
         if count == 0:
             raise InputError(_nothing_left(config.plan, spool))
         bad = check_bad_rows(config, run_url, spool, wanted)
@@ -164,7 +164,7 @@ def _freeze(
     record = _new_record(config, vocabulary, manifest, before, keep_places=bool(moves))
     raise_if_taken_over()
     save_record(run_url, record)
-    return Plan(Run(record, manifest, config), count, bad=bad, **told)
+    return Plan(Run(record, manifest, config), count, bad=bad, **counts)
 
 
 def _new_record(
@@ -281,7 +281,7 @@ def _nothing_left(plan: PlanConfig, spool: Spool) -> str:
     return "there are no images to plan"
 
 
-def _tell_other_selection(run: Run) -> None:
+def _warn_of_other_selection(run: Run) -> None:
     """Warn if the existing plan was made with a different selection than the config requests."""
     before = selection_of(run.record.stored_config().plan)
     if selection_of(run.config.plan) != before:

@@ -59,7 +59,7 @@ def select_images(
     unseen = sorted(set(plan.splits) - spool.splits)
     if unseen and len(spool) and plan.limit is None:
         _log.warning("no image is in split %s; the splits are %s", ", ".join(map(repr, unseen)), named(spool.splits))
-    _tell_apart(spool)
+    _use_other_names(spool)
     distinct = _check_repeats(spool, keep_first=keep_first)
     wanted = distinct.copy()
     if plan.limit is not None:
@@ -97,7 +97,7 @@ def _annotated_images(listing: Listing, wanted: Sequence[int | str]) -> NDArray[
     return np.unique(np.concatenate(found))
 
 
-def _tell_apart(spool: Spool) -> None:
+def _use_other_names(spool: Spool) -> None:
     """Rename images with equal names to their alternative names, if they have one."""
     later, first = repeats(spool.digests)
     clashing = np.zeros(len(spool), np.bool_)

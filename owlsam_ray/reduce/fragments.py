@@ -62,7 +62,7 @@ class ChunkResult:
     """Bytes by (output, section)."""
     num_files: dict[str, int] = field(default_factory=dict)
     """Number of files by output, for outputs with one file for each image."""
-    told: dict[str, Counter[str]] = field(default_factory=dict)
+    format_counts: dict[str, Counter[str]] = field(default_factory=dict)
     """Each output's own counts, by output."""
 
 
@@ -84,7 +84,7 @@ def write_chunk(chunk: Chunk) -> ChunkResult:
             result.counts.add(labels.counts)
             for output in job.outputs:
                 rendered = output.render(labels)
-                result.told.setdefault(output.name, Counter()).update(rendered.told)
+                result.format_counts.setdefault(output.name, Counter()).update(rendered.counts)
                 for section, data in rendered.sections.items():
                     key = (output.name, section)
                     if key not in files:

@@ -214,11 +214,11 @@ def settings_in_use(settings: ReduceConfig, points: OperatingPoints | None) -> d
     """Return settings for `info`: all that affect labels and are not at their defaults, as plain JSON values."""
     apart = {"out", "formats", "max_failed", "executor", "workers", "scratch", "images_per_file", "operating_points",
              "corrections", "corrections_scope", "corrections_base", "label_studio_url", "yolo_val"}  # fmt: skip
-    told = settings.model_dump(mode="json", exclude=apart, exclude_defaults=True)
-    told |= {"score_threshold": settings.score_threshold, "min_mask_area": settings.min_mask_area}
+    decided = settings.model_dump(mode="json", exclude=apart, exclude_defaults=True)
+    decided |= {"score_threshold": settings.score_threshold, "min_mask_area": settings.min_mask_area}
     if points is not None:
-        told["operating_points"] = {
+        decided["operating_points"] = {
             "target": points.target,
             "thresholds": {point.name: point.threshold for point in points.categories},
         }
-    return told
+    return decided

@@ -228,12 +228,12 @@ class _Reviewing:
     def _review(self, ids: NDArray[np.int64]) -> dict[str, Any]:
         """Return what `corrections.py` needs to know, and how the annotations were chosen."""
         options = self.options
-        told: dict[str, Any] = {"by": options.by, "per_cell": options.per_cell, "seed": options.seed}
+        choices: dict[str, Any] = {"by": options.by, "per_cell": options.per_cell, "seed": options.seed}
         if options.by == "score":
-            told["bins"] = options.bins
+            choices["bins"] = options.bins
         if options.whole_images:
-            return {"scope": "images"} | told
-        return {"scope": "annotations"} | told | {"listed": ids.tolist()}
+            return {"scope": "images"} | choices
+        return {"scope": "annotations"} | choices | {"listed": ids.tolist()}
 
     def _write_document(
         self, out: IO[bytes], review: dict[str, Any], images: IO[bytes], annotations: IO[bytes]

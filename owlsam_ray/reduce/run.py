@@ -15,7 +15,7 @@ from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import IncompleteError, InputError
 from owlsam_ray.parallel.executors import map_in_order, num_workers
 from owlsam_ray.parallel.lost_ray import SUFFIX, LossCount
-from owlsam_ray.reduce.corrections.report import summary_of, tell_outcome
+from owlsam_ray.reduce.corrections.report import log_outcome, summary_of
 from owlsam_ray.reduce.folder import (
     begin_files,
     check_foreign,
@@ -155,11 +155,11 @@ class Reduction:
             licenses=masked_tree(source["licenses"], published),
             categories=self.job.decisions.categories,
             counts=counts,
-            told=_told(results),
+            format_counts=_format_counts(results),
         )
         files = self._assemble(head, results, raise_if_taken_over)
         if counts.corrections:
-            tell_outcome(counts.corrections, storage.join(self.out_url, CORRECTIONS))
+            log_outcome(counts.corrections, storage.join(self.out_url, CORRECTIONS))
         if counts.left_out["small_mask"]:
             _log.info(
                 "left out %d annotations whose masks have fewer than %d pixels (reduce.min_mask_area)",
@@ -171,12 +171,14 @@ class Reduction:
             "failures": storage.join(self.out_url, FAILURES),
             "out": self.out_url,
             "files": files,
-            **({"told": head.told} if head.told else {}),
+            **({"told": head.format_counts} if head.format_counts else {}),
         }
 
     def _assemble(self, head: Head, results: list[ChunkResult], raise_if_taken_over: Callable[[], None]) -> list[str]:
         """Assemble the files; `reduce.json`, removed first and written last, says that they are complete."""
-        summary: dict[str, Any] = {"info": head.info["owlsam_ray"]} | ({"told": head.told} if head.told else {})
+        summary: dict[str, Any] = {"info": head.info["owlsam_ray"]} | (
+            {"told": head.format_counts} if head.format_counts else {}
+        )
         parts = [
             (output, Fragments(self.job, output.name, self.out_url, head, self.spans, results))
             for output in self.job.outputs
@@ -302,10 +304,10 @@ def _check_sum(counts: LabelCounts, images: int) -> None:
     Raises:
         IncompleteError: the images or the detections do not add up.
     """
-    told = sum(counts.status.values())
+    counted = sum(counts.status.values())
     left_out = sum(counts.left_out.values())
-    if told != images:
-        raise IncompleteError(f"{told} images are ok, empty or failed, but the shards hold {images}")
+    if counted != images:
+        raise IncompleteError(f"{counted} images are ok, empty or failed, but the shards hold {images}")
     kept = counts.annotations - counts.corrections["added"]
     if counts.detections != kept + left_out:
         raise IncompleteError(
@@ -314,13 +316,13 @@ def _check_sum(counts: LabelCounts, images: int) -> None:
         )
 
 
-def _told(results: list[ChunkResult]) -> dict[str, dict[str, int]]:
+def _format_counts(results: list[ChunkResult]) -> dict[str, dict[str, int]]:
     """Sum each output's own counts, by output."""
     sums: dict[str, Counter[str]] = {}
     for result in results:
-        for output, told in result.told.items():
-            sums.setdefault(output, Counter()).update(told)
-    return {output: dict(sorted(told.items())) for output, told in sums.items() if told}
+        for output, counts in result.format_counts.items():
+            sums.setdefault(output, Counter()).update(counts)
+    return {output: dict(sorted(counts.items())) for output, counts in sums.items() if counts}
 
 
 def _proof(num_images: int, counts: LabelCounts, unlabelled: int, *, partial: bool) -> dict[str, Any]:

@@ -166,13 +166,13 @@ class Attempt:
         try:
             write_attempt(self.run_url, self.record, ENDED)
             storage.remove(attempt_url(self.run_url, self.id, LIVE))
-        except OSError as trouble:
+        except OSError as failure:
             _log.warning(
                 "cannot record the end of this attempt: %s. The next attempt waits until this one counts as dead.",
-                trouble,
+                failure,
             )
 
-    def tell(self, *, progress: dict[str, Any] | None = None, last_error: str | None = None) -> None:
+    def set_report(self, *, progress: dict[str, Any] | None = None, last_error: str | None = None) -> None:
         """Set what the next heartbeat reports."""
         with self._lock:
             if progress is not None:

@@ -103,7 +103,7 @@ class _Observer:
     takeover: bool
     patient: bool
     heartbeats: HeartbeatWatch = field(default_factory=HeartbeatWatch)
-    told: set[str] = field(default_factory=set)
+    logged: set[str] = field(default_factory=set)
 
     def wait_for_the_slice(self) -> None:
         """Return once no other attempt blocks the slice.
@@ -150,7 +150,7 @@ class _Observer:
             return
         if self.takeover and other.state == "running":
             fence(self.mine.run_url, other.id, by=self.mine.record.where)
-            self._tell(other, "is fenced: waiting until it has stopped")
+            self._log_once(other, "is fenced: waiting until it has stopped")
             return
         yields = other.state == "claiming" and other.id > self.mine.id
         if life == "live" and not yields and not self.patient:
@@ -158,7 +158,7 @@ class _Observer:
                 f"another attempt is working on {self.mine.run_url}: {other.where}. Wait for it to end, inspect it "
                 "with `owlsam status`, or run again with --takeover to stop it."
             )
-        self._tell(other, f"is registered: waiting for it to end, or to send no heartbeat for {self.takeover_s:g} s")
+        self._log_once(other, f"is registered: waiting for it to end, or to send no heartbeat for {self.takeover_s:g} s")
 
     def _take_over(self, other: AttemptRecord) -> None:
         fence(self.mine.run_url, other.id, by=self.mine.record.where)
@@ -166,8 +166,8 @@ class _Observer:
         write_attempt(self.mine.run_url, other, ENDED)
         storage.remove(attempt_url(self.mine.run_url, other.id, LIVE))
 
-    def _tell(self, other: AttemptRecord, what: str) -> None:
-        if other.id not in self.told:
-            self.told.add(other.id)
+    def _log_once(self, other: AttemptRecord, what: str) -> None:
+        if other.id not in self.logged:
+            self.logged.add(other.id)
             who = "the attempt" if other.scope == LABEL else "the setup by"
             _log.info("%s %s %s", who, other.where, what)

@@ -50,8 +50,8 @@ def find_failures(manifest: Manifest, shards: Iterable[int], *, named: int = 20)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         while left:
             chunk, left = left[:_CHUNK], left[_CHUNK:]
-            told = pool.map(lambda shard: _told_by_footer(manifest.run_url, shard), chunk)
-            for shard, failures in zip(chunk, told, strict=True):
+            counted = pool.map(lambda shard: _counted_in_footer(manifest.run_url, shard), chunk)
+            for shard, failures in zip(chunk, counted, strict=True):
                 if failures is None:
                     _read_rows(manifest, shard, found, named=named, count=True)
                     continue
@@ -65,7 +65,7 @@ def find_failures(manifest: Manifest, shards: Iterable[int], *, named: int = 20)
     return found
 
 
-def _told_by_footer(run_url: str, shard: int) -> dict[str, int] | None:
+def _counted_in_footer(run_url: str, shard: int) -> dict[str, int] | None:
     """Failed rows by class and reason; None if the footer does not hold them, {} if the file is gone or damaged."""
     try:
         return read_footer(run_url, shard).failures

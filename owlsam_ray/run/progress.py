@@ -205,7 +205,7 @@ class CountDisplay:
         )
         self._tasks: dict[str, TaskID] = {}
         self._starts: dict[str, float] = {}
-        self._told = time.monotonic()
+        self._last_logged = time.monotonic()
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -227,7 +227,7 @@ class CountDisplay:
             if what not in self._tasks:
                 self._tasks[what] = self._bar.add_task(what, total=total, rate="")
             self._bar.update(self._tasks[what], completed=done, total=total, rate=f"{rate:,.0f}")
-        elif now - self._told >= self._interval_s:
-            self._told = now
+        elif now - self._last_logged >= self._interval_s:
+            self._last_logged = now
             left = f" of {total:,} · ETA {duration((total - done) / rate)}" if total is not None and rate > 0 else ""
             _log.info("%s %s%s · %s %s/s", what, f"{done:,}", left, f"{rate:,.0f}", self._unit)

@@ -121,8 +121,8 @@ class RunStatus:
             "images_per_s": None if rate is None else round(rate, 3),
             "eta_s": round(left / rate) if rate else None,
             "attempts": [
-                *(_told(record, state) for record, state in alive),
-                *(_told(record, "ended") for record in reversed(ended[-_NAMED:])),
+                *(_described(record, state) for record, state in alive),
+                *(_described(record, "ended") for record in reversed(ended[-_NAMED:])),
             ],
             "attempts_ended": len(ended),
             "last_errors": [
@@ -132,7 +132,7 @@ class RunStatus:
         }
 
 
-def _told(record: AttemptRecord, state: str) -> dict[str, Any]:
+def _described(record: AttemptRecord, state: str) -> dict[str, Any]:
     """Describe an attempt for the state of the run."""
     named = record.model_dump(
         mode="json", include={"id", "scope", "slice", "host", "pid", "started", "beat", "ended", "exit_code"}

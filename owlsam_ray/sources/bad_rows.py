@@ -24,7 +24,7 @@ from owlsam_ray.storage.secrets import masked
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 """One line for each row of the listing without a readable image, and for each name that was quoted."""
-_TOLD = 3
+_MOST_EXAMPLES = 3
 """Maximum number of examples of each kind."""
 _log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class _Found:
 
     def add(self, kind: str, example: str) -> None:
         self.counts[kind] += 1
-        if len(told := self.examples.setdefault(kind, [])) < _TOLD:
-            told.append(example)
+        if len(examples := self.examples.setdefault(kind, [])) < _MOST_EXAMPLES:
+            examples.append(example)
 
     def __str__(self) -> str:
         return join_kinds([(kind, count, self.examples[kind]) for kind, count in self.counts.items()])

@@ -13,7 +13,7 @@ from owlsam_ray import storage
 from owlsam_ray.errors import InputError, one_line, shown
 
 _log = logging.getLogger(__name__)
-_ENDINGS_TOLD = 10
+_ENDINGS_NAMED = 10
 _GLOB = re.compile(r"[*?\[]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -92,7 +92,7 @@ def ending_of(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "none"
 
 
-def tell_left_out(where: str, endings: Mapping[str, int]) -> None:
+def warn_of_left_out(where: str, endings: Mapping[str, int]) -> None:
     """Log in one line how many files were left out because of their endings; log nothing when there are none.
 
     Args:
@@ -102,9 +102,9 @@ def tell_left_out(where: str, endings: Mapping[str, int]) -> None:
     if not endings:
         return
     ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
-    listed = ", ".join(f"{number} {ending[:20]}" for ending, number in ordered[:_ENDINGS_TOLD])
-    rest = sum(number for _, number in ordered[_ENDINGS_TOLD:])
-    more = f", {rest} with {len(ordered) - _ENDINGS_TOLD} other endings" if rest else ""
+    listed = ", ".join(f"{number} {ending[:20]}" for ending, number in ordered[:_ENDINGS_NAMED])
+    rest = sum(number for _, number in ordered[_ENDINGS_NAMED:])
+    more = f", {rest} with {len(ordered) - _ENDINGS_NAMED} other endings" if rest else ""
     total = sum(endings.values())
     _log.warning("%s: %d files are left out because of their endings (data.suffixes): %s%s", where, total, listed, more)
 

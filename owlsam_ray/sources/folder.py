@@ -13,12 +13,12 @@ from owlsam_ray import storage
 from owlsam_ray.config.data import DataConfig
 from owlsam_ray.errors import InputError, shown
 from owlsam_ray.schema import Container
-from owlsam_ray.sources.files import ending_of, tell_left_out
+from owlsam_ray.sources.files import ending_of, warn_of_left_out
 from owlsam_ray.sources.listing import DEFAULTS, ImageRecord, Listing, ListingOptions, below, file_name_error, tables_of
-from owlsam_ray.sources.row_names import bad_reason, quoted_name, told_apart
+from owlsam_ray.sources.row_names import bad_reason, distinct_name, quoted_name
 
 _log = logging.getLogger(__name__)
-_TOLD_EVERY = 100_000
+_LOGGED_EVERY = 100_000
 
 _Found = tuple[str, int | None]
 """Path below the root, and size in bytes if the storage reported it."""
@@ -49,7 +49,7 @@ def list_folder(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listi
     for name, num_bytes in storage.walk_files(root):
         if name.lower().endswith(suffixes):
             found.append((name, num_bytes))
-            if len(found) % _TOLD_EVERY == 0:
+            if len(found) % _LOGGED_EVERY == 0:
                 _log.info("found %s image files so far", f"{len(found):,}")
         else:
             others[ending_of(name)] += 1
@@ -58,7 +58,7 @@ def list_folder(config: DataConfig, options: ListingOptions = DEFAULTS) -> Listi
             f"data.images {root} holds no image file: {others.total()} files, none ending in {', '.join(suffixes)} "
             "(data.suffixes)"
         )
-    tell_left_out(f"data.images {root}", others)
+    warn_of_left_out(f"data.images {root}", others)
     found.sort()
     is_local = storage.is_local(storage.open_filesystem(root)[0])
     return Listing(tables=_tables(found, root, is_local=is_local), total=len(found), has_ids=False)
@@ -92,7 +92,7 @@ def _with_rows(table: pa.Table, rows: dict[int, dict[str, Any]]) -> pa.Table:
 def _odd_row(name: str, size: int | None, root: str, *, is_local: bool) -> dict[str, Any]:
     """The row of a file with an unsafe name: under a quoted name, or bad."""
     safe, error = quoted_name(name), file_name_error(name)
-    row: dict[str, Any] = {"file_name": safe, "other_name": told_apart(safe, name), "uri": _joined(root, safe)}
+    row: dict[str, Any] = {"file_name": safe, "other_name": distinct_name(safe, name), "uri": _joined(root, safe)}
     sized = {"length": size, "num_bytes": size, "quoted": f"{shown(name)}: {error}"}
     is_text = not any("\ud800" <= letter <= "\udfff" for letter in name)
     if is_local and not is_text:

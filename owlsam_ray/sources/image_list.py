@@ -21,10 +21,10 @@ from owlsam_ray.sources.listing import Listing, below, file_name_error, listing_
 from owlsam_ray.sources.row_names import (
     absolute_root,
     bad_reason,
+    distinct_name,
     path_below,
     quoted_name,
     row_name,
-    told_apart,
 )
 
 _log = logging.getLogger(__name__)
@@ -202,11 +202,11 @@ class Placing:
             why = f"in images[{position}] {_name_problem(value)}{_hint(image)}"
             name = row_name(self._file, position)
             reason = bad_reason("bad_name", value, why)
-            return Placed(image, None, name, position, other_name=told_apart(name, self._url), reason=reason)
+            return Placed(image, None, name, position, other_name=distinct_name(name, self._url), reason=reason)
         name = quoted_name(path)
         if name == path:  # the same path, written differently
             return Placed(image, path, name, position, other_name=quoted_name(given))
-        other = told_apart(name, given)
+        other = distinct_name(name, given)
         return Placed(image, path, name, position, other_name=other, quoted=f"{shown(path)}: {file_name_error(path)}")
 
 

@@ -2,7 +2,7 @@
 
 A safe name is kept. In any other name, the parts that make it unsafe and every `%` are percent-encoded: two different
 unsafe names never become equal, and `urllib.parse.unquote` restores the name. A row without a name is named after its
-file and its number. If the result is already the name of another image of the listing, `told_apart` gives the
+file and its number. If the result is already the name of another image of the listing, `distinct_name` gives the
 alternative name.
 """
 
@@ -49,7 +49,7 @@ def row_name(file: str, row: int) -> str:
     return f"row-{quote(file, safe='')}-{row}"
 
 
-def told_apart(name: str, by: str) -> str:
+def distinct_name(name: str, by: str) -> str:
     """Alternative for a name that another image has: a hash of `by`, which differs, goes before the file ending."""
     digest = hashlib.blake2b(by.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_BYTES).hexdigest()
     folder, slash, base = name.rpartition("/")

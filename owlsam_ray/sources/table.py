@@ -15,8 +15,8 @@ from owlsam_ray.errors import InputError, shown
 from owlsam_ray.schema import MAX_IMAGE_ID, Container
 from owlsam_ray.sources.files import expand_files, relative_names
 from owlsam_ray.sources.listing import DEFAULTS, Listing, ListingOptions, bad_names, file_name_error, listing_table
-from owlsam_ray.sources.row_names import bad_reason, quoted_name, row_name, told_apart
-from owlsam_ray.sources.table_columns import INTEGER, NUMBER, TEXT, TOLD, WAY_OUT, Wanted, refuse_rows
+from owlsam_ray.sources.row_names import bad_reason, distinct_name, quoted_name, row_name
+from owlsam_ray.sources.table_columns import INTEGER, NAMED, NUMBER, TEXT, WAY_OUT, Wanted, refuse_rows
 from owlsam_ray.sources.table_files import check_binary, count_rows, kind_of, read_columns, text_id
 from owlsam_ray.sources.table_places import TablePlaces
 
@@ -174,7 +174,7 @@ class _TableFile:
             "uri": [self._url] * len(at),
             "file_name": names,
             "other_name": [
-                told_apart(name, f"{self._url} {position}") for position, name in zip(at, names, strict=True)
+                distinct_name(name, f"{self._url} {position}") for position, name in zip(at, names, strict=True)
             ],
             "container": [str(Container.BAD)] * len(at),
             "member": [reasons[position] for position in at],
@@ -208,7 +208,7 @@ class _Refused:
         """Record the rows whose values do not fit."""
         bad = np.flatnonzero(~pc.fill_null(fits, False).to_numpy(zero_copy_only=False)).tolist()
         if bad:
-            first = values.take(pa.array(bad[:TOLD], INTEGER)).to_pylist()
+            first = values.take(pa.array(bad[:NAMED], INTEGER)).to_pylist()
             self._kinds.append((bad, [f"{shown(value)} {problem}" for value in first]))
 
     def raise_if_any(self, *, way_out: str) -> None:
@@ -219,11 +219,11 @@ class _Refused:
         """
         if not self._kinds:
             return
-        pairs = [list(zip(rows, told, strict=False)) for rows, told in self._kinds]
-        picked = sorted(([each[0] for each in pairs] + [pair for each in pairs for pair in each[1:]])[:TOLD])
+        pairs = [list(zip(rows, problems, strict=False)) for rows, problems in self._kinds]
+        picked = sorted(([each[0] for each in pairs] + [pair for each in pairs for pair in each[1:]])[:NAMED])
         others = sum(len(rows) for rows, _ in self._kinds) - len(picked)
         rows = [self._first + row for row, _ in picked] + [0] * others
-        refuse_rows(self._url, rows, [told for _, told in picked], way_out)
+        refuse_rows(self._url, rows, [problem for _, problem in picked], way_out)
 
 
 def _quoted(names: pa.Array) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def _quoted(names: pa.Array) -> dict[str, Any]:
         return {"file_name": names, "other_name": None, "quoted": None}
     given = names.take(at).to_pylist()
     safe = [quoted_name(name) if name else None for name in given]
-    others = [told_apart(quoted, name) if quoted else None for quoted, name in zip(safe, given, strict=True)]
+    others = [distinct_name(quoted, name) if quoted else None for quoted, name in zip(safe, given, strict=True)]
     why = [f"{shown(name)}: {file_name_error(name)}" if name else None for name in given]
     mask = np.zeros(len(names), np.bool_)
     mask[at.to_numpy()] = True

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from owlsam_ray.errors import InputError, one_line, shown
 
 TEXT, INTEGER, NUMBER = pa.string(), pa.int64(), pa.float64()
-TOLD = 5
+NAMED = 5
 """Number of problems that a message lists; the others are counted."""
 WAY_OUT = "Fix or remove these rows."
 
@@ -58,19 +58,19 @@ def check_name(url: str, column: Wanted, name: str, names: Sequence[str]) -> Non
     raise InputError(f"{url} has no column {shown(column.path)} ({column.setting}){hint} It has: {listed or 'none'}")
 
 
-def refuse_rows(url: str, rows: Sequence[int], told: Sequence[str], way_out: str) -> NoReturn:
+def refuse_rows(url: str, rows: Sequence[int], problems: Sequence[str], way_out: str) -> NoReturn:
     """Refuse a file because of some of its rows.
 
     Args:
         url: the file.
         rows: all the bad rows known so far.
-        told: the problems of the first of them.
+        problems: what is wrong with the first of them.
         way_out: what the user can do.
 
     Raises:
         InputError: always.
     """
-    listed = [f"row {row}: {what:.200}" for row, what in zip(rows, told[:TOLD], strict=False)]
+    listed = [f"row {row}: {what:.200}" for row, what in zip(rows, problems[:NAMED], strict=False)]
     more = [f"and {len(rows) - len(listed)} more"] if len(rows) > len(listed) else []
     head = f"{url} cannot be labelled as it is (rows count from 0):"
     raise InputError("\n  ".join([head, *listed, *more]) + f"\n{way_out}")

@@ -17,9 +17,9 @@ from owlsam_ray.sources.listing import bad_names, below, file_name_error
 from owlsam_ray.sources.row_names import (
     absolute_root,
     bad_reason,
+    distinct_name,
     inside,
     quoted_name,
-    told_apart,
     without_local_scheme,
 )
 from owlsam_ray.storage.secrets import masked_url, without_query
@@ -210,5 +210,5 @@ def _named(uri: str, name: str, more: str) -> Place | str:
         return bad_reason("bad_uri", uri, "names neither host nor path")
     safe = quoted_name(name)
     error = file_name_error(name)
-    other = told_apart(safe, uri) if more or error else None
+    other = distinct_name(safe, uri) if more or error else None
     return Place(uri, safe, other, f"{shown(name)}: {error}" if error else None)

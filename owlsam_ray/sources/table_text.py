@@ -19,9 +19,9 @@ from owlsam_ray import storage
 from owlsam_ray.errors import InputError, one_line, shown
 from owlsam_ray.sources.table_columns import (
     INTEGER,
+    NAMED,
     NUMBER,
     TEXT,
-    TOLD,
     WAY_OUT,
     Wanted,
     check_name,
@@ -55,8 +55,8 @@ class _Sizes:
         self._odd: Counter[str] = Counter()
         self._first: dict[str, str] = {}
 
-    def note(self, column: Wanted, numbers: int, rows: Sequence[int], told: Sequence[str]) -> None:
-        """Count numbers, and rows that hold something else; `told`: what is wrong with the first of these rows.
+    def note(self, column: Wanted, numbers: int, rows: Sequence[int], problems: Sequence[str]) -> None:
+        """Count numbers, and rows that hold something else; `problems`: what is wrong with the first of these rows.
 
         Raises:
             InputError: the column has held no number so far: the setting must mean another column.
@@ -65,11 +65,11 @@ class _Sizes:
         if not rows:
             return
         if not self._numbers[column.path]:
-            refuse_rows(self._url, rows, told, f"Correct {column.setting}, or leave it out.")
+            refuse_rows(self._url, rows, problems, f"Correct {column.setting}, or leave it out.")
         self._odd[column.path] += len(rows)
-        self._first.setdefault(column.path, f"row {rows[0]}: {told[0]}")
+        self._first.setdefault(column.path, f"row {rows[0]}: {problems[0]}")
 
-    def tell(self) -> None:
+    def warn(self) -> None:
         """Warn about the values that count as not stated."""
         for path, count in self._odd.items():
             _log.warning(
@@ -111,7 +111,7 @@ def read_csv(url: str, wanted: Sequence[Wanted], *, delimiter: str) -> Iterator[
             raise _csv_error(url, error) from None
     if counted.quotes % 2:
         _check_quotes(url, delimiter)
-    sizes.tell()
+    sizes.warn()
 
 
 class _CountedQuotes:
@@ -161,15 +161,15 @@ def _from_text(url: str, column: Wanted, texts: pa.Array, first: int, sizes: _Si
     bad = pc.invert(are_integers(texts) if column.kind == INTEGER else _are_numbers(trimmed))
     rows = pc.indices_nonzero(bad)
     at = [first + row for row in rows.to_pylist()]
-    told = [
+    problems = [
         f"{shown(text)} in {column.path} ({column.setting}) is not {word}"
         for text in texts.take(rows[:TOLD]).to_pylist()
     ]
     if column.kind == NUMBER:
-        sizes.note(column, len(texts) - len(at) - pc.sum(is_null, min_count=0).as_py(), at, told)
+        sizes.note(column, len(texts) - len(at) - pc.sum(is_null, min_count=0).as_py(), at, problems)
         is_null = pc.or_(is_null, bad)
     elif at:
-        refuse_rows(url, at, told, WAY_OUT)
+        refuse_rows(url, at, problems, WAY_OUT)
     return pc.if_else(is_null, pa.scalar(None, TEXT), trimmed).cast(column.kind)
 
 
@@ -218,7 +218,7 @@ def read_jsonl(url: str, wanted: Sequence[Wanted]) -> Iterator[list[pa.Array]]:
         raise InputError(f"{url} holds no row")
     for column in unseen.values():
         check_name(url, column, column.path, names)
-    sizes.tell()
+    sizes.warn()
     if num_odd:
         _log.warning(
             "%s: %d lines are not JSON objects and count as rows without values, the first: %s", url, num_odd, first_odd
@@ -285,8 +285,8 @@ def _check_faults(url: str, faults: Mapping[int, ValueError], wanted: Sequence[W
     """
     has_ids = any(column.setting == "columns.id" for column in wanted)
     if has_ids or len(faults) == num_rows or any(isinstance(fault, _RepeatedKeyError) for fault in faults.values()):
-        told = [str(fault) for fault in faults.values()]
-        refuse_rows(url, list(faults), told, "Every line must be one JSON object.")
+        problems = [str(fault) for fault in faults.values()]
+        refuse_rows(url, list(faults), problems, "Every line must be one JSON object.")
 
 
 def _decode_line(line: bytes, decode: Callable[[bytes], Any]) -> Any:
@@ -360,7 +360,7 @@ def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: in
         sizes.note(column, len(found) - found.null_count, [], [])
         return found
     except (msgspec.DecodeError, UnicodeDecodeError, OverflowError):
-        values, bad, told = [], [], []
+        values, bad, problems = [], [], []
         for row, cell in enumerate(cells, first):
             try:
                 value = json.loads(bytes(cell))
@@ -369,11 +369,11 @@ def _from_json(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: in
             values.append(value if _is_of(value, kind) else None)
             if value is not None and not _is_of(value, kind):
                 bad.append(row)
-                told.append(f"{shown(value)} in {column.path} ({column.setting}) is not {word}")
+                problems.append(f"{shown(value)} in {column.path} ({column.setting}) is not {word}")
         if column.kind == NUMBER:
-            sizes.note(column, sum(value is not None for value in values), bad, told)
+            sizes.note(column, sum(value is not None for value in values), bad, problems)
         elif bad and not column.may_be_odd:
-            refuse_rows(url, bad, told, WAY_OUT)
+            refuse_rows(url, bad, problems, WAY_OUT)
         return pa.array(values, column.kind)
 
 
@@ -386,16 +386,16 @@ def _is_of(value: Any, kind: type) -> bool:
 
 def _refuse_endless(url: str, column: Wanted, cells: Sequence[msgspec.Raw], first: int) -> None:
     """Refuse rows with a value that no JSON reader would accept later, in the labels."""
-    bad, told = [], []
+    bad, problems = [], []
     for row, cell in enumerate(cells, first):
         if len(memoryview(cell)) > _LONG_CELL:
             try:
                 json.loads(bytes(cell))
             except ValueError as error:
                 bad.append(row)
-                told.append(f"the value in {column.path} ({column.setting}) cannot be read: {one_line(error, 80)}")
+                problems.append(f"the value in {column.path} ({column.setting}) cannot be read: {one_line(error, 80)}")
     if bad:
-        refuse_rows(url, bad, told, WAY_OUT)
+        refuse_rows(url, bad, problems, WAY_OUT)
 
 
 @contextlib.contextmanager

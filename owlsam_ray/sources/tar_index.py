@@ -19,7 +19,7 @@ from owlsam_ray.errors import shown
 from owlsam_ray.schema import Container
 from owlsam_ray.sources.files import ending_of
 from owlsam_ray.sources.listing import BATCH_ROWS, file_name_error, listing_table
-from owlsam_ray.sources.row_names import quoted_name, told_apart
+from owlsam_ray.sources.row_names import distinct_name, quoted_name
 
 _MAX_HEADER = 2**20
 """Maximum bytes of a long name or a pax header."""
@@ -276,7 +276,7 @@ def _add_table(index: TarIndex, rows: list[tuple[str, int, int]]) -> None:
                 "num_bytes": list(lengths),
                 "split": pa.repeat(quoted_name(index.file.name), len(rows)),
                 "other_name": [
-                    told_apart(now, before) if is_odd else None
+                    distinct_name(now, before) if is_odd else None
                     for now, before, is_odd in zip(safe, whole, odd, strict=True)
                 ],
                 "quoted": [

@@ -9,7 +9,7 @@ import pyarrow as pa
 from owlsam_ray.config.data import DataConfig
 from owlsam_ray.errors import InputError, raise_problems, shown
 from owlsam_ray.parallel.processes import in_order
-from owlsam_ray.sources.files import check_schemes, expand_files, relative_names, tell_left_out
+from owlsam_ray.sources.files import check_schemes, expand_files, relative_names, warn_of_left_out
 from owlsam_ray.sources.listing import DEFAULTS, Listing, ListingOptions
 from owlsam_ray.sources.tar_index import TarFile, TarIndex, compressed, index_tar
 
@@ -78,12 +78,12 @@ def _tables(files: Sequence[TarFile], options: ListingOptions) -> Iterator[pa.Ta
             continue
         if index.damage is not None:
             damaged.append(f"{url} {index.damage}, after {index.members} whole members")
-        _tell(index, keep_whole=options.keep_whole)
+        _warn_of_gaps(index, keep_whole=options.keep_whole)
         yield from index.tables
         images += index.images
         others += index.others
         endings += index.endings
-    tell_left_out("data.files", endings)
+    warn_of_left_out("data.files", endings)
     way_out = "Fix these files."
     if damaged and not options.keep_whole:
         way_out = (
@@ -98,7 +98,7 @@ def _tables(files: Sequence[TarFile], options: ListingOptions) -> Iterator[pa.Ta
         )
 
 
-def _tell(index: TarIndex, *, keep_whole: bool) -> None:
+def _warn_of_gaps(index: TarIndex, *, keep_whole: bool) -> None:
     """Warn about what a tar file lacks, or which members are left out."""
     url = index.file.url
     if index.damage is not None:

@@ -7,7 +7,7 @@ that no library accepts an `InputError`. Listings are never taken from a cache.
 """
 
 from owlsam_ray.storage.answers import Body
-from owlsam_ray.storage.faults import TooLargeError, described, tell_once
+from owlsam_ray.storage.faults import TooLargeError, described, warn_once
 from owlsam_ray.storage.listing import TEMPORARY_PREFIX, glob_files, list_names, walk_files
 from owlsam_ray.storage.reading import exists, is_directory, num_bytes, open_input, read_bytes, read_range, read_whole
 from owlsam_ray.storage.retrying import (
@@ -60,9 +60,9 @@ __all__ = [
     "read_whole",
     "remove",
     "remove_stale_temporaries",
-    "tell_once",
     "temporary_files",
     "try_writing",
     "walk_files",
+    "warn_once",
     "write_atomic",
 ]

@@ -85,8 +85,8 @@ class Answer:
     @property
     def content_length(self) -> int | None:
         """Bytes of the body; None when not stated."""
-        told = self.headers.get("content-length", "")
-        return int(told) if told.isascii() and told.isdigit() else None
+        length = self.headers.get("content-length", "")
+        return int(length) if length.isascii() and length.isdigit() else None
 
 
 class Pace:
@@ -147,7 +147,7 @@ async def receive(answer: Answer, wanted: Wanted, pace: Pace, *, most_skipped: i
         OSError: (EOPNOTSUPP) the server sends whole files only.
     """
     part = None if answer.is_unpacked else answer.content_range
-    expected, size = _told(answer, part)
+    expected, size = _stated_sizes(answer, part)
     if size is not None:
         wanted.check_size(size)
     pace.expected = expected
@@ -173,7 +173,7 @@ async def receive(answer: Answer, wanted: Wanted, pace: Pace, *, most_skipped: i
     return Body(bytes(data[: wanted.length] if answer.status != 206 else data), size)
 
 
-def _told(answer: Answer, part: tuple[int, int, int | None] | None) -> tuple[int | None, int | None]:
+def _stated_sizes(answer: Answer, part: tuple[int, int, int | None] | None) -> tuple[int | None, int | None]:
     """Bytes of the body and of the file, as stated by the headers; None where they do not say."""
     if answer.is_unpacked:
         return None, None
@@ -208,7 +208,7 @@ def read_foreign(client: Client, path: str, wanted: Wanted, *, listed: int | Non
     filesystem = client.filesystem
     size = listed if wanted.is_whole else None
     if wanted.is_whole and (size is None or size >= wanted.length):
-        size = told_size(client, path)
+        size = stated_size(client, path)
         if size is not None:
             wanted.check_size(size)
     options = {"start": wanted.start, "end": wanted.start + wanted.length} | time_option(client, size or wanted.length)
@@ -216,17 +216,17 @@ def read_foreign(client: Client, path: str, wanted: Wanted, *, listed: int | Non
     wanted.check_size(len(data))
     if len(data) >= wanted.length:
         return Body(data, None)
-    return Body(data, check_end(client, path, wanted.start + len(data), told=size))
+    return Body(data, check_end(client, path, wanted.start + len(data), presumed=size))
 
 
-def check_end(client: Client, path: str, end: int, *, told: int | None = None) -> int | None:
+def check_end(client: Client, path: str, end: int, *, presumed: int | None = None) -> int | None:
     """Refuse a read that stopped before the end of the file.
 
     Args:
         client: client of a file system that does not expose its answers.
         path: path inside the file system.
         end: position at which the read stopped.
-        told: presumed size of the file.
+        presumed: presumed size of the file.
 
     Returns:
         Size of the file; None where the file system does not state it.
@@ -234,18 +234,18 @@ def check_end(client: Client, path: str, end: int, *, told: int | None = None) -
     Raises:
         CutError: the file continues there.
     """
-    if told == end:
+    if presumed == end:
         return end
-    size = told_size(client, path)
+    size = stated_size(client, path)
     if size is not None and end < size:
         client.filesystem.invalidate_cache()  # the size may come from a stale cache
-        size = told_size(client, path)
+        size = stated_size(client, path)
         if size is not None and end < size:
             raise CutError(f"storage sent {end} of {size} bytes")
     return size
 
 
-def told_size(client: Client, path: str) -> int | None:
+def stated_size(client: Client, path: str) -> int | None:
     """Size of a file; None where its file system does not state it.
 
     Raises:

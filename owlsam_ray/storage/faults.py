@@ -131,10 +131,10 @@ def described(error: BaseException, limit: int = 300) -> str:
     return one_line(masked(text[: max(_MASKED_AT_MOST, 10 * limit)]), limit)
 
 
-_told: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 
 
-def tell_once(where: str, error: BaseException) -> None:
+def warn_once(where: str, error: BaseException) -> None:
     """Log an unexpected error once, with the place where it was raised, however often it occurs.
 
     Args:
@@ -143,9 +143,9 @@ def tell_once(where: str, error: BaseException) -> None:
         error: an error of a foreign library.
     """
     kind = where, type(error).__name__
-    if kind in _told:
+    if kind in _warned:
         return
-    _told.add(kind)
+    _warned.add(kind)
     frames = traceback.extract_tb(error.__traceback__)
     origin = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     _log.warning("%s fails: %s%s; further errors of this kind are not logged", where, described(error), origin)
@@ -167,9 +167,9 @@ def _http_facts(error: BaseException) -> tuple[int | None, str, str]:
     for each in (error, error.__cause__):
         response = getattr(each, "response", None)
         if isinstance(response, dict):  # botocore's ClientError, which s3fs chains to another error
-            told = response.get("Error", {})
+            details = response.get("Error", {})
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            return status, str(told.get("Code", "")), str(told.get("Message", ""))
+            return status, str(details.get("Code", "")), str(details.get("Message", ""))
         # requests and httpx, which most foreign file systems use; azure's errors carry the status themselves
         status = getattr(response if response is not None else each, "status_code", None)
         if isinstance(status, int) and status >= 400:

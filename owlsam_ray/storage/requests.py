@@ -44,8 +44,8 @@ async def _read_s3(client: Client, path: str, wanted: Wanted) -> Body:
     await filesystem.set_session()
     await filesystem.get_s3(bucket)  # the first call loads a lot
     async with paced(client) as pace:
-        told = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, Range=wanted.range_header, **options)
-        body, facts = told["Body"], told["ResponseMetadata"]
+        response = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, Range=wanted.range_header, **options)
+        body, facts = response["Body"], response["ResponseMetadata"]
         headers = {name.lower(): str(value) for name, value in facts["HTTPHeaders"].items()}
         try:
             answer = Answer(facts["HTTPStatusCode"], headers, body.iter_chunks(CHUNK), unpacks=False)

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from owlsam_ray.errors import InputError, OwlsamError, StorageSetupError, shown
 from owlsam_ray.storage.clients import KINDS, Client, open_client
-from owlsam_ray.storage.faults import Fault, described, tell_once, understand
+from owlsam_ray.storage.faults import Fault, described, understand, warn_once
 from owlsam_ray.storage.secrets import masked, masked_url
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ def open_url(url: str, *, in_parts: bool = False) -> tuple[Client, str]:
     except Exception as error:  # noqa: BLE001 (any class: a plugin that does not load, or needs settings)
         if isinstance(error, TypeError) or (isinstance(error, ValueError) and not is_opening):
             raise InputError(f"cannot open {shown(masked_url(url), 500)}: {masked(str(error))}") from None
-        tell_once(url.partition("://")[0] + "://", error)
+        warn_once(url.partition("://")[0] + "://", error)
         raise StorageSetupError(f"cannot open {shown(masked_url(url), 500)}: {described(error)}") from None
 
 
@@ -195,7 +195,7 @@ def ask(client: Client, url: str, request: Callable[[], T]) -> T:
 def _raise(client: Client, url: str, failure: _FaultError, num_tries: int) -> None:
     fault, error = failure.fault, failure.error
     if client.kind == "other" and not isinstance(error, OSError):
-        tell_once(url.partition("://")[0] + "://", error)
+        warn_once(url.partition("://")[0] + "://", error)
     url = masked_url(url)
     if fault.kind == "as_is" and (type(error) is not OSError or error.errno is not None):
         raise error

@@ -25,8 +25,7 @@ from owlsam_ray.run.manifest import Manifest
 from owlsam_ray.run.manifest_writer import ShardLayout, write_parts
 from owlsam_ray.sources.folder import list_folder
 from owlsam_ray.sources.listing import listing_table
-from owlsam_ray.storage import StoragePolicy
-from owlsam_ray.storage import faults as trouble
+from owlsam_ray.storage import StoragePolicy, faults
 from owlsam_ray.storage.answers import Answer, Wanted, paced, receive
 from owlsam_ray.storage.clients import Client
 from owlsam_ray.storage.faults import TooLargeError
@@ -39,7 +38,7 @@ PERMANENT, TRANSIENT = FailureClass.PERMANENT, FailureClass.TRANSIENT
 @pytest.fixture(autouse=True)
 def quick_policy() -> Iterator[None]:
     storage.configure(StoragePolicy(retries=1, backoff_s=0.001, max_backoff_s=0.002, timeout_s=2, concurrency=16))
-    trouble._told.clear()
+    faults._warned.clear()
     yield
     storage.configure(StoragePolicy())
 

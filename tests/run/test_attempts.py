@@ -68,7 +68,7 @@ def test_what_is_no_slice_is_told(text: str) -> None:
 
 def test_an_attempt_is_there_while_it_lasts(tmp_path: Path) -> None:
     with claimed(tmp_path) as attempt:
-        attempt.tell(progress={"done": 3}, last_error="none really")
+        attempt.set_report(progress={"done": 3}, last_error="none really")
         beat = live_attempts(str(tmp_path))[0].beat
         deadline = time.monotonic() + 10
         while (now := live_attempts(str(tmp_path))[0]).beat <= beat + 2:

@@ -120,8 +120,8 @@ def test_live_silent_and_ended_attempts(run: ShardRun) -> None:
         claim(run.url, scope="label", part=Slice(2, 2), heartbeat_s=BEAT_S, takeover_s=0.3) as other,
     ):
         register(run, attempt("1-gone", progress={"images_per_s": 100.0}, last_error="no answer"))
-        one.tell(progress={"images_per_s": 1.5})
-        other.tell(progress={"images_per_s": 0.5}, last_error="slow down")
+        one.set_report(progress={"images_per_s": 1.5})
+        other.set_report(progress={"images_per_s": 0.5}, last_error="slow down")
         start = time.monotonic()
         state = RunStatus(run.url).look()
         assert 1.0 < time.monotonic() - start < 5.0  # as long as the silent one could be a live one

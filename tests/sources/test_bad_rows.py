@@ -19,7 +19,7 @@ from owlsam_ray.fetch.images import fetch_shard
 from owlsam_ray.plan.plan import Plan, plan_run
 from owlsam_ray.run.record import load_record
 from owlsam_ray.sources.bad_rows import BAD_ROWS_FILE
-from owlsam_ray.sources.row_names import told_apart
+from owlsam_ray.sources.row_names import distinct_name
 
 
 def run_of(folder: Path, source: dict[str, Any], *, run: str = "run", max_failed: Any = 10, **plan: Any) -> RunConfig:
@@ -281,7 +281,7 @@ def test_odd_names_of_files_and_members_are_planned_once_and_read(tmp_path: Path
     plan = plan_run(config)
     assert (plan.new, plan.bad) == (4, 0)
     begin = "" if kind == "folder" else "d.tar/"
-    escaped = told_apart(f"{begin}%FC.png", f"{begin}\udcfc.png")
+    escaped = distinct_name(f"{begin}%FC.png", f"{begin}\udcfc.png")
     names = {f"{begin}a.png": b"a.png", f"{begin}%FC.png": b"%FC.png", f"{begin}x%5Cy.png": b"x\\y.png"}
     names[escaped] = b"\xfc.png"
     fetched = fetch_shard(plan.run.manifest, 0, threads=2, max_file_mb=1)

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 import pytest
 
 from owlsam_ray.sources.listing import file_name_error
-from owlsam_ray.sources.row_names import inside, quoted_name, row_name, told_apart
+from owlsam_ray.sources.row_names import distinct_name, inside, quoted_name, row_name
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a b/ü%5C.jpg", "%2E%2E/x", "...", "a:/b", "x~1.png", ".hidden", "100%"])
@@ -61,10 +61,10 @@ def test_names_of_rows() -> None:
 
 
 def test_second_choices_differ_by_what_they_are_given() -> None:
-    first, second = (told_apart("h/a.b/photo.jpg", f"https://h/a.b/photo.jpg?id={number}") for number in (1, 2))
+    first, second = (distinct_name("h/a.b/photo.jpg", f"https://h/a.b/photo.jpg?id={number}") for number in (1, 2))
     assert re.fullmatch(r"h/a\.b/photo~[0-9a-f]{20}\.jpg", first)
     assert first != second
-    assert re.fullmatch(r"h/a\.b/photo~[0-9a-f]{20}", told_apart("h/a.b/photo", "x"))
+    assert re.fullmatch(r"h/a\.b/photo~[0-9a-f]{20}", distinct_name("h/a.b/photo", "x"))
 
 
 @pytest.mark.parametrize(

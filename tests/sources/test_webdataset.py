@@ -18,7 +18,7 @@ from owlsam_ray.errors import InputError
 from owlsam_ray.fetch.images import fetch_rows
 from owlsam_ray.sources import ListingOptions, list_images
 from owlsam_ray.sources.listing import DEFAULTS, file_name_error
-from owlsam_ray.sources.row_names import told_apart
+from owlsam_ray.sources.row_names import distinct_name
 from owlsam_ray.sources.tar_index import TarFile, index_tar
 from tests.drawn_images import draw_images
 from tests.faulty_s3 import Faults, FaultyS3, faulty_s3
@@ -189,7 +189,7 @@ def test_member_names_that_are_not_utf8_are_quoted_and_told_apart(tmp_path: Path
     rows = listing(path)
     names = [row["file_name"] for row in rows]
     assert names == ["x.tar/%FC.jpg", "x.tar/%FF.jpg", "x.tar/%FC.jpg", "x.tar/a%5C%25.jpg"]
-    assert rows[0]["other_name"] == told_apart("x.tar/%FC.jpg", "x.tar/\udcfc.jpg")
+    assert rows[0]["other_name"] == distinct_name("x.tar/%FC.jpg", "x.tar/\udcfc.jpg")
     assert rows[2]["other_name"] is None
     assert fetch_rows(rows, threads=1, max_bytes=100) == [b"1", b"2", b"3", b"4"]
 

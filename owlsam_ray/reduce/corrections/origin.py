@@ -69,11 +69,11 @@ def _check_run(document: Document, own: dict[str, Any], manifest: Manifest, rule
     Raises:
         GuardError: the file belongs to another run.
     """
-    told = (own.get("fingerprint"), own.get("ids_per_image"))
-    if told != (rules.fingerprint, rules.ids_per_image):
+    stated = (own.get("fingerprint"), own.get("ids_per_image"))
+    if stated != (rules.fingerprint, rules.ids_per_image):
         raise GuardError(
-            f"reduce.corrections {document.url} corrects other labels (fingerprint {str(told[0])[:16]} with "
-            f"{told[1]} ids for each image, here {rules.fingerprint[:16]} with {rules.ids_per_image}): its ids mean "
+            f"reduce.corrections {document.url} corrects other labels (fingerprint {str(stated[0])[:16]} with "
+            f"{stated[1]} ids for each image, here {rules.fingerprint[:16]} with {rules.ids_per_image}): its ids mean "
             "other things here"
         )
     for images in _image_lists(own):

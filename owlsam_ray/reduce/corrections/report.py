@@ -56,26 +56,26 @@ def summary_of(counts: Counter[str]) -> dict[str, Any]:
     conflicts = {
         name.partition(".")[2]: count for name, count in sorted(counts.items()) if name.startswith("conflict.")
     }
-    told = {name: counts[name] for name in ("entries", *_OF_ENTRIES)}
-    unlabelled = told["entries"] - sum(told[name] for name in _OF_ENTRIES) - sum(conflicts.values())
-    return told | {"unlabelled": unlabelled, "deleted": counts["deleted"], "conflicts": conflicts}
+    sums = {name: counts[name] for name in ("entries", *_OF_ENTRIES)}
+    unlabelled = sums["entries"] - sum(sums[name] for name in _OF_ENTRIES) - sum(conflicts.values())
+    return sums | {"unlabelled": unlabelled, "deleted": counts["deleted"], "conflicts": conflicts}
 
 
-def tell_outcome(counts: Counter[str], report_url: str) -> None:
+def log_outcome(counts: Counter[str], report_url: str) -> None:
     """Log the outcome of the file: counts, and what needs attention.
 
     Args:
         counts: `LabelCounts.corrections`.
         report_url: URL of the report.
     """
-    told = summary_of(counts)
+    sums = summary_of(counts)
     names = ("confirmed", "edited", "added", "deleted", "rejected")
-    _log.info("corrections: %s", ", ".join(f"{told[name]} {name}" for name in names))
-    if told["conflicts"]:
+    _log.info("corrections: %s", ", ".join(f"{sums[name]} {name}" for name in names))
+    if sums["conflicts"]:
         _log.warning(
             "%d entries of reduce.corrections were not applied (%s): %s lists them",
-            sum(told["conflicts"].values()),
-            ", ".join(f"{count} {reason}" for reason, count in told["conflicts"].items()),
+            sum(sums["conflicts"].values()),
+            ", ".join(f"{count} {reason}" for reason, count in sums["conflicts"].items()),
             report_url,
         )
     if 2 * counts["shown.deleted"] > counts["shown"]:

@@ -45,13 +45,13 @@ class CocoOutput:
     def render(self, labels: ShardLabels) -> Rendered:
         """Render the lines of images and annotations."""
         more = [] if self.prompts is None else provenance_pieces(labels, self.prompts)
-        segmentation, told = _polygons(labels) if self.polygons else (None, {})
+        segmentation, counts = _polygons(labels) if self.polygons else (None, {})
         return Rendered(
             {
                 "images": text_bytes(image_lines(labels)),
                 "annotations": text_bytes(annotation_lines(labels, segmentation=segmentation, more=more)),
             },
-            told=told,
+            counts=counts,
         )
 
     def assemble(self, parts: Parts) -> list[str]:
@@ -62,10 +62,10 @@ class CocoOutput:
             with parts.open(names[-1]) as out:
                 write_document(out, parts, span, output=self.name, categories=category_entries(parts.head))
         if self.polygons:
-            told = parts.head.told.get(self.name, {})
+            counts = parts.head.format_counts.get(self.name, {})
             _log.info(
                 "polygons of %d masks with %d pixels: %d pixels differ from the masks",
-                *(told.get(key, 0) for key in ("polygon_masks", "polygon_pixels", "polygon_pixels_off")),
+                *(counts.get(key, 0) for key in ("polygon_masks", "polygon_pixels", "polygon_pixels_off")),
             )
         return names
 
@@ -78,12 +78,12 @@ def _polygons(labels: ShardLabels) -> tuple[list[Piece], dict[str, int]]:
     table = labels.annotations
     polygons = trace(table)
     segmentation = polygon_json(polygons)
-    told = {
+    counts = {
         "polygon_masks": len(segmentation) - segmentation.null_count,
         "polygon_pixels": pc.sum(table["mask_area"]).as_py() or 0,
         "polygon_pixels_off": polygons.pixels_off,
     }
-    return [Piece(', "segmentation": ', segmentation), *rle_pieces(table, pc.is_null(segmentation))], told
+    return [Piece(', "segmentation": ', segmentation), *rle_pieces(table, pc.is_null(segmentation))], counts
 
 
 def write_document(

@@ -99,7 +99,7 @@ class LvisOutput:
                 "annotations": text_bytes(lines),
                 "counts": self._counts(images[best], category[best]).tobytes(),
             },
-            told={"over_300": int(np.count_nonzero(~best)), "box_for_mask": pc.sum(has_no_mask).as_py() or 0},
+            counts={"over_300": int(np.count_nonzero(~best)), "box_for_mask": pc.sum(has_no_mask).as_py() or 0},
         )
 
     def assemble(self, parts: Parts) -> list[str]:
@@ -117,13 +117,13 @@ class LvisOutput:
             names.append(span.name("lvis", ".json"))
             with parts.open(names[-1]) as out:
                 write_document(out, parts, span, output=self.name, categories=categories)
-        told = parts.head.told.get(self.name, {})
-        if any(told.values()):
+        counts = parts.head.format_counts.get(self.name, {})
+        if any(counts.values()):
             _log.info(
                 "lvis: left out %d annotations beyond the best %d of an image; %d without a mask got their box as mask",
-                told["over_300"],
+                counts["over_300"],
                 MOST_DETECTIONS,
-                told["box_for_mask"],
+                counts["box_for_mask"],
             )
         return names
 

@@ -20,7 +20,7 @@ class Rendered:
     files: dict[str, Bytes] = field(default_factory=dict)
     """Files by path relative to the output's folder. Each image is in one shard, so each path comes from one shard.
     Only for formats with a file for each image: the whole folder appears at once."""
-    told: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     """Counts of what the format itself left out, added or lost in this shard; they add up over the shards."""
 
 
@@ -48,16 +48,16 @@ class Head:
     licenses: list[Any]
     categories: tuple[Category, ...]
     counts: LabelCounts
-    told: dict[str, dict[str, int]] = field(default_factory=dict)
+    format_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     """Each output's own counts, by output; without outputs that count nothing."""
 
     def info_of(self, output: str) -> dict[str, Any]:
         """Return `info` with this output's own counts in the proof; files do not depend on other outputs."""
-        told = self.told.get(output)
-        if not told:
+        counts = self.format_counts.get(output)
+        if not counts:
             return self.info
         own = self.info["owlsam_ray"]
-        return self.info | {"owlsam_ray": own | {"proof": own.get("proof", {}) | {output: told}}}
+        return self.info | {"owlsam_ray": own | {"proof": own.get("proof", {}) | {output: counts}}}
 
 
 class Parts(Protocol):

@@ -54,12 +54,12 @@ class YoloOutput:
         table = labels.annotations
         boxes = _shares(table)
         has_area = (boxes[:, 2:] > 0).all(axis=1)
-        told = {"no_area": int(np.count_nonzero(~has_area))}
+        counts = {"no_area": int(np.count_nonzero(~has_area))}
         if not has_area.all():
             table, boxes = table.filter(pa.array(has_area)).combine_chunks(), boxes[has_area]
         numbers: list[Piece] = [Piece(" ", _column(boxes, side)) for side in range(4)]
         if self.outlines:
-            outlines, told["box_for_mask"] = _outlines(table, boxes)
+            outlines, counts["box_for_mask"] = _outlines(table, boxes)
             numbers = [Piece("", outlines)]
         rows = join_rows(
             [Piece("", column_of(table, "category")), *numbers, literal("\n", table.num_rows)], table.num_rows
@@ -84,7 +84,7 @@ class YoloOutput:
         return Rendered(
             {"train": "".join(paths).encode(), "renamed": "".join(renamed).encode()},
             files,
-            told | {"renamed": len(renamed), "numbered": num_numbered},
+            counts | {"renamed": len(renamed), "numbered": num_numbered},
         )
 
     def assemble(self, parts: Parts) -> list[str]:
@@ -97,19 +97,19 @@ class YoloOutput:
         # Written last: its presence means that the rest is complete.
         more["data.yaml"] = yaml.safe_dump(content, sort_keys=False).encode()
         parts.install_folder(self.name, more)
-        told = parts.head.told.get(self.name, {})
+        counts = parts.head.format_counts.get(self.name, {})
         for key, words in (
             ("no_area", "annotations left out, because their boxes have no area inside the image"),
             ("box_for_mask", "annotations without a mask got their box as the outline"),
             ("renamed", "images got another name, see renamed.jsonl"),
         ):
-            if told.get(key):
-                _log.info("%s: %d %s", self.name, told[key], words)
-        if told.get("numbered"):
+            if counts.get(key):
+                _log.info("%s: %d %s", self.name, counts[key], words)
+        if counts.get("numbered"):
             first, path = next(iter(self.numbered.items()))
             _log.warning(
                 "%s: %d images would share a label file with another image and got a number, see renamed.jsonl (%s "
-                "is now %s)", self.name, told["numbered"], shown(first), shown(path),
+                "is now %s)", self.name, counts["numbered"], shown(first), shown(path),
             )  # fmt: skip
         return [self.name]
 
