@@ -129,10 +129,10 @@ class Labeller:
         while left:
             self._stop_if_asked()
             found = in_hand.list_markers(context.run.url)
-            struck = {shard: len(found.get(shard, ())) for shard in left}
-            plain = [] if alone else [shard for shard in left if struck[shard] < MAX_DEATHS]
+            deaths_before = {shard: len(found.get(shard, ())) for shard in left}
+            plain = [] if alone else [shard for shard in left if deaths_before[shard] < MAX_DEATHS]
             # Shards that a process died on go last, so that they do not take others down with them.
-            wave = sorted(plain, key=lambda shard: (struck[shard], shard))[:most]
+            wave = sorted(plain, key=lambda shard: (deaths_before[shard], shard))[:most]
             try:
                 if wave:
                     pipeline.run_wave(context, wave)
@@ -151,7 +151,7 @@ class Labeller:
             self._stop_if_asked()
             before, left = left, work.left()
             deaths = sum(after.get(shard, 0) for shard in left)
-            if len(left) < len(before) or deaths > sum(struck[shard] for shard in left):
+            if len(left) < len(before) or deaths > sum(deaths_before[shard] for shard in left):
                 fruitless = 0
             else:
                 fruitless += 1

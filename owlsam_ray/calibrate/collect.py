@@ -27,7 +27,7 @@ from owlsam_ray.run.shards import done_shards
 
 _log = logging.getLogger(__name__)
 _BOX = ("x0", "y0", "x1", "y1")
-_TOLD = (
+_COUNTED = (
     "images_listed",
     "images_used",
     "images_not_in_the_run",
@@ -123,7 +123,7 @@ def collect(
     return Collected(
         tuple(each.sample() for each in collector.columns),
         counts["images_used"],
-        {name: counts[name] for name in _TOLD},
+        {name: counts[name] for name in _COUNTED},
     )
 
 

@@ -24,7 +24,7 @@ from owlsam_ray.config.vocabulary import is_vocabulary_file
 from owlsam_ray.config.yaml_text import MAX_BYTES, load_yaml
 from owlsam_ray.errors import ConfigError, one_line, shown
 
-_TOLD = 20
+_MOST_PROBLEMS = 20
 """Maximum number of invalid fields that are reported one by one."""
 
 
@@ -67,9 +67,9 @@ def with_frozen_of(
 
 
 def _lines(error: ValidationError, prefix: str = "") -> list[str]:
-    """One line per invalid field, up to `_TOLD` of them; values and names are shortened."""
+    """One line per invalid field, up to `_MOST_PROBLEMS` of them; values and names are shortened."""
     lines = []
-    for item in error.errors(include_url=False, include_context=False)[:_TOLD]:
+    for item in error.errors(include_url=False, include_context=False)[:_MOST_PROBLEMS]:
         place = ".".join(one_line(part, 60) for part in item["loc"] if part not in KINDS) or "(run file)"
         got = "" if isinstance(item["input"], dict) else f" (got {shown(item['input'])})"
         lines.append(f"  {prefix}{place}: {one_line(item['msg'].removeprefix('Value error, '), 1000)}{got}")

@@ -18,7 +18,7 @@ MOST_THREADS = 256
 """Limit on the threads of all pools of a process, abandoned ones included. A pool that gets no thread waits for one to
 be released, at most one deadline. Unresponsive storage thus costs each pool one deadline, however many threads hang,
 and the threads become available again as soon as the storage responds."""
-_room = threading.BoundedSemaphore(MOST_THREADS)
+_thread_slots = threading.BoundedSemaphore(MOST_THREADS)
 
 
 class StalledError(Exception):
@@ -50,9 +50,9 @@ class DeadlinePool(Generic[T]):
                 return
             self._waiting.append(task)
             self._unfinished += 1
-            hired = self._at_work < self._threads and _room.acquire(blocking=False)
-            self._at_work += hired
-        if hired:
+            has_slot = self._at_work < self._threads and _thread_slots.acquire(blocking=False)
+            self._at_work += has_slot
+        if has_slot:
             self._start_thread()
 
     def results(self) -> Iterator[T]:
@@ -65,7 +65,7 @@ class DeadlinePool(Generic[T]):
         try:
             while self._unfinished:
                 if self._waiting and not self._at_work:
-                    if not _room.acquire(timeout=self._deadline_s):
+                    if not _thread_slots.acquire(timeout=self._deadline_s):
                         raise StalledError
                     self._at_work = 1
                     self._start_thread()
@@ -90,7 +90,7 @@ class DeadlinePool(Generic[T]):
         try:
             threading.Thread(target=self._work, name="owlsam-fetch", daemon=True).start()
         except BaseException:
-            _room.release()
+            _thread_slots.release()
             raise
 
     def _work(self) -> None:
@@ -104,7 +104,7 @@ class DeadlinePool(Generic[T]):
         except BaseException as error:  # noqa: BLE001 (raised again in the caller)
             self._events.put(error)
         finally:
-            _room.release()
+            _thread_slots.release()
 
     def _next_task(self) -> Task[T] | None:
         with self._lock:

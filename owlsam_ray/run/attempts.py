@@ -161,8 +161,8 @@ class Attempt:
         self.record.ended, self.record.exit_code = now_utc(), _exit_code(error)
         if error is not None:
             # Our own errors may carry counts as a second argument.
-            said = error.args[0] if isinstance(error, OwlsamError) and error.args else error
-            self.record.last_error = masked(str(said)) or type(error).__name__
+            message = error.args[0] if isinstance(error, OwlsamError) and error.args else error
+            self.record.last_error = masked(str(message)) or type(error).__name__
         try:
             write_attempt(self.run_url, self.record, ENDED)
             storage.remove(attempt_url(self.run_url, self.id, LIVE))

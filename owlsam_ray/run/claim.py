@@ -158,7 +158,8 @@ class _Observer:
                 f"another attempt is working on {self.mine.run_url}: {other.where}. Wait for it to end, inspect it "
                 "with `owlsam status`, or run again with --takeover to stop it."
             )
-        self._log_once(other, f"is registered: waiting for it to end, or to send no heartbeat for {self.takeover_s:g} s")
+        silence = f"to send no heartbeat for {self.takeover_s:g} s"
+        self._log_once(other, f"is registered: waiting for it to end, or {silence}")
 
     def _take_over(self, other: AttemptRecord) -> None:
         fence(self.mine.run_url, other.id, by=self.mine.record.where)

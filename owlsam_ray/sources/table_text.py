@@ -163,7 +163,7 @@ def _from_text(url: str, column: Wanted, texts: pa.Array, first: int, sizes: _Si
     at = [first + row for row in rows.to_pylist()]
     problems = [
         f"{shown(text)} in {column.path} ({column.setting}) is not {word}"
-        for text in texts.take(rows[:TOLD]).to_pylist()
+        for text in texts.take(rows[:NAMED]).to_pylist()
     ]
     if column.kind == NUMBER:
         sizes.note(column, len(texts) - len(at) - pc.sum(is_null, min_count=0).as_py(), at, problems)

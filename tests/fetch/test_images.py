@@ -485,7 +485,7 @@ def test_a_slow_row_group_shows_signs_of_life(tmp_path: Path, monkeypatch: pytes
 
 def test_threads_that_hang_are_bounded_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the bound, a call is no slower and no faster than one that hangs; after the fault all is well again."""
-    monkeypatch.setattr(pool, "_room", threading.BoundedSemaphore(10))
+    monkeypatch.setattr(pool, "_thread_slots", threading.BoundedSemaphore(10))
     before = threading.active_count()
     storage.write_atomic("memory://stuck/x", b"abc")
     timeout = ("fetch_timeout: no answer within 0.1 s", TRANSIENT)

@@ -18,7 +18,7 @@ def marker(shard: int, worker: str, **fields: object) -> InHandMarker:
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_a_crumb_lasts_as_long_as_the_work(tmp_path: Path, remote: bool) -> None:
+def test_a_marker_lasts_as_long_as_the_work(tmp_path: Path, remote: bool) -> None:
     run = "memory://markers" if remote else str(tmp_path)
     with in_hand.held(run, marker(7, "one")), in_hand.held(run, marker(7, "other")):
         assert in_hand.deaths(in_hand.list_markers(run)) == {7: 2}
@@ -32,7 +32,7 @@ def test_a_crumb_lasts_as_long_as_the_work(tmp_path: Path, remote: bool) -> None
     in_hand.clear(run, {8})
 
 
-def test_a_killed_process_leaves_its_crumb(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_its_marker(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from owlsam_ray.run import in_hand\n"
         "marker = in_hand.InHandMarker(shard=3, worker=in_hand.new_worker_name(), attempt='a', host='h')\n"
@@ -55,7 +55,7 @@ def test_what_a_process_found_out_is_remembered(tmp_path: Path) -> None:
     assert in_hand.suspects(run, [*names, "shard-00000005.gone.json"]) == {42}
 
 
-def test_crumbs_of_finished_shards_are_swept(tmp_path: Path) -> None:
+def test_markers_of_finished_shards_are_cleared(tmp_path: Path) -> None:
     run = str(tmp_path)
     for shard in (1, 2, 3):
         in_hand.write(run, marker(shard, "one"))
