@@ -63,7 +63,7 @@ REPLIES: list[Reply] = [
     Ready(),
     Alive(),
     Done(stage_s={"decode": 0.1, "detect": 1e-9}),
-    Overran(reason="hang: not finished within 3 s", image_ids=(-(2**62), 2**62)),
+    Overran(reason="hang: no end within 3 s", image_ids=(-(2**62), 2**62)),
     ModelRaised(reason="model_error: KeyError: '\\n\udcff'"),
     Raised(name="OSError", arguments=(28, None, "/ü")),
 ]

@@ -192,7 +192,7 @@ def test_vocabulary(make: Callable[..., RunConfig]) -> None:
     message, summary = failed(make(suppress={"thresholds": {"horse": 0.5}}), InputError)
     assert "'horse'" in message
     assert (marks(summary)["weights"], marks(summary)["prompts"], marks(summary)["images"]) == (True, None, None)
-    with pytest.raises(ConfigError, match="--images 0"):
+    with pytest.raises(ConfigError, match="--images is 0"):
         check_run(make(), images=0)
 
 
