@@ -220,7 +220,7 @@ def _mask_rules(lists: dict[str, pa.Array], row_of: NDArray[np.int64], pixels: N
     _, offsets, data = counts.buffers()
     starts = np.frombuffer(offsets or b"\0" * 4, np.int32)[counts.offset :][: len(counts) + 1].astype(np.int64)
     sums = rle_areas(np.frombuffer(data or b"", np.uint8), starts)
-    yield Rule("{rle_counts!r:.40} is no compressed RLE", has_mask & (sums[:, 0] < 0), row_of)
+    yield Rule("{rle_counts!r:.40} is not a compressed RLE", has_mask & (sums[:, 0] < 0), row_of)
     area = pc.fill_null(lists["mask_area"], 0).to_numpy()
     yield Rule(
         "a mask of {covered} among {pixels} pixels, but the image has {height}x{width} and the stated area is "

@@ -37,7 +37,8 @@ def test_status_tells_the_exit_code_of_the_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: AttemptOptions, failed: int, code: int
 ) -> None:
     config = config_of(tmp_path)
-    monkeypatch.setattr(annotate, "_set_up", lambda *_: SimpleNamespace(record=SimpleNamespace(fingerprint="abc" * 20)))
+    run = SimpleNamespace(record=SimpleNamespace(fingerprint="abc" * 20))
+    monkeypatch.setattr(annotate, "_set_up", lambda *_: (run, SimpleNamespace()))
     monkeypatch.setattr(annotate, "_annotate", lambda *_: {"images": 60, "failed": failed})
     if code:
         with pytest.raises(FailedImagesError) as caught:
@@ -80,8 +81,8 @@ def test_nothing_is_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     graph = _Graph()
     monkeypatch.setattr(ray.data, "from_arrow", lambda _: graph)
     allocation = SimpleNamespace(actors=1, cpus_per_actor=1.0, gpus_per_actor=0.0)
-    job: Any = SimpleNamespace(config=config_of(tmp_path), allocation=allocation)
-    pipeline.run_wave(job, [0, 1])
+    context: Any = SimpleNamespace(run=SimpleNamespace(config=config_of(tmp_path)), allocation=allocation)
+    pipeline.run_wave(context, [0, 1])
     fetch, actor, sink = graph.stages
     assert (fetch["max_retries"], sink["max_retries"]) == (3, 3)
     assert (actor["max_restarts"], actor["max_task_retries"]) == (8, 4)

@@ -102,7 +102,7 @@ def test_lvis_labels_on_coco(
     assert [score for score in scores.values() if score is not None] == [pytest.approx(1.0)] * 67
     assert "lvis_to_coco: 1 of the ground truth's categories have no counterpart: hot dog" in caplog.text
     assert "lvis_to_coco: 3 of" in caplog.text
-    assert "of 2 categories without a counterpart: 'minivan' (2), 'aerosol_can' (1)" in caplog.text
+    assert "2 categories have no counterpart: 'minivan' (2), 'aerosol_can' (1)" in caplog.text
 
 
 def test_coco_labels_on_lvis(tmp_path: Path, coco_mini: dict[str, Any]) -> None:
@@ -216,7 +216,7 @@ def test_an_unknown_name_is_no_other_class_of_the_same_id(tmp_path: Path, coco_m
 
 
 SAME = {each.id: each.id for each in builtin("coco")}
-NOT_COCOS = r"leads to categories of lvis, and .*gt\.json has others \(21 of 80 are not in that list\)"
+NOT_COCOS = r"leads to categories of lvis, but .*gt\.json has others \(21 of 80 are not in that list\)"
 BOTH_COCOS = r"predictions and ground truth are both of coco, leave the mapping out \(null\)"
 
 
@@ -280,12 +280,12 @@ def test_mappings_that_do_not_fit_are_refused(tmp_path: Path, coco_mini: dict[st
     found = {"images": coco_mini["images"], "annotations": [], "categories": coco_mini["categories"]}
     with pytest.raises(InputError, match=r"are the ground truth's already, not those of lvis: leave the mapping out"):
         evaluate(tmp_path, coco_mini, found, "lvis_to_coco")
-    with pytest.raises(InputError, match=r"evaluate\.mapping coco_to_lvis leads to categories of lvis, and .*gt\.json"):
+    with pytest.raises(InputError, match=r"evaluate\.mapping coco_to_lvis leads to categories of lvis, but .*gt\.json"):
         evaluate(tmp_path, coco_mini | {"categories": [{"id": 1, "name": "qux"}], "annotations": [
             coco_mini["annotations"][0] | {"category_id": 1}
         ]}, found, "coco_to_lvis")  # fmt: skip
     other = found | {"categories": [{"id": 5000, "name": "qux"}, {"id": 1, "name": "quux"}]}
-    with pytest.raises(InputError, match=r"starts from categories of lvis, and .*dt\.json has none of them"):
+    with pytest.raises(InputError, match=r"starts from categories of lvis, but .*dt\.json has none of them"):
         evaluate(tmp_path, coco_mini, other, "lvis_to_coco")
     result = {"image_id": coco_mini["images"][0]["id"], "bbox": [1, 1, 9, 9], "score": 0.5}
     with pytest.raises(InputError, match=r"\[0\] has category 1204, which lvis's list does not list$"):

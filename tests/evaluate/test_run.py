@@ -229,7 +229,7 @@ def test_ids_may_differ_where_names_agree(run_file: Path, capsys: pytest.Capture
     truth.write_text(json.dumps(tree))
     code, summary, _ = call(capsys, str(run_file), "--set", f"evaluate.ground_truth={truth}")
     assert code == 2
-    assert "of category 3 ('cat'), which the ground truth does not list" in summary["error"]
+    assert "has category 3 ('cat'), which the ground truth does not list" in summary["error"]
 
 
 def test_images_that_the_run_does_not_have_are_left_out(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -405,7 +405,7 @@ def test_bad_masks_are_named(tmp_path: Path, segmentation: Any, words: str) -> N
         ({"images": [{"id": 1, "neg_category_ids": []}]}, r"LVIS needs a frequency of r, c or f, not None"),
         ({"annotations": [{"image_id": 1, "category_id": 1}]}, r"annotations\[0\] \(id None\): bbox None"),
         ({"annotations": [TRUTH["annotations"][0] | {"area": math.nan}]}, "area nan is not a finite number"),
-        ({"annotations": [TRUTH["annotations"][0] | {"image_id": 2}]}, "of image 2, which the ground truth"),
+        ({"annotations": [TRUTH["annotations"][0] | {"image_id": 2}]}, "has image 2, which the ground truth"),
     ],
 )
 def test_bad_ground_truths_are_named(tmp_path: Path, change: Any, words: str) -> None:

@@ -212,7 +212,7 @@ def test_a_set_with_nothing_to_train_on_is_refused_with_the_counts(tmp_path: Pat
     with pytest.raises(InputError) as caught:
         read_training_images(url, str(tmp_path / "images"), ALL)
     message = str(caught.value)
-    assert "list.json has no annotation to train on: 0 of 3 annotations" in message
+    assert "list.json has no annotation to train on: training uses 0 of 3 annotations" in message
     assert "1 crowd, 1 zero_area, 1 outside" in message
 
 
@@ -222,7 +222,7 @@ def test_a_set_with_nothing_to_train_on_is_refused_with_the_counts(tmp_path: Pat
         ({"categories": []}, "list.json lists no categories"),
         ({"categories": [*CATEGORIES, {"id": 4, "name": "Dog"}]}, "list.json: .*name.*given more than once: 'dog'"),
         ({"categories": [{"id": 9, "name": "dog"}]}, "category_id 3 is not among the 1 categories"),
-        ({"annotations": []}, "has no annotation to train on: 0 of 0"),
+        ({"annotations": []}, "has no annotation to train on: training uses 0 of 0"),
         ({"images": [{"id": 1, "file_name": "../1.png"}]}, "does not lie below data.images"),
         ({"images": [{"id": 2, "file_name": "1.png"}]}, "image_id 1 is not among the 1 images"),
     ],

@@ -166,7 +166,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
             yield Full() if "step-00000008" in url else file
 
     monkeypatch.setattr(storage, "open_atomic", full)
-    with pytest.raises(IncompleteError, match=r"checkpoint of step 8 .*No space left.*step 4 is whole"):
+    with pytest.raises(IncompleteError, match=r"checkpoint of step 8 .*No space left.*step 4 is intact"):
         run_alone(config)
     monkeypatch.setattr(storage, "open_atomic", open_atomic)
     assert min(losses(run_alone(config))) == 5

@@ -144,6 +144,6 @@ def test_later_callers_hear_of_it_too() -> None:
 def test_what_never_fits_is_told() -> None:
     with (
         engine(ShortDetector(lambda batch: True), BoxSegmenter()) as one,
-        pytest.raises(PreflightError, match=r"whatever resources\.detector_batch is"),
+        pytest.raises(PreflightError, match=r"at any resources\.detector_batch "),
     ):
         one.annotate(IMAGES)

@@ -98,7 +98,7 @@ def test_a_prompt_that_is_too_long_is_never_cut(directory: Path) -> None:
         caught.value
     )
     assert "shorten the name or synonym that it comes from; vocabulary.canonical: true" in str(caught.value)
-    with pytest.raises(InputError, match=r"takes 4: take a short word$"):
+    with pytest.raises(InputError, match=r"takes at most 4: take a short word$"):
         tokenize(load_tokenizer(directory), ["cats"], 4, way_out="take a short word")
 
 

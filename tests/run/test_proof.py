@@ -110,7 +110,7 @@ BREAKS: dict[str, Break] = {
         "masked",
         lambda row: {name: with_one(row[name], not_finite(name, choose), choose)},
     ),
-    "{rle_counts!r:.40} is no compressed RLE": lambda _, choose: (
+    "{rle_counts!r:.40} is not a compressed RLE": lambda _, choose: (
         "masked",
         lambda row: {"rle_counts": with_one(row["rle_counts"], choose.choice([b"\xff", b"`", b"/", b"O"]), choose)},
     ),
@@ -197,7 +197,7 @@ def test_the_first_bad_row_is_named_whatever_its_rule() -> None:
             {"det_index": [0, 3, 2]},
             r"det_index \[0, 3, 2\]",
         ),
-        ("{rle_counts!r:.40} is no compressed RLE", {"rle_counts": [b"\xff" * 900]}, r"b'(\\xff){9}\\x is no"),
+        ("{rle_counts!r:.40} is not a compressed RLE", {"rle_counts": [b"\xff" * 900]}, r"b'(\\xff){9}\\x is not"),
     ],
 )
 def test_messages_show_values_cut_and_escaped(problem: str, values: Row, words: str) -> None:

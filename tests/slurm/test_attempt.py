@@ -130,7 +130,7 @@ def test_a_refused_requeue_is_tried_again_then_told(desk: Desk) -> None:
     code, errors = finish(desk.start("attempt.sh", "run.yaml", "runs/1", CODE="75", CAN_REQUEUE=""))
     assert code == 75
     assert len(desk.calls("scontrol")) == 6
-    assert "submit the job again" in errors
+    assert "submit it again to continue" in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

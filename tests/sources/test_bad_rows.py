@@ -245,10 +245,10 @@ def test_rows_of_parquet_that_share_one_path(tmp_path: Path, caplog: pytest.LogC
     source = {"source": "table", "files": str(tmp_path / "t.parquet"), "columns": columns}
     with pytest.raises(InputError) as caught:
         plan_run(run_of(tmp_path, source))
-    assert "leave columns.file_name out" in str(caught.value)
+    assert "leave out columns.file_name" in str(caught.value)
     assert "plan.duplicates" not in str(caught.value)
     assert plan_run(run_of(tmp_path, source, duplicates="first")).new == 1
-    assert "leave columns.file_name out" in caplog.text
+    assert "leave out columns.file_name" in caplog.text
     del columns["file_name"]
     assert plan_run(run_of(tmp_path, source, run="other")).new == 6
     twice = table_of(tmp_path, [GOOD[0], GOOD[0]])

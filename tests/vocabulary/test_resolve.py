@@ -251,7 +251,7 @@ def test_one_query_in_two_categories_is_told(caplog: pytest.LogCaptureFixture) -
     assert len(vocabulary.queries) == 5
     assert len(caplog.records) == 1
     assert "1 query is shared by two categories" in caplog.text
-    assert "'pet' of 'dog' is 'Pet' of 'cat'" in caplog.text
+    assert "'pet' of 'dog' equals 'Pet' of 'cat'" in caplog.text
 
 
 def test_a_query_is_frozen_and_survives_json() -> None:
