@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Collection, Iterator
 
@@ -16,7 +17,7 @@ import msgspec
 from owlsam_ray import storage
 from owlsam_ray.config.run import RunConfig
 from owlsam_ray.errors import InputError
-from owlsam_ray.run.attempts import SETUP, Attempt, Slice, live_attempts
+from owlsam_ray.run.attempts import SETUP, Attempt, Slice, live_attempts, process_name, safe_file_name
 from owlsam_ray.run.claim import claim
 from owlsam_ray.run.paths import ATTEMPTS, DAMAGED, MANIFEST, PREDICTIONS, RUN_FILE
 
@@ -26,6 +27,7 @@ _SCRATCH = "owlsam-fragments-"
 _IS_SCRATCH = re.compile(rf"{_SCRATCH}[0-9a-f]{{8}}")
 _IS_TEMPORARY = re.compile(r"\.tmp-.+-[0-9a-f]{32}")
 _IS_ATTEMPT = re.compile(r"\d{8}T\d{6}Z-.+-\d+-[0-9a-f]{6}-setup(\.ended\.json|\.fenced|\.stop)")
+_IS_HALF_ATTEMPT = re.compile(r"\.tmp-\d{8}T\d{6}Z-(.+)-(\d+)-[0-9a-f]{6}-setup\.[a-z.]+-[0-9a-f]{32}")
 _IS_OURS = re.compile(
     r"(annotations|lvis|label_studio)(-\d{5,}-of-\d{5,})?\.json|failures\.jsonl|results\.json|corrections_report\.json"
     r"|label_studio_config\.xml|(annotations|images)\.parquet|yolo(_segment)?"
@@ -148,7 +150,16 @@ def _forget_attempts(out_url: str) -> None:
         if _IS_ATTEMPT.fullmatch(name):
             storage.remove(storage.join(folder, name))
     if "://" not in folder:
+        for name in storage.temporary_files(folder):
+            if _is_of_a_killed_call(name):
+                os.unlink(os.path.join(folder, name))
         os.rmdir(folder)
+
+
+def _is_of_a_killed_call(name: str) -> bool:
+    """Whether a call on this machine was killed while it wrote this claim."""
+    half = _IS_HALF_ATTEMPT.fullmatch(name)
+    return half is not None and half[1] == safe_file_name(socket.gethostname()) and not process_name(int(half[2]))
 
 
 @contextlib.contextmanager

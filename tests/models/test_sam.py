@@ -335,8 +335,16 @@ def test_the_frequencies_may_stand_under_either_name(directory: Path, tiny: Sam,
         ("model.safetensors", None, "holds no model.safetensors; is it a directory"),
         ("model.safetensors", b"x", "not a safetensors file"),
         ("preprocessor_config.json", b"{", "does not describe SAM's preprocessing"),
-        ("preprocessor_config.json", b'{"size": {"longest_edge": 99}}', "sets size.longest_edge to 99, and SAM needs 128"),
-        ("preprocessor_config.json", b'{"size": {"longest_edge": 128}, "resample": 3}', "sets resample to 3, and SAM needs 2"),
+        (
+            "preprocessor_config.json",
+            b'{"size": {"longest_edge": 99}}',
+            "sets size.longest_edge to 99, and SAM needs 128",
+        ),
+        (
+            "preprocessor_config.json",
+            b'{"size": {"longest_edge": 128}, "resample": 3}',
+            "sets resample to 3, and SAM needs 2",
+        ),
     ],
 )
 def test_damaged_directories_are_refused(directory: Path, name: str, content: bytes | None, words: str) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from owlsam_ray import storage
 from owlsam_ray.config.load import load_config
 from owlsam_ray.errors import AttemptLiveError, GuardError, IncompleteError, InputError
 from owlsam_ray.reduce.run import reduce_run
-from owlsam_ray.run.attempts import SETUP, Slice
+from owlsam_ray.run.attempts import SETUP, Slice, safe_file_name
 from owlsam_ray.run.claim import claim
 from owlsam_ray.run.shards import shard_url
 from tests.bench.reducing import make_run
@@ -211,6 +212,20 @@ def test_two_at_once_on_one_directory_are_refused(labelled: Path, tmp_path: Path
         reduced(labelled, tmp_path)
     reduced(labelled, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(_FILES)
+
+
+def test_what_a_call_left_that_was_killed_while_it_wrote_its_claim_goes_with_the_next(
+    labelled: Path, tmp_path: Path
+) -> None:
+    host, gone = safe_file_name(socket.gethostname()), subprocess.Popen(["true"])
+    gone.wait()
+    alive = f".tmp-20261130T225607Z-{host}-{os.getpid()}-e78342-setup.json-{'d' * 32}"
+    elsewhere = f".tmp-20261130T225607Z-{host}x-{gone.pid}-e78342-setup.json-{'d' * 32}"
+    (tmp_path / "attempts").mkdir()
+    for name in (alive, elsewhere, f".tmp-20261130T225607Z-{host}-{gone.pid}-e78342-setup.json-{'d' * 32}"):
+        (tmp_path / "attempts" / name).write_text('{"id":')
+    reduced(labelled, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "attempts").iterdir()) == sorted([alive, elsewhere])
 
 
 def test_what_people_keep_beside_the_files_stays(labelled: Path, tmp_path: Path) -> None:
