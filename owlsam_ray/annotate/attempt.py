@@ -147,24 +147,26 @@ def _annotate(
     """Run the attempt, after its slice is claimed and the run is set up."""
     config = run.config
     mine = options.part.shards(run.manifest.num_shards)
-    tally = RunCounts(run, shards=mine)
-    listed = tally.refresh_listing()
+    run_counts = RunCounts(run, shards=mine)
+    listed = run_counts.refresh_listing()
     retries = _retries(options.retry)
     if len(listed) == len(mine):
-        tally.refresh()
-        if not any(tally.transient_shards if retry.only_transient else tally.failed_shards for retry in retries):
+        run_counts.refresh()
+        if not any(
+            run_counts.transient_shards if retry.only_transient else run_counts.failed_shards for retry in retries
+        ):
             _log.info("nothing to do: all %d shards of %s are done", len(mine), _named(run.url, options.part))
             in_hand.clear(run.url, mine)  # left by an attempt that was killed at its very end
-            return tally.summary() | {"new": 0, "seconds": 0.0}
+            return run_counts.summary() | {"new": 0, "seconds": 0.0}
     elif listed:
         _log.info("resuming: %d of %d shards are done", len(listed), len(mine))
     start = time.monotonic()
     losses = LossCount(
         storage.join(run.url, ATTEMPTS, f"slice-{options.part.index}-of-{options.part.count}{SUFFIX}"),
-        progress=lambda: len(tally.refresh_listing()),
-        state=lambda: f"{len(tally.done)} of {tally.num_shards} shards are done",
+        progress=lambda: len(run_counts.refresh_listing()),
+        state=lambda: f"{len(run_counts.done)} of {run_counts.num_shards} shards are done",
     )
-    kills = KillWatch(done=lambda: len(tally.done))
+    kills = KillWatch(done=lambda: len(run_counts.done))
     try:
         with (
             _ray(config, losses, kills),
@@ -178,24 +180,24 @@ def _annotate(
             context = replace(context, run=guarded)
             kills.need = memory_need(context.allocation, (models.detector, models.segmenter))
             storage.remove_stale_temporaries(storage.join(run.url, PREDICTIONS))
-            with _watch(config, options.part, tally, attempt, show) as watcher:
-                labeller = Labeller(context, tally, watcher, attempt, asked, isolating=kills.pause)
+            with _watch(config, options.part, run_counts, attempt, show) as watcher:
+                labeller = Labeller(context, run_counts, watcher, attempt, asked, isolating=kills.pause)
                 labeller.label()
                 for retry in retries:
                     labeller.retry(retry)
         in_hand.clear(run.url, mine)
     except StoppedError:
-        raise _interrupted(tally, "asked to stop") from None
+        raise _interrupted(run_counts, "asked to stop") from None
     except SystemExit:
         # Raised by Ray's own signal handler, which is briefly in place while Ray starts and ends.
-        raise _interrupted(tally, "asked to stop a second time") from None
+        raise _interrupted(run_counts, "asked to stop a second time") from None
     except GraceOverError:
         in_hand.release(run.url, attempt.id)  # no process died because of these
-        raise _interrupted(tally, "the grace time is over; shards in progress were dropped") from None
-    return tally.summary() | {
-        "new": tally.images_fresh,
+        raise _interrupted(run_counts, "the grace time is over; shards in progress were dropped") from None
+    return run_counts.summary() | {
+        "new": run_counts.images_fresh,
         "seconds": round(time.monotonic() - start, 1),
-        "stage_s": {stage: round(seconds, 1) for stage, seconds in tally.stage_s.items()},
+        "stage_s": {stage: round(seconds, 1) for stage, seconds in run_counts.stage_s.items()},
         "actors": context.allocation.actors,
         "gpus": context.allocation.actors * context.allocation.gpus_per_actor,
     }
@@ -215,7 +217,7 @@ def _named(run_url: str, part: Slice) -> str:
 
 
 def _watch(
-    config: RunConfig, part: Slice, tally: RunCounts, attempt: Attempt, show: Callable[[dict[str, Any]], None]
+    config: RunConfig, part: Slice, run_counts: RunCounts, attempt: Attempt, show: Callable[[dict[str, Any]], None]
 ) -> ProgressWatcher:
     """Report progress to `show`, to `progress.json`, and with the heartbeats to other machines."""
 
@@ -224,7 +226,7 @@ def _watch(
         show(state)
 
     return ProgressWatcher(
-        tally,
+        run_counts,
         interval_s=config.logging.progress_s,
         show=report,
         file_name=PROGRESS_FILE if part.is_whole else f"progress-{part.index}-of-{part.count}.json",
@@ -287,15 +289,15 @@ def _prepare(run: Run, models: ModelPaths, attempt: Attempt) -> AttemptContext:
     )
 
 
-def _interrupted(tally: RunCounts, why: str) -> InterruptedRunError:
-    return InterruptedRunError(f"interrupted ({why}): {_shards_done(tally)}; run the same command again")
+def _interrupted(run_counts: RunCounts, why: str) -> InterruptedRunError:
+    return InterruptedRunError(f"interrupted ({why}): {_shards_done(run_counts)}; run the same command again")
 
 
-def _shards_done(tally: RunCounts) -> str:
+def _shards_done(run_counts: RunCounts) -> str:
     """State how many shards are done, from a fresh listing: the last one may miss the latest shards."""
     with contextlib.suppress(OSError, OwlsamError):
-        tally.refresh_listing()
-    return f"{len(tally.done)} of {tally.num_shards} shards are done"
+        run_counts.refresh_listing()
+    return f"{len(run_counts.done)} of {run_counts.num_shards} shards are done"
 
 
 @contextlib.contextmanager

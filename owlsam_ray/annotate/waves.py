@@ -43,13 +43,13 @@ class Work(Protocol):
 class Unfinished:
     """The shards of a slice that have no file."""
 
-    def __init__(self, tally: RunCounts) -> None:
-        self._tally = tally
+    def __init__(self, run_counts: RunCounts) -> None:
+        self._run_counts = run_counts
 
     def left(self) -> Sequence[int]:
         """Remaining shards, from a fresh listing."""
-        self._tally.refresh_listing()
-        return list(self._tally.pending())
+        self._run_counts.refresh_listing()
+        return list(self._run_counts.pending())
 
     def handed_back(self, shards: Sequence[int]) -> None:
         """Do nothing: the listing shows what is finished."""
@@ -76,7 +76,7 @@ class Labeller:
     """Labels the shards of an attempt."""
 
     context: AttemptContext
-    tally: RunCounts
+    run_counts: RunCounts
     watcher: ProgressWatcher
     attempt: Attempt
     asked_to_stop: Callable[[], bool]
@@ -90,7 +90,7 @@ class Labeller:
             StoppedError: the attempt was asked to stop.
             OwlsamError: further tries cannot help, or another attempt has taken over.
         """
-        self._bring_to_end(self.context, Unfinished(self.tally))
+        self._bring_to_end(self.context, Unfinished(self.run_counts))
         self.watcher.look()
 
     def retry(self, retry: Retry) -> None:
@@ -100,7 +100,7 @@ class Labeller:
             StoppedError: the attempt was asked to stop.
             OwlsamError: further tries cannot help, or another attempt has taken over.
         """
-        shards = sorted(self.tally.transient_shards if retry.only_transient else self.tally.failed_shards)
+        shards = sorted(self.run_counts.transient_shards if retry.only_transient else self.run_counts.failed_shards)
         if not shards:
             return
         _log.info("retrying the %s images of %d shards", retry.what, len(shards))
@@ -115,7 +115,7 @@ class Labeller:
             self._bring_to_end(context, Failed(sorted(set(shards) - set(killers))))
             self._bring_to_end(context, Failed(killers), alone=True)
         finally:
-            self.tally.forget(shards)
+            self.run_counts.forget(shards)
         self.watcher.look()
 
     def _bring_to_end(self, context: AttemptContext, work: Work, *, alone: bool = False) -> None:

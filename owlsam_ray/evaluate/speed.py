@@ -25,8 +25,8 @@ def run_speed(run: StoredRun) -> dict[str, Any]:
     Raises:
         IncompleteError: a shard file is damaged or foreign.
     """
-    tally = RunCounts(run).refresh()
-    counts, stage_s = tally.counts, tally.stage_s
+    run_counts = RunCounts(run).refresh()
+    counts, stage_s = run_counts.counts, run_counts.stage_s
     images = counts["ok"] + counts["empty"]
     detector = stage_s.get(DETECTOR_STAGE, 0.0) / images if images else None
     segmenter = stage_s.get(SEGMENTER_STAGE, 0.0) / images if images else None

@@ -39,7 +39,7 @@ class ProgressWatcher:
 
     def __init__(
         self,
-        tally: RunCounts,
+        run_counts: RunCounts,
         *,
         interval_s: float,
         show: Callable[[dict[str, Any]], None],
@@ -48,13 +48,13 @@ class ProgressWatcher:
         """Prepare to watch.
 
         Args:
-            tally: counts of the run or of a slice; already listed once, so that the rate covers only this attempt.
+            run_counts: counts of the run or of a slice; already listed once, so that the rate covers only this attempt.
             interval_s: seconds between two reports.
             show: called with the state at each report.
             file_name: name of the state file in the run directory.
         """
-        self._tally, self._interval_s, self._show = tally, interval_s, show
-        self._url = storage.join(tally.run_url, file_name)
+        self._run_counts, self._interval_s, self._show = run_counts, interval_s, show
+        self._url = storage.join(run_counts.run_url, file_name)
         self._start = time.monotonic()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -81,17 +81,17 @@ class ProgressWatcher:
 
     def _look(self, limit: int | None) -> RunCounts:
         with self._lock:
-            state = progress_state(self._tally.refresh(limit), seconds=time.monotonic() - self._start)
+            state = progress_state(self._run_counts.refresh(limit), seconds=time.monotonic() - self._start)
             storage.write_atomic(self._url, json.dumps(state, indent=1).encode())
             self._show(state)
-        return self._tally
+        return self._run_counts
 
     def _watch(self) -> None:
         next_look = time.monotonic() + self._interval_s
-        while not self._stop.wait(_CATCH_UP_PAUSE_S if self._tally.unread else next_look - time.monotonic()):
+        while not self._stop.wait(_CATCH_UP_PAUSE_S if self._run_counts.unread else next_look - time.monotonic()):
             try:
                 if time.monotonic() < next_look:
-                    self._tally.read_footers(_FOOTERS_AT_ONCE)
+                    self._run_counts.read_footers(_FOOTERS_AT_ONCE)
                     continue
                 self._look(_FOOTERS_AT_ONCE)
             except (OSError, OwlsamError) as error:
@@ -101,20 +101,20 @@ class ProgressWatcher:
             next_look = time.monotonic() + self._interval_s
 
 
-def progress_state(tally: RunCounts, *, seconds: float) -> dict[str, Any]:
+def progress_state(run_counts: RunCounts, *, seconds: float) -> dict[str, Any]:
     """Counts, rate, time left and busy seconds by stage.
 
     Args:
-        tally: counts of the run or of a slice.
+        run_counts: counts of the run or of a slice.
         seconds: time since this attempt began.
     """
-    rate = tally.images_fresh / seconds if seconds > 0 else 0.0
-    left = tally.num_images - tally.images_done
-    return tally.summary() | {
+    rate = run_counts.images_fresh / seconds if seconds > 0 else 0.0
+    left = run_counts.num_images - run_counts.images_done
+    return run_counts.summary() | {
         "images_per_s": round(rate, 3),
         "eta_s": round(left / rate) if rate > 0 else None,
         "seconds": round(seconds, 1),
-        "stage_s": {stage: round(value, 1) for stage, value in tally.stage_s.items()},
+        "stage_s": {stage: round(value, 1) for stage, value in run_counts.stage_s.items()},
     }
 
 

@@ -54,7 +54,7 @@ class ShardFinding:
 
 
 @dataclass(slots=True)
-class _Tally:
+class _Totals:
     """Results so far."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -107,19 +107,19 @@ def verify_run(
         names = storage.list_names(storage.join(run_url, PREDICTIONS))
         shards = [shard for name in names if (shard := shard_of(name)) is not None]
         others = [name for name in names if shard_of(name) is None]
-        tally = _Tally()
+        totals = _Totals()
         total = sum(manifest.shard_span(shard)[1] for shard in shards if shard < manifest.num_shards)
         seen = 0
         for found in _check_all(run, shards, workers):
-            tally.add(found)
+            totals.add(found)
             seen += found.num_rows
             show("verified", seen, total)
         problems = _other_problems(run)
         for problem in problems:
             _log.error("%s", problem)
-        moved = _move_aside(run_url, tally) if repair else []
+        moved = _move_aside(run_url, totals) if repair else []
         temporaries = storage.temporary_files(storage.join(run_url, PREDICTIONS))
-        summary = _summary(manifest, tally, shards, moved) | {
+        summary = _summary(manifest, totals, shards, moved) | {
             "problems": problems,
             "temporary_files": len(temporaries),
             "other_files": others[:_NAMED],
@@ -217,12 +217,12 @@ def _other_problems(run: StoredRun) -> list[str]:
     return problems
 
 
-def _move_aside(run_url: str, tally: _Tally) -> list[int]:
+def _move_aside(run_url: str, totals: _Totals) -> list[int]:
     """Move bad shard files to `RUN/damaged` without replacing files there; return their shard numbers."""
     folder = storage.join(run_url, DAMAGED)
     taken = set(storage.list_names(folder))
     moved = []
-    for found in tally.findings:
+    for found in totals.findings:
         if found.state != "bad":
             continue
         name = shard_name(found.shard)
@@ -238,8 +238,8 @@ def _move_aside(run_url: str, tally: _Tally) -> list[int]:
     return moved
 
 
-def _summary(manifest: Manifest, tally: _Tally, shards: Sequence[int], moved: Sequence[int]) -> dict[str, Any]:
-    counts = tally.counts
+def _summary(manifest: Manifest, totals: _Totals, shards: Sequence[int], moved: Sequence[int]) -> dict[str, Any]:
+    counts = totals.counts
     there = sum(shard < manifest.num_shards for shard in shards) - sum(shard < manifest.num_shards for shard in moved)
     return {
         "images": manifest.num_images,
@@ -252,9 +252,9 @@ def _summary(manifest: Manifest, tally: _Tally, shards: Sequence[int], moved: Se
         "left": manifest.num_shards - there + counts["gone"],
         "without_checksum": counts["without_checksum"],
         "bad": counts["bad"],
-        "bad_shards": tally.errors("bad"),
+        "bad_shards": totals.errors("bad"),
         "unread": counts["unread"],
-        "unread_shards": tally.errors("unread"),
+        "unread_shards": totals.errors("unread"),
         "moved": len(moved),
     }
 

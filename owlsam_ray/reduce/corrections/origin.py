@@ -42,12 +42,12 @@ def read_origin(document: Document, settings: ReduceConfig, manifest: Manifest, 
             own = _own_info(base)
     if own is None and settings.corrections_scope == "auto":
         raise InputError(
-            f"reduce.corrections {document.url} has no `info` of owlsam any more: name the file that was given to "
-            "people in reduce.corrections_base, or say what was looked at in reduce.corrections_scope (images: the "
-            "file holds all that is right in its images; annotations: only some annotations of them)"
+            f"reduce.corrections {document.url} no longer has the `info` that owlsam wrote: name the file that "
+            "reviewers got in reduce.corrections_base, or state what they reviewed in reduce.corrections_scope "
+            "(images: the file holds all that is right in its images; annotations: only some annotations of them)"
         )
     if own is None:
-        _log.warning("%s does not tell which run it is of: taken for one of this", document.url)
+        _log.warning("%s does not state its run: it is read as a file of this run", document.url)
         return Origin(settings.corrections_scope == "images", None, None)
     _check_run(document, own, manifest, rules)
     review = own.get("review", {})
@@ -107,8 +107,8 @@ def _listed(document: Document, listed: Any, manifest: Manifest, rules: ShardRul
 
 def _damaged(document: Document, what: str) -> InputError:
     return InputError(
-        f"info.owlsam_ray of reduce.corrections {document.url} is damaged ({what}): name the file that was given to "
-        "people in reduce.corrections_base, and leave `info` out of this one"
+        f"info.owlsam_ray of reduce.corrections {document.url} is damaged ({what}): name the file that reviewers got "
+        "in reduce.corrections_base, and leave `info` out of this one"
     )
 
 

@@ -81,7 +81,7 @@ def log_outcome(counts: Counter[str], report_url: str) -> None:
     if 2 * counts["shown.deleted"] > counts["shown"]:
         _log.warning(
             "reduce.corrections deletes %d of the %d annotations that these settings would show in its images, since "
-            "it lacks them: were they shown to people, who saw only what passed the thresholds of that time? %s lists "
+            "it lacks them: did reviewers see only what passed earlier thresholds? %s lists "
             "them",
             counts["shown.deleted"],
             counts["shown"],

@@ -100,7 +100,7 @@ def read_shape(packed: bytes, size_hw: tuple[int, int]) -> Shape:
 def _read_box(bbox: Any) -> Box:
     x, y, width, height = box_of(bbox)
     if not max(abs(x), abs(y), width, height) < _FAR:
-        raise ValueError(f"bbox {bbox} leaves every picture")
+        raise ValueError(f"bbox {bbox} lies beyond any image")
     return (x, y, x + width, y + height)
 
 
@@ -114,7 +114,7 @@ def empty_part(shape: Shape, size_hw: tuple[int, int]) -> str | None:
     if x0 >= x1 or y0 >= y1:
         return "its bbox has no area"
     outside = x0 >= size_hw[1] or y0 >= size_hw[0] or x1 <= 0 or y1 <= 0
-    return f"its bbox lies outside the picture of {size_hw[0]}×{size_hw[1]}" if outside else None
+    return f"its bbox lies outside the image of {size_hw[0]}×{size_hw[1]}" if outside else None
 
 
 def same_boxes(box_xyxy: Box, others_xyxy: NDArray[np.float32]) -> NDArray[np.bool_]:
