@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
+from shutil import copy, copytree, ignore_patterns, rmtree
 
 import pytest
 
@@ -39,7 +39,11 @@ class Installed:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
     root = tmp_path_factory.mktemp("wheel")
     pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([sys.executable, *pip, "wheel", "--no-deps", "--wheel-dir", str(root), str(ROOT)], check=True)
+    source = root / "source"  # a build in the checkout would take in what an earlier one left there
+    copytree(ROOT / "owlsam_ray", source / "owlsam_ray", ignore=ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        copy(ROOT / name, source)
+    subprocess.run([sys.executable, *pip, "wheel", "--no-deps", "--wheel-dir", str(root), str(source)], check=True)
     (wheel,) = root.glob("owlsam_ray-*.whl")
     environment = root / "environment"
     venv.create(environment, with_pip=True)
