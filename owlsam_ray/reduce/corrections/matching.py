@@ -5,8 +5,8 @@ order of the file, and each detection is paired at most once:
 
 1. by id, in place: with the detection that the entry's id names, if the entry has its box. The category or the mask may
    have been edited.
-2. by box and category: with any detection that has both. In the files of tools that number annotations anew, an id may
-   name another detection of its image by chance, so this goes before an id that nothing supports.
+2. by box and category: with any detection that has both. Tools that renumber annotations may give an id that belongs to
+   another detection of the image, so this goes before an id that nothing else supports.
 3. by id alone: with the detection that the id names. Its box was moved.
 
 An entry that is left is a new annotation, and a detection that is left is missing from the file.
